@@ -1,0 +1,43 @@
+"""The whole run as frozen dataclasses: YAML in, overrides, one finalize, one validate."""
+
+from megascale.config.derive import Layout, finalize, validate
+from megascale.config.load import dump_config, load_config, parse_config
+from megascale.config.schema import (
+    CheckpointConfig,
+    DataConfig,
+    EvalConfig,
+    ModelConfig,
+    MoeConfig,
+    MonitorConfig,
+    OptimConfig,
+    ParallelConfig,
+    PlannerConfig,
+    RunConfig,
+    SegmentConfig,
+    SourceConfig,
+    StageConfig,
+    TrainConfig,
+)
+
+__all__ = [
+    "CheckpointConfig",
+    "DataConfig",
+    "EvalConfig",
+    "Layout",
+    "ModelConfig",
+    "MoeConfig",
+    "MonitorConfig",
+    "OptimConfig",
+    "ParallelConfig",
+    "PlannerConfig",
+    "RunConfig",
+    "SegmentConfig",
+    "SourceConfig",
+    "StageConfig",
+    "TrainConfig",
+    "dump_config",
+    "finalize",
+    "load_config",
+    "parse_config",
+    "validate",
+]

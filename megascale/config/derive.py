@@ -1,0 +1,253 @@
+"""What follows from a config: derived values, the layout of ranks, and what cannot work."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+from megascale.config.schema import ModelConfig, OptimConfig, RunConfig, SegmentConfig, StageConfig
+from megascale.errors import UserError
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Sizes of the axes over which ranks are laid out; tensor * pipeline * hdp = world."""
+
+    world: int
+    tensor: int
+    pipeline: int
+    expert: int
+    hdp: int
+
+    @property
+    def mode(self) -> str:
+        """Execution mode that the planner optimises (design, decision 6)."""
+        if self.expert > 1:
+            return "lockstep"
+        return "aligned" if self.pipeline > 1 else "free"
+
+    @staticmethod
+    def of(config: RunConfig, world: int) -> Layout:
+        """Layout of `config` on `world` ranks. Raises UserError where it does not fit."""
+        cut = config.parallel
+        model_ranks = cut.tensor * cut.pipeline
+        if world < 1 or world % model_ranks:
+            raise UserError(
+                f"parallel.tensor * parallel.pipeline = {model_ranks} must divide the {world} "
+                f"ranks started; start {model_ranks * max(1, world // model_ranks)} ranks, "
+                "or change them"
+            )
+        hdp = world // model_ranks
+        if hdp % cut.expert:
+            raise UserError(
+                f"parallel.expert = {cut.expert} must divide the HDP axis of {hdp} ranks "
+                f"({world} ranks / tensor {cut.tensor} / pipeline {cut.pipeline}); "
+                f"start {cut.expert * model_ranks} ranks, or set parallel.expert=1"
+            )
+        return Layout(world, cut.tensor, cut.pipeline, cut.expert, hdp)
+
+
+def finalize(config: RunConfig, source_tokens: Mapping[str, int], vocab_size: int) -> RunConfig:
+    """Fill every derived field and validate the result.
+
+    `source_tokens` gives the training tokens of each source and `vocab_size` the largest
+    vocabulary among them (see `corpus.describe`). The result does not depend on the number of
+    ranks, so that a run can be resumed on another one; finalizing twice changes nothing.
+    Raises UserError with the option and a value that works.
+    """
+    model = _finalize_model(config.model, vocab_size)
+    parallel = config.parallel
+    if parallel.sequence_parallel is None:
+        parallel = replace(parallel, sequence_parallel=parallel.tensor > 1)
+    total = sum(source_tokens.values()) or 1
+    blend = {name: tokens / total for name, tokens in source_tokens.items()}
+    data = replace(config.data, stages=config.data.stages or (StageConfig(blend=blend),))
+    planner = config.planner
+    if planner.capacity_tokens is None:
+        planner = replace(planner, capacity_tokens=data.context_tokens)
+    config = replace(
+        config,
+        model=model,
+        parallel=parallel,
+        data=data,
+        planner=planner,
+        optim=_finalize_optim(config.optim, config.train.tokens),
+    )
+    validate(config)
+    return config
+
+
+def _finalize_model(model: ModelConfig, vocab_size: int) -> ModelConfig:
+    ffn = model.ffn_hidden_size or -(-model.hidden_size * 8 // 3 // 64) * 64
+    moe = model.moe
+    if moe is not None and moe.ffn_hidden_size is None:
+        moe = replace(moe, ffn_hidden_size=max(1, ffn // max(1, moe.top_k)))
+    return replace(
+        model,
+        num_kv_heads=model.num_kv_heads or model.num_heads,
+        head_dim=model.head_dim or model.hidden_size // max(1, model.num_heads),
+        ffn_hidden_size=ffn,
+        vocab_size=vocab_size if model.vocab_size is None else model.vocab_size,
+        moe=moe,
+    )
+
+
+def _finalize_optim(optim: OptimConfig, tokens: int) -> OptimConfig:
+    if optim.schedule:
+        for name in ("lr", "min_lr", "warmup_tokens"):
+            if getattr(optim, name) is not None:
+                raise UserError(f"optim.{name} and optim.schedule are both set; remove one")
+        return optim
+    lr = 3e-4 if optim.lr is None else optim.lr
+    warmup = max(1, tokens // 100) if optim.warmup_tokens is None else optim.warmup_tokens
+    min_lr = lr / 10 if optim.min_lr is None else optim.min_lr
+    rise = SegmentConfig(shape="linear", tokens=max(1, warmup), lr=lr)
+    fall = SegmentConfig(shape="cosine", tokens=max(1, tokens - warmup), lr=min_lr)
+    hold = SegmentConfig(shape="constant", lr=min_lr)
+    return replace(optim, schedule=(rise, fall, hold), lr=None, min_lr=None, warmup_tokens=None)
+
+
+def validate(config: RunConfig) -> None:
+    """Raise UserError for the first impossible combination, naming a value that works."""
+    _validate_numbers(config)
+    _validate_model(config)
+    _validate_data(config)
+    _validate_schedule(config)
+
+
+def _validate_numbers(config: RunConfig) -> None:
+    at_least_one = {
+        "model.num_layers": config.model.num_layers,
+        "model.hidden_size": config.model.hidden_size,
+        "model.num_heads": config.model.num_heads,
+        "model.num_kv_heads": config.model.num_kv_heads,
+        "model.head_dim": config.model.head_dim,
+        "model.ffn_hidden_size": config.model.ffn_hidden_size,
+        "model.vocab_multiple": config.model.vocab_multiple,
+        "model.sliding_window": config.model.sliding_window,
+        "parallel.tensor": config.parallel.tensor,
+        "parallel.pipeline": config.parallel.pipeline,
+        "parallel.expert": config.parallel.expert,
+        "data.context_tokens": config.data.context_tokens,
+        "data.global_batch_tokens": config.data.global_batch_tokens,
+        "data.max_epochs": config.data.max_epochs,
+        "train.tokens": config.train.tokens,
+        "train.threads": config.train.threads,
+        "train.stop_after_steps": config.train.stop_after_steps,
+        "optim.max_skipped_steps": config.optim.max_skipped_steps,
+        "checkpoint.keep_last": config.checkpoint.keep_last,
+        "monitor.log_every_steps": config.monitor.log_every_steps,
+        "eval.sample_tokens": config.eval.sample_tokens,
+    }
+    not_negative = {
+        "seed": config.seed,
+        "optim.eps": config.optim.eps,
+        "optim.weight_decay": config.optim.weight_decay,
+        "optim.clip_grad_norm": config.optim.clip_grad_norm,
+        "eval.every_steps": config.eval.every_steps,
+        "eval.tokens": config.eval.tokens,
+        "checkpoint.save_every_steps": config.checkpoint.save_every_steps,
+        "checkpoint.keep_every_steps": config.checkpoint.keep_every_steps,
+        "model.init_std": config.model.init_std,
+        "model.norm_eps": config.model.norm_eps,
+    }
+    for name, value in at_least_one.items():
+        if value is not None and value < 1:
+            raise UserError(f"{name} = {value} must be at least 1")
+    for name, number in not_negative.items():
+        if not 0 <= number < float("inf"):
+            raise UserError(f"{name} = {number} must be a finite number, at least 0")
+    for name, beta in (("beta1", config.optim.beta1), ("beta2", config.optim.beta2)):
+        if not 0 <= beta < 1:
+            raise UserError(f"optim.{name} = {beta} must be at least 0 and below 1")
+    profile = config.monitor.profile_steps
+    if profile is not None and not 0 < profile[0] <= profile[1]:
+        raise UserError(f"monitor.profile_steps = {list(profile)} must be [first, last], from 1 on")
+
+
+def _validate_model(config: RunConfig) -> None:
+    model, cut = config.model, config.parallel
+    assert model.num_kv_heads is not None and model.head_dim is not None
+    assert model.vocab_size is not None and model.ffn_hidden_size is not None
+    _divides("parallel.tensor", cut.tensor, "model.num_heads", model.num_heads)
+    _divides("parallel.tensor", cut.tensor, "model.num_kv_heads", model.num_kv_heads)
+    _divides("parallel.tensor", cut.tensor, "model.ffn_hidden_size", model.ffn_hidden_size)
+    _divides("parallel.pipeline", cut.pipeline, "model.num_layers", model.num_layers)
+    _divides("model.num_kv_heads", model.num_kv_heads, "model.num_heads", model.num_heads)
+    if model.head_dim % 2:
+        raise UserError(
+            f"model.head_dim = {model.head_dim} must be even, because rotary embeddings turn "
+            f"pairs; {model.head_dim + 1} works"
+        )
+    if not model.vocab_size >= 1:
+        raise UserError(f"model.vocab_size = {model.vocab_size} must be at least 1")
+    if cut.sequence_parallel and cut.tensor == 1:
+        raise UserError("parallel.sequence_parallel=true needs parallel.tensor > 1; remove it")
+    if model.moe is None:
+        if cut.expert > 1:
+            raise UserError(f"parallel.expert = {cut.expert} needs model.moe; set it to 1")
+        return
+    if model.parallel_block:
+        raise UserError("model.parallel_block with model.moe is not built; set one of them off")
+    _divides("parallel.expert", cut.expert, "model.moe.num_experts", model.moe.num_experts)
+    if not 1 <= model.moe.top_k <= model.moe.num_experts:
+        raise UserError(
+            f"model.moe.top_k = {model.moe.top_k} must be from 1 to model.moe.num_experts = "
+            f"{model.moe.num_experts}"
+        )
+
+
+def _divides(small_name: str, small: int, big_name: str, big: int) -> None:
+    if big % small == 0:
+        return
+    works = max(n for n in range(1, small + 1) if big % n == 0)
+    raise UserError(f"{small_name} = {small} does not divide {big_name} = {big}; {works} would")
+
+
+def _validate_data(config: RunConfig) -> None:
+    data, capacity = config.data, config.planner.capacity_tokens
+    assert capacity is not None
+    if capacity < data.context_tokens:
+        raise UserError(
+            f"planner.capacity_tokens = {capacity} is below data.context_tokens = "
+            f"{data.context_tokens}, and a sequence cannot yet be spread over ranks; "
+            f"set planner.capacity_tokens={data.context_tokens}"
+        )
+    if not data.sources:
+        raise UserError("data.sources is empty; name at least one prepared corpus")
+    for index, stage in enumerate(data.stages):
+        _validate_stage(config, index, stage)
+
+
+def _validate_stage(config: RunConfig, index: int, stage: StageConfig) -> None:
+    where, last = f"data.stages[{index}]", index == len(config.data.stages) - 1
+    for name, share in stage.blend.items():
+        if name not in config.data.sources:
+            known = ", ".join(config.data.sources)
+            raise UserError(f"{where}.blend names '{name}'; data.sources has: {known}")
+        if not 0 <= share < float("inf"):
+            raise UserError(f"{where}.blend.{name} = {share} must be a share, at least 0")
+    if sum(stage.blend.values()) <= 0:
+        raise UserError(f"{where}.blend is empty; give each source a share, e.g. {{web: 1.0}}")
+    if (stage.tokens is None and not last) or (stage.tokens is not None and stage.tokens < 1):
+        raise UserError(f"{where}.tokens must be at least 1; only the last stage may leave it out")
+
+
+def _validate_schedule(config: RunConfig) -> None:
+    *body, last = config.optim.schedule
+    for index, segment in enumerate(config.optim.schedule):
+        where = f"optim.schedule[{index}]"
+        if not 0 <= segment.lr < float("inf"):
+            raise UserError(f"{where}.lr = {segment.lr} must be a finite number, at least 0")
+        if segment.tokens is not None and segment.tokens < 1:
+            raise UserError(f"{where}.tokens = {segment.tokens} must be at least 1")
+    if any(segment.tokens is None for segment in body):
+        raise UserError("optim.schedule: only the last segment may leave out tokens")
+    if last.tokens is None and last.shape != "constant":
+        raise UserError(f"optim.schedule: a last {last.shape} segment needs tokens")
+    covered = sum(segment.tokens or 0 for segment in config.optim.schedule)
+    if last.tokens is not None and covered < config.train.tokens:
+        raise UserError(
+            f"optim.schedule covers {covered} tokens but train.tokens = {config.train.tokens}; "
+            "lengthen the last segment or end with one that has no tokens"
+        )

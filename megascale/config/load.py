@@ -1,0 +1,204 @@
+"""YAML and `a.b=c` overrides to a RunConfig, and back."""
+
+from __future__ import annotations
+
+import difflib
+import re
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, asdict, fields, is_dataclass
+from pathlib import Path
+from typing import Any, Literal, Union, get_args, get_origin
+
+import yaml
+
+from megascale.config.schema import RunConfig
+from megascale.errors import UserError
+
+SUFFIXES = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "G": 10**9, "T": 10**12}
+BINARY_SUFFIXES = {"Ki": 2**10, "Mi": 2**20, "Gi": 2**30}
+
+
+class _Loader(yaml.SafeLoader):
+    """SafeLoader that reads 3e-4 as a number and refuses a key given twice."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key_node, _ in node.value:
+            if key_node.value in seen:
+                line = key_node.start_mark.line + 1
+                raise UserError(f"line {line}: key '{key_node.value}' is given twice; keep one")
+            if isinstance(key_node.value, str):
+                seen.add(key_node.value)
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(\d[\d_]*)(\.\d*)?[eE][-+]?\d+$"),
+    list("-+0123456789"),
+)
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read a YAML file, apply `a.b=c` overrides, and type-check every key.
+
+    Raises UserError, in one line, for an unreadable file, an unknown key (with the nearest
+    valid one), a wrong type or an override that is not of the form a.b=c.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "is not UTF-8 text"
+        raise UserError(f"config {path}: {reason}; give the path of a YAML file") from None
+    return parse_config(text, overrides, where=str(path))
+
+
+def parse_config(text: str, overrides: Sequence[str] = (), where: str = "config") -> RunConfig:
+    """Like `load_config`, from the text of a YAML file; `where` names it in errors."""
+    tree = _parse_yaml(text, where)
+    if not isinstance(tree, dict):
+        raise UserError(f"{where}: a config is a YAML mapping such as 'seed: 1', not {_kind(tree)}")
+    for override in overrides:
+        _apply_override(tree, override)
+    try:
+        config: RunConfig = _build(RunConfig, tree, "")
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
+    return config
+
+
+def dump_config(config: RunConfig) -> str:
+    """The config as YAML that `parse_config` turns back into an equal config."""
+    text: str = yaml.safe_dump(_plain(asdict(config)), sort_keys=False, allow_unicode=True)
+    return text
+
+
+def _parse_yaml(text: str, where: str) -> Any:
+    try:
+        return yaml.load(text, _Loader) or {}
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
+    except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
+        mark = getattr(error, "problem_mark", None)
+        place = f" line {mark.line + 1}" if mark else ""
+        problem = " ".join(str(getattr(error, "problem", None) or error).split())
+        raise UserError(f"{where}{place}: not valid YAML: {problem}") from None
+
+
+def _apply_override(tree: dict[str, Any], override: str) -> None:
+    name, equals, value = override.partition("=")
+    if not equals or not name:
+        raise UserError(f"override '{override}': write it as a.b=value, e.g. train.tokens=20M")
+    node = tree
+    *parents, last = name.split(".")
+    for part in parents:
+        child = node.get(part)
+        if child is None:
+            child = node[part] = {}
+        if not isinstance(child, dict):
+            raise UserError(f"override '{override}': '{part}' is {_kind(child)}, it has no keys")
+        node = child
+    node[last] = None if value == "" else _parse_yaml(value, f"override '{override}'")
+
+
+def _build(kind: Any, value: Any, where: str) -> Any:
+    """`value` as an instance of the annotation `kind`; `where` is its dotted name."""
+    origin, args = get_origin(kind), get_args(kind)
+    if origin in (Union, types.UnionType):
+        if value is None:
+            return None
+        (kind,) = (arg for arg in args if arg is not type(None))
+        return _build(kind, value, where)
+    if origin is Literal:
+        return _choice(args, value, where)
+    if origin is tuple:
+        return _build_tuple(args, value, where)
+    if origin is dict:
+        if not isinstance(value, dict):
+            raise UserError(f"{where} must be a mapping, not {_kind(value)}")
+        return {_name(k, where): _build(args[1], v, f"{where}.{k}") for k, v in value.items()}
+    if is_dataclass(kind):
+        return _build_dataclass(kind, value, where)
+    return _scalar(kind, value, where)
+
+
+def _build_dataclass(kind: Any, value: Any, where: str) -> Any:
+    if not isinstance(value, dict):
+        raise UserError(f"{where or 'config'} must be a mapping, not {_kind(value)}")
+    hints = typing.get_type_hints(kind)
+    prefix = f"{where}." if where else ""
+    for key in value:
+        if key not in hints:
+            raise UserError(_unknown_key(str(key), list(hints), where))
+    required = [f.name for f in fields(kind) if f.default is f.default_factory is MISSING]
+    for name in required:
+        if value.get(name) is None:
+            raise UserError(f"{prefix}{name} is missing; it has no default")
+    return kind(**{key: _build(hints[key], item, prefix + key) for key, item in value.items()})
+
+
+def _build_tuple(args: tuple[Any, ...], value: Any, where: str) -> Any:
+    if not isinstance(value, (list, tuple)):
+        raise UserError(f"{where} must be a list, not {_kind(value)}")
+    if args[-1] is not Ellipsis and len(value) != len(args):
+        raise UserError(f"{where} must be a list of {len(args)} values, not {len(value)}")
+    kinds = [args[0]] * len(value) if args[-1] is Ellipsis else args
+    return tuple(_build(k, v, f"{where}[{i}]") for i, (k, v) in enumerate(zip(kinds, value)))
+
+
+def _unknown_key(key: str, names: list[str], where: str) -> str:
+    near = difflib.get_close_matches(key, names, n=1, cutoff=0.5)
+    hint = f"did you mean '{near[0]}'?" if near else f"valid keys: {', '.join(names)}"
+    return f"unknown key '{f'{where}.' if where else ''}{key}'; {hint}"
+
+
+def _choice(options: tuple[Any, ...], value: Any, where: str) -> Any:
+    if value not in options:
+        listed = ", ".join(str(option) for option in options)
+        raise UserError(f"{where} must be one of {listed}; it is {value!r}")
+    return value
+
+
+def _name(key: Any, where: str) -> str:
+    if not isinstance(key, str):
+        raise UserError(f"{where}: the name {key!r} must be text; put it in quotes")
+    return key
+
+
+def _scalar(kind: type, value: Any, where: str) -> Any:
+    if kind is int and isinstance(value, str):
+        value = _whole_number(value, where)
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    right_kind = isinstance(value, kind) and not (kind is not bool and isinstance(value, bool))
+    if not right_kind or value != value:
+        wanted = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+        raise UserError(f"{where} must be {wanted[kind]}, not {_kind(value)} {value!r}")
+    return value
+
+
+def _whole_number(text: str, where: str) -> int:
+    match = re.fullmatch(r"\s*([0-9][0-9_]*(?:\.[0-9]+)?)\s*([KMBGT]|[KMG]i)?\s*", text)
+    if match is None:
+        raise UserError(f"{where} must be a whole number such as 4096, 20M or 8Ki, not '{text}'")
+    digits, suffix = match.group(1).replace("_", ""), match.group(2) or ""
+    number = float(digits) * (SUFFIXES | BINARY_SUFFIXES)[suffix]
+    if number != int(number):
+        raise UserError(f"{where} must be a whole number; '{text}' is {number}")
+    return int(number)
+
+
+def _kind(value: Any) -> str:
+    names = {dict: "a mapping", list: "a list", str: "text", bool: "true or false"}
+    names |= {int: "a whole number", float: "a number", type(None): "empty"}
+    return names.get(type(value), type(value).__name__)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return value

@@ -1,0 +1,274 @@
+"""Every option of a run, with its meaning, its unit and the reason for its default.
+
+Whole-number fields also take a suffix: `20M` is 20,000,000 and `8Ki` is 8,192.
+A field whose default is None is derived (see `derive.finalize`) unless its docstring says
+that None switches something off.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+
+@dataclass(frozen=True, kw_only=True)
+class MoeConfig:
+    """Mixture of experts in place of the dense feed-forward part of every layer."""
+
+    num_experts: int = 8
+    """Experts per layer. Must be divisible by `parallel.expert`."""
+    top_k: int = 2
+    """Experts that each token visits."""
+    ffn_hidden_size: int | None = None
+    """Hidden size of one expert. Default: the dense `ffn_hidden_size` over `top_k`, so that a
+    token costs what it costs in the dense model."""
+    shared_ffn_hidden_size: int = 0
+    """Hidden size of the expert that every token visits; 0 means none."""
+    dispatcher: Literal["allgather", "alltoall"] = "alltoall"
+    """How tokens reach their experts: `alltoall` moves only what is routed."""
+    aux_loss_coeff: float = 0.0
+    """Weight of megatron-core's balance loss over one micro-batch. 0 switches it off: its value
+    depends on how a batch was cut into micro-batches."""
+    z_loss_coeff: float = 0.0
+    """Weight of the router z-loss, which keeps router logits small."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """A decoder-only transformer."""
+
+    num_layers: int = 4
+    """Transformer layers. Must be divisible by `parallel.pipeline`."""
+    hidden_size: int = 256
+    """Width of the residual stream."""
+    num_heads: int = 4
+    """Query heads. Must be divisible by `parallel.tensor`."""
+    num_kv_heads: int | None = None
+    """Key and value heads (grouped-query attention). Default: `num_heads`."""
+    head_dim: int | None = None
+    """Size of one head; even, because rotary embeddings turn pairs.
+    Default: `hidden_size / num_heads`."""
+    ffn_hidden_size: int | None = None
+    """Hidden size of the SwiGLU part. Default: 8/3 of `hidden_size`, up to a multiple of 64."""
+    vocab_size: int | None = None
+    """Token ids the model knows. Default: the largest vocabulary among the corpora."""
+    vocab_multiple: int = 128
+    """The embedding has this multiple of rows (times `parallel.tensor`), which suits matrix
+    units; the added rows are never a target and are masked out of the softmax by training."""
+    tied_embeddings: bool = True
+    """Share the input embedding with the output head; saves parameters in small models."""
+    rope_base: float = 10000.0
+    """Base of the rotary angles; raise it for long contexts."""
+    norm_eps: float = 1e-5
+    """Added to the mean square in RMSNorm."""
+    qk_norm: bool = False
+    """Normalise queries and keys per head before the rotary embedding (as Qwen3 does)."""
+    parallel_block: bool = False
+    """y = x + MLP(LN x) + Attention(LN x), one norm per layer (MegaScale section 3.1)."""
+    sliding_window: int | None = None
+    """Tokens that a query sees, itself included; None means the whole past."""
+    init_std: float = 0.02
+    """Standard deviation of initial weights; output projections are scaled by 1/sqrt(2 layers)."""
+    moe: MoeConfig | None = None
+    """Mixture of experts; None means dense."""
+    implementation: Literal["auto", "local", "transformer_engine"] = "auto"
+    """Layers of megatron-core's own (`local`) or Transformer Engine's; `auto` takes the latter
+    on CUDA where it is installed."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParallelConfig:
+    """How one model is cut over ranks; all ranks left over form the HDP axis."""
+
+    tensor: int = 1
+    """Ranks that share each matrix."""
+    pipeline: int = 1
+    """Pipeline stages."""
+    expert: int = 1
+    """Ranks of the HDP axis over which the experts of a layer are spread."""
+    sequence_parallel: bool | None = None
+    """Split norms and residuals over the tensor ranks. Default: on when `tensor` > 1."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourceConfig:
+    """One prepared corpus."""
+
+    path: str
+    """Folder made by `megascale prepare`, or the prefix of a Megatron `.bin` / `.idx` pair."""
+    heldout: str | None = None
+    """Prefix of held-out shards for evaluation; only for Megatron prefixes, a prepared folder
+    brings its own. None there means: this source is not evaluated."""
+    vocab_size: int | None = None
+    """Vocabulary of a bare Megatron prefix, which does not store one; a prepared folder does."""
+    eod_id: int | None = None
+    """Id of the end-of-document token of a bare Megatron prefix; a prepared folder stores it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageConfig:
+    """A stretch of training with one blend of sources."""
+
+    tokens: int | None = None
+    """Loss tokens this stage lasts; None, allowed in the last stage only: to the end."""
+    blend: dict[str, float] = field(default_factory=dict)
+    """Share of the stage's tokens per source name; normalised to sum to 1."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """What is read, in which proportion, cut how."""
+
+    sources: dict[str, SourceConfig] = field(default_factory=dict)
+    """The corpora, by a name of your choice."""
+    stages: tuple[StageConfig, ...] = ()
+    """Blends in order. Default: one stage with all sources in proportion to their tokens."""
+    context_tokens: int = 1024
+    """Longest sequence the model sees; longer documents are split, never dropped."""
+    global_batch_tokens: int = 32768
+    """Loss tokens of one optimizer step, to within one sequence per source."""
+    max_epochs: int | None = None
+    """Passes allowed over any source; needing more is an error. None: no limit."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlannerConfig:
+    """How each step's sequences are laid out on ranks."""
+
+    name: Literal["longest_first"] = "longest_first"
+    """`longest_first`: whole sequences to the least busy rank, by predicted time."""
+    capacity_tokens: int | None = None
+    """Most tokens one rank holds in one micro-batch. Default: `context_tokens`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SegmentConfig:
+    """One segment of the learning-rate curve."""
+
+    shape: Literal["linear", "cosine", "constant"] = "constant"
+    """How the rate gets from the previous segment's end (0 at first) to `lr`."""
+    tokens: int | None = None
+    """Loss tokens this segment lasts; None, allowed in the last segment only: to the end."""
+    lr: float = 0.0
+    """Rate at the end of the segment; a `constant` segment holds it throughout."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """AdamW and its learning rate."""
+
+    lr: float | None = None
+    """Peak learning rate of the default schedule. Default: 3e-4."""
+    min_lr: float | None = None
+    """Last learning rate of the default schedule. Default: a tenth of `lr`."""
+    warmup_tokens: int | None = None
+    """Linear warm-up of the default schedule. Default: 1 % of `train.tokens`."""
+    schedule: tuple[SegmentConfig, ...] = ()
+    """The curve as segments over tokens seen. Default: linear warm-up to `lr`, cosine to `min_lr`,
+    constant after. Give either this or `lr`, `min_lr`, `warmup_tokens`."""
+    beta1: float = 0.9
+    """Decay of the mean of gradients."""
+    beta2: float = 0.95
+    """Decay of the mean of squared gradients; 0.95 as is usual for language models."""
+    eps: float = 1e-8
+    """Added to the root of the second moment."""
+    weight_decay: float = 0.1
+    """Decoupled weight decay; not applied to norms and biases."""
+    clip_grad_norm: float = 1.0
+    """Global gradient norm above which gradients are scaled down; 0 switches it off."""
+    distributed_optimizer: bool = True
+    """Shard optimizer state over the HDP axis (ZeRO-1)."""
+    max_skipped_steps: int = 10
+    """Consecutive steps with a non-finite loss or gradient norm after which the run stops."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """Length and precision of the run."""
+
+    tokens: int = 10_000_000
+    """Loss tokens to train on; the last step is the one that reaches it."""
+    precision: Literal["fp32", "bf16"] = "bf16"
+    """Compute precision. bf16 keeps fp32 master weights, moments and gradient sums."""
+    recompute: Literal["none", "full"] = "none"
+    """`full` keeps only layer inputs and runs each layer again in the backward pass."""
+    threads: int | None = None
+    """CPU threads per rank. Default: cores over ranks on the machine. Ignored on CUDA."""
+    stop_after_steps: int | None = None
+    """Stop (with a checkpoint) once this step is done, leaving the schedule as it is; for
+    smoke tests and debugging. None: run to `tokens`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalConfig:
+    """Held-out loss during training."""
+
+    every_steps: int = 100
+    """Steps between evaluations; 0: only at the end."""
+    tokens: int = 200_000
+    """Held-out tokens read per source, in whole documents, the same ones every time; 0: none."""
+    sample_prompt: str | None = None
+    """Text that the trained model continues at the end of the run; None: no sample."""
+    sample_tokens: int = 200
+    """Length of that sample."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    """What is saved, and for how long."""
+
+    save_every_steps: int = 200
+    """Steps between checkpoints; 0: only at the end or on a signal."""
+    keep_last: int = 2
+    """Most recent checkpoints that are kept."""
+    keep_every_steps: int = 0
+    """Checkpoints at multiples of this step are kept for ever; 0: none."""
+    async_save: bool = True
+    """Copy to host memory, then write in the background while training goes on."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MonitorConfig:
+    """What is recorded."""
+
+    log_every_steps: int = 10
+    """Steps between console lines; `metrics.jsonl` gets every step."""
+    tensorboard: bool = True
+    """Write TensorBoard events beside `metrics.jsonl`."""
+    trackers: tuple[Literal["wandb", "mlflow", "trackio"], ...] = ()
+    """Further trackers; each package must be installed."""
+    profile_steps: tuple[int, int] | None = None
+    """First and last step recorded with torch.profiler, as a Chrome trace in the run folder;
+    None: no profile."""
+    memory_snapshot: bool = False
+    """Write a CUDA memory snapshot when the run ends or fails; CUDA only."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """A whole run."""
+
+    run_dir: str = "runs/default"
+    """Folder that holds everything the run writes."""
+    seed: int = 1234
+    """Seed of the initial weights and of the order of the data."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """`auto` takes CUDA where a device exists."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    """The network."""
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    """How it is cut over ranks."""
+    data: DataConfig = field(default_factory=DataConfig)
+    """What it reads."""
+    planner: PlannerConfig = field(default_factory=PlannerConfig)
+    """How a step is laid out."""
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    """How it learns."""
+    train: TrainConfig = field(default_factory=TrainConfig)
+    """How long."""
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    """How it is judged."""
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    """What is kept."""
+    monitor: MonitorConfig = field(default_factory=MonitorConfig)
+    """What is recorded."""

@@ -1,0 +1,8 @@
+"""The one exception that a user may cause, and how it is shown."""
+
+
+class UserError(ValueError):
+    """Bad input: one line that says what is wrong, where, and what would work.
+
+    The command line prints the line and exits with status 2, without a traceback.
+    """
