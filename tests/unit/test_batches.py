@@ -1,0 +1,321 @@
+"""Batches: every piece once per epoch, exact shares, a pure function of the cursor."""
+
+import json
+import os
+from collections import Counter
+from dataclasses import dataclass, replace
+from fractions import Fraction
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megascale.config import DataConfig, SourceConfig, StageConfig
+from megascale.corpus.batches import (
+    Cursor,
+    GlobalBatch,
+    GlobalBatches,
+    PieceIndex,
+    epochs_needed,
+    heldout_pieces,
+    num_steps,
+    tokens_needed,
+)
+from megascale.errors import UserError
+
+NOWHERE = "/nonexistent/shard"
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """A shard of which only the lengths exist."""
+
+    lengths: np.ndarray
+    prefix: str = NOWHERE
+
+    @property
+    def num_tokens(self) -> int:
+        return int(self.lengths.sum())
+
+
+def shard(*lengths: int) -> Lengths:
+    return Lengths(np.array(lengths, dtype=np.int32))
+
+
+def random_shard(num_documents: int, seed: int, longest: int = 60) -> Lengths:
+    return Lengths(np.random.default_rng(seed).integers(1, longest, num_documents))
+
+
+def data(blends: list[tuple[int | None, dict[str, float]]], **options: int) -> DataConfig:
+    names = dict.fromkeys(name for _, blend in blends for name in blend)
+    return DataConfig(
+        sources={name: SourceConfig(path=name) for name in names},
+        stages=tuple(StageConfig(tokens=tokens, blend=blend) for tokens, blend in blends),
+        **{"context_tokens": 16, "global_batch_tokens": 500, **options},
+    )
+
+
+def deal(batches: GlobalBatches, steps: int, cursor: Cursor | None = None) -> list[tuple]:
+    dealt, cursor = [], cursor or Cursor()
+    for _ in range(steps):
+        batch, cursor = batches.next(cursor)
+        dealt.append((batch, cursor))
+    return dealt
+
+
+def as_tuples(batch: GlobalBatch) -> list[tuple[int, ...]]:
+    return list(zip(batch.source, batch.document, batch.start, batch.length, strict=True))
+
+
+@given(lengths=st.lists(st.integers(0, 100), max_size=40), context=st.integers(1, 50))
+def test_pieces_cover_every_token_once(lengths: list[int], context: int) -> None:
+    index = PieceIndex(np.array(lengths, dtype=np.int32), context)
+    pieces = index.pieces(np.arange(index.num_pieces))
+    found = list(zip(pieces.document, pieces.start, pieces.length, strict=True))
+    expected = [
+        (document, start, min(context, length - start))
+        for document, length in enumerate(lengths)
+        for start in range(0, length, context)
+    ]
+    assert found == expected
+    assert index.num_tokens == sum(lengths)
+
+
+def test_pieces_come_in_the_order_asked_for() -> None:
+    pieces = PieceIndex(np.array([5, 0, 3, 8]), 4).pieces(np.array([4, 0, 2, 1, 4]))
+    assert pieces.document.tolist() == [3, 0, 2, 0, 3]
+    assert pieces.start.tolist() == [4, 0, 0, 4, 4]
+    assert pieces.length.tolist() == [4, 4, 3, 1, 4]
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    lengths=st.lists(st.integers(1, 90), min_size=1, max_size=60),
+    context=st.integers(1, 40),
+    batch_tokens=st.integers(1, 300),
+    seed=st.integers(0, 5),
+)
+def test_every_piece_exactly_once_per_epoch(
+    lengths: list[int], context: int, batch_tokens: int, seed: int
+) -> None:
+    config = data([(None, {"a": 1})], context_tokens=context, global_batch_tokens=batch_tokens)
+    batches = GlobalBatches(config, {"a": shard(*lengths)}, seed)
+    num_pieces = sum(-(-length // context) for length in lengths)
+    pieces: list[tuple[int, ...]] = []
+    cursor = Cursor()
+    while len(pieces) < 2 * num_pieces:
+        batch, cursor = batches.next(cursor)
+        pieces += as_tuples(batch)
+    epochs = pieces[:num_pieces], pieces[num_pieces : 2 * num_pieces]
+    for epoch in epochs:
+        assert len(set(epoch)) == num_pieces
+        assert sum(piece[3] for piece in epoch) == sum(lengths)
+    if num_pieces > 30:
+        assert epochs[0] != epochs[1]
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    weights=st.lists(st.floats(0.01, 10), min_size=1, max_size=4),
+    batch_tokens=st.integers(1, 700),
+    context=st.integers(1, 40),
+)
+def test_shares_are_exact_to_one_sequence_at_every_step(
+    weights: list[float], batch_tokens: int, context: int
+) -> None:
+    blend = {f"s{i}": weight for i, weight in enumerate(weights)}
+    config = data([(None, blend)], context_tokens=context, global_batch_tokens=batch_tokens)
+    shards = {name: random_shard(50 + i, i) for i, name in enumerate(blend)}
+    total = sum(Fraction(weight) for weight in weights)
+    for step, (_, cursor) in enumerate(deal(GlobalBatches(config, shards, 1), 12)):
+        for name, weight in blend.items():
+            target = Fraction(weight) / total * (step + 1) * batch_tokens
+            excess = cursor.sources[name].tokens - target
+            assert 0 <= excess < context + 1
+        assert cursor.tokens_seen == sum(one.tokens for one in cursor.sources.values())
+
+
+@settings(max_examples=30, deadline=None)
+@given(stop=st.integers(0, 14), seed=st.integers(0, 3))
+def test_resume_from_the_json_of_any_cursor(stop: int, seed: int) -> None:
+    config = data([(2300, {"a": 1, "b": 2}), (1100, {"b": 1}), (None, {"a": 3, "b": 1})])
+    shards = {"a": random_shard(40, 1), "b": random_shard(90, 2)}
+    whole = deal(GlobalBatches(config, shards, seed), 15)
+    cursor = whole[stop - 1][1] if stop else Cursor()
+    loaded = Cursor.from_json(json.loads(json.dumps(cursor.to_json())))
+    assert loaded == cursor
+    resumed = deal(GlobalBatches(config, shards, seed), 15 - stop, loaded)
+    for (batch, after), (other, other_after) in zip(whole[stop:], resumed, strict=True):
+        assert as_tuples(batch) == as_tuples(other)
+        assert (batch.step, after) == (other.step, other_after)
+
+
+def test_next_is_pure() -> None:
+    batches = GlobalBatches(data([(None, {"a": 1})]), {"a": random_shard(99, 1)}, 1)
+    first, second = Cursor(), batches.next(Cursor())[1]
+    once = as_tuples(batches.next(second)[0])
+    batches.next(first)
+    assert as_tuples(batches.next(second)[0]) == once
+    assert once != as_tuples(batches.next(first)[0])
+
+
+def test_seed_changes_the_order() -> None:
+    config, shards = data([(None, {"a": 1})]), {"a": random_shard(200, 1)}
+    one, other = (GlobalBatches(config, shards, seed).next(Cursor())[0] for seed in (1, 2))
+    assert as_tuples(one) != as_tuples(other)
+
+
+def test_stage_switches_at_the_step_that_begins_at_its_end() -> None:
+    config = data([(1000, {"a": 1}), (1, {"b": 1}), (None, {"a": 1, "b": 1})])
+    shards = {"a": random_shard(300, 1), "b": random_shard(300, 2)}
+    steps = deal(GlobalBatches(config, shards, 1), 5)
+    assert [cursor.stage for _, cursor in steps] == [0, 0, 1, 2, 2]
+    used = [sorted(set(batch.source.tolist())) for batch, _ in steps]
+    assert used == [[0], [0], [1], [0, 1], [0, 1]]
+
+
+def test_a_source_that_reappears_goes_on_where_it_was() -> None:
+    config = data([(1000, {"a": 1}), (1000, {"b": 1}), (None, {"a": 1})])
+    shards = {"a": random_shard(300, 1), "b": random_shard(300, 2)}
+    seen: Counter[tuple[int, ...]] = Counter()
+    for batch, _ in deal(GlobalBatches(config, shards, 1), 8):
+        seen.update(as_tuples(batch))
+    assert max(seen.values()) == 1
+
+
+def test_blend_of_a_later_stage_is_exact_whatever_came_before() -> None:
+    config = data([(1000, {"a": 9, "b": 1}), (None, {"a": 1, "b": 3})])
+    shards = {"a": random_shard(300, 1), "b": random_shard(300, 2)}
+    for k, (_, cursor) in enumerate(deal(GlobalBatches(config, shards, 1), 8)[2:], start=1):
+        assert 0 <= cursor.sources["a"].stage_tokens - 0.25 * k * 500 < 16
+        assert 0 <= cursor.sources["b"].stage_tokens - 0.75 * k * 500 < 16
+
+
+def test_a_changed_batch_size_goes_on_exactly() -> None:
+    shards = {"a": random_shard(300, 1), "b": random_shard(300, 2)}
+    config = data([(2000, {"a": 1, "b": 1}), (None, {"b": 1})])
+    _, cursor = deal(GlobalBatches(config, shards, 1), 2)[-1]
+    wider = GlobalBatches(replace(config, global_batch_tokens=1000), shards, 1)
+    batch, cursor = wider.next(cursor)
+    assert cursor.nominal_tokens == 2000 and cursor.stage == 0
+    assert 0 <= cursor.sources["a"].tokens - 1000 < 16
+    assert wider.next(cursor)[1].stage == 1
+
+
+def test_max_epochs_names_the_source_and_the_step() -> None:
+    config = data([(None, {"web": 1})], max_epochs=2)
+    source = shard(*[100] * 12)
+    batches = GlobalBatches(config, {"web": source}, 1)
+    *_, (_, cursor) = deal(batches, 4)
+    with pytest.raises(UserError, match=r"'web' is used up at step 4: data.max_epochs = 2"):
+        batches.next(cursor)
+
+
+def test_epochs_needed_is_what_a_run_reads() -> None:
+    config = data([(900, {"a": 1, "b": 3}), (700, {"b": 1}), (None, {"a": 1})])
+    shards = {"a": random_shard(60, 1), "b": random_shard(20, 2)}
+    tokens = 4321
+    *_, (_, cursor) = deal(GlobalBatches(config, shards, 1), num_steps(config, tokens))
+    needed = tokens_needed(config, tokens)
+    for name, count in needed.items():
+        assert 0 <= cursor.sources[name].tokens - count < 2 * 16
+    epochs = epochs_needed(config, tokens, {name: one.num_tokens for name, one in shards.items()})
+    assert epochs == {name: count / shards[name].num_tokens for name, count in needed.items()}
+
+
+@given(tokens=st.integers(1, 10_000), batch_tokens=st.integers(1, 3000))
+def test_steps_reach_the_tokens_of_a_run(tokens: int, batch_tokens: int) -> None:
+    steps = num_steps(DataConfig(global_batch_tokens=batch_tokens), tokens)
+    assert (steps - 1) * batch_tokens < tokens <= steps * batch_tokens
+
+
+def test_source_without_tokens_is_an_error() -> None:
+    with pytest.raises(UserError, match="source 'a' has no tokens"):
+        GlobalBatches(data([(None, {"a": 1})]), {"a": shard()}, 1)
+
+
+def test_source_of_share_zero_is_never_read() -> None:
+    batches = GlobalBatches(data([(None, {"a": 0, "b": 1})]), {"a": shard(), "b": shard(40)}, 1)
+    assert set(batches.next(Cursor())[0].source.tolist()) == {1}
+
+
+@pytest.mark.parametrize(
+    "damaged",
+    [None, [], {}, {"step": 1}, {"sources": {"a": 3}}, {"sources": {}, "step": -1},
+     {"sources": {}, "step": "1"}, {"sources": {}, "step": True}, {"sources": {}, "epoch": 1},
+     {"sources": {"a": {"pieces": 0.5}}}],
+)  # fmt: skip
+def test_damaged_cursor_is_one_clear_error(damaged: object) -> None:
+    with pytest.raises(UserError, match="data cursor: "):
+        Cursor.from_json(damaged)
+
+
+def write_shard(folder: Path, *lengths: int) -> Lengths:
+    for ending in (".idx", ".bin"):
+        (folder / f"train{ending}").write_bytes(b"x" * sum(lengths))
+    return Lengths(np.array(lengths, dtype=np.int32), str(folder / "train"))
+
+
+def test_piece_index_is_cached_beside_the_shard(tmp_path: Path) -> None:
+    source = write_shard(tmp_path, 10, 40, 3)
+    first = PieceIndex.of_shard(source, 16)
+    (cached,) = (tmp_path / "cache").iterdir()
+    assert np.load(cached).tolist() == [1, 4, 5]
+    before = cached.stat().st_mtime_ns
+    assert PieceIndex.of_shard(source, 16).num_pieces == first.num_pieces == 5
+    assert cached.stat().st_mtime_ns == before
+    assert PieceIndex.of_shard(source, 8).num_pieces == 2 + 5 + 1
+    assert len(list((tmp_path / "cache").iterdir())) == 2
+
+
+def test_cache_notices_that_the_shard_changed(tmp_path: Path) -> None:
+    PieceIndex.of_shard(write_shard(tmp_path, 10, 40, 3), 16)
+    changed = PieceIndex.of_shard(write_shard(tmp_path, 40, 10, 30), 16)
+    assert changed.pieces(np.arange(6)).document.tolist() == [0, 0, 0, 1, 2, 2]
+
+
+@pytest.mark.parametrize("damage", [b"", b"\x93NUMPY\x01\x00junk", b"text"])
+def test_damaged_cache_is_made_again(tmp_path: Path, damage: bytes) -> None:
+    source = write_shard(tmp_path, 10, 40, 3)
+    PieceIndex.of_shard(source, 16)
+    (cached,) = (tmp_path / "cache").iterdir()
+    cached.write_bytes(damage)
+    assert PieceIndex.of_shard(source, 16).num_pieces == 5
+    assert np.load(cached).tolist() == [1, 4, 5]
+
+
+def test_no_cache_folder_no_problem(tmp_path: Path) -> None:
+    source = write_shard(tmp_path, 10, 40, 3)
+    (tmp_path / "cache").write_text("a file where the folder should be")
+    index = PieceIndex.of_shard(source, 16)
+    assert index.pieces(np.arange(5)).length.tolist() == [10, 16, 16, 8, 3]
+    assert sorted(os.listdir(tmp_path)) == ["cache", "train.bin", "train.idx"]
+
+
+def test_heldout_is_whole_documents_and_always_the_same() -> None:
+    source = random_shard(500, 3, longest=100)
+    pieces = heldout_pieces(source, 16, 5000)
+    again = heldout_pieces(source, 16, 5000)
+    assert pieces.document.tolist() == again.document.tolist()
+    read = np.bincount(pieces.document, pieces.length, minlength=500)
+    chosen = np.unique(pieces.document)
+    assert read[chosen].tolist() == source.lengths[chosen].tolist()
+    assert abs(int(pieces.length.sum()) - 5000) <= 50
+    assert pieces.length.max() <= 16
+    assert chosen.tolist() != list(range(len(chosen)))
+
+
+def test_more_heldout_tokens_keep_the_documents_there_are() -> None:
+    source = random_shard(500, 3)
+    few, more = (set(heldout_pieces(source, 16, n).document.tolist()) for n in (800, 3000))
+    assert few < more
+    everything = heldout_pieces(source, 16, 10**9)
+    assert everything.length.sum() == source.num_tokens
+
+
+def test_heldout_of_a_giant_is_one_document_and_of_zero_tokens_none() -> None:
+    assert heldout_pieces(shard(1000), 16, 10).length.sum() == 1000
+    assert len(heldout_pieces(shard(1000), 16, 0).length) == 0
+    assert len(heldout_pieces(shard(), 16, 10).length) == 0
