@@ -58,6 +58,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
 def parse_config(text: str, overrides: Sequence[str] = (), where: str = "config") -> RunConfig:
     """Like `load_config`, from the text of a YAML file; `where` names it in errors."""
     tree = _parse_yaml(text, where)
+    tree = {} if tree is None else tree
     if not isinstance(tree, dict):
         raise UserError(f"{where}: a config is a YAML mapping such as 'seed: 1', not {_kind(tree)}")
     for override in overrides:
@@ -77,7 +78,7 @@ def dump_config(config: RunConfig) -> str:
 
 def _parse_yaml(text: str, where: str) -> Any:
     try:
-        return yaml.load(text, _Loader) or {}
+        return yaml.load(text, _Loader)
     except UserError as error:
         raise UserError(f"{where}: {error}") from None
     except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
@@ -100,7 +101,7 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
         if not isinstance(child, dict):
             raise UserError(f"override '{override}': '{part}' is {_kind(child)}, it has no keys")
         node = child
-    node[last] = None if value == "" else _parse_yaml(value, f"override '{override}'")
+    node[last] = _parse_yaml(value, f"override '{override}'")
 
 
 def _build(kind: Any, value: Any, where: str) -> Any:

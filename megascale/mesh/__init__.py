@@ -1,0 +1,1 @@
+"""How a plan runs on the ranks: packing, attention over packed sequences."""

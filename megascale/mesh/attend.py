@@ -1,0 +1,101 @@
+"""Attention over packed sequences: one function, with a kernel behind it per device.
+
+Shape suffixes: T tokens of the pack, H query heads, G key and value heads, D head size.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch.nn import functional
+
+from megascale.mesh.packing import Segments
+
+
+def attend(
+    q_THD: torch.Tensor,
+    k_TGD: torch.Tensor,
+    v_TGD: torch.Tensor,
+    segments: Segments,
+    causal: bool = True,
+    window: int | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Block-diagonal attention: each token sees its own sequence only.
+
+    With `causal` it sees the past alone, with `window` only the last `window` tokens of it,
+    itself included. Returns the output (T, H, D) and the log-sum-exp of the scores (T, H), by
+    which partial results over different keys can be joined. Scores are scaled by 1/sqrt(D).
+    Gradients flow through the output only.
+    """
+    if window is not None and not causal:
+        raise ValueError("attend: a window looks back, so it needs causal=True")
+    if q_THD.is_cuda and q_THD.dtype in (torch.bfloat16, torch.float16):
+        return _varlen(q_THD, k_TGD, v_TGD, segments, causal, window)
+    kernel = _cpu_flash if not q_THD.is_cuda else _dense
+    return _by_sequence(kernel, q_THD, k_TGD, v_TGD, segments, causal, window)
+
+
+def _varlen(q, k, v, segments, causal, window):  # type: ignore[no-untyped-def]
+    from torch.nn.attention.varlen import AuxRequest, varlen_attn
+
+    cu_seqlens, longest = segments.cu_seqlens, max(segments.lengths)
+    out, lse = varlen_attn(
+        q,
+        k,
+        v,
+        cu_seqlens,
+        cu_seqlens,
+        longest,
+        longest,
+        return_aux=AuxRequest(lse=True),
+        window_size=(window - 1 if window else -1, 0 if causal else -1),
+        enable_gqa=True,
+    )
+    return out, lse if lse.shape[0] == q.shape[0] else lse.transpose(0, 1)
+
+
+def _by_sequence(kernel, q, k, v, segments, causal, window):  # type: ignore[no-untyped-def]
+    """Run `kernel` on the sequences one by one, heads first, and join what it returns."""
+    groups = q.shape[1] // k.shape[1]
+    if groups > 1:
+        k, v = (x.repeat_interleave(groups, dim=1) for x in (k, v))
+    split = [x.transpose(0, 1).unsqueeze(0).split(segments.lengths, dim=2) for x in (q, k, v)]
+    outs, lses = zip(*(_banded(kernel, *part, causal, window) for part in zip(*split)))
+    out = torch.cat(outs, dim=2).squeeze(0).transpose(0, 1)
+    return out, torch.cat(lses, dim=2).squeeze(0).transpose(0, 1)
+
+
+def _banded(kernel, q, k, v, causal, window):  # type: ignore[no-untyped-def]
+    """One sequence (1, H, length, D); a window is cut into bands, so the cost is O(T * window)."""
+    length = q.shape[2]
+    if window is None or window >= length:
+        return kernel(q, k, v, causal, None)
+    outs, lses = [], []
+    for start in range(0, length, window):
+        stop, first = min(start + window, length), max(0, start - window + 1)
+        rows = torch.arange(start, stop, device=q.device)[:, None]
+        keys = torch.arange(first, stop, device=q.device)[None, :]
+        seen = (keys <= rows) & (keys > rows - window)
+        hidden = torch.zeros_like(seen, dtype=q.dtype).masked_fill(~seen, float("-inf"))
+        band = slice(first, stop)
+        out, lse = kernel(q[:, :, start:stop], k[:, :, band], v[:, :, band], False, hidden)
+        outs.append(out)
+        lses.append(lse)
+    return torch.cat(outs, dim=2), torch.cat(lses, dim=2)
+
+
+def _cpu_flash(q, k, v, causal, bias):  # type: ignore[no-untyped-def]
+    flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    out, lse = flash(q, k, v, 0.0, causal, attn_mask=bias)
+    return out, lse
+
+
+def _dense(q, k, v, causal, bias):  # type: ignore[no-untyped-def]
+    """Plain attention with the scores in memory; the fp32 path on CUDA, used by tests."""
+    scores = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
+    if causal:
+        length = q.shape[2]
+        future = torch.ones(length, length, dtype=torch.bool, device=q.device).triu(1)
+        scores = scores.masked_fill(future, float("-inf"))
+    if bias is not None:
+        scores = scores + bias
+    return functional.softmax(scores, dim=-1) @ v, scores.detach().logsumexp(dim=-1)

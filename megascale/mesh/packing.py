@@ -1,0 +1,96 @@
+"""From a ring of the plan to the tensors of one micro-batch.
+
+Shape suffix: T tokens of the pack.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+
+@dataclass
+class Segments:
+    """Where the sequences of a pack lie.
+
+    It travels through megatron-core as its `packed_seq_params`, of which megatron-core itself
+    reads only the format; our attention reads the rest.
+    """
+
+    positions_T: torch.Tensor
+    """Position of each token in its own sequence, int64."""
+    cu_seqlens: torch.Tensor
+    """Cumulative lengths from 0 to T, int32."""
+    lengths: tuple[int, ...]
+    """Tokens of each sequence, in pack order; they sum to T."""
+    rotary: tuple[torch.Tensor, torch.Tensor] | None = field(default=None, repr=False)
+    """Cosines and sines at the positions, filled by the first layer that needs them."""
+    qkv_format: str = "thd"
+    """megatron-core's word for [tokens, heads, head_dim]."""
+
+    @staticmethod
+    def of(lengths: Sequence[int], device: torch.device) -> Segments:
+        """Segments of whole sequences, each starting at position 0."""
+        bounds = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
+        positions = np.concatenate([np.arange(n, dtype=np.int64) for n in lengths])
+        return Segments(
+            positions_T=torch.from_numpy(positions).to(device),
+            cu_seqlens=torch.from_numpy(bounds).to(device),
+            lengths=tuple(int(n) for n in lengths),
+        )
+
+
+@dataclass(frozen=True)
+class TokenSequence:
+    """One sequence as it is read: inputs, and the target after each input."""
+
+    inputs: np.ndarray
+    targets: np.ndarray
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """What one rank runs at once."""
+
+    tokens_T: torch.Tensor
+    """Input ids, int64."""
+    targets_T: torch.Tensor
+    """The id that follows each input in its sequence, int64."""
+    loss_mask_T: torch.Tensor
+    """1.0 where the target counts, 0.0 for padding; fp32."""
+    segments: Segments
+    num_tokens: int
+    """Targets that count."""
+
+
+def pack(
+    sequences: Sequence[TokenSequence], pad_id: int, multiple: int, device: torch.device
+) -> MicroBatch:
+    """Join sequences into one micro-batch, padded to a `multiple` of tokens.
+
+    Padding is a sequence of its own whose targets do not count, so it changes no gradient;
+    without sequences the whole micro-batch is padding.
+    """
+    lengths = [len(sequence.targets) for sequence in sequences]
+    num_tokens = sum(lengths)
+    padding = -num_tokens % multiple if num_tokens else multiple
+    if padding:
+        filler = np.full(padding, pad_id, dtype=np.int64)
+        sequences = [*sequences, TokenSequence(filler, filler)]
+        lengths.append(padding)
+    mask = torch.zeros(num_tokens + padding, device=device)
+    mask[:num_tokens] = 1.0
+    return MicroBatch(
+        tokens_T=_join([s.inputs for s in sequences], device),
+        targets_T=_join([s.targets for s in sequences], device),
+        loss_mask_T=mask,
+        segments=Segments.of(lengths, device),
+        num_tokens=num_tokens,
+    )
+
+
+def _join(parts: list[np.ndarray], device: torch.device) -> torch.Tensor:
+    return torch.from_numpy(np.concatenate(parts).astype(np.int64, copy=False)).to(device)

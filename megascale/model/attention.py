@@ -1,0 +1,64 @@
+"""Rotary self-attention over a pack, in the place of megatron-core's core attention.
+
+Shape suffixes: T tokens of the pack, H query heads, G key and value heads, D head size.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from megascale.mesh.attend import attend
+from megascale.mesh.packing import Segments
+
+
+class PackedAttention(torch.nn.Module):
+    """`core_attention` of a layer spec: rotary embedding by explicit position, then `attend`.
+
+    The rotary embedding is applied here, and not by megatron-core, because megatron-core
+    derives positions from the place in the pack; a shard of a sequence has no such place.
+    """
+
+    def __init__(self, config: Any, rope_base: float, window: int | None, **_: Any) -> None:
+        super().__init__()
+        self.head_dim: int = config.kv_channels
+        self.rope_base = rope_base
+        self.window = window
+
+    def forward(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        attn_mask_type: Any = None,
+        attention_bias: torch.Tensor | None = None,
+        packed_seq_params: Segments | None = None,
+    ) -> torch.Tensor:
+        """(T, H, D), (T, G, D), (T, G, D) -> (T, H * D)."""
+        del attention_mask, attn_mask_type, attention_bias
+        if packed_seq_params is None:
+            raise ValueError("PackedAttention needs the segments of the pack")
+        segments = packed_seq_params
+        if segments.rotary is None:
+            segments.rotary = rotary_table(segments.positions_T, self.head_dim, self.rope_base)
+        query, key = rotate(query, segments.rotary), rotate(key, segments.rotary)
+        out_THD, _ = attend(query, key, value, segments, causal=True, window=self.window)
+        return out_THD.reshape(out_THD.shape[0], -1)
+
+
+def rotary_table(
+    positions_T: torch.Tensor, head_dim: int, base: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cosines and sines, each (T, 1, D / 2) in fp32, of position * base^(-2i/D)."""
+    pairs = torch.arange(0, head_dim, 2, dtype=torch.float64, device=positions_T.device)
+    angles = positions_T.double()[:, None] * base ** (-pairs / head_dim)
+    return angles.cos().float()[:, None], angles.sin().float()[:, None]
+
+
+def rotate(x_THD: torch.Tensor, table: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+    """Turn the pair (i, i + D/2) of every head by its angle, as Llama does."""
+    cos, sin = (part.to(x_THD.dtype) for part in table)
+    first, second = x_THD.chunk(2, dim=-1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)

@@ -1,0 +1,148 @@
+"""A GPT, dense or MoE, built on megatron-core from the config, for this rank."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.models.gpt import GPTModel
+from megatron.core.transformer.module import Float16Module
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_block import get_num_layers_to_build
+
+from megascale.config import MoeConfig, RunConfig
+from megascale.model.counts import padded_vocab_size
+from megascale.model.initialise import initialise
+from megascale.model.layers import final_norm, layer_spec, use_transformer_engine
+from megascale.runtime.distributed import Ranks
+
+
+def build_model(config: RunConfig, ranks: Ranks) -> DistributedDataParallel:
+    """This rank's part of the model, with initial weights, wrapped for gradient reduction.
+
+    The weights depend on `seed` and their name alone, not on the layout of the ranks.
+    Gradients are summed, never averaged (design, decision 3).
+    """
+    core = transformer_config(config, ranks)
+    model = GPTModel(
+        config=core,
+        transformer_layer_spec=_block_spec(config, core),
+        vocab_size=padded_vocab_size(config.model),
+        max_sequence_length=config.data.context_tokens,
+        pre_process=ranks.is_first_stage,
+        post_process=ranks.is_last_stage,
+        share_embeddings_and_output_weights=config.model.tied_embeddings,
+        position_embedding_type="none",
+        parallel_output=True,
+    )
+    initialise(model, config.model, config.seed)
+    model = model.to(ranks.device)
+    if config.train.precision == "bf16":
+        model = Float16Module(core, model)
+    return DistributedDataParallel(core, _reduction(config, ranks), model)
+
+
+def transformer_config(config: RunConfig, ranks: Ranks) -> TransformerConfig:
+    """megatron-core's description of the model."""
+    model, cut = config.model, config.parallel
+    bf16 = config.train.precision == "bf16"
+    dtype = torch.bfloat16 if bf16 else torch.float32
+    on_cuda = ranks.device.type == "cuda"
+    return TransformerConfig(
+        num_layers=model.num_layers,
+        hidden_size=model.hidden_size,
+        num_attention_heads=model.num_heads,
+        num_query_groups=model.num_kv_heads,
+        kv_channels=model.head_dim,
+        ffn_hidden_size=model.ffn_hidden_size,
+        normalization="RMSNorm",
+        layernorm_epsilon=model.norm_eps,
+        qk_layernorm=model.qk_norm,
+        gated_linear_unit=True,
+        activation_func=torch.nn.functional.silu,
+        add_bias_linear=False,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        init_method=_leave,
+        output_layer_init_method=_leave,
+        embedding_init_method=_leave,
+        use_cpu_initialization=not on_cuda,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=bf16,
+        tensor_model_parallel_size=cut.tensor,
+        pipeline_model_parallel_size=cut.pipeline,
+        expert_model_parallel_size=cut.expert,
+        sequence_parallel=bool(cut.sequence_parallel),
+        calculate_per_token_loss=True,
+        variable_seq_lengths=not fixed_length(config),
+        batch_p2p_comm=on_cuda,
+        bias_activation_fusion=on_cuda,
+        gradient_accumulation_fusion=False,
+        masked_softmax_fusion=False,
+        **_recompute_options(config),
+        **_moe_options(model.moe, use_transformer_engine(model)),
+    )
+
+
+def _leave(weight: torch.Tensor) -> torch.Tensor:
+    """Initial weights come from `initialise`; megatron-core must still run its own step, which
+    marks the weights that are cut over tensor ranks."""
+    return weight
+
+
+def fixed_length(config: RunConfig) -> bool:
+    """Whether every micro-batch is padded to the capacity: the allgather dispatcher needs the
+    same number of tokens on all ranks of an expert group."""
+    return config.model.moe is not None and config.model.moe.dispatcher == "allgather"
+
+
+def _recompute_options(config: RunConfig) -> dict[str, Any]:
+    if config.train.recompute == "none":
+        return {}
+    return {
+        "recompute_granularity": "full",
+        "recompute_method": "uniform",
+        "recompute_num_layers": 1,
+    }
+
+
+def _moe_options(moe: MoeConfig | None, grouped: bool) -> dict[str, Any]:
+    if moe is None:  # megatron-core checks its default dispatcher even in dense models
+        return {"moe_token_dispatcher_type": "alltoall"}
+    return {
+        "num_moe_experts": moe.num_experts,
+        "moe_router_topk": moe.top_k,
+        "moe_ffn_hidden_size": moe.ffn_hidden_size,
+        "moe_shared_expert_intermediate_size": moe.shared_ffn_hidden_size or None,
+        "moe_token_dispatcher_type": moe.dispatcher,
+        "moe_router_load_balancing_type": "aux_loss" if moe.aux_loss_coeff else "none",
+        "moe_aux_loss_coeff": moe.aux_loss_coeff,
+        "moe_z_loss_coeff": moe.z_loss_coeff or None,
+        "moe_router_dtype": "fp32",
+        "moe_grouped_gemm": grouped,
+    }
+
+
+def _block_spec(config: RunConfig, core: TransformerConfig) -> ModuleSpec | Any:
+    spec, norm = layer_spec(config.model), final_norm(config.model)
+    if norm is None:
+        return spec
+    layers = [spec] * get_num_layers_to_build(core)
+    return TransformerBlockSubmodules(layer_specs=layers, layer_norm=norm)
+
+
+def _reduction(config: RunConfig, ranks: Ranks) -> DistributedDataParallelConfig:
+    """Overlap with the backward pass pays on CUDA; experts without tokens have no gradient to
+    announce, so a MoE model without grouped experts reduces at the end."""
+    whole = config.model.moe is None or use_transformer_engine(config.model)
+    overlap = ranks.device.type == "cuda" and whole
+    return DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True,
+        overlap_grad_reduce=overlap,
+        overlap_param_gather=overlap and config.optim.distributed_optimizer,
+        use_distributed_optimizer=config.optim.distributed_optimizer,
+    )

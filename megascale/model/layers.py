@@ -1,0 +1,111 @@
+"""Layer specs: megatron-core's layers with our attention, norm and parallel block."""
+
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import replace
+from typing import Any
+
+import torch
+from megatron.core.models.gpt.gpt_layer_specs import (
+    get_gpt_layer_local_spec,
+    get_gpt_layer_with_transformer_engine_spec,
+)
+from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_layer import TransformerLayer
+
+from megascale.config import ModelConfig
+from megascale.errors import UserError
+from megascale.model.attention import PackedAttention
+
+
+class RMSNorm(torch.nn.Module):
+    """x / sqrt(mean(x^2) + eps) * weight, computed in fp32.
+
+    Unlike megatron-core's torch-wrapped norm it marks its weight for sequence parallelism, so
+    that its gradient is summed over the tensor ranks.
+    """
+
+    def __init__(self, config: Any, hidden_size: int, eps: float = 1e-5, **_: Any) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = torch.nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(..., hidden) -> (..., hidden)."""
+        return torch.nn.functional.rms_norm(x, self.weight.shape, self.weight, self.eps)
+
+
+class ParallelBlockLayer(TransformerLayer):  # type: ignore[misc]
+    """y = x + MLP(LN x) + Attention(LN x), one norm shared (MegaScale section 3.1)."""
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        packed_seq_params: Any = None,
+        **_: Any,
+    ) -> tuple[torch.Tensor, None]:
+        """(T, 1, hidden) -> (T, 1, hidden); the None is megatron-core's unused context."""
+        normed = self.input_layernorm(hidden_states)
+        attention, _bias = self.self_attention(
+            normed, attention_mask=attention_mask, packed_seq_params=packed_seq_params
+        )
+        feed_forward, _bias = self.mlp(normed)
+        return hidden_states + attention + feed_forward, None
+
+
+def use_transformer_engine(model: ModelConfig) -> bool:
+    """Whether layers come from Transformer Engine.
+
+    Raises UserError when it is asked for but missing, or cannot build the block.
+    """
+    installed = importlib.util.find_spec("transformer_engine") is not None
+    if model.implementation == "transformer_engine":
+        if not installed:
+            raise UserError(
+                "model.implementation = transformer_engine, which is not installed; "
+                "set model.implementation=local"
+            )
+        if model.parallel_block:
+            raise UserError("model.parallel_block needs model.implementation=local")
+        return True
+    cuda = torch.cuda.is_available()
+    return model.implementation == "auto" and installed and cuda and not model.parallel_block
+
+
+def layer_spec(model: ModelConfig) -> ModuleSpec:
+    """The spec of one transformer layer of `model`."""
+    num_experts = model.moe.num_experts if model.moe else None
+    if use_transformer_engine(model):
+        spec = get_gpt_layer_with_transformer_engine_spec(
+            num_experts=num_experts, moe_grouped_gemm=True, qk_layernorm=model.qk_norm
+        )
+        return _with(spec, _attention(model, spec))
+    spec = get_gpt_layer_local_spec(
+        num_experts=num_experts, qk_layernorm=model.qk_norm, normalization="RMSNorm"
+    )
+    qk_norm = RMSNorm if model.qk_norm else IdentityOp
+    attention = _attention(model, spec, q_layernorm=qk_norm, k_layernorm=qk_norm)
+    pre_mlp_norm = IdentityOp if model.parallel_block else RMSNorm
+    spec = _with(spec, attention, input_layernorm=RMSNorm, pre_mlp_layernorm=pre_mlp_norm)
+    return replace(spec, module=ParallelBlockLayer) if model.parallel_block else spec
+
+
+def final_norm(model: ModelConfig) -> type | None:
+    """The norm before the output head; None means megatron-core's own choice."""
+    return None if use_transformer_engine(model) else RMSNorm
+
+
+def _attention(model: ModelConfig, spec: ModuleSpec, **changes: Any) -> ModuleSpec:
+    attention = spec.submodules.self_attention
+    options = {"rope_base": model.rope_base, "window": model.sliding_window}
+    core = ModuleSpec(module=PackedAttention, params=options)
+    submodules = replace(attention.submodules, core_attention=core, **changes)
+    return replace(attention, submodules=submodules)
+
+
+def _with(spec: ModuleSpec, attention: ModuleSpec, **changes: Any) -> ModuleSpec:
+    return replace(spec, submodules=replace(spec.submodules, self_attention=attention, **changes))

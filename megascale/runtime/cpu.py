@@ -1,0 +1,198 @@
+"""megatron-core on a machine without CUDA: answers for what it takes for granted.
+
+megatron-core asks `torch.cuda` for devices, streams and random states, makes tensors with a
+literal `device="cuda"`, and compares `Tensor.type()` with `torch.cuda.FloatTensor`. On CPU ranks
+each of these has one true answer, given here. `install` is called once, before megatron-core is
+imported, and only where no CUDA device exists; nothing else in the code knows.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed
+
+CPU = torch.device("cpu")
+FACTORIES = (
+    "arange empty empty_like full full_like ones ones_like rand rand_like randint randn "
+    "randn_like tensor zeros zeros_like as_tensor"
+).split()
+_installed = False
+
+
+class Stream:
+    """A stream on a device that does one thing at a time: every wait is already over."""
+
+    device = CPU
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        del args, kwargs
+
+    def synchronize(self) -> None:
+        """Nothing is ever in flight."""
+
+    def query(self) -> bool:
+        """Whether all work is done: always."""
+        return True
+
+    def wait_stream(self, stream: Any) -> None:
+        """Nothing to wait for."""
+
+    def wait_event(self, event: Any) -> None:
+        """Nothing to wait for."""
+
+    def wait(self, stream: Any = None) -> None:
+        """Nothing to wait for."""
+
+    def record(self, stream: Any = None) -> None:
+        """An event that is recorded has happened."""
+
+    def record_event(self, event: Any = None) -> Any:
+        """The event, which has happened."""
+        return event or Stream()
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Stream)
+
+    def __hash__(self) -> int:
+        return 0
+
+
+class Event(Stream):
+    """An event on such a device: it has happened."""
+
+
+def install() -> None:
+    """Install every substitution; calling it again does nothing.
+
+    Raises RuntimeError on a machine with CUDA, where all of it would be wrong.
+    """
+    global _installed
+    if _installed:
+        return
+    if torch.cuda.is_available():
+        raise RuntimeError("runtime.cpu answers for machines without CUDA; this one has it")
+    _answer_for_devices()
+    _answer_for_random_states()
+    _redirect_factories()
+    _answer_for_tensors()
+    _answer_for_collectives()
+    torch.compile = _identity_decorator
+    _patch_megatron()
+    _installed = True
+
+
+def _answer_for_devices() -> None:
+    """Each name gets a function of its own: dynamo refuses one object under two names."""
+    torch.cuda.current_device = _returning(CPU)
+    torch.cuda.Stream = Stream
+    torch.cuda.Event = Event
+    torch.cuda.current_stream = _returning(Stream())
+    torch.cuda.default_stream = _returning(Stream())
+    torch.cuda.stream = lambda stream: contextlib.nullcontext()
+    for name in ("set_device", "synchronize", "empty_cache"):
+        setattr(torch.cuda, name, _returning(None))
+    for name in ("range_push", "range_pop"):
+        setattr(torch.cuda.nvtx, name, _returning(None))
+
+
+def _returning(value: Any) -> Callable[..., Any]:
+    return lambda *args, **kwargs: value
+
+
+def _answer_for_random_states() -> None:
+    torch.cuda.get_rng_state = lambda *args, **kwargs: torch.get_rng_state()
+    torch.cuda.random.get_rng_state = lambda *args, **kwargs: torch.get_rng_state()
+    torch.cuda.set_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
+    torch.cuda.manual_seed = lambda seed: torch.manual_seed(seed)
+
+
+def _redirect_factories() -> None:
+    for name in FACTORIES:
+        setattr(torch, name, _on_cpu(getattr(torch, name)))
+
+
+def _on_cpu(factory: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(factory)
+    def make(*args: Any, **kwargs: Any) -> Any:
+        if "device" in kwargs and _is_cuda(kwargs["device"]):
+            kwargs["device"] = CPU
+            kwargs.pop("pin_memory", None)
+        return factory(*args, **kwargs)
+
+    return make
+
+
+def _is_cuda(device: Any) -> bool:
+    if isinstance(device, torch.device):
+        return device.type == "cuda"
+    return isinstance(device, str) and device.startswith("cuda")
+
+
+def _answer_for_tensors() -> None:
+    tensor_to, tensor_type = torch.Tensor.to, torch.Tensor.type
+
+    def to(self: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        args = tuple(CPU if _is_cuda(arg) else arg for arg in args)
+        if _is_cuda(kwargs.get("device")):
+            kwargs["device"] = CPU
+        return tensor_to(self, *args, **kwargs)
+
+    def type_(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        if args or kwargs:
+            return tensor_type(self, *args, **kwargs)
+        return tensor_type(self).replace("torch.", "torch.cuda.", 1)
+
+    torch.Tensor.to = to
+    torch.Tensor.type = type_
+    torch.Tensor.cuda = lambda self, *args, **kwargs: self
+    torch.Tensor.record_stream = lambda self, stream: None
+
+
+def _answer_for_collectives() -> None:
+    """Split sizes must be lists for gloo; megatron-core's dispatcher passes tensors."""
+    all_to_all_single = torch.distributed.all_to_all_single
+
+    @functools.wraps(all_to_all_single)
+    def with_lists(
+        output: torch.Tensor,
+        input: torch.Tensor,
+        output_split_sizes: Any = None,
+        input_split_sizes: Any = None,
+        group: Any = None,
+        async_op: bool = False,
+    ) -> Any:
+        return all_to_all_single(
+            output,
+            input,
+            _as_list(output_split_sizes),
+            _as_list(input_split_sizes),
+            group=group,
+            async_op=async_op,
+        )
+
+    torch.distributed.all_to_all_single = with_lists
+
+
+def _as_list(sizes: Any) -> list[int] | None:
+    return None if sizes is None else [int(size) for size in sizes]
+
+
+def _identity_decorator(function: Any = None, **options: Any) -> Any:
+    """torch.compile, without compiling: a CPU rank has no use for a C++ build at start-up."""
+    del options
+    return function if function is not None else _identity_decorator
+
+
+def _patch_megatron() -> None:
+    import megatron.core.tensor_parallel.random as random
+    import megatron.core.transformer.moe.moe_utils as moe_utils
+
+    random._get_cuda_rng_state = lambda *args, **kwargs: torch.get_rng_state()
+    random._set_cuda_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
+    if not hasattr(moe_utils, "te_general_gemm"):
+        moe_utils.te_general_gemm = None

@@ -1,0 +1,201 @@
+"""Starting and stopping the ranks of a run: device, process groups, threads, seeds."""
+
+from __future__ import annotations
+
+import os
+import socket
+import warnings
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from megascale.config import Layout, RunConfig
+from megascale.errors import UserError
+
+TIMEOUT = timedelta(minutes=10)
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """Where this process stands among the ranks of the run."""
+
+    rank: int
+    world: int
+    local_rank: int
+    device: torch.device
+    backend: str
+    layout: Layout
+    hdp_rank: int
+    """Position on the HDP axis; ranks that share it hold the same sequences."""
+    is_first_stage: bool
+    """Holds the embedding."""
+    is_last_stage: bool
+    """Holds the output head, and so the loss."""
+    reports_loss: bool
+    """The one rank of its HDP position whose loss sums are counted."""
+    control: dist.ProcessGroup
+    """All ranks over gloo, for plans and other bytes in host memory."""
+    why: str
+    """Why this device was taken, to be said aloud."""
+
+
+def choose_device(wanted: str) -> tuple[str, str]:
+    """The device type ('cuda' or 'cpu') and the reason for it.
+
+    Raises UserError when `device: cuda` is asked for on a machine without CUDA.
+    """
+    if wanted == "cuda" and not torch.cuda.is_available():
+        raise UserError("device = cuda, but torch sees no CUDA device; set device=cpu or auto")
+    if wanted == "cpu" and torch.cuda.is_available():
+        raise UserError(
+            "device = cpu on a machine with CUDA: start with CUDA_VISIBLE_DEVICES= (empty) too"
+        )
+    if torch.cuda.is_available():
+        return "cuda", f"{torch.cuda.device_count()} CUDA device(s) found"
+    return "cpu", "no CUDA device found" if wanted == "auto" else "asked for by device = cpu"
+
+
+def world_from_environment() -> tuple[int, int, int]:
+    """(rank, world, local rank) as torchrun sets them; (0, 1, 0) when it did not."""
+    read = os.environ.get
+    return int(read("RANK", "0")), int(read("WORLD_SIZE", "1")), int(read("LOCAL_RANK", "0"))
+
+
+def start(config: RunConfig) -> Ranks:
+    """Join the other ranks, lay out the groups of TP, PP, EP and HDP, and warm each one.
+
+    A group is warmed with one collective before any point-to-point use, because on NCCL a
+    point-to-point exchange must not be a group's first operation.
+    Raises UserError when the layout does not fit the number of ranks.
+    """
+    rank, world, local_rank = world_from_environment()
+    layout = Layout.of(config, world)
+    kind, why = choose_device(config.device)
+    device = torch.device(kind, local_rank) if kind == "cuda" else torch.device("cpu")
+    _quiet_megatron()
+    if kind == "cuda":
+        torch.cuda.set_device(device)
+    else:
+        from megascale.runtime import cpu
+
+        cpu.install()
+        torch.set_num_threads(config.train.threads or _threads_per_rank())
+    _join(rank, world, "nccl" if kind == "cuda" else "gloo")
+    control = dist.group.WORLD if kind == "cpu" else dist.new_group(backend="gloo", timeout=TIMEOUT)
+    _make_groups(layout)
+    seed_everything(config.seed)
+    return _describe(layout, rank, local_rank, device, control, why)
+
+
+def stop() -> None:
+    """Leave the groups; safe to call when they were never made."""
+    if not dist.is_initialized():
+        return
+    from megatron.core import parallel_state
+
+    parallel_state.destroy_model_parallel()
+    dist.destroy_process_group()
+
+
+def seed_everything(seed: int) -> None:
+    """Seed torch and megatron-core's tracked random states.
+
+    Training draws no random number (no dropout, weights by name, data by cursor), so this is
+    all the random state a checkpoint needs.
+    """
+    from megatron.core import tensor_parallel
+
+    torch.manual_seed(seed)
+    tensor_parallel.model_parallel_cuda_manual_seed(seed)
+
+
+def broadcast_bytes(payload: bytes | None, ranks: Ranks, source: int = 0) -> bytes:
+    """The same bytes on every rank; only `source` needs to give them."""
+    if ranks.world == 1:
+        assert payload is not None
+        return payload
+    size = torch.tensor([len(payload) if payload is not None else 0])
+    dist.broadcast(size, source, group=ranks.control)
+    buffer = torch.empty(int(size), dtype=torch.uint8)
+    if ranks.rank == source:
+        buffer = torch.frombuffer(bytearray(payload or b""), dtype=torch.uint8)
+    dist.broadcast(buffer, source, group=ranks.control)
+    return buffer.numpy().tobytes()
+
+
+def all_agree(fine: bool, ranks: Ranks) -> bool:
+    """Whether `fine` holds on every rank."""
+    flag = torch.tensor([1 if fine else 0])
+    if ranks.world > 1:
+        dist.all_reduce(flag, dist.ReduceOp.MIN, group=ranks.control)
+    return bool(flag)
+
+
+def _join(rank: int, world: int, backend: str) -> None:
+    if dist.is_initialized():
+        return
+    if world == 1 and "MASTER_ADDR" not in os.environ:
+        store = dist.HashStore()
+        dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=TIMEOUT)
+        return
+    dist.init_process_group(backend, rank=rank, world_size=world, timeout=TIMEOUT)
+
+
+def _make_groups(layout: Layout) -> None:
+    from megatron.core import parallel_state
+
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=layout.tensor,
+        pipeline_model_parallel_size=layout.pipeline,
+        expert_model_parallel_size=layout.expert,
+        context_parallel_size=1,
+    )
+    token = torch.zeros(1, device=torch.cuda.current_device())
+    for group in (
+        parallel_state.get_tensor_model_parallel_group(),
+        parallel_state.get_pipeline_model_parallel_group(),
+        parallel_state.get_expert_model_parallel_group(),
+        parallel_state.get_data_parallel_group(),
+        dist.group.WORLD,
+    ):
+        dist.all_reduce(token, group=group)
+
+
+def _describe(
+    layout: Layout,
+    rank: int,
+    local_rank: int,
+    device: torch.device,
+    control: dist.ProcessGroup,
+    why: str,
+) -> Ranks:
+    from megatron.core import parallel_state as state
+
+    last = state.is_pipeline_last_stage()
+    return Ranks(
+        rank=rank,
+        world=layout.world,
+        local_rank=local_rank,
+        device=device,
+        backend=dist.get_backend(),
+        layout=layout,
+        hdp_rank=state.get_data_parallel_rank(),
+        is_first_stage=state.is_pipeline_first_stage(),
+        is_last_stage=last,
+        reports_loss=last and state.get_tensor_model_parallel_rank() == 0,
+        control=control,
+        why=f"{why}; host {socket.gethostname()}",
+    )
+
+
+def _threads_per_rank() -> int:
+    local_world = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return max(1, len(os.sched_getaffinity(0)) // local_world)
+
+
+def _quiet_megatron() -> None:
+    """megatron-core warns of every optional package at import; `doctor` lists them instead."""
+    warnings.filterwarnings("ignore", module=r"megatron\..*")
+    warnings.filterwarnings("ignore", message=".*(Apex|Transformer Engine|apex).*")

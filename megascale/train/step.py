@@ -1,0 +1,155 @@
+"""One training step on one screen, and the forward and backward passes it stands on."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.distributed import finalize_model_grads
+from megatron.core.pipeline_parallel import get_forward_backward_func
+
+from megascale.config import RunConfig
+from megascale.mesh.packing import MicroBatch
+from megascale.optim.build import apply_gradients, set_rates
+from megascale.optim.schedule import lr_at
+from megascale.runtime.distributed import Ranks
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one step did; the same on every rank."""
+
+    loss: float
+    """Mean loss per token, nats."""
+    num_tokens: int
+    """Loss tokens of the global batch."""
+    grad_norm: float
+    """Before clipping."""
+    lr: float
+    """Learning rate of this step."""
+    skipped: bool
+    """Loss or gradient norm was not finite, and the weights were left alone."""
+    stop: bool
+    """Some rank was asked to stop."""
+    writes_done: bool
+    """Every rank has finished its background checkpoint write, if one is pending."""
+    seconds: float
+    """Wall time of the step on this rank."""
+
+
+@dataclass
+class Learner:
+    """The model and its optimizer on this rank."""
+
+    config: RunConfig
+    ranks: Ranks
+    model: Any
+    optimizer: Any
+
+
+def train_step(
+    learner: Learner,
+    micro_batches: Iterable[MicroBatch],
+    count: int,
+    loss_tokens: int,
+    tokens_seen: int,
+    stop: bool = False,
+    writes_done: bool = True,
+) -> StepResult:
+    """Train on one global batch, of which `micro_batches` (`count` of them) are this rank's.
+
+    `loss_tokens` are those of the whole batch and `tokens_seen` those up to and including it.
+    Raises RuntimeError when the ranks together did not run every token exactly once.
+    """
+    began = time.perf_counter()
+    config, model, optimizer = learner.config, learner.model, learner.optimizer
+    lr = lr_at(tokens_seen, config.optim.schedule)
+    set_rates(optimizer, lr, config.optim.weight_decay)
+    model.zero_grad_buffer()
+    optimizer.zero_grad()
+    loss_sum, ran = run_micro_batches(learner, micro_batches, count)
+    finalize_model_grads([model])
+    loss_sum, ran, stops, writing = _sum_over_ranks(
+        learner.ranks, [loss_sum, ran, float(stop), float(not writes_done)]
+    )
+    if int(ran) != loss_tokens:
+        raise RuntimeError(f"the plan ran {int(ran)} tokens of a batch of {loss_tokens}")
+    norm, stepped = apply_gradients(
+        model, optimizer, loss_tokens, config.optim.clip_grad_norm, math.isfinite(loss_sum)
+    )
+    return StepResult(
+        loss=loss_sum / loss_tokens,
+        num_tokens=loss_tokens,
+        grad_norm=norm,
+        lr=lr,
+        skipped=not stepped,
+        stop=stops > 0,
+        writes_done=writing == 0,
+        seconds=time.perf_counter() - began,
+    )
+
+
+def evaluate(
+    learner: Learner, micro_batches: Iterable[MicroBatch], count: int
+) -> tuple[float, int]:
+    """Summed loss (nats) and tokens over all ranks, without gradients."""
+    learner.model.eval()
+    loss_sum, ran = run_micro_batches(learner, micro_batches, count, forward_only=True)
+    learner.model.train()
+    loss_sum, ran = _sum_over_ranks(learner.ranks, [loss_sum, ran])
+    return loss_sum, int(ran)
+
+
+def run_micro_batches(
+    learner: Learner,
+    micro_batches: Iterable[MicroBatch],
+    count: int,
+    forward_only: bool = False,
+) -> tuple[float, float]:
+    """Forward (and backward) through megatron-core's schedule for this layout.
+
+    Returns this rank's (summed loss, loss tokens), both 0 where another rank reports them.
+    """
+    config = learner.config
+    reports = get_forward_backward_func()(
+        forward_step_func=_forward,
+        data_iterator=iter(micro_batches),
+        model=[learner.model],
+        num_microbatches=count,
+        seq_length=config.planner.capacity_tokens,
+        micro_batch_size=1,
+        forward_only=forward_only,
+    )
+    if not learner.ranks.reports_loss:
+        return 0.0, 0.0
+    total = torch.stack(reports).sum(dim=0)
+    return total[0].item(), total[1].item()
+
+
+def _forward(data: Iterator[MicroBatch], model: Any) -> tuple[torch.Tensor, Any]:
+    batch = next(data)
+    loss_T = model(
+        input_ids=batch.tokens_T[None],
+        position_ids=batch.segments.positions_T[None],
+        attention_mask=None,
+        labels=batch.targets_T[None],
+        packed_seq_params=batch.segments,
+    )
+
+    def summed(loss_T: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        loss_sum = (loss_T.flatten().float() * batch.loss_mask_T).sum()
+        tokens = torch.tensor(batch.num_tokens, dtype=torch.int32, device=loss_sum.device)
+        return loss_sum, tokens, torch.stack([loss_sum.detach().double(), tokens.double()])
+
+    return loss_T, summed
+
+
+def _sum_over_ranks(ranks: Ranks, values: list[float]) -> list[float]:
+    total = torch.tensor(values, dtype=torch.float64, device=ranks.device)
+    dist.all_reduce(total)
+    return [float(value) for value in total]
