@@ -1,0 +1,100 @@
+"""Seconds that a micro-batch takes, as a function of its lengths and of its ring."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from megascale.errors import UserError
+
+ASSUMED_FLOPS_PER_S = 1e14
+ASSUMED_FIXED_TOKENS = 256
+
+
+@dataclass(frozen=True)
+class CostModel:
+    """Time of a micro-batch, forward and backward, on a ring of d ranks.
+
+    fixed + latency * log2(d) + (a * sum(s^2) + b * sum(s)) / d + transfer * sum(s) / d, where
+    s are the lengths of its sequences in tokens (the shape of ByteScale's and FlexSP's cost
+    models). `transfer` is `transfer_intra` where the ring lies within one node, else
+    `transfer_inter`, and 0 where d = 1.
+    """
+
+    a: float
+    """Seconds per token squared: attention."""
+    b: float
+    """Seconds per token: everything else."""
+    fixed: float = 0.0
+    """Seconds per micro-batch."""
+    latency: float = 0.0
+    """Seconds, times log2 of the ring's size."""
+    transfer_intra: float = 0.0
+    """Seconds per token that a rank holds, for rings within a node."""
+    transfer_inter: float = 0.0
+    """Seconds per token that a rank holds, for rings across nodes."""
+    node_size: int = 8
+    """Consecutive ranks that share a node."""
+    calibrated: bool = True
+    """False where the rate is assumed: then only ratios of times mean anything."""
+
+    @staticmethod
+    def from_flops(flops_per_token: float, flops_per_token_squared: float) -> CostModel:
+        """A model of ring size 1 from operation counts, forward and backward, of one sequence.
+
+        The rate is assumed, and so is that a micro-batch costs what 256 more tokens would
+        (kernel launches), so times are uncalibrated.
+        """
+        b = flops_per_token / ASSUMED_FLOPS_PER_S
+        return CostModel(
+            a=flops_per_token_squared / ASSUMED_FLOPS_PER_S,
+            b=b,
+            fixed=ASSUMED_FIXED_TOKENS * b,
+            calibrated=False,
+        )
+
+    @staticmethod
+    def load(path: str | Path) -> CostModel:
+        """Read a COST.json: an object with the fields above, `calibrated` excepted.
+
+        Raises UserError for an unreadable file, a key that is unknown or missing, and a value
+        that is not a number of at least 0.
+        """
+        names = [one.name for one in fields(CostModel) if one.name != "calibrated"]
+        try:
+            value = json.loads(Path(path).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            raise UserError(f"cost file {path}: not a readable JSON file") from None
+        if not isinstance(value, dict) or set(value) != set(names):
+            raise UserError(f"cost file {path}: must be an object with keys {', '.join(names)}")
+        for name in names:
+            number = value[name]
+            is_number = type(number) in (int, float) and math.isfinite(number)
+            if not is_number or number < 0 or (name == "node_size" and type(number) is not int):
+                raise UserError(f"cost file {path}: {name} = {number!r} must be a number >= 0")
+        if value["node_size"] < 1:
+            raise UserError(f"cost file {path}: node_size must be at least 1")
+        return CostModel(**value)
+
+    def compute_s(self, lengths: ArrayLike) -> NDArray[np.float64]:
+        """Seconds of each sequence alone on one rank, without the fixed part; same shape."""
+        tokens = np.asarray(lengths, dtype=np.float64)
+        seconds: NDArray[np.float64] = tokens * (self.a * tokens + self.b)
+        return seconds
+
+    def ring_s(self, lengths: ArrayLike, ranks: Sequence[int]) -> float:
+        """Seconds of one micro-batch of `lengths` on `ranks`; of an empty one, the fixed part."""
+        size = len(ranks)
+        seconds = self.fixed + float(self.compute_s(lengths).sum()) / size
+        if size > 1:
+            one_node = len({rank // self.node_size for rank in ranks}) == 1
+            transfer = self.transfer_intra if one_node else self.transfer_inter
+            held_tokens = float(np.sum(lengths)) / size
+            seconds += self.latency * math.log2(size) + transfer * held_tokens
+        return seconds

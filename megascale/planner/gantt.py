@@ -1,0 +1,151 @@
+"""Pictures of a plan: ranks as rows, time to the right, micro-batches as bars."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from megascale.planner.cost import CostModel
+from megascale.planner.plan import StepPlan
+from megascale.planner.timeline import Timeline, timeline
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+MAX_TEXT_ROWS = 16
+_MARKS = ((0.5, "#"), (0.125, "="), (0.0, "-"))
+_PADDING_COLOUR = (0.87, 0.87, 0.87, 1.0)
+_BOUND_COLOUR = "#b2182b"
+LEGEND = "longest sequence > 1/2 of capacity '#', > 1/8 '=', shorter '-', padding '.'"
+
+
+def text_gantt(plan: StepPlan, lengths: ArrayLike, cost: CostModel, width: int = 72) -> str:
+    """The plan as text, `width` columns for the longest of step time and lower bound.
+
+    At most 16 ranks are shown, evenly from the busiest to the least busy. A `|` after the bars
+    marks the lower bound.
+    """
+    times = timeline(plan, lengths, cost)
+    scale = width / (max(times.total_s, plan.lower_bound_s) or 1.0)
+    ranks = _shown_ranks(times, plan.num_ranks)
+    longest = _longest_tokens(plan, lengths)
+    rows = []
+    for rank in ranks:
+        cells = [" "] * (width + 1)
+        for position, ring in enumerate(plan.rings):
+            if rank in ring.ranks:
+                begin = round(times.begin_s[position] * scale)
+                end = max(begin + 1, round(times.end_s[position] * scale))
+                cells[begin:end] = _bar(end - begin, longest[position] / plan.capacity)
+        bound = min(width, round(plan.lower_bound_s * scale))
+        cells[bound] = "|" if cells[bound] == " " else cells[bound]
+        count, busy = len(plan.rings_of(rank)), times.busy_s[rank] / (times.total_s or 1.0)
+        rows.append(f"rank {rank:>5} {''.join(cells[: width + 1])} {busy:4.0%} {count:>3} mb")
+    if len(ranks) < plan.num_ranks:
+        rows.append(f"({len(ranks)} of {plan.num_ranks} ranks, busiest first)")
+    return "\n".join(rows)
+
+
+def _bar(width: int, fullness: float) -> list[str]:
+    mark = next((mark for limit, mark in _MARKS if fullness > limit), ".")
+    return ["["] + [mark] * (width - 1) if width > 1 else [mark]
+
+
+def _shown_ranks(times: Timeline, num_ranks: int) -> Sequence[int]:
+    if num_ranks <= MAX_TEXT_ROWS:
+        return range(num_ranks)
+    by_busy = np.argsort(-times.busy_s, kind="stable")
+    chosen: list[int] = by_busy[np.linspace(0, num_ranks - 1, MAX_TEXT_ROWS).astype(int)].tolist()
+    return chosen
+
+
+def _longest_tokens(plan: StepPlan, lengths: ArrayLike) -> NDArray[np.int64]:
+    """Tokens of the longest sequence of each ring; 0 for padding."""
+    tokens = np.asarray(lengths, dtype=np.int64)
+    longest = [max((int(tokens[i]) for i in ring.sequences), default=0) for ring in plan.rings]
+    return np.array(longest, dtype=np.int64)
+
+
+def plot_gantt(plan: StepPlan, lengths: ArrayLike, cost: CostModel, path: str | Path) -> None:
+    """Write the plan as a picture (format by the ending of `path`).
+
+    Bars are coloured by their longest sequence; dashed, the lower bound. Times of an
+    uncalibrated cost model are shown in units of the lower bound.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    times = timeline(plan, lengths, cost)
+    unit = 1e3 if cost.calibrated else 1 / (plan.lower_bound_s or 1.0)
+    figure = Figure(figsize=(10, min(12.0, 2.4 + 0.32 * plan.num_ranks)), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    _draw_bars(axes, plan, _longest_tokens(plan, lengths), times, unit)
+    bound = plan.lower_bound_s * unit
+    axes.axvline(bound, color=_BOUND_COLOUR, linestyle="--", linewidth=1.4)
+    above = axes.get_xaxis_transform()
+    label = axes.text(bound, 1.005, "lower bound", ha="right", va="bottom", transform=above)
+    label.set(color=_BOUND_COLOUR, fontsize=9)
+    axes.set_xlabel("predicted time (ms)" if cost.calibrated else "time / lower bound")
+    axes.set_title(_title(plan, lengths, times), loc="left", fontsize=11, pad=18)
+    figure.savefig(path, dpi=150)
+
+
+def _title(plan: StepPlan, lengths: ArrayLike, times: Timeline) -> str:
+    tokens = np.asarray(lengths, dtype=np.int64)
+    over = times.total_s / plan.lower_bound_s if plan.lower_bound_s > 0 else 1.0
+    return (
+        f"{len(tokens):,} sequences, {int(tokens.sum()):,} tokens on {plan.num_ranks:,} ranks "
+        f"({plan.mode}): {over:.3f}x the lower bound"
+    )
+
+
+def _draw_bars(
+    axes: Axes, plan: StepPlan, longest: NDArray[np.int64], times: Timeline, unit: float
+) -> None:
+    from matplotlib import colormaps
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.collections import PolyCollection
+    from matplotlib.colors import LogNorm
+    from matplotlib.ticker import MaxNLocator
+
+    real = longest[longest > 0]
+    low, high = (int(real.min()), int(real.max())) if len(real) else (1, 2)
+    scale = ScalarMappable(LogNorm(low, max(high, low + 1)), colormaps["viridis"])
+    colours = scale.to_rgba(np.maximum(longest, low))
+    colours[longest == 0] = _PADDING_COLOUR
+    bars = [(position, rank) for position, ring in enumerate(plan.rings) for rank in ring.ranks]
+    positions, ranks = np.array(bars).T
+    is_small = plan.num_ranks <= 64  # beyond, gaps between bars would make a pattern
+    corners = _corners(times.begin_s[positions] * unit, times.end_s[positions] * unit, ranks)
+    corners[:, :, 1] += np.array([-0.41, -0.41, 0.41, 0.41]) * (1.0 if is_small else 1.3)
+    axes.add_collection(
+        PolyCollection(
+            list(corners),
+            facecolors=colours[positions],
+            edgecolors="white",
+            linewidths=0.6 if is_small else 0.0,
+            antialiaseds=is_small,
+        )
+    )
+    axes.set_ylim(plan.num_ranks - 0.4, -0.6)
+    axes.set_xlim(0, max(times.total_s, plan.lower_bound_s) * unit * 1.02 or 1.0)
+    axes.yaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set_ylabel("rank")
+    axes.spines[["top", "right"]].set_visible(False)
+    ticks = np.unique(np.geomspace(low, max(high, low + 1), 6).round())
+    bar = axes.figure.colorbar(scale, ax=axes, pad=0.01, ticks=ticks, format="{x:,.0f}")
+    bar.minorticks_off()
+    bar.set_label("longest sequence of the micro-batch (tokens)")
+
+
+def _corners(
+    begin: NDArray[np.float64], end: NDArray[np.float64], ranks: NDArray[np.int64]
+) -> NDArray[np.float64]:
+    """Corners of bars without height, [bars, 4, 2]."""
+    x = np.stack([begin, end, end, begin], axis=1)
+    return np.stack([x, np.repeat(ranks.astype(np.float64)[:, None], 4, axis=1)], axis=2)

@@ -1,0 +1,156 @@
+"""The plan of one step: which ranks compute which sequences, in which order."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from itertools import pairwise
+from typing import Any, Literal
+
+Mode = Literal["free", "aligned", "lockstep"]
+"""How ranks may differ in what they run (see `StepPlan.mode`)."""
+
+
+class PlanError(AssertionError):
+    """A plan breaks its own rules: the mistake of a planner, never of a user."""
+
+
+@dataclass(frozen=True)
+class Ring:
+    """One micro-batch: whole sequences computed together by a set of ranks."""
+
+    id: int
+    """Increasing in execution order; every rank runs its rings in this order."""
+    ranks: tuple[int, ...]
+    """Ranks of the HDP axis that share each of the sequences equally."""
+    sequences: tuple[int, ...]
+    """Indices into the step's lengths; none means a padding micro-batch."""
+    offload: float
+    """Part of the activations kept in host memory, 0 to 1."""
+    index: int
+    """Number of the micro-batch on its ranks."""
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """Immutable plan of one step; the same bytes on every rank.
+
+    Rings stand in execution order. A rank computes the rings it belongs to in that order, so
+    that two ranks meet in their common rings in the same order and cannot deadlock.
+    """
+
+    num_ranks: int
+    """Ranks of the HDP axis."""
+    mode: Mode
+    """`free`: ranks may run different numbers of rings. `aligned`: so they may, but a ring has
+    the same index on all its ranks. `lockstep`: aligned, and the ranks of an expert group run
+    equally many rings, padded with empty ones."""
+    capacity: int
+    """Most tokens that one rank holds in one ring."""
+    predicted_s: float
+    """Seconds of the step by the cost model it was planned with."""
+    lower_bound_s: float
+    """Seconds that no plan of the kinds the planner considers can beat, by the same model."""
+    plan_s: float
+    """Seconds it took to make the plan."""
+    rings: tuple[Ring, ...]
+    """The micro-batches of all ranks."""
+    expert_group: int = 1
+    """Consecutive ranks that run in lockstep; 1 in the other modes."""
+
+    def rings_of(self, rank: int) -> tuple[Ring, ...]:
+        """Rings that `rank` computes, in order."""
+        return tuple(ring for ring in self.rings if rank in ring.ranks)
+
+    def to_json(self) -> dict[str, Any]:
+        """The plan as plain values; the format is described by the fields of this class."""
+        return asdict(self)
+
+    @staticmethod
+    def from_json(value: dict[str, Any]) -> StepPlan:
+        """Inverse of `to_json`, also after a round trip through JSON text."""
+        rings = tuple(
+            Ring(**{**ring, "ranks": tuple(ring["ranks"]), "sequences": tuple(ring["sequences"])})
+            for ring in value["rings"]
+        )
+        return StepPlan(**{**value, "rings": rings})
+
+    def to_bytes(self) -> bytes:
+        """Canonical bytes: equal plans give equal bytes on every machine."""
+        return _canonical(self.to_json())
+
+    @staticmethod
+    def from_bytes(data: bytes) -> StepPlan:
+        """Inverse of `to_bytes`."""
+        return StepPlan.from_json(json.loads(data))
+
+    def digest(self) -> str:
+        """SHA-256 (hex) of what the plan says to do, without how long it took to make."""
+        value = self.to_json()
+        del value["plan_s"]
+        return hashlib.sha256(_canonical(value)).hexdigest()
+
+    def check(self, lengths: Sequence[int]) -> None:
+        """Check every invariant for sequences of `lengths` tokens. Raises PlanError."""
+        _check_sequences(self, len(lengths))
+        for before, after in pairwise(self.rings):
+            _require(before.id < after.id, f"ring {after.id} follows ring {before.id}")
+        for ring in self.rings:
+            _check_ring(self, ring, sum(int(lengths[i]) for i in ring.sequences))
+        on_rank: list[list[Ring]] = [[] for _ in range(self.num_ranks)]
+        for ring in self.rings:
+            for rank in ring.ranks:
+                on_rank[rank].append(ring)
+        for rank, rings in enumerate(on_rank):
+            _check_rank(self.mode, rank, rings)
+        _check_lockstep(self, [len(rings) for rings in on_rank])
+
+
+def _canonical(value: dict[str, Any]) -> bytes:
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
+
+
+def _require(condition: bool, problem: str) -> None:
+    if not condition:
+        raise PlanError(problem)
+
+
+def _check_sequences(plan: StepPlan, num_sequences: int) -> None:
+    placed = sorted(index for ring in plan.rings for index in ring.sequences)
+    if placed != list(range(num_sequences)):
+        missing = sorted(set(range(num_sequences)) - set(placed))[:3]
+        raise PlanError(
+            f"{len(placed)} sequences are placed, {len(set(placed))} of them different, of "
+            f"{num_sequences}; missing: {missing}"
+        )
+
+
+def _check_ring(plan: StepPlan, ring: Ring, num_tokens: int) -> None:
+    ranks = set(ring.ranks)
+    known = all(0 <= rank < plan.num_ranks for rank in ranks)
+    _require(bool(ranks) and known, f"ring {ring.id} has ranks {ring.ranks} of {plan.num_ranks}")
+    _require(len(ranks) == len(ring.ranks), f"ring {ring.id} has a rank twice: {ring.ranks}")
+    _require(0 <= ring.offload <= 1, f"ring {ring.id} offloads {ring.offload}")
+    _require(
+        num_tokens <= plan.capacity * len(ranks),
+        f"ring {ring.id} holds {num_tokens} tokens on {len(ranks)} ranks of {plan.capacity}",
+    )
+
+
+def _check_rank(mode: Mode, rank: int, rings: list[Ring]) -> None:
+    indices = [ring.index for ring in rings]
+    in_order = all(before < after for before, after in pairwise(indices))
+    _require(in_order, f"rank {rank} has micro-batch indices {indices}")
+    if mode != "free":
+        _require(indices == list(range(len(rings))), f"rank {rank} has gaps: {indices}")
+
+
+def _check_lockstep(plan: StepPlan, counts: list[int]) -> None:
+    size = plan.expert_group
+    _require(size >= 1 and plan.num_ranks % size == 0, f"expert groups of {size}")
+    _require(size == 1 or plan.mode == "lockstep", f"expert groups of {size} in {plan.mode} mode")
+    for begin in range(0, plan.num_ranks, size):
+        group = counts[begin : begin + size]
+        _require(len(set(group)) == 1, f"ranks from {begin} run {group} micro-batches")
