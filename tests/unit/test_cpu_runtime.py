@@ -1,0 +1,118 @@
+"""Each answer that runtime.cpu gives in the place of CUDA."""
+
+import pytest
+import torch
+
+from megascale.runtime import cpu
+
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has CUDA")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def installed():
+    cpu.install()
+    cpu.install()
+
+
+def test_the_current_device_is_the_cpu():
+    assert torch.zeros(1, device=torch.cuda.current_device()).device == cpu.CPU
+
+
+@pytest.mark.parametrize("name", ["set_device", "synchronize", "empty_cache"])
+def test_device_management_does_nothing(name):
+    assert getattr(torch.cuda, name)(0) is None
+
+
+def test_nvtx_ranges_do_nothing():
+    assert torch.cuda.nvtx.range_push("x") is None
+    assert torch.cuda.nvtx.range_pop() is None
+
+
+def test_streams_and_events_are_always_over():
+    stream, event = torch.cuda.Stream(device="cuda"), torch.cuda.Event()
+    stream.wait_stream(torch.cuda.current_stream())
+    stream.wait_event(event)
+    assert stream.query() and event.query()
+    assert stream.record_event().query()
+    with torch.cuda.stream(stream):
+        assert torch.cuda.current_stream() == torch.cuda.default_stream()
+
+
+@pytest.mark.parametrize("device", ["cuda", "cuda:0", torch.device("cuda")])
+@pytest.mark.parametrize("name", cpu.FACTORIES)
+def test_factories_with_a_cuda_device_make_cpu_tensors(name, device):
+    like = torch.zeros(2)
+    arguments = {
+        "full": ((2,), 1.0),
+        "full_like": (like, 1.0),
+        "tensor": ([1.0, 2.0],),
+        "as_tensor": ([1.0, 2.0],),
+        "randint": (0, 2, (2,)),
+    }
+    args = arguments.get(name, (like,) if name.endswith("_like") else (2,))
+    made = getattr(torch, name)(*args, device=device)
+    assert made.device == cpu.CPU and made.shape == (2,)
+
+
+def test_moving_to_cuda_stays():
+    x = torch.ones(2)
+    assert x.cuda() is x
+    assert x.to("cuda") is x
+    assert x.to(device="cuda", dtype=torch.float64).dtype == torch.float64
+    assert x.to(torch.device("cuda")).device == cpu.CPU
+    assert x.record_stream(torch.cuda.current_stream()) is None
+
+
+def test_type_names_are_those_that_the_optimizers_compare_with():
+    assert torch.zeros(1).type() == "torch.cuda.FloatTensor"
+    assert torch.zeros(1, dtype=torch.bfloat16).type() == "torch.cuda.BFloat16Tensor"
+    assert torch.zeros(1).type(torch.float64).dtype == torch.float64
+
+
+def test_random_states_are_those_of_the_cpu():
+    from megatron.core.tensor_parallel import random
+
+    torch.cuda.manual_seed(3)
+    state = torch.cuda.get_rng_state()
+    first = torch.rand(4)
+    torch.cuda.set_rng_state(state)
+    assert torch.equal(torch.rand(4), first)
+    random._set_cuda_rng_state(state)
+    assert torch.equal(torch.rand(4), first)
+    random._set_cuda_rng_state(state)
+    assert torch.equal(random._get_cuda_rng_state(), state)
+    assert torch.equal(torch.cuda.random.get_rng_state(), state)
+
+
+def test_compile_is_the_identity():
+    def double(x):
+        return 2 * x
+
+    assert torch.compile(double) is double
+    assert torch.compile(mode="max-autotune")(double) is double
+
+
+def test_the_name_that_megatron_core_lacks_without_transformer_engine():
+    from megatron.core.transformer.moe import moe_utils
+
+    assert hasattr(moe_utils, "te_general_gemm")
+
+
+def test_all_to_all_takes_tensors_as_split_sizes(tmp_path):
+    import torch.distributed as dist
+
+    store = dist.FileStore(str(tmp_path / "store"), 1)
+    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        out, sizes = torch.zeros(3), torch.tensor([3])
+        dist.all_to_all_single(out, torch.arange(3.0), sizes, sizes)
+        assert out.tolist() == [0, 1, 2]
+    finally:
+        dist.destroy_process_group()
+
+
+def test_it_is_refused_where_cuda_exists(monkeypatch):
+    monkeypatch.setattr(cpu, "_installed", False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with pytest.raises(RuntimeError, match="has it"):
+        cpu.install()

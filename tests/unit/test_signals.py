@@ -1,0 +1,42 @@
+"""The first signal asks, the second insists."""
+
+import os
+import signal
+
+import pytest
+
+from megascale.resilience import signals
+from megascale.resilience.signals import StopRequest
+
+
+@pytest.fixture
+def stop():
+    request = StopRequest()
+    yield request
+    request.restore()
+
+
+@pytest.mark.parametrize("number", signals.SIGNALS)
+def test_a_signal_is_remembered(stop, number):
+    assert not stop
+    os.kill(os.getpid(), number)
+    assert stop and stop.signal_name == signal.Signals(number).name
+
+
+def test_an_echo_is_not_a_second_request(stop):
+    os.kill(os.getpid(), signal.SIGINT)
+    os.kill(os.getpid(), signal.SIGINT)
+    assert stop.signal_name == "SIGINT"
+
+
+def test_a_second_one_stops_at_once(stop, monkeypatch):
+    monkeypatch.setattr(signals, "ECHO_S", 0.0)
+    os.kill(os.getpid(), signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_handlers_are_given_back():
+    before = signal.getsignal(signal.SIGTERM)
+    StopRequest().restore()
+    assert signal.getsignal(signal.SIGTERM) == before
