@@ -6,3 +6,6 @@ class UserError(ValueError):
 
     The command line prints the line and exits with status 2, without a traceback.
     """
+
+    def __init__(self, message: str) -> None:
+        super().__init__("".join(c if c.isprintable() else repr(c)[1:-1] for c in message))

@@ -53,7 +53,7 @@ class ModelConfig:
     vocab_size: int | None = None
     """Token ids the model knows. Default: the largest vocabulary among the corpora."""
     vocab_multiple: int = 128
-    """The embedding has this multiple of rows (times `parallel.tensor`), which suits matrix
+    """The embedding has a multiple of this (and of `parallel.tensor`) of rows, which suits matrix
     units; the added rows are never a target and are masked out of the softmax by training."""
     tied_embeddings: bool = True
     """Share the input embedding with the output head; saves parameters in small models."""

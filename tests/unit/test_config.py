@@ -1,0 +1,217 @@
+"""YAML and overrides to a run, and every way in which they can be wrong."""
+
+import dataclasses
+
+import pytest
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megascale.config import RunConfig, dump_config, finalize, parse_config, validate
+from megascale.config.derive import Layout
+from megascale.errors import UserError
+
+BASE = """
+seed: 3
+model: {num_layers: 2, hidden_size: 64, num_heads: 4}
+data: {sources: {web: {path: corpora/web}}, context_tokens: 1Ki}
+"""
+
+
+def final(*overrides, text=BASE):
+    return finalize(parse_config(text, overrides), {"web": 1000}, 257)
+
+
+def test_a_resolved_config_rebuilds_the_same_run():
+    config = final("train.tokens=20M", "model.moe.num_experts=4", "monitor.profile_steps=[2, 3]")
+    again = parse_config(dump_config(config))
+    assert again == config
+    assert finalize(again, {"web": 1000}, 257) == config
+
+
+def test_derived_values():
+    config = final()
+    assert config.data.context_tokens == 1024
+    assert config.model.num_kv_heads == 4 and config.model.head_dim == 16
+    assert config.model.ffn_hidden_size == 192
+    assert config.model.vocab_size == 257
+    assert config.planner.capacity_tokens == 1024
+    assert [s.shape for s in config.optim.schedule] == ["linear", "cosine", "constant"]
+    assert config.data.stages[0].blend == {"web": 1.0}
+
+
+@pytest.mark.parametrize(
+    "text, number",
+    [
+        ("7", 7),
+        ("20M", 20_000_000),
+        ("1.5K", 1500),
+        ("8Ki", 8192),
+        ("1_000", 1000),
+        ("2T", 2 * 10**12),
+    ],
+)
+def test_whole_numbers_with_suffixes(text, number):
+    assert parse_config("", [f"train.tokens={text}"]).train.tokens == number
+
+
+@pytest.mark.parametrize(
+    "text, number", [("3e-4", 3e-4), ("1", 1.0), ("0.5", 0.5), ("1.5E-3", 1.5e-3)]
+)
+def test_numbers(text, number):
+    assert parse_config("", [f"optim.lr={text}"]).optim.lr == number
+
+
+def test_overrides():
+    config = parse_config(
+        BASE, ["model.moe.top_k=1", "eval.sample_prompt=def ", "parallel.sequence_parallel=false"]
+    )
+    assert config.model.moe.top_k == 1
+    assert config.eval.sample_prompt == "def"
+    assert config.parallel.sequence_parallel is False
+    assert parse_config("model: {moe: {top_k: 1}}", ["model.moe="]).model.moe is None
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("sed: 1", "did you mean 'seed'"),
+        ("model: {num_layer: 3}", "unknown key 'model.num_layer'; did you mean 'num_layers'"),
+        ("model: 3", "model must be a mapping"),
+        ("seed: x", "seed must be a whole number"),
+        ("seed: 1.5", "seed must be a whole number"),
+        ("seed: true", "seed must be a whole number"),
+        ("optim: {lr: .nan}", "optim.lr must be a number"),
+        ("optim: {lr: fast}", "optim.lr must be a number"),
+        ("data: {sources: {a: {}}}", "data.sources.a.path is missing"),
+        ("data: {stages: 3}", "data.stages must be a list"),
+        ("monitor: {profile_steps: [1]}", "list of 2 values"),
+        ("train: {precision: fp8}", "one of fp32, bf16"),
+        ("train: {tokens: 1.5.2M}", "whole number such as"),
+        ("train: {tokens: 0.5}", "whole number"),
+        ("seed: 1\nseed: 2", "given twice"),
+        ("seed: [", "not valid YAML"),
+        ("- 1", "a config is a YAML mapping"),
+        ("data: {sources: {1: {path: x}}}", "must be text"),
+    ],
+)
+def test_bad_input_is_one_clear_line(text, message):
+    with pytest.raises(UserError) as caught:
+        parse_config(text)
+    assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("override", ["seed", "=1", "seed.x=1", "model.moe.x=[", "data.sources=3"])
+def test_bad_overrides(override):
+    with pytest.raises(UserError) as caught:
+        parse_config("seed: 1", [override])
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "override, message",
+    [
+        ("parallel.tensor=3", "does not divide model.num_heads = 4; 2 would"),
+        ("parallel.pipeline=4", "does not divide model.num_layers = 2; 2 would"),
+        ("model.num_kv_heads=3", "does not divide model.num_heads"),
+        ("parallel.expert=2", "needs model.moe"),
+        ("model.head_dim=15", "must be even"),
+        ("planner.capacity_tokens=8", "set planner.capacity_tokens=1024"),
+        ("data.sources={}", "data.sources is empty"),
+        ("data.stages=[{blend: {wb: 1}}]", "data.sources has: web"),
+        ("data.stages=[{blend: {web: -1}}]", "at least 0"),
+        ("data.stages=[{blend: {web: 0}}]", "blend is empty"),
+        ("data.stages=[{blend: {web: 1}}, {blend: {web: 1}}]", "only the last stage"),
+        ("optim.schedule=[{shape: cosine, lr: 1}]", "needs tokens"),
+        ("optim.schedule=[{shape: linear, tokens: 5, lr: 1}]", "covers 5 tokens"),
+        ("optim.beta1=1", "below 1"),
+        ("train.tokens=0", "at least 1"),
+        ("optim.weight_decay=-1", "at least 0"),
+        ("parallel.sequence_parallel=true", "needs parallel.tensor > 1"),
+        ("monitor.profile_steps=[3, 2]", "[first, last]"),
+    ],
+)
+def test_impossible_combinations_name_what_works(override, message):
+    with pytest.raises(UserError) as caught:
+        final(override)
+    assert message in str(caught.value)
+
+
+def test_experts_must_divide():
+    with pytest.raises(UserError, match="does not divide model.moe.num_experts = 8; 2 would"):
+        final("model.moe.num_experts=8", "parallel.expert=3")
+    with pytest.raises(UserError, match="top_k"):
+        final("model.moe.num_experts=2", "model.moe.top_k=3")
+
+
+def test_a_schedule_and_a_peak_are_one_too_many():
+    with pytest.raises(UserError, match="both set"):
+        final("optim.lr=1e-3", "optim.schedule=[{lr: 1.0}]")
+
+
+def test_layouts():
+    config = final("parallel.tensor=2", "parallel.pipeline=2")
+    layout = Layout.of(config, 12)
+    assert (layout.hdp, layout.mode) == (3, "aligned")
+    with pytest.raises(UserError, match="start 4 ranks"):
+        Layout.of(config, 6)
+    moe = final("model.moe.num_experts=4", "parallel.expert=2")
+    assert Layout.of(moe, 4).mode == "lockstep"
+    with pytest.raises(UserError, match="must divide the HDP axis of 3"):
+        Layout.of(moe, 3)
+    assert Layout.of(final(), 5).mode == "free"
+
+
+def test_every_default_is_valid_but_the_sources():
+    with pytest.raises(UserError, match="data.sources is empty"):
+        validate(finalize(RunConfig(), {}, 257))
+
+
+TREES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(
+            st.sampled_from(
+                [f.name for f in dataclasses.fields(RunConfig)] + ["moe", "lr", "path", "x"]
+            ),
+            inner,
+            max_size=3,
+        )
+    ),
+    max_leaves=12,
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(TREES)
+def test_any_tree_is_a_config_or_a_user_error(tree):
+    accepts_or_explains(yaml.safe_dump(tree))
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.text(max_size=60))
+def test_any_text_is_a_config_or_a_user_error(text):
+    accepts_or_explains(text)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.text(max_size=30))
+def test_any_override_is_taken_or_explained(text):
+    try:
+        parse_config(BASE, [text])
+    except UserError as error:
+        assert "\n" not in str(error)
+
+
+def accepts_or_explains(text):
+    try:
+        config = parse_config(text)
+    except UserError as error:
+        assert "\n" not in str(error)
+        return
+    assert parse_config(dump_config(config)) == config
+    try:
+        finalize(config, {"web": 10}, 257)
+    except UserError as error:
+        assert "\n" not in str(error)
