@@ -1,0 +1,254 @@
+"""Parameters, floating-point operations and memory of a model, counted without building it.
+
+All functions want a finalized config. Counts are those of megatron-core's GPT as
+`model.build` makes it: no biases, RMSNorm, SwiGLU, rotary positions.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from megascale.config import Layout, ModelConfig, RunConfig
+from megascale.planner.cost import CostModel
+
+BACKWARD_AND_FORWARD = 3
+"""A backward pass multiplies twice per weight and per score, a forward pass once."""
+
+
+def padded_vocab_size(model: ModelConfig, tensor: int = 1) -> int:
+    """Rows of the embedding: the vocabulary up to a multiple of `vocab_multiple` and `tensor`.
+
+    It is the same for every `tensor` that divides `vocab_multiple`, so checkpoints reshard.
+    """
+    multiple = math.lcm(model.vocab_multiple, tensor)
+    return -(-_known(model.vocab_size) // multiple) * multiple
+
+
+@dataclass(frozen=True)
+class ParameterCounts:
+    """Trainable parameters of a whole model."""
+
+    total: int
+    """All of them; tied embeddings count once."""
+    embedding: int
+    """Of those, in the input embedding and an untied output head, padding rows included."""
+    active: int
+    """Of the total, what one token uses: `top_k` of the experts of each layer."""
+
+    @property
+    def non_embedding(self) -> int:
+        """The total without embeddings, the size that scaling laws speak of."""
+        return self.total - self.embedding
+
+
+def count_parameters(model: ModelConfig, tensor: int = 1) -> ParameterCounts:
+    """Parameters of `model`; `tensor` matters only through padding of the vocabulary."""
+    embedding = padded_vocab_size(model, tensor) * model.hidden_size
+    embedding *= 1 if model.tied_embeddings else 2
+    layer = _norm_weights(model) + _router_weights(model)
+    layer += _attention_weights(model) + _feed_forward_weights(model)
+    experts = model.moe.num_experts * _expert_weights(model) if model.moe else 0
+    total = embedding + model.num_layers * (layer + experts) + model.hidden_size
+    idle = 0
+    if model.moe:
+        idle = (model.moe.num_experts - model.moe.top_k) * _expert_weights(model)
+    return ParameterCounts(total, embedding, total - model.num_layers * idle)
+
+
+@dataclass(frozen=True)
+class RankParameters:
+    """Parameters that one rank holds, by how their optimizer state is sharded."""
+
+    dense: int
+    """The same on every rank of the HDP axis."""
+    expert: int
+    """The same on every `expert`-th rank of the HDP axis."""
+
+
+def count_rank_parameters(model: ModelConfig, layout: Layout, stage: int) -> RankParameters:
+    """Parameters on one rank of pipeline stage `stage`, 0 to layout.pipeline - 1.
+
+    With tied embeddings the last of several stages holds a copy of the embedding.
+    """
+    tensor, num_layers = layout.tensor, model.num_layers // layout.pipeline
+    is_first, is_last = stage == 0, stage == layout.pipeline - 1
+    whole = _norm_weights(model) + _router_weights(model)
+    layer = whole + (_attention_weights(model) + _feed_forward_weights(model)) // tensor
+    embeddings = 1 if is_first else 0
+    if is_last and not (is_first and model.tied_embeddings):
+        embeddings += 1
+    dense = num_layers * layer + (model.hidden_size if is_last else 0)
+    dense += embeddings * padded_vocab_size(model, tensor) // tensor * model.hidden_size
+    if model.moe is None:
+        return RankParameters(dense, 0)
+    experts = model.moe.num_experts // layout.expert
+    return RankParameters(dense, num_layers * experts * _expert_weights(model) // tensor)
+
+
+def flops_per_token(model: ModelConfig, tensor: int = 1) -> int:
+    """Forward operations per token in matrix products with weights; attention comes on top.
+
+    A multiply-add is two operations. Norms, activations and rotations are not counted.
+    """
+    weights = _attention_weights(model) + _feed_forward_weights(model) + _router_weights(model)
+    if model.moe:
+        weights += model.moe.top_k * _expert_weights(model)
+    head = padded_vocab_size(model, tensor) * model.hidden_size
+    return 2 * (model.num_layers * weights + head)
+
+
+def flops_per_pair(model: ModelConfig) -> int:
+    """Forward operations per pair of a query token and a key token that it sees."""
+    return 4 * model.num_layers * model.num_heads * _known(model.head_dim)
+
+
+def visible_pairs(lengths: ArrayLike, window: int | None = None) -> int:
+    """Pairs of query and key in causal attention over separate sequences of `lengths` tokens.
+
+    Token t of a sequence (from 1) sees min(t, window) tokens, itself included.
+    """
+    tokens = np.asarray(lengths, dtype=np.int64)
+    near = tokens if window is None else np.minimum(tokens, window)
+    pairs = near * (near + 1) // 2 + (tokens - near) * near
+    return int(pairs.sum(dtype=np.int64))
+
+
+def train_flops(model: ModelConfig, lengths: ArrayLike, tensor: int = 1) -> int:
+    """Operations of a forward and backward pass over packed sequences of `lengths` tokens.
+
+    What recomputation repeats is not counted, as is usual for model FLOPs utilisation.
+    """
+    num_tokens = int(np.asarray(lengths, dtype=np.int64).sum())
+    pairs = visible_pairs(lengths, model.sliding_window)
+    forward = num_tokens * flops_per_token(model, tensor) + pairs * flops_per_pair(model)
+    return BACKWARD_AND_FORWARD * forward
+
+
+def default_cost(model: ModelConfig, tensor: int = 1) -> CostModel:
+    """Uncalibrated cost model for the planner, from the operation counts.
+
+    Sliding-window attention is charged its full window for every token, which is too much for
+    sequences near or below the window.
+    """
+    window, pair = model.sliding_window, flops_per_pair(model)
+    per_token, per_token_squared = flops_per_token(model, tensor) + pair / 2, pair / 2
+    if window is not None:
+        per_token, per_token_squared = flops_per_token(model, tensor) + pair * window, 0.0
+    return CostModel.from_flops(
+        BACKWARD_AND_FORWARD * per_token, BACKWARD_AND_FORWARD * per_token_squared
+    )
+
+
+@dataclass(frozen=True)
+class MemoryEstimate:
+    """Bytes on the rank that needs most."""
+
+    weights: int
+    gradients: int
+    optimizer: int
+    activations: int
+
+    @property
+    def total(self) -> int:
+        """All four together; a process needs some more for the framework and for buffers."""
+        return self.weights + self.gradients + self.optimizer + self.activations
+
+
+def memory_per_rank(config: RunConfig, layout: Layout) -> MemoryEstimate:
+    """Memory of the fullest pipeline stage while it holds micro-batches of full capacity.
+
+    Exact: weights of 2 bytes in bf16 or 4 in fp32; gradients of 4 bytes; Adam's two moments of
+    4 bytes each, plus a master copy of 4 in bf16. With the distributed optimizer the last two
+    are split over the HDP axis (for experts, over every `expert`-th rank of it).
+    An estimate: activations, see `activation_bytes`.
+    """
+    stages = [_stage_memory(config, layout, stage) for stage in range(layout.pipeline)]
+    return max(stages, key=lambda estimate: estimate.total)
+
+
+def _stage_memory(config: RunConfig, layout: Layout, stage: int) -> MemoryEstimate:
+    held = count_rank_parameters(config.model, layout, stage)
+    is_bf16 = config.train.precision == "bf16"
+    state_bytes = 12 if is_bf16 else 8
+    dense_shards = layout.hdp if config.optim.distributed_optimizer else 1
+    expert_shards = layout.hdp // layout.expert if config.optim.distributed_optimizer else 1
+    state = -(-held.dense // dense_shards) + -(-held.expert // expert_shards)
+    parameters = held.dense + held.expert
+    return MemoryEstimate(
+        weights=parameters * (2 if is_bf16 else 4),
+        gradients=parameters * 4,
+        optimizer=state * state_bytes,
+        activations=activation_bytes(config, layout, stage),
+    )
+
+
+def activation_bytes(config: RunConfig, layout: Layout, stage: int) -> int:
+    """Estimate of the bytes kept for the backward pass at the peak, by stage.
+
+    Per token and layer, in elements: inputs and outputs of the norms (4 hidden, or 2 in a
+    parallel block); queries, keys, values, their rotated copies and the output
+    (3 num_heads + 3 num_kv_heads) * head_dim; 4 ffn_hidden_size; for experts
+    top_k * (4 ffn_hidden_size + 2 hidden). Attention scores are not kept (flash attention).
+    The last stage adds logits and their fp32 softmax. Under 1F1B a stage holds one micro-batch
+    for itself and one for each stage after it. Full recomputation keeps the input of every
+    layer, and one layer's activations.
+    """
+    model, tokens = config.model, _known(config.planner.capacity_tokens)
+    element = 2 if config.train.precision == "bf16" else 4
+    hidden_cut = layout.tensor if config.parallel.sequence_parallel else 1
+    hidden = (2 if model.parallel_block else 4) * model.hidden_size // hidden_cut
+    heads = 3 * (model.num_heads + _known(model.num_kv_heads)) * _known(model.head_dim)
+    layer = hidden + (heads + _feed_forward_activations(model)) // layout.tensor
+    num_layers, in_flight = model.num_layers // layout.pipeline, layout.pipeline - stage
+    kept = in_flight * num_layers * layer
+    if config.train.recompute == "full":
+        kept = in_flight * num_layers * model.hidden_size // hidden_cut + layer
+    head = 0
+    if stage == layout.pipeline - 1:
+        head = padded_vocab_size(model, layout.tensor) // layout.tensor * (element + 8)
+    return tokens * (kept * element + head)
+
+
+def _feed_forward_activations(model: ModelConfig) -> int:
+    if model.moe is None:
+        return 4 * _known(model.ffn_hidden_size)
+    expert = 4 * _known(model.moe.ffn_hidden_size) + 2 * model.hidden_size
+    return model.moe.top_k * expert + 4 * model.moe.shared_ffn_hidden_size
+
+
+def _attention_weights(model: ModelConfig) -> int:
+    """Weights of one layer's query, key, value and output products."""
+    heads, groups = model.num_heads, _known(model.num_kv_heads)
+    return (2 * heads + 2 * groups) * _known(model.head_dim) * model.hidden_size
+
+
+def _norm_weights(model: ModelConfig) -> int:
+    """Weights of one layer's norms, those of queries and keys included."""
+    qk = 2 * _known(model.head_dim) if model.qk_norm else 0
+    return (1 if model.parallel_block else 2) * model.hidden_size + qk
+
+
+def _feed_forward_weights(model: ModelConfig) -> int:
+    """Weights of one layer's SwiGLU, or of its shared expert; no routed experts."""
+    if model.moe is None:
+        return 3 * model.hidden_size * _known(model.ffn_hidden_size)
+    return 3 * model.hidden_size * model.moe.shared_ffn_hidden_size
+
+
+def _router_weights(model: ModelConfig) -> int:
+    return model.moe.num_experts * model.hidden_size if model.moe else 0
+
+
+def _expert_weights(model: ModelConfig) -> int:
+    """Weights of one expert of one layer."""
+    assert model.moe is not None
+    return 3 * model.hidden_size * _known(model.moe.ffn_hidden_size)
+
+
+def _known(value: int | None) -> int:
+    assert value is not None, "the config is not finalized"
+    return value
