@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Literal
 
 from megascale.config.schema import ModelConfig, OptimConfig, RunConfig, SegmentConfig, StageConfig
 from megascale.errors import UserError
@@ -20,7 +21,7 @@ class Layout:
     hdp: int
 
     @property
-    def mode(self) -> str:
+    def mode(self) -> Literal["free", "aligned", "lockstep"]:
         """Execution mode that the planner optimises (design, decision 6)."""
         if self.expert > 1:
             return "lockstep"

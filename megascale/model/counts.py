@@ -117,7 +117,7 @@ def visible_pairs(lengths: ArrayLike, window: int | None = None) -> int:
     return int(pairs.sum(dtype=np.int64))
 
 
-def train_flops(model: ModelConfig, lengths: ArrayLike, tensor: int = 1) -> int:
+def batch_flops(model: ModelConfig, lengths: ArrayLike, tensor: int = 1) -> int:
     """Operations of a forward and backward pass over packed sequences of `lengths` tokens.
 
     What recomputation repeats is not counted, as is usual for model FLOPs utilisation.

@@ -31,7 +31,7 @@ from megascale.model.counts import (
     flops_per_token,
     memory_per_rank,
     padded_vocab_size,
-    train_flops,
+    batch_flops,
     visible_pairs,
 )
 
@@ -125,7 +125,7 @@ def test_parameters_are_the_sum_of_all_shapes(name: str) -> None:
 @EVERY_MODEL
 def test_operations_are_the_brute_force_count(name: str) -> None:
     model, lengths = final(name), [3, 1, 5]
-    assert train_flops(model, lengths) == 3 * 2 * multiply_adds(model, lengths)
+    assert batch_flops(model, lengths) == 3 * 2 * multiply_adds(model, lengths)
 
 
 @given(st.lists(st.integers(1, 40), max_size=5), st.none() | st.integers(1, 50))
@@ -206,9 +206,9 @@ def test_activations_follow_the_documented_formula() -> None:
 @given(st.integers(1, 3000))
 def test_default_cost_is_proportional_to_the_operations(length: int) -> None:
     model = final("dense")
-    unit = default_cost(model).compute_s([1000]).sum() / train_flops(model, [1000])
+    unit = default_cost(model).compute_s([1000]).sum() / batch_flops(model, [1000])
     assert default_cost(model).compute_s([length]).sum() == pytest.approx(
-        unit * train_flops(model, [length]), rel=1e-9
+        unit * batch_flops(model, [length]), rel=1e-9
     )
 
 
@@ -217,7 +217,7 @@ def test_default_cost_of_a_window_is_linear_and_exact_far_beyond_it() -> None:
     one, two = default_cost(model).compute_s([10**6, 2 * 10**6])
     assert two == pytest.approx(2 * one)
     assert two / one == pytest.approx(
-        train_flops(model, [2 * 10**6]) / train_flops(model, [10**6]), rel=1e-5
+        batch_flops(model, [2 * 10**6]) / batch_flops(model, [10**6]), rel=1e-5
     )
 
 

@@ -1,0 +1,1 @@
+"""The run: what it will do (`describe`), one step, the loop, evaluation."""

@@ -1,0 +1,277 @@
+"""The whole derived run as text, before anything is started: `megascale plan` and plan.txt.
+
+Without torch: this answers in under a second.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from megascale.config import Layout, RunConfig, finalize, load_config
+from megascale.corpus.batches import (
+    Cursor,
+    GlobalBatch,
+    GlobalBatches,
+    epochs_needed,
+    num_steps,
+    shares,
+    used_sources,
+)
+from megascale.corpus.describe import SourceInfo, describe
+from megascale.corpus.shards import Shard
+from megascale.errors import UserError
+from megascale.model import counts
+from megascale.optim.schedule import joints, lr_at
+from megascale.planner import CostModel, StepPlan, plan_longest_first, timeline
+from megascale.planner.gantt import LEGEND, text_gantt
+from megascale.train.warnings import warnings_of
+
+
+def load_run(
+    config_path: str | Path, overrides: Sequence[str] = ()
+) -> tuple[RunConfig, dict[str, SourceInfo]]:
+    """Read a config, look at its corpora, and finalize it.
+
+    Raises UserError for everything that is wrong with either, among it a model vocabulary
+    smaller than a corpus's and sources that would be read more than `data.max_epochs` times.
+    """
+    config = load_config(config_path, overrides)
+    sources = {
+        name: describe(source.path, source.heldout, source.vocab_size, source.eod_id)
+        for name, source in config.data.sources.items()
+    }
+    tokens = source_tokens(sources)
+    largest = max((info.vocab_size for info in sources.values()), default=1)
+    config = finalize(config, tokens, largest)
+    _check_vocabulary(config, sources)
+    _check_epochs(config, tokens)
+    return config, sources
+
+
+def source_tokens(sources: Mapping[str, SourceInfo]) -> dict[str, int]:
+    """Training tokens of each source."""
+    return {name: info.train_tokens for name, info in sources.items()}
+
+
+def _check_vocabulary(config: RunConfig, sources: Mapping[str, SourceInfo]) -> None:
+    known = config.model.vocab_size or 0
+    for name, info in sources.items():
+        if info.vocab_size > known:
+            raise UserError(
+                f"model.vocab_size = {known} is below the vocabulary of {info.vocab_size} of "
+                f"source '{name}'; set model.vocab_size={info.vocab_size} or leave it out"
+            )
+
+
+def _check_epochs(config: RunConfig, tokens: Mapping[str, int]) -> None:
+    limit = config.data.max_epochs
+    if limit is None:
+        return
+    for name, epochs in epochs_needed(config.data, config.train.tokens, tokens).items():
+        if epochs > limit:
+            raise UserError(
+                f"source '{name}' would be read {epochs:.2f} times, but data.max_epochs = {limit}; "
+                f"set data.max_epochs={int(-(-epochs // 1))}, lower its share or train.tokens"
+            )
+
+
+def cost_model(config: RunConfig) -> CostModel:
+    """The cost model that steps of this run are planned with; uncalibrated."""
+    return counts.default_cost(config.model, config.parallel.tensor)
+
+
+def plan_lengths(config: RunConfig, layout: Layout, lengths: ArrayLike) -> StepPlan:
+    """Plan sequences of `lengths` tokens as a step of this run would."""
+    capacity = config.planner.capacity_tokens
+    assert capacity is not None, "the config is not finalized"
+    cost = cost_model(config)
+    return plan_longest_first(
+        lengths, layout.hdp, capacity, layout.mode, cost, expert_group=layout.expert
+    )
+
+
+@dataclass(frozen=True)
+class FirstStep:
+    """The first step of a run and its plan."""
+
+    batch: GlobalBatch
+    plan: StepPlan
+
+
+def first_step(config: RunConfig, layout: Layout, sources: Mapping[str, SourceInfo]) -> FirstStep:
+    """Deal and plan step 0."""
+    shards = {name: Shard.open(info.train) for name, info in sources.items()}
+    batch, _ = GlobalBatches(config.data, shards, config.seed).next(Cursor())
+    return FirstStep(batch, plan_lengths(config, layout, batch.length))
+
+
+def describe_run(
+    config: RunConfig,
+    layout: Layout,
+    sources: Mapping[str, SourceInfo],
+    first: FirstStep | None = None,
+) -> str:
+    """Everything that follows from a finalized config, as text of many lines.
+
+    `first` saves dealing step 0 again where it is at hand.
+    """
+    first = first or first_step(config, layout, sources)
+    has_heldout = {name: info.heldout is not None for name, info in sources.items()}
+    epochs = epochs_needed(config.data, config.train.tokens, source_tokens(sources))
+    warnings = warnings_of(config, layout, epochs, has_heldout, first.batch.num_sequences)
+    sections = [
+        _title(config),
+        _model(config, first),
+        _layout(config, layout),
+        _memory(config, layout),
+        _data(config, sources, epochs),
+        _learning_rate(config),
+        _step(config, first),
+        _files(config),
+        [f"warning: {warning}" for warning in warnings],
+    ]
+    return "\n\n".join("\n".join(lines) for lines in sections if lines) + "\n"
+
+
+def _title(config: RunConfig) -> list[str]:
+    steps = num_steps(config.data, config.train.tokens)
+    lines = [
+        f"run {config.run_dir}: {steps:,} steps of {config.data.global_batch_tokens:,} tokens to "
+        f"reach {config.train.tokens:,}, {config.train.precision}, seed {config.seed}"
+    ]
+    stop = config.train.stop_after_steps
+    if stop is not None and stop < steps:
+        lines.append(f"  stops early, after step {stop:,} (train.stop_after_steps)")
+    return lines
+
+
+def _model(config: RunConfig, first: FirstStep) -> list[str]:
+    model, tensor = config.model, config.parallel.tensor
+    sizes = counts.count_parameters(model, tensor)
+    rows = counts.padded_vocab_size(model, tensor)
+    flops = counts.batch_flops(model, first.batch.length, tensor) / first.batch.num_tokens
+    lines = [
+        "model",
+        f"  shape                 {model.num_layers} layers x {model.hidden_size}, "
+        f"{model.num_heads} heads and {model.num_kv_heads} key/value heads of {model.head_dim}, "
+        f"feed-forward {model.ffn_hidden_size if model.moe is None else _experts(config)}",
+        f"  vocabulary            {model.vocab_size:,} ids in {rows:,} rows, "
+        f"{'tied' if model.tied_embeddings else 'untied'}",
+        f"  parameters            {sizes.total:,}",
+        f"  without embeddings    {sizes.non_embedding:,}",
+        f"  FLOPs per token       {flops:,.0f} (forward and backward, mean of step 0)",
+    ]
+    if model.moe is not None:
+        lines.insert(-1, f"  active per token      {sizes.active:,}")
+    return lines
+
+
+def _experts(config: RunConfig) -> str:
+    moe = config.model.moe
+    assert moe is not None
+    shared = f" and a shared one of {moe.shared_ffn_hidden_size}" * bool(moe.shared_ffn_hidden_size)
+    return f"{moe.top_k} of {moe.num_experts} experts of {moe.ffn_hidden_size}{shared}"
+
+
+def _layout(config: RunConfig, layout: Layout) -> list[str]:
+    axes = f"tensor {layout.tensor} x pipeline {layout.pipeline} x HDP {layout.hdp}"
+    return [
+        f"layout                  {layout.world} ranks = {axes}",
+        f"  experts over          {layout.expert} ranks",
+        f"  mode                  {layout.mode}",
+        f"  capacity              {config.planner.capacity_tokens:,} tokens per rank and "
+        "micro-batch",
+    ]
+
+
+def _memory(config: RunConfig, layout: Layout) -> list[str]:
+    memory = counts.memory_per_rank(config, layout)
+    return [
+        f"memory per rank         {_bytes(memory.total)} on the fullest pipeline stage",
+        f"  weights               {_bytes(memory.weights)}",
+        f"  gradients             {_bytes(memory.gradients)}",
+        f"  optimizer             {_bytes(memory.optimizer)}",
+        f"  activations           {_bytes(memory.activations)} (estimate)",
+    ]
+
+
+def _data(
+    config: RunConfig, sources: Mapping[str, SourceInfo], epochs: Mapping[str, float]
+) -> list[str]:
+    lines = [f"data                    context {config.data.context_tokens:,} tokens"]
+    for name in used_sources(config.data.stages):
+        info = sources[name]
+        lines.append(
+            f"  {name:<21} {info.train_tokens:,} tokens in {info.train_documents:,} documents, "
+            f"read {epochs[name]:.2f} times"
+        )
+    begin = 0
+    for index, stage in enumerate(config.data.stages):
+        blend = ", ".join(f"{name} {float(share):.2%}" for name, share in shares(stage).items())
+        lines.append(f"  stage {index:<15} from {begin:,} tokens: {blend}")
+        begin += stage.tokens or 0
+    return lines
+
+
+def _learning_rate(config: RunConfig) -> list[str]:
+    lines = ["learning rate           (of the step that reaches these tokens)"]
+    first = config.data.global_batch_tokens
+    points = {first: lr_at(first, config.optim.schedule), **dict(joints(config.optim.schedule))}
+    end = config.train.tokens
+    points.setdefault(end, lr_at(end, config.optim.schedule))
+    for tokens, lr in sorted(points.items()):
+        if 0 < tokens <= end:
+            step = num_steps(config.data, tokens) - 1
+            lines.append(f"  {tokens:>16,} tokens {lr:.4g} in step {step:,}")
+    return lines
+
+
+def _step(config: RunConfig, first: FirstStep) -> list[str]:
+    batch, plan, cost = first.batch, first.plan, cost_model(config)
+    length, times = batch.length, timeline(plan, batch.length, cost)
+    over = plan.predicted_s / plan.lower_bound_s
+    return [
+        f"step 0                  {batch.num_tokens:,} tokens in {batch.num_sequences:,} "
+        f"sequences of {int(length.min()):,} to {int(length.max()):,} (median "
+        f"{int(np.median(length)):,}), {len(plan.rings):,} micro-batches",
+        f"  planned by            {config.planner.name} in {plan.plan_s * 1e3:.1f} ms, "
+        f"{over:.3f} x the lower bound (uncalibrated cost)",
+        f"  imbalance             {times.imbalance:.3f} (step time over mean busy time)",
+        f"  {LEGEND}",
+        *(f"  {row}" for row in text_gantt(plan, length, cost).splitlines()),
+    ]
+
+
+def _files(config: RunConfig) -> list[str]:
+    run_dir = Path(config.run_dir)
+    kept = f"the last {config.checkpoint.keep_last}"
+    if config.checkpoint.keep_every_steps:
+        kept += f" and every {config.checkpoint.keep_every_steps:,} steps"
+    every = config.checkpoint.save_every_steps
+    lines = {
+        "config.yaml": "this config, resolved",
+        "plan.txt": "this text",
+        "metrics.jsonl": "one line per step and per evaluation",
+        "events.jsonl": "starts, stops, saves, skips",
+        "checkpoints/": f"{f'every {every:,} steps and ' if every else ''}at the end; keeps {kept}",
+        "plots/": "by megascale plot",
+        "logs/": "of each rank",
+    }
+    if config.monitor.tensorboard:
+        lines["tensorboard/"] = "the same numbers for TensorBoard"
+    width = len(str(run_dir)) + 1 + max(map(len, lines))
+    return ["files"] + [f"  {f'{run_dir}/{name}':<{width}}  {what}" for name, what in lines.items()]
+
+
+def _bytes(number: int) -> str:
+    value, unit = float(number), "B"
+    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
+        if value < 1024 or unit == "TiB":
+            break
+        value /= 1024
+    return f"{value:.1f} {unit}"

@@ -1,0 +1,99 @@
+"""Options that will have no effect, and runs that are allowed but rarely meant."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+from megascale.config import Layout, RunConfig
+from megascale.corpus.batches import num_steps, stage_at, used_sources
+from megascale.optim.schedule import lr_at
+
+MANY_EPOCHS = 4
+"""Passes up to which repeated text is nearly as good as new (Muennighoff et al., 2023)."""
+
+
+def warnings_of(
+    config: RunConfig,
+    layout: Layout,
+    epochs: Mapping[str, float],
+    has_heldout: Mapping[str, bool],
+    num_sequences: int,
+) -> list[str]:
+    """One line per oddity of a finalized config.
+
+    `epochs` are the passes over each source that is read, `has_heldout` says which sources can
+    be evaluated, and `num_sequences` are those of step 0.
+    """
+    return [
+        *_data(config, epochs, has_heldout),
+        *_model(config, layout, num_sequences),
+        *_steps(config),
+    ]
+
+
+def _data(
+    config: RunConfig, epochs: Mapping[str, float], has_heldout: Mapping[str, bool]
+) -> Iterator[str]:
+    data = config.data
+    for name, passes in epochs.items():
+        if passes > MANY_EPOCHS:
+            yield (
+                f"source '{name}' is read {passes:.1f} times; beyond {MANY_EPOCHS} passes, "
+                "repeated text teaches much less than new text"
+            )
+    used = used_sources(data.stages)
+    for name in data.sources:
+        if name not in used:
+            yield f"source '{name}' is in no blend and will not be read"
+        if config.eval.tokens and not has_heldout[name]:
+            yield f"source '{name}' has no held-out documents and will not be evaluated"
+    last_step_begins = (num_steps(data, config.train.tokens) - 1) * data.global_batch_tokens
+    reached = stage_at(last_step_begins, data.stages)
+    for index in range(reached + 1, len(data.stages)):
+        yield f"data.stages[{index}] begins after the end of training and has no effect"
+    lasts = data.stages[-1].tokens
+    if lasts is not None and sum(one.tokens or 0 for one in data.stages) < config.train.tokens:
+        yield "data.stages end before train.tokens; the last blend goes on to the end"
+
+
+def _model(config: RunConfig, layout: Layout, num_sequences: int) -> Iterator[str]:
+    window, context = config.model.sliding_window, config.data.context_tokens
+    if window is not None and window >= context:
+        yield f"model.sliding_window = {window} has no effect on a context of {context} tokens"
+    if num_sequences < layout.hdp:
+        yield (
+            f"step 0 has {num_sequences} sequences for {layout.hdp} HDP ranks, so some ranks idle; "
+            "raise data.global_batch_tokens or start fewer ranks"
+        )
+    if config.device == "cuda" and config.train.threads is not None:
+        yield "train.threads has no effect on CUDA"
+    if config.device == "cpu" and config.monitor.memory_snapshot:
+        yield "monitor.memory_snapshot has no effect without CUDA"
+
+
+def _steps(config: RunConfig) -> Iterator[str]:
+    steps = num_steps(config.data, config.train.tokens)
+    if config.train.tokens < config.data.global_batch_tokens:
+        yield (
+            f"train.tokens = {config.train.tokens} is less than one step of "
+            f"{config.data.global_batch_tokens} tokens; one step is run"
+        )
+    save, keep = config.checkpoint.save_every_steps, config.checkpoint.keep_every_steps
+    if save and keep % save:
+        yield (
+            f"checkpoint.keep_every_steps = {keep} is not a multiple of save_every_steps = {save}; "
+            "only steps divisible by both are kept for ever"
+        )
+    stop = config.train.stop_after_steps
+    if stop is not None and stop >= steps:
+        yield f"train.stop_after_steps = {stop} has no effect on a run of {steps} steps"
+    profile = config.monitor.profile_steps
+    if profile is not None and profile[0] > steps:
+        yield f"monitor.profile_steps begins after the last step, {steps}"
+    covered = sum(segment.tokens or 0 for segment in config.optim.schedule)
+    if covered > config.train.tokens:
+        end_lr = lr_at(config.train.tokens, config.optim.schedule)
+        yield (
+            f"optim.schedule lasts {covered} tokens but training ends at {config.train.tokens}, "
+            f"at a rate of {end_lr:.3g}"
+        )
