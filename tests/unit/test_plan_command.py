@@ -1,0 +1,235 @@
+"""`megascale plan`: what it prints is what will happen, fast, without torch, with clear errors."""
+
+import argparse
+import json
+import re
+import statistics
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from megascale.config import Layout
+from megascale.corpus.batches import Cursor, GlobalBatches, num_steps
+from megascale.corpus.shards import Shard
+from megascale.errors import UserError
+from megascale.model.counts import batch_flops, count_parameters, memory_per_rank
+from megascale.optim.schedule import lr_at
+from megascale.planner import StepPlan
+from megascale.train.describe import describe_run, first_step, load_run
+from megascale.train.plan_command import add_plan_arguments, run_plan
+from megascale.train.warnings import warnings_of
+
+EOD = 256
+
+
+def write_shard(prefix: Path, lengths: list[int]) -> None:
+    """A bare Megatron pair of random documents; each ends with the end-of-document token."""
+    rng = np.random.default_rng(7)
+    tokens = rng.integers(0, EOD, sum(lengths)).astype(np.uint16)
+    tokens[np.cumsum(lengths) - 1] = EOD
+    sizes = np.array(lengths, dtype=np.int32)
+    starts = (np.cumsum(sizes, dtype=np.int64) - sizes) * 2
+    header = b"MMIDIDX\x00\x00" + (1).to_bytes(8, "little") + b"\x08"
+    header += len(sizes).to_bytes(8, "little") + (len(sizes) + 1).to_bytes(8, "little")
+    documents = np.arange(len(sizes) + 1, dtype=np.int64)
+    Path(f"{prefix}.bin").write_bytes(tokens.tobytes())
+    Path(f"{prefix}.idx").write_bytes(
+        header + b"".join(a.tobytes() for a in (sizes, starts, documents))
+    )
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Path:
+    """A small run over two corpora of about 60,000 and 5,000 tokens."""
+    lengths = np.random.default_rng(1).lognormal(5, 1.2, 200).astype(int) + 2
+    write_shard(tmp_path / "web", lengths.tolist())
+    write_shard(tmp_path / "code", [500] * 10)
+    text = f"""
+run_dir: {tmp_path}/run
+model: {{num_layers: 2, hidden_size: 64, num_heads: 4}}
+data:
+  sources:
+    web: {{path: {tmp_path}/web, vocab_size: 257, eod_id: 256}}
+    code: {{path: {tmp_path}/code, vocab_size: 257, eod_id: 256}}
+  stages:
+    - {{tokens: 20000, blend: {{web: 3, code: 1}}}}
+    - {{blend: {{web: 1}}}}
+  context_tokens: 256
+  global_batch_tokens: 4096
+train: {{tokens: 50000, precision: fp32}}
+eval: {{tokens: 0}}
+"""
+    path = tmp_path / "run.yaml"
+    path.write_text(text)
+    return path
+
+
+def plan(config: Path, *arguments: str) -> int:
+    parser = argparse.ArgumentParser()
+    add_plan_arguments(parser)
+    return run_plan(parser.parse_args([str(config), *arguments]))
+
+
+def printed(label: str, text: str) -> list[str]:
+    """Numbers and words after a label at the start of a line."""
+    (line,) = [line for line in text.splitlines() if line.strip().startswith(f"{label} ")]
+    return line.strip().removeprefix(label).split()
+
+
+def test_prints_the_numbers_of_the_run(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert plan(config, "optim.lr=1e-3", "--ranks", "4") == 0
+    text = capsys.readouterr().out
+    run, sources = load_run(config, ["optim.lr=1e-3"])
+    layout = Layout.of(run, 4)
+    sizes, memory = count_parameters(run.model), memory_per_rank(run, layout)
+    assert printed("parameters", text) == [f"{sizes.total:,}"]
+    assert printed("without embeddings", text) == [f"{sizes.non_embedding:,}"]
+    assert printed("weights", text) == [f"{memory.weights / 2**10:.1f}", "KiB"]
+    assert printed("layout", text)[:2] == ["4", "ranks"]
+    assert printed("mode", text) == ["free"]
+    assert f"{num_steps(run.data, 50000)} steps of 4,096 tokens to reach 50,000" in text
+    first = first_step(run, layout, sources)
+    flops = batch_flops(run.model, first.batch.length) / first.batch.num_tokens
+    assert printed("FLOPs per token", text)[0] == f"{flops:,.0f}"
+    over = first.plan.predicted_s / first.plan.lower_bound_s
+    assert f"{over:.3f} x the lower bound" in text
+    assert len(re.findall(r"^  rank +\d+ \[", text, re.MULTILINE)) == 4
+
+
+def test_learning_rates_are_those_of_the_steps(config: Path) -> None:
+    run, sources = load_run(config, ["optim.warmup_tokens=8000"])
+    text = describe_run(run, Layout.of(run, 1), sources)
+    rows = re.findall(r"^ +([\d,]+) tokens (\S+) in step (\d+)$", text, re.MULTILINE)
+    assert [row[0] for row in rows] == ["4,096", "8,000", "50,000"]
+    for tokens, lr, step in rows:
+        seen = int(tokens.replace(",", ""))
+        assert float(lr) == pytest.approx(lr_at(seen, run.optim.schedule), rel=1e-3)
+        assert int(step) * 4096 < seen <= (int(step) + 1) * 4096
+
+
+def test_epochs_and_stages_are_those_of_the_batches(config: Path) -> None:
+    run, sources = load_run(config)
+    text = describe_run(run, Layout.of(run, 1), sources)
+    shards = {name: Shard.open(info.train) for name, info in sources.items()}
+    batches, cursor = GlobalBatches(run.data, shards, run.seed), Cursor()
+    for _ in range(num_steps(run.data, run.train.tokens)):
+        _, cursor = batches.next(cursor)
+    for name, shard in shards.items():
+        said = float(printed(name, text)[-2])
+        assert said == pytest.approx(cursor.sources[name].tokens / shard.num_tokens, abs=0.06)
+    assert "from 0 tokens: web 75.00%, code 25.00%" in text
+    assert "from 20,000 tokens: web 100.00%" in text
+
+
+def test_default_ranks_are_the_fewest_that_fit(
+    config: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plan(config, "parallel.tensor=2", "parallel.pipeline=2")
+    text = capsys.readouterr().out
+    assert "4 ranks = tensor 2 x pipeline 2 x HDP 1" in text
+    assert printed("mode", text) == ["aligned"]
+
+
+def test_experts_show_active_parameters(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    plan(config, "model.moe={num_experts: 4, top_k: 1}", "parallel.expert=2")
+    text = capsys.readouterr().out
+    run, _ = load_run(config, ["model.moe={num_experts: 4, top_k: 1}"])
+    assert printed("active per token", text) == [f"{count_parameters(run.model).active:,}"]
+    assert printed("mode", text) == ["lockstep"]
+
+
+def test_writes_the_plan_and_the_picture(
+    config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, picture = tmp_path / "plan.json", tmp_path / "plan.png"
+    plan(config, "--ranks", "3", "--json", str(out), "--gantt", str(picture))
+    run, sources = load_run(config)
+    first = first_step(run, Layout.of(run, 3), sources)
+    written = StepPlan.from_json(json.loads(out.read_text()))
+    written.check(first.batch.length)
+    assert written.digest() == first.plan.digest()
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert f"wrote {out}\nwrote {picture}" in capsys.readouterr().out
+
+
+def test_describing_does_not_touch_the_run_folder(config: Path, tmp_path: Path) -> None:
+    plan(config)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "problem"),
+    [
+        (["model.vocab_size=100"], "model.vocab_size = 100 is below .* set model.vocab_size=257"),
+        (["data.max_epochs=1"], "'code' would be read .* set data.max_epochs=2"),
+        (["--ranks", "0"], "must divide the 0 ranks"),
+        (["parallel.tensor=2", "--ranks", "3"], "must divide the 3 ranks started; start 2"),
+        (["--json", "/nonexistent/plan.json"], "--json /nonexistent/plan.json: No such file"),
+        (["--gantt", "plan.nonsense"], "--gantt plan.nonsense: Format 'nonsense'"),
+        (["data.sources.web.path=/nonexistent/web"], "/nonexistent/web"),
+    ],
+)
+def test_mistakes_are_one_clear_line(config: Path, arguments: list[str], problem: str) -> None:
+    with pytest.raises(UserError, match=problem) as caught:
+        plan(config, *arguments)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "warning"),
+    [
+        (["train.tokens=1M"], "source 'web' is read .* times; beyond 4 passes"),
+        (["data.stages=[{blend: {web: 1}}]"], "source 'code' is in no blend"),
+        (["train.tokens=10000"], r"data.stages\[1\] begins after the end of training"),
+        (["data.stages=[{tokens: 9000, blend: {web: 1}}]"], "the last blend goes on"),
+        (["model.sliding_window=256"], "model.sliding_window = 256 has no effect"),
+        (["data.global_batch_tokens=100"], "sequences for 64 HDP ranks, so some ranks idle"),
+        (["device=cuda", "train.threads=2"], "train.threads has no effect on CUDA"),
+        (["device=cpu", "monitor.memory_snapshot=true"], "memory_snapshot has no effect"),
+        (["train.tokens=1000"], "train.tokens = 1000 is less than one step of 4096 tokens"),
+        (["checkpoint.keep_every_steps=300"], "only steps divisible by both"),
+        (["train.stop_after_steps=999"], "has no effect on a run of 13 steps"),
+        (["monitor.profile_steps=[20, 30]"], "profile_steps begins after the last step, 13"),
+        (["optim.schedule=[{shape: linear, tokens: 60000, lr: 1.0}]"], "at a rate of 0.833"),
+        (["eval.tokens=100"], "source 'code' has no held-out documents"),
+    ],
+)
+def test_oddities_are_warnings(config: Path, overrides: list[str], warning: str) -> None:
+    run, sources = load_run(config, overrides)
+    text = describe_run(run, Layout.of(run, 64), sources)
+    assert re.search(f"^warning: .*{warning}", text, re.MULTILINE)
+    usual, usual_sources = load_run(config)
+    assert not re.search(warning, describe_run(usual, Layout.of(usual, 2), usual_sources))
+
+
+def test_an_ordinary_run_has_no_warnings(config: Path) -> None:
+    run, _ = load_run(config)
+    heldout = {"web": True, "code": True}
+    assert warnings_of(run, Layout.of(run, 4), {"web": 1.0, "code": 4.0}, heldout, 50) == []
+    evaluated = replace(run, eval=replace(run.eval, tokens=100))
+    assert warnings_of(evaluated, Layout.of(run, 4), {"web": 1.0}, heldout, 50) == []
+
+
+SCRIPT = """
+import argparse, sys
+from megascale.train.plan_command import add_plan_arguments, run_plan
+parser = argparse.ArgumentParser()
+add_plan_arguments(parser)
+status = run_plan(parser.parse_args())
+heavy = {"torch", "megatron", "matplotlib", "datasets", "transformers"} & set(sys.modules)
+sys.exit(f"imported: {heavy}" if heavy else status)
+"""
+
+
+def test_answers_in_a_second_without_torch(config: Path) -> None:
+    seconds = []
+    for _ in range(3):
+        begin = time.perf_counter()
+        subprocess.run([sys.executable, "-c", SCRIPT, str(config)], check=True, timeout=60)
+        seconds.append(time.perf_counter() - begin)
+    assert statistics.median(seconds) < 2.0  # about 0.4 s alone on two cores; CI is busier
