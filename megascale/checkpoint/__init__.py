@@ -1,0 +1,1 @@
+"""Saving in two stages, verifying, and loading into any layout, without running pickled code."""

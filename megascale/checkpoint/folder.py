@@ -1,0 +1,117 @@
+"""Names inside a run's `checkpoints` folder, what is good there, and what may go. No torch."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+LATEST = "latest"
+UNFINISHED = ".tmp-"
+REPLACED = ".old-"
+
+
+def checkpoints_dir(run_dir: str | Path) -> Path:
+    """Where the checkpoints of a run are."""
+    return Path(run_dir) / "checkpoints"
+
+
+def name_of(step: int) -> str:
+    """Folder name of a step: zero-padded, so that names sort as steps do."""
+    return f"{step:08d}"
+
+
+def steps_in(checkpoints: Path) -> list[int]:
+    """Steps that have a finished-looking folder, in increasing order."""
+    if not checkpoints.is_dir():
+        return []
+    names = (entry.name for entry in checkpoints.iterdir() if entry.is_dir())
+    return sorted(int(name) for name in names if name.isascii() and name.isdigit())
+
+
+def read_latest(checkpoints: Path) -> int | None:
+    """The step that `latest` names, or None when it is missing or says nothing usable."""
+    try:
+        text = (checkpoints / LATEST).read_text(encoding="ascii").strip()
+    except (OSError, UnicodeDecodeError):
+        return None
+    return int(text) if text.isdigit() and len(text) < 19 else None
+
+
+def by_preference(steps: list[int], latest: int | None) -> list[int]:
+    """Steps in the order in which a resume should try them.
+
+    First the one that `latest` names, then the ones before it, newest first; steps after it come
+    last, because they are what is left of a future that this run went back from.
+    """
+    newest_first = sorted(steps, reverse=True)
+    if latest is None:
+        return newest_first
+    return [s for s in newest_first if s <= latest] + [s for s in newest_first if s > latest]
+
+
+def prunable(steps: list[int], newest: int, keep_last: int, keep_every_steps: int) -> list[int]:
+    """Steps that may be deleted after saving `newest`.
+
+    The last `keep_last` up to `newest` and multiples of `keep_every_steps` stay, and so do steps
+    after `newest`: they belong to a future that this run went back from, and are not ours to drop.
+    """
+    past = sorted(step for step in steps if step <= newest)
+    for_ever = {step for step in past if keep_every_steps and step % keep_every_steps == 0}
+    return [step for step in past[:-keep_last] if step not in for_ever]
+
+
+def sync_folder(folder: Path) -> None:
+    """Make the names in `folder` survive a power cut."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write_synced(path: Path, content: bytes) -> None:
+    """Write a file and wait until it is on the disk."""
+    with path.open("wb") as stream:
+        stream.write(content)
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
+def publish(checkpoints: Path, step: int) -> None:
+    """Turn the unfinished folder of `step` into the checkpoint of that step, and name it latest.
+
+    Every moment at which the machine may stop leaves either the old state or the new one.
+    """
+    name = name_of(step)
+    target, aside = checkpoints / name, checkpoints / f"{REPLACED}{name}"
+    if target.exists():
+        shutil.rmtree(aside, ignore_errors=True)
+        target.rename(aside)
+    (checkpoints / f"{UNFINISHED}{name}").rename(target)
+    sync_folder(checkpoints)
+    write_synced(checkpoints / f"{UNFINISHED}{LATEST}", f"{name}\n".encode())
+    (checkpoints / f"{UNFINISHED}{LATEST}").replace(checkpoints / LATEST)
+    sync_folder(checkpoints)
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def remove_leftovers(checkpoints: Path) -> None:
+    """Delete what an interrupted save left behind."""
+    if not checkpoints.is_dir():
+        return
+    for entry in checkpoints.iterdir():
+        if not entry.name.startswith((UNFINISHED, REPLACED)):
+            continue
+        if entry.is_dir():
+            shutil.rmtree(entry, ignore_errors=True)
+        else:
+            entry.unlink(missing_ok=True)
+
+
+def remove_steps(checkpoints: Path, steps: list[int]) -> None:
+    """Delete checkpoints; each is first renamed, so that none is ever seen half deleted."""
+    for step in steps:
+        doomed = checkpoints / f"{REPLACED}{name_of(step)}"
+        (checkpoints / name_of(step)).rename(doomed)
+        shutil.rmtree(doomed, ignore_errors=True)

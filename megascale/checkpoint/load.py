@@ -1,0 +1,118 @@
+"""Finding a checkpoint that can be trusted, and loading it into any layout."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from megascale.checkpoint import folder as folders
+from megascale.checkpoint.manifest import Manifest, verify
+from megascale.errors import UserError
+
+if TYPE_CHECKING:
+    from megascale.runtime.distributed import Ranks
+
+
+@dataclass(frozen=True)
+class Found:
+    """A checkpoint whose every file is as its manifest says."""
+
+    folder: Path
+    manifest: Manifest
+    warnings: tuple[str, ...]
+    """One line for each damaged checkpoint that was passed over."""
+
+
+def find(
+    run_dir: str | Path, which: Literal["auto", "latest"] | int, ranks: Ranks | None = None
+) -> Found | None:
+    """The checkpoint to go on from, verified; each file is read once, shared out over `ranks`.
+
+    A number takes that step and no other. `latest` takes what the file `latest` names or, when
+    that is damaged, the good one before it, with a warning; `auto` is the same but gives None
+    where there is no checkpoint at all. Every rank gets the same answer.
+    Raises UserError when there is none to be had.
+    """
+    checkpoints = folders.checkpoints_dir(run_dir)
+    steps = _on_rank_0(ranks, lambda: _candidates(checkpoints, which))
+    if not steps:
+        if which == "auto":
+            return None
+        raise UserError(f"{checkpoints} holds no checkpoint; leave out --resume to start anew")
+    warnings: list[str] = []
+    for step in steps:
+        folder = checkpoints / folders.name_of(step)
+        manifest, faults = _inspect(folder, step, ranks)
+        if manifest is not None and not faults:
+            return Found(folder, manifest, tuple(warnings))
+        more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
+        warnings.append(f"checkpoint {folder} is damaged: {faults[0]}{more}")
+    if len(warnings) > 1:
+        raise UserError(f"no checkpoint in {checkpoints} is good; {'; '.join(warnings)}")
+    others = _on_rank_0(ranks, lambda: folders.steps_in(checkpoints))
+    listed = ", ".join(str(step) for step in others if step not in steps) or "none"
+    raise UserError(f"{warnings[0]}; other checkpoints: {listed}")
+
+
+def _candidates(checkpoints: Path, which: str | int) -> list[int]:
+    steps = folders.steps_in(checkpoints)
+    if isinstance(which, int):
+        return [which]
+    return folders.by_preference(steps, folders.read_latest(checkpoints))
+
+
+def _inspect(folder: Path, step: int, ranks: Ranks | None) -> tuple[Manifest | None, list[str]]:
+    """The manifest and what is wrong with the files, as all ranks together see it."""
+    try:
+        manifest = Manifest.read(folder)
+        if manifest.position.step != step:
+            raise UserError(f"its manifest is of step {manifest.position.step}")
+    except UserError as error:
+        manifest, faults = None, [str(error)]
+    else:
+        names = sorted(manifest.files)
+        share = names[ranks.rank :: ranks.world] if ranks else names
+        faults = [str(fault) for fault in verify(folder, manifest, share)]
+    told = sorted({fault for of_rank in _gather(faults, ranks) for fault in of_rank})
+    return manifest, told
+
+
+def restore(found: Found, model: Any, optimizer: Any | None, ranks: Ranks) -> Manifest:
+    """Load weights and, with `optimizer`, its state in place; the layout may be any.
+
+    `optimizer=None` loads the weights alone: an optimizer that is to train them afterwards must be
+    told so by its `reload_model_params`. Loading into the layout that wrote them restores every
+    bit. No pickled code is executed. Raises UserError, the same on every rank, when the model
+    differs from the saved one in any tensor, or when a file is refused.
+    """
+    from megascale.checkpoint.read import load_boxes
+    from megascale.checkpoint.shards import boxes, set_optimizer_steps
+
+    if optimizer is not None:
+        set_optimizer_steps(optimizer, found.manifest.optimizer_steps)
+    load_boxes(found.folder, boxes(model, optimizer), optimizer is not None, ranks)
+    return found.manifest
+
+
+def _on_rank_0(ranks: Ranks | None, ask: Callable[[], list[int]]) -> list[int]:
+    """What rank 0 sees in the file system, on every rank."""
+    if ranks is None:
+        return ask()
+    from megascale.runtime.distributed import broadcast_bytes
+
+    payload = json.dumps(ask()).encode() if ranks.rank == 0 else None
+    answer: list[int] = json.loads(broadcast_bytes(payload, ranks))
+    return answer
+
+
+def _gather(mine: list[str], ranks: Ranks | None) -> list[list[str]]:
+    if ranks is None or ranks.world == 1:
+        return [mine]
+    import torch.distributed as dist
+
+    told: list[Any] = [None] * ranks.world
+    dist.all_gather_object(told, mine, group=ranks.control)
+    return told

@@ -1,0 +1,252 @@
+"""Which part of which global tensor this rank holds, and which part of it this rank writes.
+
+megatron-core says where each weight lies in its global tensor (cut by TP, PP and EP). The
+distributed optimizer further cuts every flattened weight into ranges over the data-parallel
+ranks. A range of a flattened tensor is a few boxes of it, so each rank's state becomes boxes of
+the global tensors, and any layout can be loaded into any other, with no gathering over ranks.
+(megatron-core's own resharding format gathers the state on one rank of each group to save it.)
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+
+OPTIMIZER_PREFIX = "optimizer.state."
+MOMENTS = ("exp_avg", "exp_avg_sq")
+MASTER = "fp32_param"
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Box:
+    """A box of a global tensor, and the live memory on this rank that holds it."""
+
+    key: str
+    """Name of the global tensor, as megatron-core's distributed checkpoints name it."""
+    global_shape: Shape
+    offset: Shape
+    """Where the box begins in the global tensor."""
+    shape: Shape
+    holder: Callable[[], torch.Tensor]
+    """Gives the tensor that holds the box now. Not the tensor itself, because an optimizer may
+    replace its state tensors."""
+    start: int
+    """Position of the box's first element in that tensor, flattened."""
+
+    def live(self) -> torch.Tensor:
+        """A view of the live memory, in the shape of the box."""
+        flat = self.holder().detach().view(-1)
+        return flat[self.start : self.start + math.prod(self.shape)].view(self.shape)
+
+
+@dataclass(frozen=True)
+class _Part:
+    """A contiguous piece of a parameter: all of it, or one half of a fused SwiGLU matrix."""
+
+    key: str
+    global_shape: Shape
+    offset: Shape
+    shape: Shape
+    start: int
+    """Position of the piece in the flattened parameter."""
+    replica: Shape
+    """(pipeline, tensor, data-parallel) replica; zeros where this is the original."""
+
+
+@dataclass(frozen=True)
+class _Held:
+    """Elements [start, stop) of a flattened parameter, or of state in the same shape."""
+
+    prefix: str
+    holder: Callable[[], torch.Tensor]
+    start: int
+    stop: int
+    replicas: int
+    """Data-parallel ranks that hold the same elements."""
+
+
+def boxes(model: Any, optimizer: Any | None, to_write: bool = False) -> list[Box]:
+    """Boxes of the weights and, with `optimizer`, of its state, that this rank holds.
+
+    With `to_write` only those that this rank writes: over all ranks they cover each global tensor
+    exactly once, with replicas shared out evenly over the data-parallel ranks.
+    Raises RuntimeError when a weight is not contiguous, which megatron-core never makes.
+    """
+    while hasattr(model, "module"):
+        model = model.module
+    parts_of: dict[int, list[_Part]] = {}
+    found: list[Box] = []
+    for entry in _leaves(model.sharded_state_dict()):
+        weight, parts = entry.data, _parts(entry)
+        parts_of[id(weight)] = parts
+        held = _Held("", partial(_itself, weight), 0, weight.numel(), _replicas(weight))
+        found += _boxes(parts, held, to_write)
+    for inner in inner_optimizers(optimizer):
+        for weight, held in _held_state(inner, model):
+            found += _boxes(parts_of[id(weight)], held, to_write)
+    return found
+
+
+def boxes_of_range(shape: Shape, start: int, stop: int) -> list[tuple[Shape, Shape]]:
+    """(offset, shape) of the boxes, in order, that cover elements [start, stop) of a C-contiguous
+    tensor; each is contiguous, and there are at most 2 * len(shape) - 1 of them."""
+    if start >= stop:
+        return []
+    if len(shape) <= 1:
+        return [((start,), (stop - start,))]
+    row = math.prod(shape[1:])
+    first, last = -(-start // row), stop // row
+    if first > last:
+        return _within_row(shape, last, start, stop)
+    found = _within_row(shape, first - 1, start, first * row)
+    if last > first:
+        found.append(((first, *(0 for _ in shape[1:])), (last - first, *shape[1:])))
+    return found + _within_row(shape, last, last * row, stop)
+
+
+def _within_row(shape: Shape, index: int, start: int, stop: int) -> list[tuple[Shape, Shape]]:
+    origin = index * math.prod(shape[1:])
+    inner = boxes_of_range(shape[1:], start - origin, stop - origin)
+    return [((index, *offset), (1, *size)) for offset, size in inner]
+
+
+def inner_optimizers(optimizer: Any | None) -> list[Any]:
+    """megatron-core's optimizers that hold parameters on this rank."""
+    if optimizer is None:
+        return []
+    chained = getattr(optimizer, "chained_optimizers", [optimizer])
+    return [inner for inner in chained if not getattr(inner, "is_stub_optimizer", False)]
+
+
+def optimizer_steps(optimizer: Any) -> int:
+    """Steps that Adam took; 0 before the first."""
+    counts = [0]
+    for inner in inner_optimizers(optimizer):
+        for group in inner.optimizer.param_groups:
+            counts.append(int(group.get("step", 0)))
+            states = [inner.optimizer.state.get(p, {}) for p in group["params"]]
+            counts += [int(state.get("step", 0)) for state in states]
+    return max(counts)
+
+
+def set_optimizer_steps(optimizer: Any, steps: int) -> None:
+    """Make the moments where there are none (Adam makes them in its first step), and set the
+    count that bias correction goes by. torch counts per parameter, fused Adams per group."""
+    for inner in inner_optimizers(optimizer):
+        inner.init_state_fn(inner.optimizer, inner.config)
+        per_parameter = isinstance(inner.optimizer, (torch.optim.Adam, torch.optim.AdamW))
+        for group in inner.optimizer.param_groups:
+            if not per_parameter:
+                group["step"] = steps
+                continue
+            for parameter in group["params"]:
+                inner.optimizer.state[parameter]["step"] = torch.tensor(float(steps))
+
+
+def _itself(weight: torch.Tensor) -> torch.Tensor:
+    return weight
+
+
+def _state(adam: torch.optim.Optimizer, main: torch.Tensor, name: str) -> torch.Tensor:
+    moment: torch.Tensor = adam.state[main][name]
+    return moment
+
+
+def _leaves(tree: object) -> Iterator[ShardedTensor | ShardedTensorFactory]:
+    """Tensors of a sharded state dict. Its other objects are Transformer Engine's FP8 scales,
+    empty without FP8: they are pickled, and a checkpoint holds nothing that needs that."""
+    if isinstance(tree, (ShardedTensor, ShardedTensorFactory)):
+        yield tree
+    elif isinstance(tree, (dict, list)):
+        for value in tree.values() if isinstance(tree, dict) else tree:
+            yield from _leaves(value)
+
+
+def _parts(entry: ShardedTensor | ShardedTensorFactory) -> list[_Part]:
+    pieces = list(_leaves(entry.build())) if isinstance(entry, ShardedTensorFactory) else [entry]
+    return [_part(piece, entry.data) for piece in pieces]
+
+
+def _part(piece: ShardedTensor, whole: torch.Tensor) -> _Part:
+    if not piece.data.is_contiguous():
+        raise RuntimeError(f"{piece.key} is not contiguous and cannot be written in place")
+    return _Part(
+        key=piece.key,
+        global_shape=tuple(piece.global_shape),
+        offset=tuple(piece.global_offset),
+        shape=(1,) * piece.prepend_axis_num + tuple(piece.local_shape),
+        start=piece.data.storage_offset() - whole.storage_offset(),
+        replica=tuple(piece.replica_id),
+    )
+
+
+def _held_state(inner: Any, model: Any) -> Iterator[tuple[torch.Tensor, _Held]]:
+    """(parameter, state) for the master weight, where it is a copy, and each moment."""
+    for weight, main, start, stop in _main_parameters(inner, model):
+        replicas = 1 if isinstance(inner, DistributedOptimizer) else _replicas(weight)
+        holders = {name: partial(_state, inner.optimizer, main, name) for name in MOMENTS}
+        if main.dtype != weight.dtype:
+            holders[MASTER] = partial(_itself, main)
+        for name, holder in holders.items():
+            yield weight, _Held(f"{OPTIMIZER_PREFIX}{name}.", holder, start, stop, replicas)
+
+
+def _main_parameters(
+    inner: Any, model: Any
+) -> Iterator[tuple[torch.Tensor, torch.Tensor, int, int]]:
+    """(parameter, what the optimizer updates in its place, range of it that is held here)."""
+    groups = inner.optimizer.param_groups
+    if isinstance(inner, DistributedOptimizer):
+        for weight, (group, order) in inner.model_param_group_index_map.items():
+            held = inner._get_model_param_range_map(weight)["param"]
+            yield weight, groups[group]["params"][order], held.start, held.end
+        return
+    updated = {id(parameter) for group in groups for parameter in group["params"]}
+    for weight in model.parameters():
+        main = getattr(weight, "main_param", weight)
+        if id(main) in updated:
+            yield weight, main, 0, weight.numel()
+
+
+def _boxes(parts: list[_Part], held: _Held, to_write: bool) -> list[Box]:
+    found: list[Box] = []
+    for part in parts:
+        if to_write and part.replica[:2] != (0, 0):
+            continue
+        start = max(0, held.start - part.start)
+        stop = min(math.prod(part.shape), held.stop - part.start)
+        if to_write and held.replicas > 1:
+            first, last = _share(part, held.replicas)
+            start, stop = max(start, first), min(stop, last)
+        position = part.start + start - held.start
+        for offset, shape in boxes_of_range(part.shape, start, stop):
+            origin = tuple(a + b for a, b in zip(part.offset, offset, strict=True))
+            key = held.prefix + part.key
+            found.append(Box(key, part.global_shape, origin, shape, held.holder, position))
+            position += math.prod(shape)
+    return found
+
+
+def _share(part: _Part, replicas: int) -> tuple[int, int]:
+    """Range of the flattened part, in whole rows, that this data-parallel rank writes."""
+    row = part.shape[-1]
+    rows = math.prod(part.shape) // max(1, row)
+    first, last = (rows * share // replicas for share in (part.replica[2], part.replica[2] + 1))
+    return first * row, last * row
+
+
+def _replicas(weight: torch.Tensor) -> int:
+    """Data-parallel ranks that hold this weight; experts have their own such axis."""
+    if getattr(weight, "allreduce", True):
+        return int(parallel_state.get_data_parallel_world_size())
+    return int(parallel_state.get_expert_data_parallel_world_size())
