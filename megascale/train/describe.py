@@ -6,7 +6,7 @@ Without torch: this answers in under a second.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -81,8 +81,16 @@ def _check_epochs(config: RunConfig, tokens: Mapping[str, int]) -> None:
 
 
 def cost_model(config: RunConfig) -> CostModel:
-    """The cost model that steps of this run are planned with; uncalibrated."""
-    return counts.default_cost(config.model, config.parallel.tensor)
+    """The cost model that steps of this run are planned with; uncalibrated.
+
+    The allgather dispatcher of experts pads every micro-batch to the full capacity, so there
+    the part of the cost that grows with tokens is paid per micro-batch.
+    """
+    cost = counts.default_cost(config.model, config.parallel.tensor)
+    if config.model.moe is None or config.model.moe.dispatcher != "allgather":
+        return cost
+    padded_s = cost.b * (config.planner.capacity_tokens or 0)
+    return replace(cost, b=0.0, fixed=cost.fixed + padded_s)
 
 
 def plan_lengths(config: RunConfig, layout: Layout, lengths: ArrayLike) -> StepPlan:
@@ -242,9 +250,20 @@ def _step(config: RunConfig, first: FirstStep) -> list[str]:
         f"  planned by            {config.planner.name} in {plan.plan_s * 1e3:.1f} ms, "
         f"{over:.3f} x the lower bound (uncalibrated cost)",
         f"  imbalance             {times.imbalance:.3f} (step time over mean busy time)",
+        *_pipeline(config.parallel.pipeline, plan),
         f"  {LEGEND}",
         *(f"  {row}" for row in text_gantt(plan, length, cost).splitlines()),
     ]
+
+
+def _pipeline(num_stages: int, plan: StepPlan) -> list[str]:
+    """Idle part of a 1F1B pipeline, (p - 1) / (m + p - 1) for m equal micro-batches."""
+    if num_stages == 1:
+        return []
+    fewest = min(len(plan.rings_of(rank)) for rank in range(plan.num_ranks))
+    bubble = (num_stages - 1) / (fewest + num_stages - 1)
+    what = f"{num_stages} stages, at least {fewest} micro-batches"
+    return [f"  pipeline bubble       {bubble:.1%} ({what})"]
 
 
 def _files(config: RunConfig) -> list[str]:

@@ -20,7 +20,7 @@ from megascale.errors import UserError
 from megascale.model.counts import batch_flops, count_parameters, memory_per_rank
 from megascale.optim.schedule import lr_at
 from megascale.planner import StepPlan
-from megascale.train.describe import describe_run, first_step, load_run
+from megascale.train.describe import cost_model, describe_run, first_step, load_run
 from megascale.train.plan_command import add_plan_arguments, run_plan
 from megascale.train.warnings import warnings_of
 
@@ -133,6 +133,9 @@ def test_default_ranks_are_the_fewest_that_fit(
     text = capsys.readouterr().out
     assert "4 ranks = tensor 2 x pipeline 2 x HDP 1" in text
     assert printed("mode", text) == ["aligned"]
+    run, sources = load_run(config)
+    fewest = len(first_step(run, Layout.of(run, 1), sources).plan.rings)
+    assert printed("pipeline bubble", text)[0] == f"{1 / (fewest + 1):.1%}"
 
 
 def test_experts_show_active_parameters(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -141,6 +144,16 @@ def test_experts_show_active_parameters(config: Path, capsys: pytest.CaptureFixt
     run, _ = load_run(config, ["model.moe={num_experts: 4, top_k: 1}"])
     assert printed("active per token", text) == [f"{count_parameters(run.model).active:,}"]
     assert printed("mode", text) == ["lockstep"]
+
+
+def test_padding_of_the_allgather_dispatcher_is_charged(config: Path) -> None:
+    """Its micro-batches cost their full capacity, whatever they hold."""
+    options = "model.moe={num_experts: 4, top_k: 2, dispatcher: %s}"
+    packed, padded = (
+        cost_model(load_run(config, [options % name])[0]) for name in ("alltoall", "allgather")
+    )
+    assert padded.ring_s([1], [0]) == pytest.approx(padded.ring_s([], [0]), rel=1e-4)
+    assert padded.ring_s([256], [0]) == pytest.approx(packed.ring_s([256], [0]))
 
 
 def test_writes_the_plan_and_the_picture(
