@@ -204,11 +204,18 @@ def test_a_changed_batch_size_goes_on_exactly() -> None:
     assert wider.next(cursor)[1].stage == 1
 
 
-def test_max_epochs_names_the_source_and_the_step() -> None:
-    config = data([(None, {"web": 1})], max_epochs=2)
-    source = shard(*[100] * 12)
-    batches = GlobalBatches(config, {"web": source}, 1)
+def test_no_sequence_more_than_the_tokens_owed() -> None:
+    """Sequences of 10 tokens meet 40 tokens a step exactly, with four of them."""
+    config = data([(None, {"a": 1})], global_batch_tokens=40)
+    steps = deal(GlobalBatches(config, {"a": shard(*[10] * 50)}, 1), 20)
+    assert [batch.num_sequences for batch, _ in steps] == [4] * 20
+
+
+def test_max_epochs_can_be_used_up_but_no_more() -> None:
+    config = data([(None, {"web": 1})], max_epochs=2, global_batch_tokens=600)
+    batches = GlobalBatches(config, {"web": shard(*[100] * 12)}, 1)
     *_, (_, cursor) = deal(batches, 4)
+    assert cursor.tokens_seen == 2400
     with pytest.raises(UserError, match=r"'web' is used up at step 4: data.max_epochs = 2"):
         batches.next(cursor)
 

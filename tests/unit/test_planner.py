@@ -77,6 +77,14 @@ def test_lower_bound_counts_compute_capacity_and_the_longest() -> None:
     assert plan_longest_first([], 3, 10, "free", cost).lower_bound_s == 10.0
 
 
+def test_opening_a_micro_batch_counts_as_work() -> None:
+    """Rank 1 has less to compute (11^2 + 10^2 < 20^2) but in one micro-batch more."""
+    cost = CostModel(a=1.0, b=0.0, fixed=300.0)
+    plan = plan_longest_first([20, 11, 10, 5], 2, 20, "free", cost)
+    assert [one.sequences for one in plan.rings_of(0)] == [(0,), (3,)]
+    assert [one.sequences for one in plan.rings_of(1)] == [(1,), (2,)]
+
+
 def test_long_tail_is_balanced() -> None:
     lengths = np.clip(np.random.default_rng(1).lognormal(6, 1.2, 4000), 1, 8192).astype(int)
     plan = plan_longest_first(lengths, 16, 8192, "free", COST)
