@@ -146,7 +146,9 @@ def _build_tuple(args: tuple[Any, ...], value: Any, where: str) -> Any:
     if args[-1] is not Ellipsis and len(value) != len(args):
         raise UserError(f"{where} must be a list of {len(args)} values, not {len(value)}")
     kinds = [args[0]] * len(value) if args[-1] is Ellipsis else args
-    return tuple(_build(k, v, f"{where}[{i}]") for i, (k, v) in enumerate(zip(kinds, value)))
+    return tuple(
+        _build(k, v, f"{where}[{i}]") for i, (k, v) in enumerate(zip(kinds, value, strict=True))
+    )
 
 
 def _unknown_key(key: str, names: list[str], where: str) -> str:

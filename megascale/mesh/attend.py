@@ -59,7 +59,9 @@ def _by_sequence(kernel, q, k, v, segments, causal, window):  # type: ignore[no-
     if groups > 1:
         k, v = (x.repeat_interleave(groups, dim=1) for x in (k, v))
     split = [x.transpose(0, 1).unsqueeze(0).split(segments.lengths, dim=2) for x in (q, k, v)]
-    outs, lses = zip(*(_banded(kernel, *part, causal, window) for part in zip(*split)))
+    outs, lses = zip(
+        *(_banded(kernel, *part, causal, window) for part in zip(*split, strict=True)), strict=True
+    )
     out = torch.cat(outs, dim=2).squeeze(0).transpose(0, 1)
     return out, torch.cat(lses, dim=2).squeeze(0).transpose(0, 1)
 

@@ -9,9 +9,11 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.spec_utils import ModuleSpec
-from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from megatron.core.transformer.transformer_block import (
+    TransformerBlockSubmodules,
+    get_num_layers_to_build,
+)
 from megatron.core.transformer.transformer_config import TransformerConfig
-from megatron.core.transformer.transformer_block import get_num_layers_to_build
 
 from megascale.config import MoeConfig, RunConfig
 from megascale.model.counts import padded_vocab_size
@@ -30,7 +32,7 @@ def build_model(config: RunConfig, ranks: Ranks) -> DistributedDataParallel:
     model = GPTModel(
         config=core,
         transformer_layer_spec=_block_spec(config, core),
-        vocab_size=padded_vocab_size(config.model),
+        vocab_size=padded_vocab_size(config.model, config.parallel.tensor),
         max_sequence_length=config.data.context_tokens,
         pre_process=ranks.is_first_stage,
         post_process=ranks.is_last_stage,
@@ -78,7 +80,7 @@ def transformer_config(config: RunConfig, ranks: Ranks) -> TransformerConfig:
         expert_model_parallel_size=cut.expert,
         sequence_parallel=bool(cut.sequence_parallel),
         calculate_per_token_loss=True,
-        variable_seq_lengths=not fixed_length(config),
+        variable_seq_lengths=not _fixed_length(config),
         batch_p2p_comm=on_cuda,
         bias_activation_fusion=on_cuda,
         gradient_accumulation_fusion=False,
@@ -94,9 +96,19 @@ def _leave(weight: torch.Tensor) -> torch.Tensor:
     return weight
 
 
-def fixed_length(config: RunConfig) -> bool:
-    """Whether every micro-batch is padded to the capacity: the allgather dispatcher needs the
-    same number of tokens on all ranks of an expert group."""
+def pack_multiple(config: RunConfig) -> int:
+    """Micro-batches are padded to a multiple of this many tokens.
+
+    Sequence parallelism needs one that the tensor ranks can share. The allgather dispatcher
+    needs the same number of tokens on all ranks of an expert group: the whole capacity.
+    """
+    tensor = config.parallel.tensor
+    if not _fixed_length(config):
+        return tensor
+    return -(-(config.planner.capacity_tokens or 1) // tensor) * tensor
+
+
+def _fixed_length(config: RunConfig) -> bool:
     return config.model.moe is not None and config.model.moe.dispatcher == "allgather"
 
 

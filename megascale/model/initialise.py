@@ -51,5 +51,7 @@ def _fill(shard: ShardedTensor, config: ModelConfig, seed: int) -> None:
     std = config.init_std / (math.sqrt(2 * config.num_layers) if scaled else 1.0)
     whole = torch.randn(shape, generator=generator, device=shard.data.device) * std
     offsets = shard.global_offset[stacked:]
-    part = tuple(slice(o, o + n) for o, n in zip(offsets, shard.local_shape[-len(shape) :]))
+    part = tuple(
+        slice(o, o + n) for o, n in zip(offsets, shard.local_shape[-len(shape) :], strict=True)
+    )
     shard.data.copy_(whole[part].view_as(shard.data))

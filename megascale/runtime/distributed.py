@@ -57,6 +57,20 @@ def choose_device(wanted: str) -> tuple[str, str]:
     return "cpu", "no CUDA device found" if wanted == "auto" else "asked for by device = cpu"
 
 
+def prepare_device(wanted: str) -> tuple[str, str]:
+    """Choose the device and make megatron-core ready for it; before its first import.
+
+    Returns what `choose_device` does, and raises what it raises.
+    """
+    kind, why = choose_device(wanted)
+    _quiet_megatron()
+    if kind == "cpu":
+        from megascale.runtime import cpu
+
+        cpu.install()
+    return kind, why
+
+
 def world_from_environment() -> tuple[int, int, int]:
     """(rank, world, local rank) as torchrun sets them; (0, 1, 0) when it did not."""
     read = os.environ.get
@@ -72,15 +86,11 @@ def start(config: RunConfig) -> Ranks:
     """
     rank, world, local_rank = world_from_environment()
     layout = Layout.of(config, world)
-    kind, why = choose_device(config.device)
+    kind, why = prepare_device(config.device)
     device = torch.device(kind, local_rank) if kind == "cuda" else torch.device("cpu")
-    _quiet_megatron()
     if kind == "cuda":
         torch.cuda.set_device(device)
     else:
-        from megascale.runtime import cpu
-
-        cpu.install()
         torch.set_num_threads(config.train.threads or _threads_per_rank())
     _join(rank, world, "nccl" if kind == "cuda" else "gloo")
     control = dist.group.WORLD if kind == "cpu" else dist.new_group(backend="gloo", timeout=TIMEOUT)

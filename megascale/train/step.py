@@ -15,6 +15,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from megascale.config import RunConfig
 from megascale.mesh.packing import MicroBatch
+from megascale.model.build import pack_multiple
 from megascale.optim.build import apply_gradients, set_rates
 from megascale.optim.schedule import lr_at
 from megascale.runtime.distributed import Ranks
@@ -121,7 +122,7 @@ def run_micro_batches(
         data_iterator=iter(micro_batches),
         model=[learner.model],
         num_microbatches=count,
-        seq_length=config.planner.capacity_tokens,
+        seq_length=pack_multiple(config),
         micro_batch_size=1,
         forward_only=forward_only,
     )

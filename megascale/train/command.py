@@ -1,0 +1,53 @@
+"""`megascale train`: one rank of a run; torchrun starts many."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shlex
+
+from megascale.errors import UserError
+
+
+def add_train_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments of `megascale train`."""
+    parser.add_argument("config", metavar="CONFIG", help="YAML file of the run")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="a.b=c", help="options that replace those of the file"
+    )
+    parser.add_argument(
+        "--resume",
+        metavar="{auto,latest,STEP}",
+        help="continue the run in run_dir: from its latest good checkpoint (latest), from that or "
+        "from the start where there is none (auto), or from the checkpoint of a step",
+    )
+
+
+def run_train(args: argparse.Namespace) -> int:
+    """Train; returns the exit status. Raises UserError for bad input."""
+    resume = args.resume
+    if resume not in (None, "auto", "latest") and not resume.isdigit():
+        raise UserError(f"--resume {resume}: give auto, latest or the number of a step")
+    from megascale.train.describe import load_run
+
+    config, sources = load_run(args.config, args.overrides)
+    from megascale.runtime import distributed
+
+    distributed.prepare_device(config.device)
+    from megascale.train.loop import train
+
+    train(config, sources, resume, resume_command(args.config, args.overrides))
+    return 0
+
+
+def resume_command(config: str, overrides: list[str]) -> str:
+    """What a user types to continue this run on as many ranks."""
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    words = [config, *overrides, "--resume", "auto"]
+    launcher = ["megascale", "train"]
+    if world > 1:
+        local = os.environ.get("LOCAL_WORLD_SIZE", str(world))
+        launcher = ["torchrun", "--nproc-per-node", local, "-m", "megascale", "train"]
+        if int(local) != world:
+            launcher[1:1] = ["--nnodes", str(world // int(local))]
+    return shlex.join([*launcher, *words])

@@ -1,0 +1,95 @@
+"""Held-out loss and bits per byte per source, during and after training."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from megascale.corpus.batches import GlobalBatch, Pieces, heldout_pieces
+from megascale.corpus.describe import SourceInfo
+from megascale.corpus.shards import Shard
+from megascale.mesh.reader import MicroBatchReader, TokenSource
+from megascale.model.build import pack_multiple
+from megascale.planner.plan import StepPlan
+from megascale.runtime.distributed import broadcast_bytes
+from megascale.train.feed import Planner
+from megascale.train.step import Learner, evaluate
+
+
+@dataclass(frozen=True)
+class HeldoutScore:
+    """How well the model predicts the held-out documents of one source."""
+
+    loss: float
+    """Mean loss per token, nats."""
+    bits_per_byte: float | None
+    """Summed loss in bits over the bytes of the same documents; None where the source does not
+    know its bytes (a bare Megatron prefix)."""
+    tokens: int
+    """Tokens judged."""
+
+
+@dataclass(frozen=True)
+class HeldoutSet:
+    """The held-out documents of one source, planned once and read at every evaluation."""
+
+    reader: MicroBatchReader
+    batch: GlobalBatch
+    plan: StepPlan
+    num_bytes: int | None
+
+    def score(self, learner: Learner) -> HeldoutScore:
+        """Run the whole set, without gradients, over all ranks."""
+        count = len(self.plan.rings_of(self.reader.hdp_rank))
+        micro_batches = self.reader.read(self.plan, self.batch)
+        loss_sum, tokens = evaluate(learner, micro_batches, count)
+        bits = loss_sum / math.log(2)
+        return HeldoutScore(
+            loss=loss_sum / tokens,
+            bits_per_byte=bits / self.num_bytes if self.num_bytes else None,
+            tokens=tokens,
+        )
+
+
+def heldout_sets(
+    learner: Learner, sources: Mapping[str, SourceInfo], planner: Planner
+) -> dict[str, HeldoutSet]:
+    """The sets of all sources that have held-out documents; empty when `eval.tokens` is 0."""
+    config, ranks = learner.config, learner.ranks
+    sets: dict[str, HeldoutSet] = {}
+    for name, info in sources.items():
+        if info.heldout is None or not config.eval.tokens:
+            continue
+        shard = Shard.open(info.heldout)
+        pieces = heldout_pieces(shard, config.data.context_tokens, config.eval.tokens)
+        if not len(pieces.length):
+            continue
+        payload = planner(pieces.length).to_bytes() if ranks.rank == 0 else None
+        source = TokenSource(name, shard, info.eod_id, config.model.vocab_size or 0)
+        sets[name] = HeldoutSet(
+            reader=MicroBatchReader([source], ranks.hdp_rank, pack_multiple(config), ranks.device),
+            batch=_as_batch(pieces),
+            plan=StepPlan.from_bytes(broadcast_bytes(payload, ranks)),
+            num_bytes=_bytes_of(info, pieces),
+        )
+    return sets
+
+
+def _as_batch(pieces: Pieces) -> GlobalBatch:
+    return GlobalBatch(
+        step=0,
+        source=np.zeros(len(pieces.length), dtype=np.int16),
+        document=pieces.document,
+        start=pieces.start,
+        length=pieces.length.astype(np.int32),
+    )
+
+
+def _bytes_of(info: SourceInfo, pieces: Pieces) -> int | None:
+    if info.heldout_bytes is None:
+        return None
+    sizes = np.load(info.heldout_bytes, mmap_mode="r", allow_pickle=False)
+    return int(sizes[np.unique(pieces.document)].sum())

@@ -1,0 +1,92 @@
+"""A run folder is a run: who may write in it, and what lies where."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import IO, TypeVar
+
+from megascale.errors import UserError
+from megascale.runtime.distributed import Ranks, broadcast_bytes
+
+Value = TypeVar("Value")
+
+
+class RunFolder:
+    """The folder of a run, held by one run at a time.
+
+    Files: config.yaml (resolved), plan.txt, metrics.jsonl, events.jsonl, tensorboard/,
+    checkpoints/<step>/, plots/, logs/.
+    """
+
+    def __init__(self, path: Path, lock: IO[str] | None) -> None:
+        self.path = path
+        self._lock = lock
+
+    @staticmethod
+    def open(path: str, resume: str | None, ranks: Ranks) -> RunFolder:
+        """Make the folder, or enter the one of a run that is continued.
+
+        Raises UserError, on every rank, where it holds a run and `resume` is None, and where
+        another run is writing in it.
+        """
+        folder = Path(path)
+        held: list[IO[str]] = []
+        on_first_rank(ranks, lambda: held.append(_enter(folder, resume)))
+        return RunFolder(folder, held[0] if held else None)
+
+    @property
+    def checkpoints(self) -> Path:
+        """Folder of all checkpoints."""
+        return self.path / "checkpoints"
+
+    def write(self, name: str, text: str) -> None:
+        """Write a file of the folder, whole or not at all."""
+        partial = self.path / f".{name}.partial"
+        partial.write_text(text, encoding="utf-8")
+        partial.replace(self.path / name)
+
+    def close(self) -> None:
+        """Let another run enter."""
+        if self._lock is not None:
+            self._lock.close()
+
+
+def on_first_rank(ranks: Ranks, action: Callable[[], object]) -> None:
+    """Run `action` on rank 0; its UserError or OSError becomes a UserError on every rank."""
+    problem = b""
+    if ranks.rank == 0:
+        try:
+            action()
+        except (UserError, OSError) as error:
+            problem = str(error).encode() or type(error).__name__.encode()
+    problem = broadcast_bytes(problem, ranks)
+    if problem:
+        raise UserError(problem.decode())
+
+
+def _enter(folder: Path, resume: str | None) -> IO[str]:
+    try:
+        (folder / "logs").mkdir(parents=True, exist_ok=True)
+        lock = open(folder / ".lock", "a+", encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"run_dir {folder}: {error.strerror}; choose a folder you own") from None
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        lock.seek(0)
+        raise UserError(
+            f"run_dir {folder} is in use by another run ({lock.read().strip()}); "
+            "stop that one or set another run_dir"
+        ) from None
+    if resume is None and (folder / "config.yaml").exists():
+        raise UserError(
+            f"run_dir {folder} already holds a run; continue it with --resume auto, or branch "
+            "off into a new folder with run_dir=..."
+        )
+    lock.truncate(0)
+    lock.write(f"process {os.getpid()} on {os.uname().nodename}")
+    lock.flush()
+    return lock

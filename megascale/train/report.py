@@ -1,0 +1,171 @@
+"""What a run says of itself: metrics, events, console lines. Only rank 0 speaks."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+from megascale.checkpoint.save import SaveResult
+from megascale.config import RunConfig, dump_config
+from megascale.corpus.batches import Cursor, num_steps
+from megascale.corpus.describe import SourceInfo
+from megascale.model.counts import batch_flops
+from megascale.monitor.console import Console
+from megascale.monitor.device import mfu, peak_flops
+from megascale.monitor.events import EventLog
+from megascale.monitor.metrics import MetricsWriter
+from megascale.optim.schedule import joints, lr_at
+from megascale.runtime.distributed import Ranks
+from megascale.train.evaluate import HeldoutScore
+from megascale.train.feed import PlannedBatch
+from megascale.train.folder import RunFolder
+from megascale.train.step import StepResult
+
+
+class Report:
+    """Writes the run folder's records and talks to the user; on other ranks it does nothing."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        ranks: Ranks,
+        folder: RunFolder,
+        sources: Mapping[str, SourceInfo],
+        cursor: Cursor,
+    ) -> None:
+        self._config, self._ranks, self._folder = config, ranks, folder
+        self._speaks = ranks.rank == 0
+        self._bytes_per_token = _bytes_per_token(sources)
+        self._peak = peak_flops(_device_name(ranks), config.train.precision)
+        if not self._speaks:
+            return
+        monitor, resolved = config.monitor, dump_config(config)
+        folder.write("config.yaml", resolved)
+        self._events = EventLog(folder.path)
+        self._metrics = MetricsWriter(
+            folder.path, monitor.tensorboard, monitor.trackers, cursor.step, asdict(config)
+        )
+        steps = num_steps(config.data, config.train.tokens)
+        self._console = Console(min(steps, config.train.stop_after_steps or steps), cursor.step)
+
+    def started(self, cursor: Cursor, notes: Sequence[str]) -> None:
+        """Say where the run runs, and from where it goes on."""
+        ranks, layout = self._ranks, self._ranks.layout
+        self._say(
+            f"{ranks.world} rank(s) on {ranks.device.type} over {ranks.backend} ({ranks.why}): "
+            f"tensor {layout.tensor} x pipeline {layout.pipeline} x HDP {layout.hdp}, "
+            f"expert {layout.expert}, {layout.mode} mode, {self._config.train.precision}"
+        )
+        self._event("start", step=cursor.step, world=ranks.world, layout=asdict(layout))
+        if cursor.step:
+            self._say(f"resumed at step {cursor.step}: {_lr_outlook(self._config, cursor)}")
+        for note in notes:
+            self._say(note)
+
+    def step(self, cursor: Cursor, planned: PlannedBatch, result: StepResult) -> None:
+        """Record one step."""
+        if not self._speaks:
+            return
+        flops = batch_flops(self._config.model, planned.batch.length, self._config.parallel.tensor)
+        row = {
+            "step": cursor.step,
+            "tokens_seen": cursor.tokens_seen,
+            "num_tokens": result.num_tokens,
+            "loss": result.loss,
+            "lr": result.lr,
+            "grad_norm": result.grad_norm,
+            "step_s": result.seconds,
+            "tokens_per_s": result.num_tokens / result.seconds,
+            "mfu": mfu(flops, result.seconds, self._ranks.world, self._peak),
+            "plan_s": planned.plan.plan_s,
+            "plan_wait_s": planned.plan_wait_s,
+            "skipped": result.skipped,
+        }
+        self._metrics.write(row)
+        if result.skipped:
+            self._event("skip", step=cursor.step, loss=result.loss, grad_norm=result.grad_norm)
+            self._say(f"step {cursor.step} skipped: loss {result.loss}, norm {result.grad_norm}")
+        last = cursor.step == self._console.total_steps
+        if cursor.step % self._config.monitor.log_every_steps == 0 or last:
+            if self._bytes_per_token:
+                row["bits_per_byte"] = result.loss / math.log(2) / self._bytes_per_token
+            self._say(self._console.line(row))
+        else:
+            self._console.tick(cursor.step)
+
+    def evaluation(self, cursor: Cursor, scores: Mapping[str, HeldoutScore]) -> None:
+        """Record held-out scores."""
+        if not self._speaks or not scores:
+            return
+        self._metrics.write(
+            {
+                "step": cursor.step,
+                "tokens_seen": cursor.tokens_seen,
+                "eval": {name: asdict(score) for name, score in scores.items()},
+            }
+        )
+        for name, score in scores.items():
+            bits = score.bits_per_byte
+            shown = f"{bits:.4f} bits/byte" if bits is not None else "bits/byte n/a"
+            self._say(f"held-out {name}: loss {score.loss:.4f}, {shown}, {score.tokens:,} tokens")
+
+    def saved(self, outcome: SaveResult | None) -> None:
+        """Record a finished checkpoint, or why there is none."""
+        if outcome is None:
+            return
+        self._event("save", **asdict(outcome))
+        if outcome.error is not None:
+            self._say(str(outcome))
+
+    def finished(self, cursor: Cursor, stopped: bool, command: str) -> None:
+        """Say how the run ended, and how to go on."""
+        self._event("stop", step=cursor.step, asked=stopped)
+        if stopped:
+            self._say(f"stopped by a signal after step {cursor.step}; go on with:\n  {command}")
+        else:
+            self._say(f"done: {cursor.step} steps, {cursor.tokens_seen:,} tokens")
+
+    def sample(self, prompt: str, text: str) -> None:
+        """Show what the model writes."""
+        self._event("sample", prompt=prompt, text=text)
+        self._say(f"sample after {prompt!r}:\n{prompt}{text}")
+
+    def close(self) -> None:
+        """Flush and close the files."""
+        if self._speaks:
+            self._metrics.close()
+
+    def _say(self, text: str) -> None:
+        if self._speaks:
+            print(text, flush=True)
+
+    def _event(self, kind: str, **fields: Any) -> None:
+        if self._speaks:
+            self._events.write(kind, **fields)
+
+
+def _lr_outlook(config: RunConfig, cursor: Cursor) -> str:
+    """The learning rate now and at the next joints of its schedule."""
+    schedule = config.optim.schedule
+    ahead = [(tokens, lr) for tokens, lr in joints(schedule) if tokens > cursor.tokens_seen]
+    parts = [f"learning rate {lr_at(cursor.tokens_seen, schedule):.3g} now"]
+    parts += [f"{lr:.3g} at {tokens:,} tokens" for tokens, lr in ahead[:3]]
+    return ", ".join(parts)
+
+
+def _bytes_per_token(sources: Mapping[str, SourceInfo]) -> float | None:
+    """Of all sources together; None where one does not know its bytes."""
+    if any(info.train_bytes is None for info in sources.values()):
+        return None
+    tokens = sum(info.train_tokens for info in sources.values())
+    return sum(info.train_bytes or 0 for info in sources.values()) / max(tokens, 1)
+
+
+def _device_name(ranks: Ranks) -> str:
+    if ranks.device.type == "cpu":
+        return "cpu"
+    import torch
+
+    return torch.cuda.get_device_name(ranks.device)

@@ -1,0 +1,54 @@
+"""What may change between the run that wrote a checkpoint and the run that continues it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import yaml
+
+from megascale.config import RunConfig, dump_config
+from megascale.errors import UserError
+
+ORDER_OF_DATA = ("seed", "data.context_tokens", "data.global_batch_tokens")
+WEIGHTS = ("model",)
+
+
+def compare_configs(saved_yaml: str, config: RunConfig) -> list[str]:
+    """Lines `key: old -> new` for what changed since the checkpoint.
+
+    Raises UserError for a change that would silently continue another run: of the model's
+    shape, or of what decides the order of the data.
+    """
+    old = _flatten(yaml.safe_load(saved_yaml))
+    new = _flatten(yaml.safe_load(dump_config(config)))
+    changed = [key for key in {**old, **new} if old.get(key) != new.get(key)]
+    for key in changed:
+        fixed = key in ORDER_OF_DATA or key.split(".")[0] in WEIGHTS
+        if fixed and key != "model.implementation":
+            raise UserError(
+                f"{key} was {old.get(key)} when the checkpoint was written and is "
+                f"{new.get(key)} now; set it back, or start in a new run_dir"
+            )
+    return [f"{key}: {old.get(key)} -> {new.get(key)}" for key in changed]
+
+
+def compare_sources(saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Raise UserError where a source that has been read is not the same data any more."""
+    for name, was in saved.items():
+        if name not in now:
+            raise UserError(f"data.sources lacks '{name}', which the checkpoint has read from")
+        if was != now[name]:
+            raise UserError(
+                f"source '{name}' held {was} when the checkpoint was written and holds "
+                f"{now[name]} now; bring the old data back, or start in a new run_dir"
+            )
+
+
+def _flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(tree, dict) or not tree:
+        return {prefix: tree}
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat |= _flatten(value, f"{prefix}.{key}" if prefix else key)
+    return flat

@@ -1,0 +1,77 @@
+"""Text that the model writes, one token at a time; for a look, not for serving."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
+
+from megascale.mesh.packing import MicroBatch, TokenSequence, pack
+from megascale.model.build import pack_multiple
+from megascale.runtime.distributed import broadcast_bytes
+from megascale.train.step import Learner
+
+TEMPERATURE = 0.7
+
+
+def sample_tokens(learner: Learner, prompt: list[int], count: int, eod_id: int) -> list[int]:
+    """Continue `prompt` by up to `count` tokens, drawn at temperature 0.7 with the run's seed.
+
+    Ends early at `eod_id`. Every rank takes part and returns the same tokens. Each token costs
+    a whole forward pass over at most `context_tokens` tokens.
+    """
+    learner.model.eval()
+    generator = torch.Generator().manual_seed(learner.config.seed)
+    context, tokens = learner.config.data.context_tokens, [eod_id, *prompt]
+    with torch.no_grad():
+        for _ in range(count):
+            logits = _next_logits(learner, tokens[-context:], eod_id)
+            drawn = _draw(logits, generator) if logits is not None else None
+            last_rank = learner.ranks.world - 1
+            token = int.from_bytes(broadcast_bytes(drawn, learner.ranks, last_rank), "little")
+            if token == eod_id:
+                break
+            tokens.append(token)
+    learner.model.train()
+    return tokens[1 + len(prompt) :]
+
+
+def _draw(logits: torch.Tensor, generator: torch.Generator) -> bytes:
+    chances = torch.softmax(logits.float().cpu() / TEMPERATURE, dim=-1)
+    return int(torch.multinomial(chances, 1, generator=generator)).to_bytes(8, "little")
+
+
+def _next_logits(learner: Learner, tokens: list[int], pad_id: int) -> torch.Tensor | None:
+    """Logits of the token after `tokens`, over the real vocabulary; None before the last stage."""
+    ids = np.asarray(tokens, dtype=np.int64)
+    multiple = pack_multiple(learner.config)
+    batch = pack([TokenSequence(ids, ids)], pad_id, multiple, learner.ranks.device)
+    outputs = get_forward_backward_func()(
+        forward_step_func=_forward,
+        data_iterator=iter([batch]),
+        model=[learner.model],
+        num_microbatches=1,
+        seq_length=pack_multiple(learner.config),
+        micro_batch_size=1,
+        forward_only=True,
+        collect_non_loss_data=True,
+    )
+    if not learner.ranks.is_last_stage:
+        return None
+    whole = gather_from_tensor_model_parallel_region(outputs[0][len(tokens) - 1])
+    return whole[: learner.config.model.vocab_size]
+
+
+def _forward(data: Iterator[MicroBatch], model: Any) -> tuple[torch.Tensor, Any]:
+    batch = next(data)
+    logits = model(
+        input_ids=batch.tokens_T[None],
+        position_ids=batch.segments.positions_T[None],
+        attention_mask=None,
+        packed_seq_params=batch.segments,
+    )
+    return logits, lambda output, non_loss_data: output[0]
