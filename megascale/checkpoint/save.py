@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import shutil
+import sys
 import threading
 import time
 from dataclasses import asdict, dataclass
@@ -180,6 +182,8 @@ class Saver:
         (copying, summing, writing, syncing) let go of the interpreter lock."""
 
         def run() -> None:
+            if sys.platform == "linux":  # where a thread has a priority of its own
+                os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)
             try:
                 phase(job)
             except Exception as error:  # whatever it is, the run goes on

@@ -20,11 +20,11 @@ from megatron.core import parallel_state
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
+from megascale.checkpoint.ranges import Shape, boxes_of_range
+
 OPTIMIZER_PREFIX = "optimizer.state."
 MOMENTS = ("exp_avg", "exp_avg_sq")
 MASTER = "fp32_param"
-
-Shape = tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -95,29 +95,6 @@ def boxes(model: Any, optimizer: Any | None, to_write: bool = False) -> list[Box
         for weight, held in _held_state(inner, model):
             found += _boxes(parts_of[id(weight)], held, to_write)
     return found
-
-
-def boxes_of_range(shape: Shape, start: int, stop: int) -> list[tuple[Shape, Shape]]:
-    """(offset, shape) of the boxes, in order, that cover elements [start, stop) of a C-contiguous
-    tensor; each is contiguous, and there are at most 2 * len(shape) - 1 of them."""
-    if start >= stop:
-        return []
-    if len(shape) <= 1:
-        return [((start,), (stop - start,))]
-    row = math.prod(shape[1:])
-    first, last = -(-start // row), stop // row
-    if first > last:
-        return _within_row(shape, last, start, stop)
-    found = _within_row(shape, first - 1, start, first * row)
-    if last > first:
-        found.append(((first, *(0 for _ in shape[1:])), (last - first, *shape[1:])))
-    return found + _within_row(shape, last, last * row, stop)
-
-
-def _within_row(shape: Shape, index: int, start: int, stop: int) -> list[tuple[Shape, Shape]]:
-    origin = index * math.prod(shape[1:])
-    inner = boxes_of_range(shape[1:], start - origin, stop - origin)
-    return [((index, *offset), (1, *size)) for offset, size in inner]
 
 
 def inner_optimizers(optimizer: Any | None) -> list[Any]:

@@ -28,7 +28,8 @@ from torch.distributed.checkpoint.metadata import (
 
 from megascale.checkpoint.folder import write_synced
 from megascale.checkpoint.manifest import FileSum
-from megascale.checkpoint.shards import Box, Shape
+from megascale.checkpoint.ranges import Shape
+from megascale.checkpoint.shards import Box
 from megascale.errors import UserError
 
 METADATA = ".metadata"
