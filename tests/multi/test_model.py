@@ -1,0 +1,74 @@
+"""The megatron-core model against a plain PyTorch one with the same weights."""
+
+import numpy as np
+import pytest
+import torch
+
+from megascale.config import finalize, parse_config
+
+BASE = """
+model: {num_layers: 2, hidden_size: 64, num_heads: 4, num_kv_heads: 2}
+data: {sources: {random: {path: none}}, context_tokens: 64}
+train: {precision: fp32, threads: 1}
+"""
+LENGTHS = (40, 1, 23)
+
+
+def compare_with_plain(overrides):
+    """Largest differences of the losses per token and of the embedding's gradient."""
+    from plain_gpt import PlainGpt
+
+    from megascale.mesh.packing import TokenSequence, pack
+    from megascale.model.build import build_model
+    from megascale.model.counts import count_parameters, padded_vocab_size
+    from megascale.runtime import distributed
+
+    config = finalize(parse_config(BASE, overrides), {"random": 10000}, 257)
+    ranks = distributed.start(config)
+    model = build_model(config, ranks)
+    assert sum(p.numel() for p in model.parameters()) == count_parameters(config.model).total
+    plain = PlainGpt(config.model, padded_vocab_size(config.model))
+    plain.load_megatron(model.module.state_dict())
+    generator = np.random.default_rng(0)
+    ids = [generator.integers(0, 257, n + 1) for n in LENGTHS]
+    batch = pack([TokenSequence(x[:-1], x[1:]) for x in ids], 256, 1, ranks.device)
+    loss_T = model(
+        input_ids=batch.tokens_T[None],
+        position_ids=None,
+        attention_mask=None,
+        labels=batch.targets_T[None],
+        packed_seq_params=batch.segments,
+    ).flatten()
+    expected_T = torch.cat(
+        [
+            torch.nn.functional.cross_entropy(
+                plain(torch.tensor(x[None, :-1]))[0], torch.tensor(x[1:]), reduction="none"
+            )
+            for x in ids
+        ]
+    )
+    loss_T.sum().backward()
+    expected_T.sum().backward()
+    grad = next(p for n, p in model.named_parameters() if "word_embeddings" in n).main_grad
+    return (
+        (loss_T - expected_T).abs().max().item(),
+        (grad - plain.embedding.weight.grad).abs().max().item(),
+        plain.embedding.weight.grad.abs().max().item(),
+    )
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        (),
+        ("model.tied_embeddings=false",),
+        ("model.qk_norm=true", "model.rope_base=500"),
+        ("model.parallel_block=true",),
+        ("model.sliding_window=8",),
+        ("model.head_dim=32", "model.num_kv_heads=1", "model.ffn_hidden_size=100"),
+    ],
+)
+def test_losses_and_gradients_are_those_of_a_plain_model(ranks, overrides):
+    ((loss_error, grad_error, grad_size),) = ranks(1, compare_with_plain, overrides)
+    assert loss_error < 1e-5
+    assert grad_error < 1e-4 * grad_size
