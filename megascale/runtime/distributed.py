@@ -128,6 +128,8 @@ def broadcast_bytes(payload: bytes | None, ranks: Ranks, source: int = 0) -> byt
         return payload
     size = torch.tensor([len(payload) if payload is not None else 0])
     dist.broadcast(size, source, group=ranks.control)
+    if not int(size):
+        return b""
     buffer = torch.empty(int(size), dtype=torch.uint8)
     if ranks.rank == source:
         buffer = torch.frombuffer(bytearray(payload or b""), dtype=torch.uint8)
