@@ -66,16 +66,16 @@ def _candidates(checkpoints: Path, which: str | int) -> list[int]:
 
 def _inspect(folder: Path, step: int, ranks: Ranks | None) -> tuple[Manifest | None, list[str]]:
     """The manifest and what is wrong with the files, as all ranks together see it."""
+    manifest: Manifest | None = None
     try:
         manifest = Manifest.read(folder)
         if manifest.position.step != step:
             raise UserError(f"its manifest is of step {manifest.position.step}")
-    except UserError as error:
-        manifest, faults = None, [str(error)]
-    else:
         names = sorted(manifest.files)
         share = names[ranks.rank :: ranks.world] if ranks else names
         faults = [str(fault) for fault in verify(folder, manifest, share)]
+    except UserError as error:
+        faults = [str(error)]
     told = sorted({fault for of_rank in _gather(faults, ranks) for fault in of_rank})
     return manifest, told
 

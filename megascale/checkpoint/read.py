@@ -8,14 +8,14 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
-from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata
+from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata
 from torch.distributed.checkpoint.planner import LoadPlan, ReadItem
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
 from megascale.checkpoint.shards import OPTIMIZER_PREFIX, Box
-from megascale.checkpoint.storage import one_line, read_metadata
+from megascale.checkpoint.storage import Index, one_line, read_index
 from megascale.errors import UserError
 from megascale.runtime.distributed import Ranks
 
@@ -30,15 +30,15 @@ def load_boxes(folder: Path, wanted: list[Box], with_optimizer: bool, ranks: Ran
     """
     error: str | None = None
     try:
-        metadata = read_metadata(folder)
-        plan = _plan(metadata, wanted)
+        index = read_index(folder)
+        plan = _plan(index, wanted)
     except UserError as refused:
         error = str(refused)
     _raise_together(error, ranks)
-    _check_same_tensors(folder, metadata, wanted, with_optimizer, ranks)
+    _check_same_tensors(folder, index, wanted, with_optimizer, ranks)
     try:
         reader = FileSystemReader(folder)
-        reader.set_up_storage_reader(metadata, is_coordinator=True)
+        reader.set_up_storage_reader(index.metadata, is_coordinator=True)
         reader.read_data(plan, _IntoBoxes(wanted))
     except Exception as refused:  # a forged file can raise anything
         error = f"{folder} is refused: {one_line(refused)}"
@@ -67,14 +67,14 @@ class _IntoBoxes(DefaultLoadPlanner):
         """It was filled in place."""
 
 
-def _plan(metadata: Metadata, wanted: list[Box]) -> LoadPlan:
+def _plan(index: Index, wanted: list[Box]) -> LoadPlan:
     """What to read for the boxes that the checkpoint holds in full."""
     items: list[ReadItem] = []
     by_key: dict[str, list[Box]] = {}
     for box in wanted:
         by_key.setdefault(box.key, []).append(box)
     for key, boxes in by_key.items():
-        stored = metadata.state_dict_metadata.get(key)
+        stored = index.tensors.get(key)
         if stored is None or tuple(stored.size) != boxes[0].global_shape:
             continue  # named, once for all ranks, by _check_same_tensors
         chunks = [ChunkStorageMetadata(torch.Size(b.offset), torch.Size(b.shape)) for b in boxes]
@@ -86,7 +86,7 @@ def _plan(metadata: Metadata, wanted: list[Box]) -> LoadPlan:
 
 
 def _check_same_tensors(
-    folder: Path, metadata: Metadata, wanted: list[Box], with_optimizer: bool, ranks: Ranks
+    folder: Path, index: Index, wanted: list[Box], with_optimizer: bool, ranks: Ranks
 ) -> None:
     """Raise UserError, naming the first tensor that the run and the checkpoint differ in."""
     asked: dict[str, Description] = {}
@@ -94,7 +94,7 @@ def _check_same_tensors(
         asked |= of_rank
     stored: dict[str, Description] = {
         key: (tuple(tensor.size), tensor.properties.dtype)
-        for key, tensor in metadata.state_dict_metadata.items()
+        for key, tensor in index.tensors.items()
         if with_optimizer or not key.startswith(OPTIMIZER_PREFIX)
     }
     keys = asked.keys() | stored.keys()

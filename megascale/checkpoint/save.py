@@ -9,7 +9,7 @@ import shutil
 import sys
 import threading
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -127,8 +127,8 @@ class Saver:
         ):
             self.prepare(model, optimizer)
         self._copy_to_host()
-        manifest = Manifest(
-            position=position,
+        manifest = Manifest(  # the cursor goes on changing, so take it as it is now
+            position=replace(position, cursor=json.loads(json.dumps(position.cursor))),
             optimizer_steps=optimizer_steps(optimizer),
             layout=asdict(self.ranks.layout),
             versions=current_versions(),

@@ -13,7 +13,7 @@ import pickle
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import IO, TYPE_CHECKING, Any, BinaryIO, cast
 
 import torch
 import xxhash
@@ -29,8 +29,10 @@ from torch.distributed.checkpoint.metadata import (
 from megascale.checkpoint.folder import write_synced
 from megascale.checkpoint.manifest import FileSum
 from megascale.checkpoint.ranges import Shape
-from megascale.checkpoint.shards import Box
 from megascale.errors import UserError
+
+if TYPE_CHECKING:
+    from megascale.checkpoint.shards import Box
 
 METADATA = ".metadata"
 BACKEND = {
@@ -136,7 +138,7 @@ def _append(stream: _SummingStream, tensor: torch.Tensor) -> tuple[int, int]:
     """Write one tensor; its (first byte, bytes). torch hides a failed write; raise it as it was."""
     began = stream.size
     try:
-        torch.save(tensor, stream)
+        torch.save(tensor, cast(IO[bytes], stream))
     except RuntimeError:
         raise (stream.error or OSError("torch could not write a tensor")) from None
     return began, stream.size - began
@@ -180,19 +182,24 @@ def check_cover(entries: Sequence[Sequence[Entry]]) -> None:
             raise RuntimeError(f"{key}: {covered[key]} elements would be written of {shape}")
 
 
-def read_metadata(folder: Path) -> Metadata:
+@dataclass(frozen=True)
+class Index:
+    """What `.metadata` says."""
+
+    metadata: Metadata
+    tensors: dict[str, TensorStorageMetadata]
+
+
+def read_index(folder: Path) -> Index:
     """Read `.metadata` with an unpickler that knows only the classes it needs.
 
     Raises UserError when the file holds anything else: nothing in it is ever executed.
     """
     path = folder / METADATA
     try:
-        metadata = _Unpickler(io.BytesIO(path.read_bytes())).load()
-        _check_metadata(metadata)
+        return _checked(_Unpickler(io.BytesIO(path.read_bytes())).load())
     except Exception as error:  # a forged pickle can raise anything
         raise UserError(f"{path} is refused: {one_line(error)}") from None
-    assert isinstance(metadata, Metadata)
-    return metadata
 
 
 class _Unpickler(pickle.Unpickler):
@@ -202,17 +209,20 @@ class _Unpickler(pickle.Unpickler):
         return super().find_class(module, name)
 
 
-def _check_metadata(metadata: Any) -> None:
+def _checked(metadata: Any) -> Index:
     if not isinstance(metadata, Metadata):
         raise ValueError("it holds no checkpoint metadata")
+    tensors: dict[str, TensorStorageMetadata] = {}
     for key, tensor in metadata.state_dict_metadata.items():
         if not isinstance(key, str) or not isinstance(tensor, TensorStorageMetadata):
             raise ValueError(f"{key!r} is not a tensor")
+        tensors[key] = tensor
     for index, place in metadata.storage_data.items():
         if not isinstance(index, MetadataIndex) or not isinstance(place, _StorageInfo):
             raise ValueError("it does not say where its tensors are")
         if Path(place.relative_path).name != place.relative_path:
             raise ValueError(f"{place.relative_path!r} is not in its folder")
+    return Index(metadata, tensors)
 
 
 def _metadata(entries: Sequence[Sequence[Entry]], written: Sequence[Written]) -> Metadata:
@@ -231,7 +241,7 @@ def _metadata(entries: Sequence[Sequence[Entry]], written: Sequence[Written]) ->
             tensor.chunks.append(
                 ChunkStorageMetadata(torch.Size(entry.offset), torch.Size(entry.shape))
             )
-    return Metadata(state_dict_metadata=tensors, storage_data=places)
+    return Metadata(state_dict_metadata=dict(tensors), storage_data=places)
 
 
 def one_line(error: Exception) -> str:

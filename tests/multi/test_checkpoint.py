@@ -1,0 +1,567 @@
+"""Checkpoints on real ranks: exact bits, every layout into every other, damage, full disks."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import pickle
+import shutil
+import subprocess
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megascale.errors import UserError
+
+MODEL = """
+model: {num_layers: 2, hidden_size: 32, num_heads: 2, vocab_size: 100, vocab_multiple: 8}
+data: {sources: {a: {path: unused}}, context_tokens: 32}
+train: {precision: fp32}
+device: cpu
+"""
+MOE = "model.moe.num_experts=4"
+
+
+class Run:
+    """A small model on this rank, trained on the same tokens whatever the layout."""
+
+    def __init__(self, overrides: list[str], seed: int = 1) -> None:
+        from megascale.config import finalize, parse_config
+        from megascale.model.build import build_model
+        from megascale.optim.build import build_optimizer
+        from megascale.runtime import distributed
+        from megascale.train.step import Learner
+
+        config = parse_config(MODEL, [f"seed={seed}", *overrides])
+        self.config = finalize(config, {"a": 1000}, 100)
+        self.ranks = distributed.start(self.config)
+        self.model = build_model(self.config, self.ranks)
+        self.optimizer = build_optimizer(self.config, self.model)
+        self.learner = Learner(self.config, self.ranks, self.model, self.optimizer)
+
+    def train(self, steps: range) -> list[float]:
+        """Losses of the steps with these numbers."""
+        import numpy as np
+
+        from megascale.mesh.packing import TokenSequence, pack
+        from megascale.train.step import train_step
+
+        losses = []
+        for step in steps:
+            tokens = np.random.default_rng(step).integers(0, 100, (4, 17))
+            bag = [TokenSequence(row[:-1], row[1:]) for row in tokens]
+            mine = bag[self.ranks.hdp_rank :: self.ranks.layout.hdp]
+            tensor = self.ranks.layout.tensor
+            batches = [pack([one], 100, tensor, self.ranks.device) for one in mine]
+            losses.append(train_step(self.learner, batches, len(batches), 64, 64 * step).loss)
+        return losses
+
+    def saver(self, folder: str, **options: Any) -> Any:
+        """A saver for this run; synchronous unless told otherwise."""
+        from dataclasses import replace
+
+        from megascale.checkpoint.save import Saver
+
+        options = {"async_save": False} | options
+        return Saver(folder, replace(self.config.checkpoint, **options), self.ranks)
+
+    def save(self, saver: Any, step: int) -> Any:
+        """Save; the results that ended in it."""
+        from megascale.checkpoint.manifest import Position
+
+        position = Position(step, 64 * step, 1, "a: 1\n", {"consumed": {"a": step}})
+        return saver.save(position, self.model, self.optimizer)
+
+    def load(self, folder: str, with_optimizer: bool = True) -> Any:
+        """Load the latest; its manifest."""
+        from megascale.checkpoint.load import find, restore
+
+        found = find(folder, "latest", self.ranks)
+        assert found is not None
+        optimizer = self.optimizer if with_optimizer else None
+        return restore(found, self.model, optimizer, self.ranks)
+
+    def state(self) -> dict[str, Any]:
+        """Every global tensor by name, put together from what all ranks hold (on rank 0).
+
+        Fails where replicas differ.
+        """
+        import torch
+        import torch.distributed as dist
+
+        from megascale.checkpoint.shards import boxes, optimizer_steps, set_optimizer_steps
+
+        set_optimizer_steps(self.optimizer, optimizer_steps(self.optimizer))
+        mine = [
+            (box.key, box.global_shape, box.offset, box.live().clone())
+            for box in boxes(self.model, self.optimizer)
+        ]
+        told: list[Any] = [None] * self.ranks.world
+        dist.all_gather_object(told, mine)
+        whole: dict[str, Any] = {}
+        for key, shape, offset, part in (entry for of_rank in told for entry in of_rank):
+            into = whole.setdefault(key, torch.full(shape, float("nan"), dtype=part.dtype))
+            place = tuple(slice(o, o + n) for o, n in zip(offset, part.shape, strict=True))
+            before = into[place]
+            assert torch.equal(part[~before.isnan()], before[~before.isnan()]), f"{key} differs"
+            into[place] = part
+        assert not any(tensor.isnan().any() for tensor in whole.values())
+        return whole
+
+
+def stop() -> None:
+    """Leave the groups, so that the next run of this process can make others."""
+    from megascale.runtime import distributed
+
+    distributed.stop()
+
+
+def same(left: dict[str, Any], right: dict[str, Any]) -> bool:
+    """Whether two states hold the same tensors, bit by bit."""
+    import torch
+
+    return left.keys() == right.keys() and all(torch.equal(left[k], right[k]) for k in left)
+
+
+def trained_and_saved(folder: str, overrides: list[str], follow: range) -> Any:
+    """Train two steps and save; the state then, and the losses of the steps in `follow`."""
+    run = Run(overrides)
+    run.train(range(2))
+    (result,) = run.save(run.saver(folder), 2)
+    assert result.error is None and result.last_good == 2, result
+    state = run.state()
+    losses = run.train(follow)
+    stop()
+    return state, losses
+
+
+def loaded(folder: str, overrides: list[str], follow: range) -> Any:
+    """Load into a model of other initial weights; its state, and the losses after."""
+    run = Run(overrides, seed=2)
+    manifest = run.load(folder)
+    assert manifest.position.cursor == {"consumed": {"a": 2}} and manifest.optimizer_steps == 2
+    state = run.state()
+    losses = run.train(follow)
+    stop()
+    return state, losses
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        [],
+        ["train.precision=bf16"],
+        ["train.precision=bf16", "parallel.tensor=2"],
+        ["train.precision=bf16", "optim.distributed_optimizer=false"],
+        [MOE, "parallel.expert=2"],
+    ],
+    ids=lambda overrides: " ".join(overrides) or "fp32",
+)
+def test_the_same_layout_gives_the_same_bits(
+    ranks: Any, tmp_path: Path, overrides: list[str]
+) -> None:
+    follow = range(2, 4)
+    saved, losses = ranks(2, trained_and_saved, str(tmp_path), overrides, follow)[0]
+    found, losses_after = ranks(2, loaded, str(tmp_path), overrides, follow)[0]
+    assert same(saved, found) and len(saved) > 10
+    assert losses == losses_after
+
+
+TENSOR, PIPELINE = "parallel.tensor=2", "parallel.pipeline=2"
+EXPERT, REPLICATED = "parallel.expert=2", "optim.distributed_optimizer=false"
+BF16, UNTIED = "train.precision=bf16", "model.tied_embeddings=false"
+
+
+@pytest.mark.parametrize(
+    "common, before, after",
+    [
+        ([], (2, [TENSOR]), (1, [])),
+        ([BF16, "model.num_kv_heads=2"], (1, []), (2, [TENSOR])),
+        ([], (2, [PIPELINE]), (1, [])),
+        ([BF16, UNTIED], (1, []), (2, [PIPELINE])),
+        ([], (2, []), (1, [])),
+        ([BF16], (1, []), (2, [])),
+        ([MOE], (2, [EXPERT]), (1, [])),
+        ([MOE, BF16], (1, []), (2, [EXPERT])),
+        ([], (2, []), (2, [REPLICATED])),
+        ([BF16], (2, [REPLICATED]), (2, [])),
+        ([MOE, BF16], (2, [EXPERT]), (2, [PIPELINE, REPLICATED])),
+        ([], (2, [TENSOR, REPLICATED]), (2, [PIPELINE])),
+        ([BF16], (4, [TENSOR, PIPELINE]), (2, [])),
+        ([MOE], (2, [PIPELINE]), (4, [EXPERT, PIPELINE])),
+    ],
+    ids=lambda value: " ".join(map(str, value)) if isinstance(value, (list, tuple)) else None,
+)
+def test_any_layout_loads_into_any_other(
+    ranks: Any,
+    tmp_path: Path,
+    common: list[str],
+    before: tuple[int, list[str]],
+    after: tuple[int, list[str]],
+) -> None:
+    follow = range(2, 4)
+    saved, losses = ranks(
+        before[0], trained_and_saved, str(tmp_path), [*common, *before[1]], follow
+    )[0]
+    found, losses_after = ranks(after[0], loaded, str(tmp_path), [*common, *after[1]], follow)[0]
+    assert same(saved, found)
+    assert losses_after == pytest.approx(losses, rel=5e-3 if BF16 in common else 1e-5)
+
+
+def initial_state(overrides: list[str]) -> Any:
+    """The state that initialisation by name gives, which is the same in all layouts."""
+    state = Run(overrides).state()
+    stop()
+    return {key: tensor for key, tensor in state.items() if not key.startswith("optimizer.")}
+
+
+@pytest.mark.parametrize("cut", [[TENSOR], [PIPELINE], [EXPERT]], ids=str)
+def test_boxes_lie_where_the_names_say(ranks: Any, cut: list[str]) -> None:
+    """Weights are drawn by global name and offset, so a misplaced box shows here."""
+    whole = ranks(1, initial_state, [MOE])[0]
+    assert same(whole, ranks(2, initial_state, [MOE, *cut])[0])
+
+
+def through_megatron(folder: str) -> bool:
+    """Load the weights with megatron-core's own `dist_checkpointing.load`."""
+    import torch
+    from megatron.core import dist_checkpointing
+    from megatron.core.dist_checkpointing.dict_utils import nested_values
+    from megatron.core.dist_checkpointing.mapping import ShardedObject
+
+    run = Run([], seed=2)
+    wanted = run.model.module.sharded_state_dict()
+    wanted = {k: v for k, v in wanted.items() if not isinstance(v, ShardedObject)}
+    assert list(nested_values(wanted))
+    at = next((Path(folder) / "checkpoints").glob("0*"))
+    given = dist_checkpointing.load(wanted, str(at))
+    run.load(folder)
+    theirs = {key: given[key] for key in wanted}
+    live = run.model.module.state_dict()
+    good = all(torch.equal(theirs[key], live[key]) for key in wanted)
+    stop()
+    return good
+
+
+def test_megatron_core_reads_it(ranks: Any, tmp_path: Path) -> None:
+    ranks(2, trained_and_saved, str(tmp_path), [TENSOR], range(0))
+    assert ranks(1, through_megatron, str(tmp_path))[0]
+
+
+def weights_only(folder: str) -> Any:
+    """Load without an optimizer, then hand the weights to one."""
+    run = Run([BF16], seed=2)
+    before = run.state()
+    run.load(folder, with_optimizer=False)
+    after = run.state()
+    run.optimizer.reload_model_params()
+    reloaded = run.state()
+    stop()
+    return before, after, reloaded
+
+
+def test_weights_alone(ranks: Any, tmp_path: Path) -> None:
+    saved, _ = ranks(2, trained_and_saved, str(tmp_path), [BF16], range(0))[0]
+    before, after, reloaded = ranks(1, weights_only, str(tmp_path))[0]
+    for key in before:
+        assert after[key].equal((before if key.startswith("optimizer.") else saved)[key])
+        if key.startswith("optimizer.state.fp32_param."):
+            weight = reloaded[key.removeprefix("optimizer.state.fp32_param.")]
+            assert reloaded[key].equal(weight.float())
+
+
+def refused(folder: str, overrides: list[str]) -> str:
+    """The line that loading is refused with."""
+    run = Run(overrides)
+    with pytest.raises(UserError) as caught:
+        run.load(folder)
+    stop()
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "overrides, says",
+    [
+        (["model.hidden_size=64"], "decoder.final_layernorm.weight is 32 float32 there and 64 f"),
+        ([UNTIED], "tensor output_layer.weight is absent there and 104x32 float32 here"),
+        (["model.qk_norm=true"], "layers.self_attention.k_layernorm.weight is absent there"),
+        ([BF16], "final_layernorm.weight is 32 float32 there and 32 bfloat16 here"),
+        (["model.num_layers=4"], "2x32 float32 there and 4x32 float32 here"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_another_model_is_refused(
+    ranks: Any, tmp_path: Path, overrides: list[str], says: str
+) -> None:
+    ranks(1, trained_and_saved, str(tmp_path), [], range(0))
+    told = ranks(2, refused, str(tmp_path), overrides)
+    assert says in told[0] and "\n" not in told[0]
+    assert told[0] == told[1]
+
+
+class Evil:
+    """A pickle that leaves a mark when it is loaded."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, (str(self.mark),)
+
+
+def forge(checkpoint: Path, name: str, content: bytes) -> None:
+    """Replace a file and make the manifest agree, as a forger would."""
+    from megascale.checkpoint.manifest import sum_file
+
+    (checkpoint / name).write_bytes(content)
+    document = json.loads((checkpoint / "manifest.json").read_bytes())
+    document["files"][name] = vars(sum_file(checkpoint / name))
+    (checkpoint / "manifest.json").write_text(json.dumps(document))
+
+
+def forge_tensor(checkpoint: Path, mark: Path) -> None:
+    """Put a pickle with code where the first tensor is."""
+    import io
+
+    import torch
+
+    from megascale.checkpoint.storage import read_index
+
+    payload = io.BytesIO()
+    torch.save(Evil(mark), payload)
+    metadata = read_index(checkpoint).metadata
+    place = next(iter(metadata.storage_data.values()))
+    place.offset, place.length = 0, len(payload.getvalue())
+    forge(checkpoint, place.relative_path, payload.getvalue())
+    forge(checkpoint, ".metadata", pickle.dumps(metadata))
+
+
+@pytest.mark.parametrize("where", ["metadata", "hidden in metadata", "tensor", "not a pickle"])
+def test_no_pickled_code_is_executed(ranks: Any, tmp_path: Path, where: str) -> None:
+    ranks(1, trained_and_saved, str(tmp_path), [], range(0))
+    (checkpoint,) = (tmp_path / "checkpoints").glob("0*")
+    mark = tmp_path / "mark"
+    if where == "metadata":
+        forge(checkpoint, ".metadata", pickle.dumps(Evil(mark)))
+    elif where == "hidden in metadata":
+        from megascale.checkpoint.storage import read_index
+
+        metadata = read_index(checkpoint).metadata
+        metadata.planner_data = Evil(mark)
+        forge(checkpoint, ".metadata", pickle.dumps(metadata))
+    elif where == "tensor":
+        forge_tensor(checkpoint, mark)
+    else:
+        forge(checkpoint, ".metadata", b"\x80\x05\x95")
+    told = ranks(2, refused, str(tmp_path), [])
+    assert "is refused" in told[0] and "\n" not in told[0] and told[0] == told[1]
+    assert not mark.exists()
+
+
+def saved_thrice(folder: str) -> Any:
+    """Three checkpoints; the state at each."""
+    run = Run([])
+    saver = run.saver(folder, keep_last=3)
+    states = []
+    for step in range(1, 4):
+        run.train(range(step - 1, step))
+        run.save(saver, step)
+        states.append(run.state())
+    stop()
+    return states
+
+
+def load_with_warnings(folder: str) -> Any:
+    """The warnings and the state that a resume gets."""
+    from megascale.checkpoint.load import find, restore
+
+    run = Run([], seed=2)
+    found = find(folder, "auto", run.ranks)
+    assert found is not None
+    restore(found, run.model, run.optimizer, run.ranks)
+    state = run.state()
+    stop()
+    return found.warnings, state
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_is_used(
+    ranks: Any, tmp_path: Path
+) -> None:
+    states = ranks(2, saved_thrice, str(tmp_path))[0]
+    checkpoints = tmp_path / "checkpoints"
+    victim = checkpoints / "00000003" / "__1_0.distcp"
+    content = bytearray(victim.read_bytes())
+    content[len(content) // 2] ^= 1
+    victim.write_bytes(content)
+    told = ranks(2, load_with_warnings, str(tmp_path))
+    for warnings, state in told:
+        assert len(warnings) == 1 and "00000003 is damaged: __1_0.distcp: its che" in warnings[0]
+        assert same(state, states[1])
+    (checkpoints / "00000002" / "__0_0.distcp").unlink()
+    (checkpoints / ".tmp-00000004").mkdir()
+    warnings, state = ranks(1, load_with_warnings, str(tmp_path))[0]
+    assert len(warnings) == 2 and "__0_0.distcp: missing" in warnings[1]
+    assert same(state, states[0])
+
+
+def kept(folder: str, keep_last: int, keep_every_steps: int) -> None:
+    """Save at steps 1 to 6."""
+    run = Run([])
+    saver = run.saver(folder, keep_last=keep_last, keep_every_steps=keep_every_steps)
+    for step in range(1, 7):
+        run.save(saver, step)
+    stop()
+
+
+def test_old_checkpoints_go(ranks: Any, tmp_path: Path) -> None:
+    ranks(2, kept, str(tmp_path), 2, 3)
+    names = sorted(entry.name for entry in (tmp_path / "checkpoints").iterdir())
+    assert names == ["00000003", "00000005", "00000006", "latest"]
+    assert (tmp_path / "checkpoints" / "latest").read_text() == "00000006\n"
+
+
+def trains_on_while_writing(folder: str) -> Any:
+    """Hold the background write back, train on, let go: what was saved is the state at the save."""
+    from megascale.checkpoint import save as module
+
+    run = Run([BF16])
+    run.train(range(2))
+    state = run.state()
+    saver = run.saver(folder, async_save=True)
+    saver.prepare(run.model, run.optimizer)
+    release, write = threading.Event(), module.write_tensors
+
+    def held_back(*args: Any) -> Any:
+        release.wait(60)
+        return write(*args)
+
+    module.write_tensors = held_back
+    try:
+        began = time.perf_counter()
+        assert run.save(saver, 2) == []
+        stall = time.perf_counter() - began
+        run.train(range(2, 4))
+        assert saver.pending and not saver.pending_done()
+        assert not (Path(folder) / "checkpoints" / "00000002").exists()
+        release.set()
+        result = saver.wait()
+    finally:
+        module.write_tensors = write
+    assert result.error is None and not saver.pending and saver.pending_done()
+    stop()
+    return state, stall
+
+
+def test_an_asynchronous_save_lets_training_go_on(ranks: Any, tmp_path: Path) -> None:
+    state, stall = ranks(2, trains_on_while_writing, str(tmp_path))[0]
+    assert stall < 2.0
+    warnings, found = ranks(1, _loaded_bf16, str(tmp_path))[0]
+    assert warnings == () and same(state, found)
+
+
+def _loaded_bf16(folder: str) -> Any:
+    state, _ = loaded(folder, [BF16], range(0))
+    return (), state
+
+
+def polled(folder: str) -> list[int]:
+    """Saves ended by the step loop's own poll; a second save waits for the first."""
+    import torch
+    import torch.distributed as dist
+
+    run = Run([])
+    saver = run.saver(folder, async_save=True)
+    assert run.save(saver, 1) == []
+    ended = [result.step for result in run.save(saver, 2)]
+    while saver.pending:
+        waiting = torch.tensor([0.0 if saver.pending_done() else 1.0])
+        dist.all_reduce(waiting)
+        if not waiting:
+            result = saver.finalize()
+            ended += [result.step] if result else []
+    assert saver.finalize() is None and saver.wait() is None
+    stop()
+    return ended
+
+
+def test_the_step_loop_ends_a_save(ranks: Any, tmp_path: Path) -> None:
+    assert ranks(2, polled, str(tmp_path)) == [[1, 2], [1, 2]]
+
+
+def fails_on_rank_1(folder: str, asynchronous: bool) -> Any:
+    """A disk that is full on one rank only, between two good saves."""
+    from megascale.checkpoint import save as module
+
+    run = Run([])
+    saver = run.saver(folder, async_save=asynchronous)
+
+    def full(path: Path, rank: int, tensors: Any) -> Any:
+        if rank == 1:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return write(path, rank, tensors)
+
+    write = module.write_tensors
+    told = run.save(saver, 1) + [saver.wait()]
+    module.write_tensors = full
+    try:
+        told += run.save(saver, 2) + [saver.wait()]
+    finally:
+        module.write_tensors = write
+    left = sorted(entry.name for entry in (Path(folder) / "checkpoints").iterdir())
+    told += run.save(saver, 3) + [saver.wait()]
+    run.train(range(1))
+    stop()
+    return [str(result) for result in told if result], left
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_a_failed_write_keeps_the_last_good_checkpoint(
+    ranks: Any, tmp_path: Path, asynchronous: bool
+) -> None:
+    for told, left in ranks(2, fails_on_rank_1, str(tmp_path), asynchronous):
+        assert told[1] == (
+            "checkpoint at step 2 failed: rank 1: No space left on device; last good is 1"
+        )
+        assert told[0].startswith("checkpoint at step 1: ") and "step 3: " in told[2]
+        assert left == ["00000001", "latest"]
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 1 MB."""
+    place = tmp_path / "small"
+    place.mkdir()
+    options = ["-t", "tmpfs", "-o", "size=1m", "tmpfs", str(place)]
+    mounted = shutil.which("mount") and subprocess.run(["mount", *options], capture_output=True)
+    if not mounted or mounted.returncode:
+        pytest.skip("a full disk is not tested: mounting a tmpfs is not permitted here")
+    yield place
+    subprocess.run(["umount", str(place)], check=True)
+
+
+def fills_the_disk(folder: str) -> Any:
+    """Save until the file system is full."""
+    run = Run([])
+    saver = run.saver(folder, keep_last=9)
+    told = []
+    for step in range(1, 12):
+        told += run.save(saver, step)
+        if told[-1].error:
+            break
+    run.train(range(1))
+    stop()
+    return told
+
+
+def test_a_full_disk(ranks: Any, small_disk: Path) -> None:
+    told = ranks(2, fills_the_disk, str(small_disk))[0]
+    assert "No space left on device" in str(told[-1]) and told[-1].last_good == len(told) - 1
+    names = sorted(entry.name for entry in (small_disk / "checkpoints").iterdir())
+    assert names == [*(f"{step:08d}" for step in range(1, len(told))), "latest"]
+    warnings, _ = ranks(2, load_with_warnings, str(small_disk))[0]
+    assert warnings == ()
