@@ -97,11 +97,7 @@ def _rewind(path: Path, resume_step: int | None) -> None:
     """Drop rows after `resume_step` and broken lines; the file is replaced whole or not at all."""
     if not path.exists():
         return
-    kept = [
-        row
-        for row in read_rows(path)
-        if resume_step is None or row["step"] <= resume_step
-    ]
+    kept = [row for row in read_rows(path) if resume_step is None or row["step"] <= resume_step]
     if resume_step == 0:
         kept = []
     partial = path.with_name(f".{path.name}.partial")
@@ -145,9 +141,7 @@ class _TensorBoard:
 class _Wandb:
     """One wandb run per start, grouped by run folder: wandb takes no step twice."""
 
-    def __init__(
-        self, run_dir: Path, start_step: int, config: Mapping[str, Any]
-    ) -> None:
+    def __init__(self, run_dir: Path, start_step: int, config: Mapping[str, Any]) -> None:
         self._run = _import("wandb").init(
             project=PROJECT,
             group=run_dir.name,
@@ -164,9 +158,7 @@ class _Wandb:
 
 
 class _Mlflow:
-    def __init__(
-        self, run_dir: Path, start_step: int, config: Mapping[str, Any]
-    ) -> None:
+    def __init__(self, run_dir: Path, start_step: int, config: Mapping[str, Any]) -> None:
         self._mlflow = _import("mlflow")
         self._mlflow.set_experiment(PROJECT)
         self._mlflow.start_run(run_name=_run_name(run_dir, start_step))
@@ -180,9 +172,7 @@ class _Mlflow:
 
 
 class _Trackio:
-    def __init__(
-        self, run_dir: Path, start_step: int, config: Mapping[str, Any]
-    ) -> None:
+    def __init__(self, run_dir: Path, start_step: int, config: Mapping[str, Any]) -> None:
         self._trackio = _import("trackio")
         self._trackio.init(
             project=PROJECT, name=_run_name(run_dir, start_step), config=dict(config)
