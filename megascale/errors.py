@@ -1,4 +1,4 @@
-"""The one exception that a user may cause, and how it is shown."""
+"""The exceptions that a user may cause, and how they are shown."""
 
 
 class UserError(ValueError):
@@ -9,3 +9,7 @@ class UserError(ValueError):
 
     def __init__(self, message: str) -> None:
         super().__init__("".join(c if c.isprintable() else repr(c)[1:-1] for c in message))
+
+
+class RankError(UserError):
+    """Bad input that this rank met and others did not, so that it must speak for itself."""

@@ -10,7 +10,7 @@ import torch
 
 from megascale.corpus.batches import GlobalBatch
 from megascale.corpus.shards import Shard
-from megascale.errors import UserError
+from megascale.errors import RankError
 from megascale.mesh.packing import MicroBatch, TokenSequence, pack
 from megascale.planner.plan import StepPlan
 
@@ -29,7 +29,7 @@ class TokenSource:
     def read(self, document: int, start: int, length: int) -> TokenSequence:
         """Targets `start` to `start + length` of `document`, and the inputs one before each.
 
-        Raises UserError for an id outside the vocabulary.
+        Raises RankError for an id outside the vocabulary.
         """
         first = max(start - 1, 0)
         tokens = self.shard.read(document, first, start + length - first).astype(np.int64)
@@ -37,7 +37,7 @@ class TokenSource:
             tokens = np.concatenate([[self.eod_id], tokens])
         if tokens.max() >= self.vocab_size or tokens.min() < 0:
             bad = tokens.max() if tokens.max() >= self.vocab_size else tokens.min()
-            raise UserError(
+            raise RankError(
                 f"source '{self.name}' ({self.shard.prefix}): document {document} holds token "
                 f"{bad}, outside the vocabulary of {self.vocab_size}; run megascale data check, "
                 "or raise model.vocab_size"

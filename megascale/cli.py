@@ -1,0 +1,121 @@
+"""The command line: one verb, one function."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import os
+import sys
+from collections.abc import Callable, Sequence
+from importlib import import_module
+
+from megascale import __version__
+from megascale.errors import RankError, UserError
+
+VERBS = {
+    "prepare": (
+        "megascale.corpus.commands:prepare",
+        "turn text into a corpus of indexed shards",
+        "megascale prepare data/python_stdlib.yaml",
+    ),
+    "data check": (
+        "megascale.corpus.commands:check",
+        "find faults in a corpus before training on it",
+        "megascale data check corpora/python_stdlib",
+    ),
+    "plan": (
+        "megascale.train.plan_command:plan",
+        "print everything that follows from a config, without starting it",
+        "megascale plan configs/quickstart.yaml --ranks 2 train.tokens=20M",
+    ),
+    "train": (
+        "megascale.train.command:train",
+        "train one rank; under torchrun, many",
+        "torchrun --nproc-per-node 2 -m megascale train configs/quickstart.yaml --resume auto",
+    ),
+    "doctor": (
+        "megascale.runtime.doctor:doctor",
+        "say what this machine has, and what is wrong with it",
+        "megascale doctor",
+    ),
+    "plot": (
+        "megascale.monitor.plot_command:plot",
+        "draw the curves of one or more runs",
+        "megascale plot runs/quickstart",
+    ),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one verb; returns the exit status: 0, or 2 for bad input, in one line on stderr."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    if not words or words[0] in ("-h", "--help"):
+        print(_overview())
+        return 0
+    if words[0] == "--version":
+        print(f"megascale {__version__}")
+        return 0
+    try:
+        verb, rest = _split(words)
+        return _run(verb, rest)
+    except UserError as error:
+        return _complain(error)
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+
+
+def _split(words: list[str]) -> tuple[str, list[str]]:
+    for count in (2, 1):
+        verb = " ".join(words[:count])
+        if verb in VERBS:
+            return verb, words[count:]
+    if words[0] == "data":
+        raise UserError("data: the one thing to do is 'megascale data check CORPUS'")
+    near = difflib.get_close_matches(words[0], VERBS, n=1, cutoff=0.4)
+    hint = f"did you mean '{near[0]}'?" if near else f"verbs: {', '.join(VERBS)}"
+    raise UserError(f"unknown verb '{words[0]}'; {hint}")
+
+
+def _run(verb: str, words: list[str]) -> int:
+    where, purpose, example = VERBS[verb]
+    module, name = where.split(":")
+    provider = import_module(module)
+    parser = argparse.ArgumentParser(
+        prog=f"megascale {verb}",
+        description=f"{purpose[0].upper()}{purpose[1:]}.",
+        epilog=f"example: {example}",
+        allow_abbrev=False,
+    )
+    declare: Callable[[argparse.ArgumentParser], None] = getattr(provider, f"add_{name}_arguments")
+    declare(parser)
+    run: Callable[[argparse.Namespace], int] = getattr(provider, f"run_{name}")
+    return run(parser.parse_args(words))
+
+
+def _overview() -> str:
+    width = max(map(len, VERBS))
+    lines = [f"  {verb:<{width}}  {purpose}" for verb, (_, purpose, _) in VERBS.items()]
+    return "\n".join(
+        [
+            "usage: megascale VERB ...",
+            "",
+            "Pretrain and continually train language models on megatron-core.",
+            "",
+            *lines,
+            "",
+            "'megascale VERB --help' says more.  --version prints the version.",
+        ]
+    )
+
+
+def _complain(error: UserError) -> int:
+    """One line; from one rank alone where every rank meets the same bad input."""
+    rank = os.environ.get("RANK", "0")
+    if isinstance(error, RankError) and "RANK" in os.environ:
+        print(f"megascale: rank {rank}: {error}", file=sys.stderr)
+    elif rank == "0":
+        print(f"megascale: {error}", file=sys.stderr)
+    return 2

@@ -1,0 +1,186 @@
+"""megatron-core's indexed shards (`.bin` / `.idx`), read and written with NumPy alone.
+
+`.idx`: magic, version (u64), type code (u8), number of sequences (u64), number of document
+bounds (u64), then int32 lengths, int64 byte offsets, int64 document bounds. `.bin`: the tokens.
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megascale.errors import RankError, UserError
+
+MAGIC = b"MMIDIDX\x00\x00"
+HEADER = struct.Struct("<9sQBQQ")
+TOKEN_TYPES: dict[int, Any] = {
+    1: np.uint8,
+    2: np.int8,
+    3: np.int16,
+    4: np.int32,
+    5: np.int64,
+    8: np.uint16,
+}
+
+
+class Shard:
+    """One pair of files, memory-mapped; a document is all its sequences in a row."""
+
+    def __init__(
+        self, prefix: Path, dtype: np.dtype[Any], lengths: NDArray[Any], offsets: NDArray[Any]
+    ) -> None:
+        self.prefix = prefix
+        self.dtype = dtype
+        self.lengths = lengths
+        """Tokens of each document."""
+        self._offsets = offsets
+        self._bin = os.open(f"{prefix}.bin", os.O_RDONLY)
+
+    @staticmethod
+    def open(prefix: str | Path) -> Shard:
+        """Open `prefix`.bin and `prefix`.idx.
+
+        Raises UserError for files that are missing, of another format, or cut short.
+        """
+        prefix = Path(prefix)
+        raw, dtype, num_sequences, num_bounds = _read_header(prefix)
+        begin = HEADER.size
+        lengths = _view(raw, np.int32, begin, num_sequences)
+        offsets = _view(raw, np.int64, begin + 4 * num_sequences, num_sequences)
+        bounds = _view(raw, np.int64, begin + 12 * num_sequences, num_bounds)
+        _check(prefix, dtype, lengths, offsets, bounds)
+        if num_bounds == num_sequences + 1:
+            return Shard(prefix, dtype, lengths, offsets)
+        totals = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])[bounds]
+        return Shard(prefix, dtype, np.diff(totals), offsets[bounds[:-1]])
+
+    def __del__(self) -> None:
+        if hasattr(self, "_bin"):
+            os.close(self._bin)
+
+    @property
+    def num_documents(self) -> int:
+        """Documents in the shard."""
+        return len(self.lengths)
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens in the shard."""
+        return int(self.lengths.sum(dtype=np.int64))
+
+    def read(self, document: int, start: int = 0, count: int | None = None) -> NDArray[Any]:
+        """Tokens `start` to `start + count` of a document (to its end where `count` is None).
+
+        Reads these bytes and no others. Raises IndexError outside the document.
+        """
+        length = int(self.lengths[document])
+        count = length - start if count is None else count
+        if start < 0 or count < 0 or start + count > length:
+            raise IndexError(f"{self.prefix}: tokens {start}+{count} of document of {length}")
+        width = self.dtype.itemsize
+        offset = int(self._offsets[document]) + start * width
+        data = os.pread(self._bin, count * width, offset)
+        if len(data) != count * width:
+            raise RankError(f"{self.prefix}.bin was cut short while it was read; prepare it again")
+        return np.frombuffer(data, dtype=self.dtype)
+
+
+def _read_header(prefix: Path) -> tuple[NDArray[np.uint8], np.dtype[Any], int, int]:
+    try:
+        size = os.stat(f"{prefix}.idx").st_size
+        if size < HEADER.size:
+            raise UserError(f"{prefix}.idx: {size} bytes are too few for an index; prepare again")
+        raw = np.memmap(f"{prefix}.idx", dtype=np.uint8, mode="r")
+    except OSError as error:
+        raise UserError(
+            f"{prefix}.idx: {error.strerror}; give the prefix of a prepared shard"
+        ) from None
+    magic, version, code, num_sequences, num_bounds = HEADER.unpack(raw[: HEADER.size].tobytes())
+    if magic != MAGIC or version != 1 or code not in TOKEN_TYPES:
+        raise UserError(
+            f"{prefix}.idx: not a megatron-core index of version 1 with whole-number tokens"
+        )
+    needed = HEADER.size + 12 * num_sequences + 8 * num_bounds
+    if size != needed:
+        raise UserError(
+            f"{prefix}.idx: has {size} bytes where its header speaks of {needed}; it was cut "
+            "short or damaged, prepare it again"
+        )
+    return raw, np.dtype(TOKEN_TYPES[code]), num_sequences, num_bounds
+
+
+def _view(raw: NDArray[np.uint8], kind: Any, offset: int, count: int) -> NDArray[Any]:
+    return np.frombuffer(raw, dtype=kind, count=count, offset=offset)
+
+
+def _check(
+    prefix: Path,
+    dtype: np.dtype[Any],
+    lengths: NDArray[Any],
+    offsets: NDArray[Any],
+    bounds: NDArray[Any],
+) -> None:
+    try:
+        size = os.stat(f"{prefix}.bin").st_size
+    except OSError as error:
+        raise UserError(f"{prefix}.bin: {error.strerror}; it belongs beside {prefix}.idx") from None
+    ends = offsets + lengths.astype(np.int64) * dtype.itemsize
+    if len(lengths) and (lengths.min() < 0 or offsets.min() < 0 or ends.max() > size):
+        raise UserError(
+            f"{prefix}.bin: has {size} bytes where its index speaks of {int(ends.max())}; it was "
+            "cut short or damaged, prepare it again"
+        )
+    whole = len(bounds) > 0 and bounds[0] == 0 and bounds[-1] == len(lengths)
+    if not whole or (np.diff(bounds) < 0).any():
+        raise UserError(f"{prefix}.idx: document bounds do not cover the sequences; prepare again")
+    if len(bounds) != len(lengths) + 1 and len(lengths) and (offsets[1:] != ends[:-1]).any():
+        raise UserError(f"{prefix}.idx: sequences of a document do not lie in a row")
+
+
+class ShardWriter:
+    """Writes documents one after another; the files appear when it is closed without error."""
+
+    def __init__(self, prefix: str | Path, dtype: Any) -> None:
+        self.prefix = Path(prefix)
+        self.dtype = np.dtype(dtype)
+        self._lengths: list[int] = []
+        self._bin: IO[bytes] = open(f"{prefix}.bin.partial", "wb")
+
+    def add(self, tokens: NDArray[Any]) -> None:
+        """Append one document."""
+        self._bin.write(np.ascontiguousarray(tokens, dtype=self.dtype).tobytes())
+        self._lengths.append(len(tokens))
+
+    def close(self) -> None:
+        """Write the index and give both files their names."""
+        self._bin.close()
+        write_index(Path(f"{self.prefix}.idx.partial"), self.dtype, np.array(self._lengths))
+        for ending in ("bin", "idx"):
+            os.replace(f"{self.prefix}.{ending}.partial", f"{self.prefix}.{ending}")
+
+
+@contextmanager
+def writing(prefix: str | Path, dtype: Any) -> Iterator[ShardWriter]:
+    """A ShardWriter that is closed at the end; after an error its files do not appear."""
+    writer = ShardWriter(prefix, dtype)
+    yield writer
+    writer.close()
+
+
+def write_index(path: Path, dtype: np.dtype[Any], lengths: NDArray[Any]) -> None:
+    """Write the `.idx` of documents of one sequence each, which lie in a row in the `.bin`."""
+    code = next(code for code, kind in TOKEN_TYPES.items() if np.dtype(kind) == dtype)
+    sizes = lengths.astype(np.int64) * dtype.itemsize
+    offsets = np.concatenate([[0], np.cumsum(sizes)])[: len(lengths)]
+    with open(path, "wb") as file:
+        file.write(HEADER.pack(MAGIC, 1, code, len(lengths), len(lengths) + 1))
+        file.write(lengths.astype("<i4").tobytes())
+        file.write(offsets.astype("<i8").tobytes())
+        file.write(np.arange(len(lengths) + 1, dtype="<i8").tobytes())

@@ -1,0 +1,44 @@
+"""The pool of ranks itself: results, exceptions and hangs are told apart."""
+
+import time
+
+import pytest
+import torch
+import torch.distributed as dist
+
+
+def all_reduce(value):
+    dist.init_process_group("gloo")
+    total = torch.tensor([value + dist.get_rank()])
+    dist.all_reduce(total)
+    return int(total)
+
+
+def fail_on_rank_1():
+    dist.init_process_group("gloo")
+    if dist.get_rank() == 1:
+        raise ValueError("this rank fails")
+
+
+def hang_on_rank_1():
+    dist.init_process_group("gloo")
+    if dist.get_rank() == 1:
+        time.sleep(60)
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 2])
+def test_results_of_all_ranks(ranks, world):
+    assert ranks(world, all_reduce, 1) == [world + sum(range(world))] * world
+
+
+def test_an_exception_comes_with_its_traceback(ranks):
+    with pytest.raises(AssertionError, match="(?s)rank 1: .*this rank fails"):
+        ranks(2, fail_on_rank_1)
+    assert ranks(2, all_reduce, 0) == [1, 1]
+
+
+def test_a_hang_ends_in_time_with_stacks(ranks, capfd):
+    with pytest.raises(AssertionError, match=r"ranks \[1\] did not answer in 5 s"):
+        ranks(2, hang_on_rank_1, timeout_s=5)
+    assert "hang_on_rank_1" in capfd.readouterr().err
+    assert ranks(2, all_reduce, 0) == [1, 1]

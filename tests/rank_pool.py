@@ -1,0 +1,126 @@
+"""Worker processes that run a function as the ranks of one world, over gloo."""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import multiprocessing as mp
+import os
+import signal
+import socket
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+
+class RankPools:
+    """Pools of 1 to 4 ranks, started when first asked for and used again."""
+
+    def __init__(self) -> None:
+        self._workers: list[Worker] = []
+
+    def run(
+        self, world: int, function: Callable[..., Any], *args: Any, timeout_s: float = 120
+    ) -> list[Any]:
+        """Call `function(*args)` on `world` ranks; their results in order of rank.
+
+        A rank that raises fails the call with its traceback. When the call takes longer than
+        `timeout_s`, the Python stacks of all ranks go to stderr and the ranks are killed.
+        """
+        while len(self._workers) < world:
+            self._workers.append(Worker())
+        workers, port = self._workers[:world], _free_port()
+        task = (function.__module__, function.__qualname__, args)
+        for rank, worker in enumerate(workers):
+            worker.pipe.send((rank, world, port, task))
+        deadline = time.monotonic() + timeout_s
+        answers = [worker.answer(deadline) for worker in workers]
+        if any(answer is None for answer in answers):
+            self._dump_and_kill()
+            silent = [rank for rank, answer in enumerate(answers) if answer is None]
+            raised = [text for answer in answers if answer for ok, text in [answer] if not ok]
+            raise AssertionError(
+                f"ranks {silent} did not answer in {timeout_s} s\n" + "\n".join(raised)
+            )
+        errors = [f"rank {rank}: {text}" for rank, (ok, text) in enumerate(answers) if not ok]
+        if errors:
+            raise AssertionError("\n".join(errors))
+        return [value for _, value in answers]
+
+    def close(self) -> None:
+        """End all workers."""
+        for worker in self._workers:
+            worker.process.kill()
+        self._workers = []
+
+    def _dump_and_kill(self) -> None:
+        for worker in self._workers:
+            with contextlib.suppress(OSError):
+                os.kill(worker.process.pid, signal.SIGUSR2)
+                time.sleep(0.3)  # one after the other, or their lines would mix
+        self.close()
+
+
+class Worker:
+    """One process, which takes calls until it is killed."""
+
+    def __init__(self) -> None:
+        context = mp.get_context("spawn")
+        self.pipe, theirs = context.Pipe()
+        self.process = context.Process(target=_serve, args=(theirs, sys.path), daemon=True)
+        self.process.start()
+        theirs.close()
+
+    def answer(self, deadline: float) -> tuple[bool, Any] | None:
+        """(whether it returned, result or traceback); None when it is late or dead."""
+        try:
+            if self.pipe.poll(max(0.0, deadline - time.monotonic())):
+                return self.pipe.recv()
+        except (EOFError, OSError):
+            pass
+        return None
+
+
+def _serve(pipe: Any, path: list[str]) -> None:
+    sys.path[:] = path
+    faulthandler.register(signal.SIGUSR2, all_threads=True)
+    import torch
+
+    torch.set_num_threads(1)
+    while True:
+        try:
+            rank, world, port, task = pipe.recv()
+        except EOFError:
+            return
+        os.environ.update(
+            RANK=str(rank),
+            LOCAL_RANK=str(rank),
+            WORLD_SIZE=str(world),
+            LOCAL_WORLD_SIZE=str(world),
+            MASTER_ADDR="127.0.0.1",
+            MASTER_PORT=str(port),
+        )
+        pipe.send(_call(*task))
+
+
+def _call(module: str, name: str, args: tuple[Any, ...]) -> tuple[bool, Any]:
+    from importlib import import_module
+
+    from megascale.runtime import distributed
+
+    try:
+        distributed.prepare_device("auto")
+        return True, getattr(import_module(module), name)(*args)
+    except Exception:
+        return False, traceback.format_exc()
+    finally:
+        with contextlib.suppress(Exception):
+            distributed.stop()
+
+
+def _free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
