@@ -1,0 +1,280 @@
+"""The curves of one or more runs as PNG pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megascale.errors import UserError
+from megascale.monitor.metrics import METRICS_FILE, read_rows
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+Floats = NDArray[np.float64]
+
+COLOURS = ("#2166ac", "#d6604d", "#1b9e77", "#7b3294", "#e08214", "#4d4d4d", "#c51b7d", "#35978f")
+MARKERS = "osD^vPX*"
+ALARM = "#c0392b"
+STYLE: dict[str, Any] = {
+    "agg.path.chunksize": 10_000,
+    "axes.axisbelow": True,
+    "axes.edgecolor": "#9a9a9a",
+    "axes.grid": True,
+    "axes.labelcolor": "#404040",
+    "axes.spines.right": False,
+    "axes.spines.top": False,
+    "axes.titlelocation": "left",
+    "axes.titlepad": 14,
+    "axes.titlesize": 14,
+    "axes.titleweight": "bold",
+    "figure.dpi": 150,
+    "figure.figsize": (9.0, 5.2),
+    "font.size": 10.5,
+    "grid.color": "#e6e6e6",
+    "grid.linewidth": 0.8,
+    "legend.frameon": False,
+    "lines.solid_capstyle": "round",
+    "xtick.color": "#606060",
+    "ytick.color": "#606060",
+}
+
+
+@dataclass(frozen=True)
+class Curves:
+    """What a run recorded; arrays of one entry per step, NaN where nothing finite was seen."""
+
+    name: str
+    step: Floats
+    tokens: Floats
+    columns: dict[str, Floats]
+    """loss, lr, grad_norm, tokens_per_s and skipped."""
+    heldout: dict[str, dict[str, Floats]]
+    """Source to arrays tokens, loss and bits_per_byte, one entry per evaluation."""
+
+
+def plot_run(run_dirs: Sequence[Path], out: Path) -> list[Path]:
+    """Draw loss, bits per byte, learning rate, speed and gradient norm into the folder `out`.
+
+    Several runs share the axes of each picture. Returns the files written; bits_per_byte.png is
+    left out where no held-out text was scored. Raises UserError for a folder that holds no run
+    and for a run with fewer than two recorded steps; OSError where `out` cannot be written.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    names = [path.resolve().name for path in run_dirs]
+    if len(set(names)) < len(names):
+        names = [str(path) for path in run_dirs]
+    runs = [load_curves(path, name) for path, name in zip(run_dirs, names, strict=True)]
+    out.mkdir(parents=True, exist_ok=True)
+    pictures: list[tuple[str, str, Callable[[Axes, list[Curves]], None]]] = [
+        ("loss", "Loss (nats per token)", _draw_loss),
+        ("bits_per_byte", "Held-out bits per byte", _draw_bits_per_byte),
+        ("learning_rate", "Learning rate", _draw_learning_rate),
+        ("speed", "Training speed (tokens per second)", _draw_speed),
+        ("grad_norm", "Gradient norm before clipping", _draw_grad_norm),
+    ]
+    with matplotlib.rc_context(STYLE):
+        return [
+            _save(out / f"{name}.png", title, draw, runs)
+            for name, title, draw in pictures
+            if name != "bits_per_byte" or any(_has_bits(run) for run in runs)
+        ]
+
+
+def load_curves(run_dir: Path, name: str) -> Curves:
+    """Read a run's metrics; `name` is what its curves are called. Raises UserError."""
+    try:
+        rows = read_rows(run_dir / METRICS_FILE)
+    except OSError as error:
+        raise UserError(
+            f"{run_dir} holds no readable {METRICS_FILE} ({error.strerror}); "
+            "give the run_dir of a run that has trained"
+        ) from None
+    steps = [row for row in rows if "loss" in row]
+    if len(steps) < 2:
+        raise UserError(f"{run_dir}: {len(steps)} step(s) recorded so far; a curve needs two")
+    columns = ("loss", "lr", "grad_norm", "tokens_per_s", "skipped")
+    return Curves(
+        name=name,
+        step=_column(steps, "step"),
+        tokens=_column(steps, "tokens_seen"),
+        columns={column: _column(steps, column) for column in columns},
+        heldout=_heldout([row for row in rows if "eval" in row]),
+    )
+
+
+def smooth(values: Floats) -> Floats:
+    """Exponentially weighted mean over about a fortieth of the run; NaN entries are passed over.
+
+    Corrected for its start, so the first value is the first mean (Kingma and Ba 2015, section 3).
+    """
+    keep = 1 - 1 / max(2.0, len(values) / 40)
+    means, total, weight = np.empty(len(values)), 0.0, 0.0
+    for index, value in enumerate(values):
+        if np.isfinite(value):
+            total, weight = keep * total + value, keep * weight + 1
+        means[index] = total / weight if weight else np.nan
+    return means
+
+
+def _column(rows: Sequence[dict[str, Any]], name: str) -> Floats:
+    return np.array([_number(row.get(name)) for row in rows])
+
+
+def _number(value: Any) -> float:
+    return np.nan if value is None else float(value)
+
+
+def _heldout(rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, Floats]]:
+    scores: dict[str, dict[str, Floats]] = {}
+    for source in sorted({source for row in rows for source in row["eval"]}):
+        seen = [row for row in rows if source in row["eval"]]
+        inner = [row["eval"][source] for row in seen]
+        scores[source] = {name: _column(inner, name) for name in ("loss", "bits_per_byte")}
+        scores[source]["tokens"] = _column(seen, "tokens_seen")
+    return scores
+
+
+def _has_bits(run: Curves) -> bool:
+    return any(np.isfinite(score["bits_per_byte"]).any() for score in run.heldout.values())
+
+
+def _save(
+    path: Path, title: str, draw: Callable[[Axes, list[Curves]], None], runs: list[Curves]
+) -> Path:
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import EngFormatter
+
+    figure = Figure(layout="constrained")
+    axes = figure.add_subplot()
+    draw(axes, runs)
+    axes.set_title(title if len(runs) > 1 else f"{title} - {runs[0].name}")
+    axes.set_xlim(0, max(run.tokens[-1] for run in runs) * 1.02)
+    axes.set_xlabel("tokens seen")
+    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+    axes.tick_params(length=3)
+    _add_steps_axis(axes, runs)
+    if axes.get_legend_handles_labels()[1]:
+        axes.legend(ncols=2 if len(axes.get_legend_handles_labels()[1]) > 6 else 1)
+    figure.savefig(path)
+    return path
+
+
+def _add_steps_axis(axes: Axes, runs: list[Curves]) -> None:
+    """Steps along the top: those of the run that saw the most tokens."""
+    longest = max(runs, key=lambda run: run.tokens[-1])
+    tokens = np.concatenate([[0.0], longest.tokens, longest.tokens[-1:] * 2])
+    steps = np.concatenate([[0.0], longest.step, longest.step[-1:] * 2])
+    top = axes.secondary_xaxis(
+        "top",
+        functions=(
+            lambda values: np.interp(values, tokens, steps),
+            lambda values: np.interp(values, steps, tokens),
+        ),
+    )
+    top.set_xlabel("steps" if len(runs) == 1 else f"steps of {longest.name}", fontsize=9)
+    top.spines["top"].set_visible(False)
+    top.tick_params(length=3, labelsize=9)
+
+
+def _draw_trend(axes: Axes, run: Curves, column: str, colour: str, label: str) -> None:
+    """Every step lightly, the smoothed curve boldly."""
+    values = run.columns[column]
+    axes.plot(run.tokens, values, color=colour, alpha=0.28, linewidth=0.9)
+    axes.plot(run.tokens, smooth(values), color=colour, linewidth=2.0, label=label)
+
+
+def _draw_scores(axes: Axes, runs: list[Curves], column: str) -> None:
+    """Held-out scores: of several runs the colour tells the run, else the source."""
+    sources = sorted({source for run in runs for source in run.heldout})
+    for position, run in enumerate(runs):
+        for source, score in run.heldout.items():
+            place = sources.index(source)
+            several = len(runs) > 1
+            colour = _colour(position if several else place + 1)
+            axes.plot(
+                score["tokens"],
+                score[column],
+                color=colour,
+                marker=MARKERS[place % len(MARKERS)],
+                markersize=5.5,
+                markeredgecolor="white",
+                markeredgewidth=0.8,
+                linewidth=1.1,
+                linestyle=(0, (4, 2)),
+                zorder=4,
+                label=f"{run.name}: held-out {source}" if several else f"held-out {source}",
+            )
+            _label_last(axes, score["tokens"], score[column], colour)
+
+
+def _label_last(axes: Axes, tokens: Floats, values: Floats, colour: str) -> None:
+    finite = np.flatnonzero(np.isfinite(values))
+    if len(finite):
+        last = finite[-1]
+        axes.annotate(
+            f"{values[last]:.3f}",
+            (tokens[last], values[last]),
+            xytext=(0, 7),
+            textcoords="offset points",
+            ha="center",
+            fontsize=9,
+            color=colour,
+        )
+
+
+def _draw_loss(axes: Axes, runs: list[Curves]) -> None:
+    for position, run in enumerate(runs):
+        label = f"{run.name}: training" if len(runs) > 1 else "training"
+        _draw_trend(axes, run, "loss", _colour(position), label)
+    _draw_scores(axes, runs, "loss")
+
+
+def _draw_bits_per_byte(axes: Axes, runs: list[Curves]) -> None:
+    _draw_scores(axes, runs, "bits_per_byte")
+
+
+def _draw_learning_rate(axes: Axes, runs: list[Curves]) -> None:
+    from matplotlib.ticker import ScalarFormatter
+
+    for position, run in enumerate(runs):
+        label = run.name if len(runs) > 1 else None
+        colour = _colour(position)
+        axes.plot(run.tokens, run.columns["lr"], color=colour, linewidth=2.0, label=label)
+    formatter = ScalarFormatter(useMathText=True)
+    formatter.set_powerlimits((-2, 2))
+    axes.yaxis.set_major_formatter(formatter)
+    axes.set_ylim(bottom=0)
+
+
+def _draw_speed(axes: Axes, runs: list[Curves]) -> None:
+    from matplotlib.ticker import EngFormatter
+
+    for position, run in enumerate(runs):
+        median = np.nanmedian(run.columns["tokens_per_s"])
+        label = f"{run.name if len(runs) > 1 else 'smoothed'}, median {median:,.0f}"
+        _draw_trend(axes, run, "tokens_per_s", _colour(position), label)
+    axes.yaxis.set_major_formatter(EngFormatter(sep=""))
+    axes.set_ylim(bottom=0)
+
+
+def _draw_grad_norm(axes: Axes, runs: list[Curves]) -> None:
+    for position, run in enumerate(runs):
+        label = run.name if len(runs) > 1 else "smoothed"
+        _draw_trend(axes, run, "grad_norm", _colour(position), label)
+    axes.set_yscale("log")
+    skipped = np.concatenate([run.tokens[run.columns["skipped"] == 1] for run in runs])
+    for index, tokens in enumerate(skipped):
+        label = f"{len(skipped)} skipped step(s)" if index == 0 else None
+        axes.axvline(tokens, color=ALARM, linewidth=0.9, alpha=0.7, label=label)
+
+
+def _colour(position: int) -> str:
+    return COLOURS[position % len(COLOURS)]
