@@ -111,17 +111,25 @@ def load_curves(run_dir: Path, name: str) -> Curves:
 
 
 def smooth(values: Floats) -> Floats:
-    """Exponentially weighted mean over about a fortieth of the run; NaN entries are passed over.
+    """Running mean over about a thirtieth of the run, taken twice; NaN entries are passed over.
 
-    Corrected for its start, so the first value is the first mean (Kingma and Ba 2015, section 3).
+    The window is centred, and narrows towards the start, so the steep first steps neither lag
+    nor vanish; at the end it is cut off, because a single last step is mostly noise.
     """
-    keep = 1 - 1 / max(2.0, len(values) / 40)
-    means, total, weight = np.empty(len(values)), 0.0, 0.0
-    for index, value in enumerate(values):
-        if np.isfinite(value):
-            total, weight = keep * total + value, keep * weight + 1
-        means[index] = total / weight if weight else np.nan
-    return means
+    half = len(values) // 60
+    return _running_mean(_running_mean(values, half), half)
+
+
+def _running_mean(values: Floats, half: int) -> Floats:
+    index = np.arange(len(values))
+    reach = np.minimum(half, index)
+    begin, end = index - reach, np.minimum(len(values), index + reach + 1)
+    finite = np.isfinite(values)
+    sums = np.concatenate([[0.0], np.cumsum(np.where(finite, values, 0.0))])
+    counts = np.concatenate([[0], np.cumsum(finite)])
+    seen = counts[end] - counts[begin]
+    means = (sums[end] - sums[begin]) / np.maximum(seen, 1)
+    return np.where(seen > 0, means, np.nan)
 
 
 def _column(rows: Sequence[dict[str, Any]], name: str) -> Floats:
@@ -199,6 +207,7 @@ def _draw_scores(axes: Axes, runs: list[Curves], column: str) -> None:
             place = sources.index(source)
             several = len(runs) > 1
             colour = _colour(position if several else place + 1)
+            label = f"held-out {source}, last {_last(score[column])}"
             axes.plot(
                 score["tokens"],
                 score[column],
@@ -210,24 +219,13 @@ def _draw_scores(axes: Axes, runs: list[Curves], column: str) -> None:
                 linewidth=1.1,
                 linestyle=(0, (4, 2)),
                 zorder=4,
-                label=f"{run.name}: held-out {source}" if several else f"held-out {source}",
+                label=f"{run.name}: {label}" if several else label,
             )
-            _label_last(axes, score["tokens"], score[column], colour)
 
 
-def _label_last(axes: Axes, tokens: Floats, values: Floats, colour: str) -> None:
-    finite = np.flatnonzero(np.isfinite(values))
-    if len(finite):
-        last = finite[-1]
-        axes.annotate(
-            f"{values[last]:.3f}",
-            (tokens[last], values[last]),
-            xytext=(0, 7),
-            textcoords="offset points",
-            ha="center",
-            fontsize=9,
-            color=colour,
-        )
+def _last(values: Floats) -> str:
+    finite = values[np.isfinite(values)]
+    return f"{finite[-1]:.3f}" if len(finite) else "n/a"
 
 
 def _draw_loss(axes: Axes, runs: list[Curves]) -> None:
@@ -242,15 +240,13 @@ def _draw_bits_per_byte(axes: Axes, runs: list[Curves]) -> None:
 
 
 def _draw_learning_rate(axes: Axes, runs: list[Curves]) -> None:
-    from matplotlib.ticker import ScalarFormatter
+    from matplotlib.ticker import StrMethodFormatter
 
     for position, run in enumerate(runs):
         label = run.name if len(runs) > 1 else None
         colour = _colour(position)
         axes.plot(run.tokens, run.columns["lr"], color=colour, linewidth=2.0, label=label)
-    formatter = ScalarFormatter(useMathText=True)
-    formatter.set_powerlimits((-2, 2))
-    axes.yaxis.set_major_formatter(formatter)
+    axes.yaxis.set_major_formatter(StrMethodFormatter("{x:.1e}"))
     axes.set_ylim(bottom=0)
 
 
