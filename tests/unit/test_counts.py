@@ -25,13 +25,13 @@ from megascale.config import (
 )
 from megascale.model.counts import (
     activation_bytes,
+    batch_flops,
     count_parameters,
     count_rank_parameters,
     default_cost,
     flops_per_token,
     memory_per_rank,
     padded_vocab_size,
-    batch_flops,
     visible_pairs,
 )
 
