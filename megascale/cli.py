@@ -92,7 +92,7 @@ def _run(verb: str, words: list[str]) -> int:
     declare: Callable[[argparse.ArgumentParser], None] = getattr(provider, f"add_{name}_arguments")
     declare(parser)
     run: Callable[[argparse.Namespace], int] = getattr(provider, f"run_{name}")
-    return run(parser.parse_args(words))
+    return run(parser.parse_intermixed_args(words))
 
 
 def _overview() -> str:

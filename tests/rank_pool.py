@@ -9,9 +9,11 @@ import os
 import signal
 import socket
 import sys
+import tempfile
 import time
 import traceback
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 
@@ -27,7 +29,7 @@ class RankPools:
         """Call `function(*args)` on `world` ranks; their results in order of rank.
 
         A rank that raises fails the call with its traceback. When the call takes longer than
-        `timeout_s`, the Python stacks of all ranks go to stderr and the ranks are killed.
+        `timeout_s`, the ranks are killed and the error holds the Python stacks of all.
         """
         while len(self._workers) < world:
             self._workers.append(Worker())
@@ -38,7 +40,7 @@ class RankPools:
         deadline = time.monotonic() + timeout_s
         answers = [worker.answer(deadline) for worker in workers]
         if any(answer is None for answer in answers):
-            self._dump_and_kill()
+            stacks = self._dump_and_kill()
             silent = [rank for rank, answer in enumerate(answers) if answer is None]
             raised = [text for answer in answers if answer for ok, text in [answer] if not ok]
             raise AssertionError(
@@ -52,15 +54,13 @@ class RankPools:
     def close(self) -> None:
         """End all workers."""
         for worker in self._workers:
-            worker.process.kill()
+            worker.kill()
         self._workers = []
 
-    def _dump_and_kill(self) -> None:
-        for worker in self._workers:
-            with contextlib.suppress(OSError):
-                os.kill(worker.process.pid, signal.SIGUSR2)
-                time.sleep(0.3)  # one after the other, or their lines would mix
+    def _dump_and_kill(self) -> list[str]:
+        stacks = [f"stacks of rank {r}:\n{w.stacks()}" for r, w in enumerate(self._workers)]
         self.close()
+        return stacks
 
 
 class Worker:
@@ -69,7 +69,10 @@ class Worker:
     def __init__(self) -> None:
         context = mp.get_context("spawn")
         self.pipe, theirs = context.Pipe()
-        self.process = context.Process(target=_serve, args=(theirs, sys.path), daemon=True)
+        handle, self._dump = tempfile.mkstemp(prefix="rank-stacks-")
+        os.close(handle)
+        self.process = context.Process(target=_serve, args=(theirs, sys.path, self._dump))
+        self.process.daemon = True
         self.process.start()
         theirs.close()
 
@@ -82,10 +85,22 @@ class Worker:
             pass
         return None
 
+    def stacks(self) -> str:
+        """What every thread of the process does now; empty when it is dead."""
+        with contextlib.suppress(OSError):
+            os.kill(self.process.pid, signal.SIGUSR2)
+            time.sleep(0.3)
+        return Path(self._dump).read_text()
 
-def _serve(pipe: Any, path: list[str]) -> None:
+    def kill(self) -> None:
+        """End the process."""
+        self.process.kill()
+        Path(self._dump).unlink(missing_ok=True)
+
+
+def _serve(pipe: Any, path: list[str], dump: str) -> None:
     sys.path[:] = path
-    faulthandler.register(signal.SIGUSR2, all_threads=True)
+    faulthandler.register(signal.SIGUSR2, file=open(dump, "w"), all_threads=True)
     import torch
 
     torch.set_num_threads(1)

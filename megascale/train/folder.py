@@ -38,9 +38,9 @@ class RunFolder:
         return RunFolder(folder, held[0] if held else None)
 
     @property
-    def checkpoints(self) -> Path:
-        """Folder of all checkpoints."""
-        return self.path / "checkpoints"
+    def logs(self) -> Path:
+        """Folder of the ranks' logs."""
+        return self.path / "logs"
 
     def write(self, name: str, text: str) -> None:
         """Write a file of the folder, whole or not at all."""

@@ -23,7 +23,8 @@ from megascale.optim.build import build_optimizer
 from megascale.resilience.signals import StopRequest
 from megascale.runtime import distributed
 from megascale.runtime.distributed import Ranks
-from megascale.train.describe import plan_lengths
+from megascale.runtime.logs import log_to, note_failure
+from megascale.train.describe import describe_run, plan_lengths
 from megascale.train.evaluate import HeldoutSet, heldout_sets
 from megascale.train.feed import Feed, PlannedBatch
 from megascale.train.folder import RunFolder
@@ -71,6 +72,8 @@ def train(
         leave.callback(distributed.stop)
         folder = RunFolder.open(config.run_dir, resume, ranks)
         leave.callback(folder.close)
+        log_to(folder.logs, ranks.rank)
+        leave.push(_note_failure)
         stop = StopRequest()
         leave.callback(stop.restore)
         run = _begin(config, sources, ranks, folder, resume, stop)
@@ -80,6 +83,11 @@ def train(
         if not run.stopped and config.eval.sample_prompt is not None:
             _sample(run, config.eval.sample_prompt)
         run.report.finished(run.cursor, run.stopped, command)
+
+
+def _note_failure(kind: object, error: BaseException | None, trace: object) -> None:
+    if error is not None:
+        note_failure(error)
 
 
 def _steps(run: Run) -> None:
@@ -182,7 +190,7 @@ def _begin(
         for name in batches.names
     ]
     report = Report(config, ranks, folder, sources, cursor)
-    report.started(cursor, notes)
+    report.started(cursor, describe_run(config, ranks.layout, sources), notes)
     return Run(
         config=config,
         sources=sources,

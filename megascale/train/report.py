@@ -50,8 +50,11 @@ class Report:
         steps = num_steps(config.data, config.train.tokens)
         self._console = Console(min(steps, config.train.stop_after_steps or steps), cursor.step)
 
-    def started(self, cursor: Cursor, notes: Sequence[str]) -> None:
-        """Say where the run runs, and from where it goes on."""
+    def started(self, cursor: Cursor, description: str, notes: Sequence[str]) -> None:
+        """Say where the run runs, and from where it goes on; keep its description."""
+        if not self._speaks:
+            return
+        self._folder.write("plan.txt", description)
         ranks, layout = self._ranks, self._ranks.layout
         self._say(
             f"{ranks.world} rank(s) on {ranks.device.type} over {ranks.backend} ({ranks.why}): "

@@ -37,8 +37,7 @@ def test_an_exception_comes_with_its_traceback(ranks):
     assert ranks(2, all_reduce, 0) == [1, 1]
 
 
-def test_a_hang_ends_in_time_with_stacks(ranks, capfd):
-    with pytest.raises(AssertionError, match=r"ranks \[1\] did not answer in 5 s"):
+def test_a_hang_ends_in_time_with_stacks(ranks):
+    with pytest.raises(AssertionError, match=r"(?s)ranks \[1\] did not .*hang_on_rank_1"):
         ranks(2, hang_on_rank_1, timeout_s=5)
-    assert "hang_on_rank_1" in capfd.readouterr().err
     assert ranks(2, all_reduce, 0) == [1, 1]

@@ -1,0 +1,131 @@
+"""What a source of tokens is, before anything of it is read."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megascale.corpus.shards import Shard
+from megascale.errors import UserError
+
+CORPUS_FILE = "corpus.json"
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class SourceInfo:
+    """A prepared corpus, or a bare Megatron `.bin` / `.idx` pair."""
+
+    train: str
+    """Prefix of the training shard."""
+    heldout: str | None
+    """Prefix of the held-out shard."""
+    heldout_bytes: str | None
+    """`.npy` of the UTF-8 bytes of each held-out document."""
+    vocab_size: int
+    eod_id: int
+    train_tokens: int
+    train_documents: int
+    train_bytes: int | None
+    unigram_bits_per_byte: float | None
+    """Entropy of single tokens, in bits per byte of text."""
+    tokenizer: str | None
+    """Folder of the corpus, from which `load_tokenizer` loads."""
+
+
+def describe(
+    path: str,
+    heldout: str | None = None,
+    vocab_size: int | None = None,
+    eod_id: int | None = None,
+) -> SourceInfo:
+    """Look at a prepared folder, or at a bare prefix with its `vocab_size` and `eod_id`.
+
+    Raises UserError for a source that is missing, empty, damaged, or was changed after it was
+    prepared.
+    """
+    if (Path(path) / CORPUS_FILE).is_file():
+        return _prepared(Path(path))
+    if not Path(f"{path}.idx").exists():
+        raise UserError(
+            f"source {path}: no corpus there; make one, e.g. megascale prepare "
+            "data/python_stdlib.yaml"
+        )
+    for name, value in (("vocab_size", vocab_size), ("eod_id", eod_id)):
+        if value is None:
+            raise UserError(f"source {path}: a bare Megatron prefix needs {name} in data.sources")
+    assert vocab_size is not None and eod_id is not None
+    if not 0 <= eod_id < vocab_size:
+        raise UserError(f"source {path}: eod_id = {eod_id} is outside vocab_size = {vocab_size}")
+    shard = _not_empty(Shard.open(path), path)
+    if heldout is not None:
+        Shard.open(heldout)
+    return SourceInfo(
+        train=path,
+        heldout=heldout,
+        heldout_bytes=None,
+        vocab_size=vocab_size,
+        eod_id=eod_id,
+        train_tokens=shard.num_tokens,
+        train_documents=shard.num_documents,
+        train_bytes=None,
+        unigram_bits_per_byte=None,
+        tokenizer=None,
+    )
+
+
+def _prepared(folder: Path) -> SourceInfo:
+    facts = read_corpus_file(folder)
+    for name, size in facts["files"].items():
+        actual = (folder / name).stat().st_size if (folder / name).exists() else None
+        if actual != size["bytes"]:
+            raise UserError(
+                f"corpus {folder}: {name} has {actual} bytes where corpus.json speaks of "
+                f"{size['bytes']}; it was changed after it was prepared, prepare it again"
+            )
+    shard = _not_empty(Shard.open(folder / "train"), str(folder))
+    has_heldout = facts["heldout"]["documents"] > 0
+    return SourceInfo(
+        train=str(folder / "train"),
+        heldout=str(folder / "heldout") if has_heldout else None,
+        heldout_bytes=str(folder / "heldout.bytes.npy") if has_heldout else None,
+        vocab_size=facts["tokenizer"]["vocab_size"],
+        eod_id=facts["tokenizer"]["eod_id"],
+        train_tokens=shard.num_tokens,
+        train_documents=shard.num_documents,
+        train_bytes=facts["train"]["bytes"],
+        unigram_bits_per_byte=facts["unigram_bits_per_byte"],
+        tokenizer=str(folder),
+    )
+
+
+def read_corpus_file(folder: Path) -> Mapping[str, Any]:
+    """The content of corpus.json. Raises UserError where it is not one."""
+    path = folder / CORPUS_FILE
+    try:
+        facts = json.loads(path.read_text(encoding="utf-8"))
+        complete = facts["format"] == FORMAT and all(
+            type(number) is int and number >= 0
+            for number in (
+                facts["train"]["bytes"],
+                facts["heldout"]["documents"],
+                facts["tokenizer"]["vocab_size"],
+                facts["tokenizer"]["eod_id"],
+                *(entry["bytes"] for entry in facts["files"].values()),
+            )
+        )
+        float(facts["unigram_bits_per_byte"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        complete = False
+    if not complete:
+        raise UserError(f"{path}: not a corpus file of format {FORMAT}; prepare the corpus again")
+    return dict(facts)
+
+
+def _not_empty(shard: Shard, path: str) -> Shard:
+    if not shard.num_tokens:
+        raise UserError(f"source {path}: holds no tokens; prepare it again from more text")
+    return shard
