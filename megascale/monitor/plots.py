@@ -262,10 +262,14 @@ def _draw_speed(axes: Axes, runs: list[Curves]) -> None:
 
 
 def _draw_grad_norm(axes: Axes, runs: list[Curves]) -> None:
+    from matplotlib.ticker import LogFormatter
+
     for position, run in enumerate(runs):
         label = run.name if len(runs) > 1 else "smoothed"
         _draw_trend(axes, run, "grad_norm", _colour(position), label)
     axes.set_yscale("log")
+    axes.yaxis.set_major_formatter(LogFormatter())
+    axes.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(1.5, 0.5)))
     skipped = np.concatenate([run.tokens[run.columns["skipped"] == 1] for run in runs])
     for index, tokens in enumerate(skipped):
         label = f"{len(skipped)} skipped step(s)" if index == 0 else None

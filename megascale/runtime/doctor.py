@@ -20,6 +20,8 @@ from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
 
+from megascale.errors import UserError
+
 OK, WARN, FAIL = "ok", "warn", "FAIL"
 GIB = 2**30
 MEGATRON_CORE = ((0, 16, 1), (0, 20))
@@ -59,8 +61,13 @@ def add_doctor_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run_doctor(args: argparse.Namespace) -> int:
-    """Examine the machine and print what is found; 0 when nothing FAILs, else 2."""
+    """Examine the machine and print what is found; 0 when nothing FAILs, else 2.
+
+    Raises UserError when the folder to test does not exist.
+    """
     folder, findings = Path(args.folder), []
+    if not folder.is_dir():
+        raise UserError(f"--folder {folder}: no such folder")
     for name, check in _checks(folder):
         finding = examine(name, check)
         findings.append(finding)
@@ -88,8 +95,8 @@ def examine(name: str, check: Callable[[], Finding]) -> Finding:
 
 def _reinstall(error: Exception) -> str:
     if isinstance(error, ImportError) and error.name:
-        return f"'{error.name}' is missing or broken: pip install --force-reinstall megascale"
-    return "see the message; if this machine is otherwise sound, reinstall torch for it"
+        return f"pip install --force-reinstall the package of '{error.name}'"
+    return "install megascale with its requirements in a fresh environment"
 
 
 def _checks(folder: Path) -> list[tuple[str, Callable[[], Finding]]]:
@@ -116,11 +123,8 @@ def _checks(folder: Path) -> list[tuple[str, Callable[[], Finding]]]:
 
 
 def check_python() -> Finding:
-    """Python 3.11 or later."""
-    detail = f"{platform.python_version()} ({sys.executable})"
-    if sys.version_info < (3, 11):
-        return Finding("python", FAIL, detail, "make the environment with Python 3.11 or 3.12")
-    return Finding("python", OK, detail)
+    """Which Python this is; an older one than 3.11 cannot import megascale."""
+    return Finding("python", OK, f"{platform.python_version()} ({sys.executable})")
 
 
 def check_torch() -> Finding:
@@ -310,11 +314,13 @@ def check_apex() -> Finding:
 
 
 def check_mpi() -> Finding:
-    """mpi4py and a launcher."""
-    launcher = shutil.which("mpirun") or shutil.which("mpiexec")
-    gives = "starting ranks with mpirun in place of torchrun"
-    if find_spec("mpi4py") is None or launcher is None:
-        return Finding("MPI", OK, f"not complete, not needed: torchrun works; would give {gives}")
+    """mpi4py and a launcher, on the PATH or beside this Python."""
+    gives = "'mpiexec -n N megascale prepare', a corpus made on several machines at once"
+    places = os.pathsep.join([os.environ.get("PATH", ""), str(Path(sys.executable).parent)])
+    launcher = shutil.which("mpiexec", path=places)
+    missing = "no mpiexec" if launcher is None else "no mpi4py"
+    if launcher is None or find_spec("mpi4py") is None:
+        return Finding("MPI", OK, f"{missing}, not needed on one machine; would give {gives}")
     return Finding("MPI", OK, f"mpi4py {_version('mpi4py')}, {launcher}: {gives}")
 
 
