@@ -9,15 +9,16 @@ import shutil
 import sys
 import threading
 import time
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
 from megascale.checkpoint import folder as folders
-from megascale.checkpoint.manifest import Manifest, Position, current_versions
+from megascale.checkpoint.manifest import FileSum, Manifest, Position, current_versions
 from megascale.checkpoint.shards import Box, boxes, optimizer_steps, set_optimizer_steps
 from megascale.checkpoint.storage import (
     Entry,
@@ -29,6 +30,10 @@ from megascale.checkpoint.storage import (
 )
 from megascale.config import CheckpointConfig
 from megascale.runtime.distributed import Ranks, broadcast_bytes
+
+T = TypeVar("T")
+REPORT_BYTES = 2048
+REPORT_BYTES_PER_BOX = 48  # two whole numbers of 64 bits, as text
 
 
 @dataclass(frozen=True)
@@ -56,15 +61,14 @@ class SaveResult:
 
 @dataclass
 class _Job:
-    """A save on its way. Only the background thread writes to it until the thread is joined."""
+    """A save on its way, in one of its two phases."""
 
     manifest: Manifest
     began: float
-    thread: threading.Thread | None = None
-    written: Written | None = None
-    error: str | None = None
+    writing: Future[Written]
     committing: bool = False
-    size: int = 0
+    commit: Future[int] | None = None
+    """On rank 0; gives the size of the checkpoint in bytes."""
 
     @property
     def step(self) -> int:
@@ -83,10 +87,13 @@ class Saver:
         self.checkpoints = folders.checkpoints_dir(run_dir)
         self.config, self.ranks = config, ranks
         self._job: _Job | None = None
+        self._background = ThreadPoolExecutor(1, "checkpoint", initializer=_give_way)
+        self._versions = current_versions()
         self._prepared_for: tuple[Any, Any] | None = None
         self._boxes: list[Box] = []
         self._host: list[torch.Tensor] = []
         self._entries: list[list[Entry]] = []
+        self._report_bytes = 0
         if ranks.rank == 0:
             folders.remove_leftovers(self.checkpoints)
 
@@ -111,6 +118,9 @@ class Saver:
         self._entries = self._gather([Entry.of(box) for box in self._boxes])
         if self.ranks.rank == 0:
             check_cover(self._entries)
+        most = max((len(of_rank) for of_rank in self._entries), default=0)
+        told = broadcast_bytes(json.dumps(most).encode(), self.ranks)
+        self._report_bytes = REPORT_BYTES + REPORT_BYTES_PER_BOX * int(json.loads(told))
         self._prepared_for = (model, optimizer)
 
     def save(self, position: Position, model: Any, optimizer: Any) -> list[SaveResult]:
@@ -131,11 +141,12 @@ class Saver:
             position=replace(position, cursor=json.loads(json.dumps(position.cursor))),
             optimizer_steps=optimizer_steps(optimizer),
             layout=asdict(self.ranks.layout),
-            versions=current_versions(),
+            versions=self._versions,
             files={},
         )
-        self._job = _Job(manifest, began)
-        self._start(self._job, self._write)
+        folder = self._unfinished(position.step)
+        writing = self._background.submit(write_tensors, folder, self.ranks.rank, self._host)
+        self._job = _Job(manifest, began, writing)
         results = [earlier, None if self.config.async_save else self.wait()]
         return [result for result in results if result is not None]
 
@@ -144,23 +155,21 @@ class Saver:
 
         When it is true on every rank and `pending`, all ranks call `finalize`.
         """
-        thread = self._job.thread if self._job else None
-        return thread is None or not thread.is_alive()
+        job = self._job
+        return job is None or ((job.commit or job.writing).done())
 
     def finalize(self) -> SaveResult | None:
         """End the phase that is done on all ranks: the result of the save after its last one."""
         job = self._job
         if job is None:
             return None
-        if job.thread is not None:
-            job.thread.join()
-            job.thread = None
         if job.committing:
             return self._end(job)
-        reports = self._gather((job.written, job.error))
+        written = _outcome(job.writing)
+        reports = self._gather_reports(written)
         job.committing = True
         if self.ranks.rank == 0:
-            self._start(job, lambda job: self._commit(job, reports))
+            job.commit = self._background.submit(self._commit, job, reports)
         return None
 
     def wait(self) -> SaveResult | None:
@@ -177,45 +186,29 @@ class Saver:
         if self.ranks.device.type == "cuda":
             torch.cuda.current_stream().synchronize()
 
-    def _start(self, job: _Job, phase: Any) -> None:
-        """Run a phase in a thread. A process could not share pinned memory, and all the long parts
-        (copying, summing, writing, syncing) let go of the interpreter lock."""
+    def _unfinished(self, step: int) -> Path:
+        return self.checkpoints / f"{folders.UNFINISHED}{folders.name_of(step)}"
 
-        def run() -> None:
-            if sys.platform == "linux":  # where a thread has a priority of its own
-                os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)
-            try:
-                phase(job)
-            except Exception as error:  # whatever it is, the run goes on
-                job.error = getattr(error, "strerror", None) or one_line(error)
-
-        job.thread = threading.Thread(target=run, name="checkpoint", daemon=True)
-        job.thread.start()
-
-    def _unfinished(self, job: _Job) -> Path:
-        return self.checkpoints / f"{folders.UNFINISHED}{folders.name_of(job.step)}"
-
-    def _write(self, job: _Job) -> None:
-        job.written = write_tensors(self._unfinished(job), self.ranks.rank, self._host)
-
-    def _commit(self, job: _Job, reports: list[tuple[Written | None, str | None]]) -> None:
-        """On rank 0: make the written files a checkpoint, or remove them."""
-        folder = self._unfinished(job)
+    def _commit(self, job: _Job, reports: list[Written | str]) -> int:
+        """On rank 0: make the written files a checkpoint, or remove them; its size in bytes."""
+        folder = self._unfinished(job.step)
         try:
-            errors = [f"rank {rank}: {error}" for rank, (_, error) in enumerate(reports) if error]
+            errors = [
+                f"rank {rank}: {told}" for rank, told in enumerate(reports) if type(told) is str
+            ]
             if errors:
                 raise OSError("; ".join(errors[:3]))
-            written = [report for report, _ in reports if report is not None]
+            written = [report for report in reports if isinstance(report, Written)]
             files = write_index(folder, self._entries, written)
-            Manifest(**(vars(job.manifest) | {"files": files})).write(folder)
+            replace(job.manifest, files=files).write(folder)
             folders.sync_folder(folder)
             folders.publish(self.checkpoints, job.step)
-            job.size = sum(entry.bytes for entry in files.values())
         except BaseException:
             shutil.rmtree(folder, ignore_errors=True)
             raise
         with contextlib.suppress(OSError):  # what could not go now is tried after the next save
             self._prune(job.step)
+        return sum(entry.bytes for entry in files.values())
 
     def _prune(self, newest: int) -> None:
         steps, config = folders.steps_in(self.checkpoints), self.config
@@ -227,15 +220,18 @@ class Saver:
     def _end(self, job: _Job) -> SaveResult:
         """Tell all ranks how it went on rank 0."""
         self._job = None
-        result = SaveResult(
-            step=job.step,
-            bytes=job.size,
-            seconds=time.perf_counter() - job.began,
-            error=job.error,
-            last_good=folders.read_latest(self.checkpoints),
-        )
-        told = broadcast_bytes(json.dumps(asdict(result)).encode(), self.ranks)
-        return SaveResult(**json.loads(told))
+        payload = None
+        if job.commit is not None:
+            size = _outcome(job.commit)
+            result = SaveResult(
+                step=job.step,
+                bytes=size if isinstance(size, int) else 0,
+                seconds=time.perf_counter() - job.began,
+                error=size if isinstance(size, str) else None,
+                last_good=folders.read_latest(self.checkpoints),
+            )
+            payload = json.dumps(asdict(result)).encode()
+        return SaveResult(**json.loads(broadcast_bytes(payload, self.ranks)))
 
     def _gather(self, mine: Any) -> list[Any]:
         """What every rank says, on rank 0; empty on the others."""
@@ -244,3 +240,39 @@ class Saver:
         all_of_them = [None] * self.ranks.world if self.ranks.rank == 0 else None
         dist.gather_object(mine, all_of_them, dst=0, group=self.ranks.control)
         return all_of_them or []
+
+    def _gather_reports(self, mine: Written | str) -> list[Written | str]:
+        """What every rank wrote, or why not, on rank 0. One collective, because training waits."""
+        if self.ranks.world == 1:
+            return [mine]
+        text = json.dumps(mine[:200] if isinstance(mine, str) else asdict(mine)).encode()
+        buffer = torch.frombuffer(bytearray(text.ljust(self._report_bytes)), dtype=torch.uint8)
+        if self.ranks.rank:
+            dist.gather(buffer, None, dst=0, group=self.ranks.control)
+            return []
+        told = [torch.empty_like(buffer) for _ in range(self.ranks.world)]
+        dist.gather(buffer, told, dst=0, group=self.ranks.control)
+        return [_report(json.loads(report.numpy().tobytes())) for report in told]
+
+
+def _report(told: Any) -> Written | str:
+    if isinstance(told, str):
+        return told
+    places = tuple((began, size) for began, size in told["places"])
+    return Written(told["file"], FileSum(**told["sum"]), places)
+
+
+def _outcome(work: Future[T]) -> T | str:
+    """What background work gave, or in one line why it failed: whatever it is, the run goes on."""
+    error = work.exception()
+    if error is None:
+        return work.result()
+    return getattr(error, "strerror", None) or one_line(error)
+
+
+def _give_way() -> None:
+    """Let training go first where the background thread meets it on a core. (A process of its
+    own could not share pinned memory, and the long parts of a write, which are copying, summing,
+    writing and syncing, let go of the interpreter lock.)"""
+    if sys.platform == "linux":  # where a thread has a priority of its own
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)

@@ -244,6 +244,6 @@ def _metadata(entries: Sequence[Sequence[Entry]], written: Sequence[Written]) ->
     return Metadata(state_dict_metadata=dict(tensors), storage_data=places)
 
 
-def one_line(error: Exception) -> str:
+def one_line(error: BaseException) -> str:
     """The message of an error that came from a library, cut to one line."""
     return " ".join(str(error).split())[:200] or type(error).__name__

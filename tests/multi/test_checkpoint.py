@@ -495,6 +495,8 @@ def test_the_step_loop_ends_a_save(ranks: Any, tmp_path: Path) -> None:
 
 def fails_on_rank_1(folder: str, asynchronous: bool) -> Any:
     """A disk that is full on one rank only, between two good saves."""
+    import torch.distributed as dist
+
     from megascale.checkpoint import save as module
 
     run = Run([])
@@ -513,6 +515,7 @@ def fails_on_rank_1(folder: str, asynchronous: bool) -> Any:
     finally:
         module.write_tensors = write
     left = sorted(entry.name for entry in (Path(folder) / "checkpoints").iterdir())
+    dist.barrier()
     told += run.save(saver, 3) + [saver.wait()]
     run.train(range(1))
     stop()
