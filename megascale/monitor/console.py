@@ -76,13 +76,13 @@ class Console:
 
 def show_count(count: float) -> str:
     """A count in three or four digits: 987, 41.2K, 3.4M."""
-    for unit in ("", "K", "M", "G"):
-        if count < 999.5 and not unit:
-            return f"{count:.0f}"
+    if count < 999.5:
+        return f"{count:.0f}"
+    for unit in "KMG":
+        count /= 1000
         if count < 999.95:
             return f"{count:.1f}{unit}"
-        count /= 1000
-    return f"{count:.1f}T"
+    return f"{count / 1000:.1f}T"
 
 
 def show_duration(seconds: float) -> str:

@@ -1,0 +1,439 @@
+"""Metrics survive a crash and a resume, the console tells the time left, MFU is never guessed."""
+
+import gzip
+import io
+import json
+import sys
+import types
+from datetime import datetime, timedelta
+from pathlib import Path
+
+import pytest
+import torch
+
+from megascale.config.schema import MonitorConfig
+from megascale.errors import UserError
+from megascale.monitor.console import Console, show_count, show_duration
+from megascale.monitor.device import mfu, peak_flops
+from megascale.monitor.events import EventLog
+from megascale.monitor.metrics import MetricsWriter, flatten, read_rows
+from megascale.monitor.profile import profiler
+
+
+def writer(folder: Path, resume_step: int | None = None, **options) -> MetricsWriter:
+    given = {"tensorboard": False, "trackers": (), "config": {"seed": 1}, **options}
+    return MetricsWriter(folder, resume_step=resume_step, **given)
+
+
+def steps_of(folder: Path) -> list[int]:
+    return [row["step"] for row in read_rows(folder / "metrics.jsonl")]
+
+
+def write_steps(folder: Path, steps: range, resume_step: int | None = None) -> None:
+    metrics = writer(folder, resume_step)
+    for step in steps:
+        metrics.write({"step": step, "loss": float(step)})
+    metrics.close()
+
+
+# ------------------------------------------------------------------------------- metrics.jsonl
+
+
+def test_a_row_is_in_the_file_when_write_returns(tmp_path: Path) -> None:
+    metrics = writer(tmp_path)
+    metrics.write({"step": 3, "loss": 1.5, "mfu": None, "skipped": False})
+    text = (tmp_path / "metrics.jsonl").read_text()
+    assert text.endswith("\n")
+    assert json.loads(text) == {"step": 3, "loss": 1.5, "mfu": None, "skipped": False}
+    metrics.close()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_what_json_cannot_say_is_null(tmp_path: Path, value: float) -> None:
+    metrics = writer(tmp_path)
+    metrics.write({"step": 1, "loss": value, "eval": {"a": {"loss": value}}})
+    metrics.close()
+    expected = {"step": 1, "loss": None, "eval": {"a": {"loss": None}}}
+    assert json.loads((tmp_path / "metrics.jsonl").read_text()) == expected
+
+
+def test_resume_drops_later_steps_and_the_half_written_line(tmp_path: Path) -> None:
+    write_steps(tmp_path, range(1, 8))
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write('{"step": 8, "lo')
+    write_steps(tmp_path, range(6, 10), resume_step=5)
+    assert steps_of(tmp_path) == list(range(1, 10))
+    for line in (tmp_path / "metrics.jsonl").read_text().splitlines():
+        json.loads(line)  # no broken line is left behind
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["metrics.jsonl"]
+
+
+def test_resume_keeps_the_evaluation_of_its_own_step(tmp_path: Path) -> None:
+    metrics = writer(tmp_path)
+    metrics.write({"step": 5, "loss": 1.0})
+    metrics.write({"step": 5, "eval": {"a": {"loss": 1.0}}})
+    metrics.write({"step": 6, "loss": 1.0})
+    metrics.close()
+    writer(tmp_path, resume_step=5).close()
+    assert [("eval" in row) for row in read_rows(tmp_path / "metrics.jsonl")] == [False, True]
+
+
+def test_resume_from_the_start_drops_everything_and_none_drops_nothing(tmp_path: Path) -> None:
+    write_steps(tmp_path, range(0, 4))
+    write_steps(tmp_path, range(4, 6), resume_step=None)
+    assert steps_of(tmp_path) == [0, 1, 2, 3, 4, 5]
+    write_steps(tmp_path, range(1, 3), resume_step=0)
+    assert steps_of(tmp_path) == [1, 2]
+
+
+def test_a_crash_while_rewinding_leaves_the_old_file(tmp_path: Path, monkeypatch) -> None:
+    write_steps(tmp_path, range(1, 5))
+
+    def fail(self: Path, target: Path) -> None:
+        raise OSError("crash")
+
+    monkeypatch.setattr(Path, "replace", fail)
+    with pytest.raises(OSError, match="crash"):
+        writer(tmp_path, resume_step=2)
+    assert steps_of(tmp_path) == [1, 2, 3, 4]
+
+
+def test_names_of_nested_values() -> None:
+    row = {"step": 2, "mfu": None, "eval": {"web": {"loss": 1.0, "bits_per_byte": None}}}
+    assert dict(flatten(row)) == {"step": 2.0, "eval/web/loss": 1.0}
+
+
+# ------------------------------------------------------------------------------------ trackers
+
+
+def scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(folder / "tensorboard"))
+    events.Reload()
+    return {
+        tag: [(event.step, event.value) for event in events.Scalars(tag)]
+        for tag in events.Tags()["scalars"]
+    }
+
+
+def test_tensorboard_shows_each_step_once_after_a_resume(tmp_path: Path) -> None:
+    for resume_step, steps in ((None, range(1, 6)), (3, range(4, 7))):
+        metrics = writer(tmp_path, resume_step, tensorboard=True)
+        for step in steps:
+            metrics.write({"step": step, "loss": float(resume_step or 0), "skipped": False})
+            metrics.write({"step": step, "eval": {"web": {"loss": 1.0}}})
+        metrics.close()
+    seen = scalars(tmp_path)
+    assert seen["loss"] == [(1, 0.0), (2, 0.0), (3, 0.0), (4, 3.0), (5, 3.0), (6, 3.0)]
+    assert [step for step, _ in seen["eval/web/loss"]] == [1, 2, 3, 4, 5, 6]
+    assert set(seen) == {"loss", "skipped", "eval/web/loss"}
+
+
+class Calls(list):
+    """Records what a tracker was asked to do."""
+
+    def note(self, call: str, /, **values) -> None:
+        self.append((call, values))
+
+
+def fake_wandb(calls: Calls) -> types.ModuleType:
+    module = types.ModuleType("wandb")
+
+    class Run:
+        def log(self, data: dict, step: int | None = None, commit: bool | None = None) -> None:
+            calls.note("log", data=data, step=step)
+
+        def finish(self, exit_code: int | None = None) -> None:
+            calls.note("end")
+
+    def init(entity=None, project=None, dir=None, id=None, name=None, notes=None, tags=None,
+             config=None, group=None, resume=None) -> Run:  # fmt: skip
+        calls.note("start", project=project, name=name, config=config)
+        return Run()
+
+    module.init = init
+    return module
+
+
+def fake_mlflow(calls: Calls) -> types.ModuleType:
+    module = types.ModuleType("mlflow")
+
+    def set_experiment(experiment_name=None, experiment_id=None) -> None:
+        calls.note("experiment", project=experiment_name)
+
+    def start_run(run_id=None, experiment_id=None, run_name=None, nested=False) -> None:
+        calls.note("begin", name=run_name)
+
+    def log_dict(dictionary: dict, artifact_file: str, run_id=None) -> None:
+        project, name = calls.pop(0)[1]["project"], calls.pop(0)[1]["name"]
+        calls.note("start", project=project, name=name, config=dictionary)
+        assert artifact_file.endswith(".json")
+
+    def log_metrics(metrics: dict, step=None, synchronous=None, run_id=None) -> None:
+        calls.note("log", data=metrics, step=step)
+
+    def end_run(status: str = "FINISHED") -> None:
+        calls.note("end")
+
+    for function in (set_experiment, start_run, log_dict, log_metrics, end_run):
+        setattr(module, function.__name__, function)
+    return module
+
+
+def fake_trackio(calls: Calls) -> types.ModuleType:
+    module = types.ModuleType("trackio")
+
+    def init(project: str, name=None, space_id=None, dataset_id=None, config=None,
+             resume: str = "never") -> None:  # fmt: skip
+        calls.note("start", project=project, name=name, config=config)
+
+    def log(metrics: dict, step: int | None = None) -> None:
+        calls.note("log", data=metrics, step=step)
+
+    def finish() -> None:
+        calls.note("end")
+
+    module.init, module.log, module.finish = init, log, finish
+    return module
+
+
+FAKES = {"wandb": fake_wandb, "mlflow": fake_mlflow, "trackio": fake_trackio}
+
+
+@pytest.mark.parametrize("name", FAKES)
+def test_a_tracker_gets_flat_numbers(tmp_path: Path, monkeypatch, name: str) -> None:
+    calls = Calls()
+    monkeypatch.setitem(sys.modules, name, FAKES[name](calls))
+    metrics = writer(tmp_path, resume_step=4, trackers=(name,))
+    metrics.write({"step": 5, "loss": 2.0, "mfu": None})
+    metrics.write({"step": 5, "eval": {"web": {"loss": 1.0}}})
+    metrics.close()
+    run = f"{tmp_path.name} from step 4"
+    assert calls == [
+        ("start", {"project": "megascale", "name": run, "config": {"seed": 1}}),
+        ("log", {"data": {"loss": 2.0}, "step": 5}),
+        ("log", {"data": {"eval/web/loss": 1.0}, "step": 5}),
+        ("end", {}),
+    ]
+
+
+@pytest.mark.parametrize("name", FAKES)
+def test_a_missing_tracker_is_named_with_its_remedy(tmp_path: Path, monkeypatch, name) -> None:
+    monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(UserError, match=f"pip install {name}"):
+        writer(tmp_path, trackers=(name,))
+
+
+def test_missing_tensorboard_is_named_with_its_remedy(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(UserError, match="pip install tensorboard"):
+        writer(tmp_path, tensorboard=True)
+
+
+# -------------------------------------------------------------------------------------- console
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def row(step: int, **more) -> dict:
+    return {"step": step, "loss": 2.34561, "lr": 2.9e-4, "tokens_per_s": 41234.0, **more}
+
+
+def test_a_line_reads_as_documented() -> None:
+    clock = Clock()
+    console = Console(200, 0, clock=clock)
+    for step in range(1, 85):
+        clock.now += 100.0 if step == 1 else 0.56  # the first step compiles
+        console.tick(step)
+    assert console.line(row(84, bits_per_byte=3.38, mfu=None)) == (
+        " 42.0 %  step  84/200  loss 2.3456  bits/byte 3.380  lr 2.9e-04  41.2K tok/s  "
+        "MFU n/a  ETA 1m05s"
+    )
+    assert "MFU 41.2 %" in console.line(row(84, mfu=0.412))
+    assert "bits/byte" not in console.line(row(84))
+
+
+def test_time_left_counts_evaluations_but_not_the_first_step() -> None:
+    clock = Clock()
+    console = Console(total_steps=100, start_step=50, clock=clock)
+    clock.now += 500.0
+    console.tick(51)
+    assert console.eta_s() is None
+    assert console.line(row(51)).endswith("ETA n/a")
+    clock.now += 1.0
+    console.tick(52)
+    assert console.eta_s() == pytest.approx(48.0)
+    clock.now += 9.0  # a step of 1 s and an evaluation of 8 s
+    console.tick(53)
+    assert console.eta_s() == pytest.approx(47 * (9 + 0.99) / 1.99)
+
+
+def test_time_left_follows_a_lasting_change_and_ends_at_zero() -> None:
+    clock = Clock()
+    console = Console(total_steps=3000, start_step=0, clock=clock)
+    for step in range(1, 3001):
+        clock.now += 1.0 if step <= 1000 else 2.0
+        console.tick(step)
+        if step == 1000:
+            assert console.eta_s() == pytest.approx(2000, rel=1e-6)
+        if step == 2000:
+            assert console.eta_s() == pytest.approx(2000, rel=0.01)
+    assert console.eta_s() == 0.0
+
+
+def test_steps_noted_in_one_go_weigh_as_many() -> None:
+    clock = Clock()
+    console = Console(total_steps=100, start_step=0, clock=clock)
+    console.tick(10)
+    clock.now += 30.0
+    console.tick(20)
+    assert console.eta_s() == pytest.approx(80 * 3.0)
+    clock.now += 77.0
+    console.line(row(20))  # the same step again
+    assert console.eta_s() == pytest.approx(80 * 3.0)
+
+
+def test_print_writes_the_line() -> None:
+    stream = io.StringIO()
+    console = Console(200, 0, stream=stream)
+    console.print(row(100))
+    assert stream.getvalue() == console.line(row(100)) + "\n"
+
+
+@pytest.mark.parametrize(
+    ("count", "shown"),
+    [(0, "0"), (987, "987"), (999.4, "999"), (999.6, "1.0K"), (41234, "41.2K"),
+     (999_949, "999.9K"), (999_951, "1.0M"), (3.4e6, "3.4M"), (2e9, "2.0G"), (5e12, "5.0T")],
+)  # fmt: skip
+def test_counts_are_short(count: float, shown: str) -> None:
+    assert show_count(count) == shown
+
+
+@pytest.mark.parametrize(
+    ("seconds", "shown"),
+    [(0, "0s"), (59.4, "59s"), (59.6, "1m00s"), (65, "1m05s"), (3599.6, "1h00m"),
+     (7620, "2h07m"), (86399, "23h59m"), (273600, "3d04h")],
+)  # fmt: skip
+def test_durations_are_short(seconds: float, shown: str) -> None:
+    assert show_duration(seconds) == shown
+
+
+# --------------------------------------------------------------------------------------- device
+
+
+@pytest.mark.parametrize(
+    ("name", "bf16", "fp32"),
+    [
+        ("NVIDIA A100-SXM4-80GB", 312e12, 19.5e12),
+        ("NVIDIA A100-SXM4-40GB", 312e12, 19.5e12),
+        ("A100-SXM4-40GB", 312e12, 19.5e12),
+        ("NVIDIA A100-PCIE-40GB", 312e12, 19.5e12),
+        ("NVIDIA A100 80GB PCIe", 312e12, 19.5e12),
+        ("NVIDIA H100 80GB HBM3", 989.4e12, 66.9e12),
+        ("NVIDIA H100 PCIe", 756.5e12, 51.2e12),
+        ("NVIDIA H100 NVL", 835.5e12, 60e12),
+        ("NVIDIA H200", 989.4e12, 66.9e12),
+        ("NVIDIA H200 NVL", 835.5e12, 60e12),
+        ("NVIDIA GH200 480GB", 989.4e12, 66.9e12),
+        ("NVIDIA B200", 2250e12, 75e12),
+        ("NVIDIA L40S", 362e12, 91.6e12),
+        ("NVIDIA A10G", 70e12, 31.5e12),
+        ("Tesla V100-SXM2-16GB", None, 15.7e12),
+        ("Tesla V100-PCIE-32GB", None, 14e12),
+        ("Tesla T4", None, 8.1e12),
+    ],
+)
+def test_peaks_of_known_devices(name: str, bf16: float | None, fp32: float) -> None:
+    assert peak_flops(name, "bf16") == (None if bf16 is None else pytest.approx(bf16))
+    assert peak_flops(name, "fp32") == pytest.approx(fp32)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["cpu", "", "NVIDIA A100-SXM4-40GB MIG 1g.5gb", "NVIDIA A100-SXM-64GB", "NVIDIA H100",
+     "NVIDIA H100 80GB HBM3 MIG 3g.40gb", "NVIDIA H300", "AMD Instinct MI300X", "NVIDIA A1000"],
+)  # fmt: skip
+def test_no_peak_is_guessed(name: str) -> None:
+    assert peak_flops(name, "bf16") is None
+    assert peak_flops(name, "fp32") is None
+
+
+def test_mfu() -> None:
+    assert peak_flops("NVIDIA H200", "fp8") is None
+    assert mfu(8e14, seconds=2.0, ranks=4, peak=2e14) == pytest.approx(0.5)
+    assert mfu(8e14, seconds=2.0, ranks=4, peak=None) is None
+
+
+# --------------------------------------------------------------------------- events and profiles
+
+
+def test_events_are_added_with_their_time(tmp_path: Path) -> None:
+    EventLog(tmp_path).write("start", step=0, folder=tmp_path)
+    EventLog(tmp_path).write("stop", step=9)
+    lines = (tmp_path / "events.jsonl").read_text().splitlines()
+    first, second = map(json.loads, lines)
+    assert (first["event"], first["step"], first["folder"]) == ("start", 0, str(tmp_path))
+    assert (second["event"], second["step"]) == ("stop", 9)
+    assert datetime.fromisoformat(first["time"]).utcoffset() == timedelta(0)
+
+
+RANKS = types.SimpleNamespace(rank=0, device=torch.device("cpu"))
+
+
+def profile_run(folder: Path, config: MonitorConfig, steps: int) -> Path:
+    with profiler(config, folder, RANKS) as done_step:
+        for step in range(1, steps + 1):
+            with torch.profiler.record_function(f"step number {step}"):
+                torch.ones(2).sum()
+            done_step()
+    return folder / "profile" / "rank0.trace.json.gz"
+
+
+@pytest.mark.parametrize(
+    ("asked", "steps", "recorded"), [((1, 1), 3, {1}), ((2, 3), 5, {2, 3}), ((2, 9), 4, {2, 3, 4})]
+)
+def test_a_trace_holds_the_steps_asked_for(tmp_path: Path, asked, steps, recorded) -> None:
+    path = profile_run(tmp_path, MonitorConfig(profile_steps=asked), steps)
+    events = json.loads(gzip.decompress(path.read_bytes()))["traceEvents"]
+    names = {event.get("name", "") for event in events}
+    prefix = "step number "
+    assert {int(name[len(prefix) :]) for name in names if name.startswith(prefix)} == recorded
+
+
+def test_nothing_is_written_that_was_not_asked_for(tmp_path: Path, capsys) -> None:
+    profile_run(tmp_path, MonitorConfig(), 3)
+    assert list(tmp_path.iterdir()) == []
+    assert capsys.readouterr().err == ""
+
+
+def test_a_memory_snapshot_without_cuda_is_one_warning(tmp_path: Path, capsys) -> None:
+    profile_run(tmp_path, MonitorConfig(memory_snapshot=True), 2)
+    assert list(tmp_path.iterdir()) == []
+    warning = capsys.readouterr().err
+    assert "memory_snapshot is ignored" in warning
+    assert warning.count("\n") == 1
+
+
+def test_a_memory_snapshot_is_written_also_when_the_run_fails(tmp_path: Path, monkeypatch) -> None:
+    recording: list[object] = []
+    monkeypatch.setattr(
+        torch.cuda.memory,
+        "_record_memory_history",
+        lambda enabled="all", max_entries=0: recording.append(enabled),
+    )
+    monkeypatch.setattr(
+        torch.cuda.memory, "_dump_snapshot", lambda filename: Path(filename).write_bytes(b"pickle")
+    )
+    ranks = types.SimpleNamespace(rank=3, device=torch.device("cuda", 0))
+    with pytest.raises(RuntimeError, match="out of memory"):
+        with profiler(MonitorConfig(memory_snapshot=True), tmp_path, ranks):
+            raise RuntimeError("out of memory")
+    assert (tmp_path / "profile" / "rank3.memory.pickle").read_bytes() == b"pickle"
+    assert recording == ["all", None]

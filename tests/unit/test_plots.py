@@ -1,0 +1,138 @@
+"""`megascale plot`: the arrays behind the pictures are right, and the pictures come out."""
+
+import argparse
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from megascale.errors import UserError
+from megascale.monitor.plot_command import add_plot_arguments, run_plot
+from megascale.monitor.plots import load_curves, plot_run, smooth
+
+PICTURES = ["loss", "bits_per_byte", "learning_rate", "speed", "grad_norm"]
+
+
+def make_run(folder: Path, steps: int, bits: float | None = 3.0, tail: str = "") -> Path:
+    """A run of 1000 tokens a step; step 2 is skipped, and every 5th step is scored."""
+    folder.mkdir(parents=True)
+    rows = []
+    for step in range(1, steps + 1):
+        seen = {"step": step, "tokens_seen": 1000 * step}
+        bad = step == 2
+        rows.append(
+            {**seen, "loss": None if bad else 5.0 / step, "lr": 1e-3, "skipped": bad,
+             "grad_norm": None if bad else 1.0, "tokens_per_s": 500.0}
+        )  # fmt: skip
+        if step % 5 == 0:
+            rows.append({**seen, "eval": {"web": {"loss": 4.0, "bits_per_byte": bits}}})
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    (folder / "metrics.jsonl").write_text(text + tail)
+    return folder
+
+
+def plot(*words: str) -> int:
+    parser = argparse.ArgumentParser()
+    add_plot_arguments(parser)
+    return run_plot(parser.parse_args(words))
+
+
+def test_curves_hold_what_the_run_recorded(tmp_path: Path) -> None:
+    run = load_curves(make_run(tmp_path / "a", 10, tail='{"step": 11, "tok'), "a")
+    np.testing.assert_array_equal(run.step, np.arange(1, 11))
+    np.testing.assert_array_equal(run.tokens, 1000 * np.arange(1, 11))
+    np.testing.assert_allclose(run.columns["loss"][[0, 1, 3]], [5.0, np.nan, 1.25])
+    np.testing.assert_array_equal(np.flatnonzero(run.columns["skipped"]), [1])
+    np.testing.assert_array_equal(run.heldout["web"]["tokens"], [5000, 10000])
+    np.testing.assert_array_equal(run.heldout["web"]["bits_per_byte"], [3.0, 3.0])
+
+
+def test_pictures_lie_in_the_run_folder(tmp_path: Path, capsys) -> None:
+    run = make_run(tmp_path / "a", 30)
+    assert plot(str(run)) == 0
+    paths = [run / "plots" / f"{name}.png" for name in PICTURES]
+    assert capsys.readouterr().out.splitlines() == [f"wrote {path}" for path in paths]
+    for path in paths:
+        image = np.asarray(Image.open(path).convert("RGB"))
+        assert image.shape[0] > 600 and image.shape[1] > 1000
+        blue = np.all(np.abs(image.astype(int) - (0x21, 0x66, 0xAC)) < 12, axis=-1)
+        if path.stem != "bits_per_byte":
+            assert blue.sum() > 500  # the curve itself, not only its frame
+
+
+def test_several_runs_share_the_axes_and_leave_the_own_pictures_alone(tmp_path: Path) -> None:
+    runs = [make_run(tmp_path / "a", 30), make_run(tmp_path / "b", 20)]
+    assert plot(*map(str, runs)) == 0
+    drawn = sorted(path.stem for path in (runs[0] / "plots" / "compared").iterdir())
+    assert drawn == sorted(PICTURES)
+    assert [path.name for path in (runs[0] / "plots").iterdir()] == ["compared"]
+    assert not (runs[1] / "plots").exists()
+
+
+def test_out_takes_the_pictures(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "a", 5)
+    assert plot(str(run), "--out", str(tmp_path / "deep" / "out")) == 0
+    assert len(list((tmp_path / "deep" / "out").iterdir())) == 5
+    assert not (run / "plots").exists()
+
+
+@pytest.mark.filterwarnings("error")
+def test_what_a_run_lacks_is_left_out(tmp_path: Path) -> None:
+    unscored = make_run(tmp_path / "a", 4)
+    bare = make_run(tmp_path / "b", 10, bits=None)
+    for run in (unscored, bare):
+        names = [path.stem for path in plot_run([run], tmp_path / "out")]
+        assert names == [name for name in PICTURES if name != "bits_per_byte"]
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_run_that_saw_no_finite_value_is_drawn(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text(
+        "".join(
+            json.dumps({"step": step, "tokens_seen": step, "loss": None, "tokens_per_s": 9.0})
+            + "\n"
+            for step in range(1, 9)
+        )
+    )
+    assert len(plot_run([tmp_path], tmp_path / "out")) == 4
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (None, "holds no readable metrics.jsonl"),
+        ("", "0 step"),
+        ('{"step": 1, "tokens_seen": 5, "loss": 1.0}\n{"step": 2, "tok', "1 step"),
+    ],
+)
+def test_what_is_no_run_is_an_error_of_one_line(tmp_path: Path, content, says: str) -> None:
+    if content is not None:
+        (tmp_path / "metrics.jsonl").write_text(content)
+    with pytest.raises(UserError, match=says) as caught:
+        plot(str(tmp_path))
+    assert str(tmp_path) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_an_out_that_is_a_file_is_an_error(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "a", 5)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="--out"):
+        plot(str(run), "--out", str(tmp_path / "file"))
+
+
+def test_smoothing_is_a_centred_mean_that_starts_at_the_first_value() -> None:
+    line = np.arange(600.0)
+    np.testing.assert_allclose(smooth(line)[:550], line[:550])  # no lag on a slope
+    noise = np.random.default_rng(0).normal(size=6000)
+    assert smooth(noise)[500:-500].std() < 0.1
+    np.testing.assert_array_equal(smooth(line[:50]), line[:50])
+
+
+def test_smoothing_passes_over_what_is_not_finite() -> None:
+    values = np.full(300, 2.0)
+    values[[0, 7, 8, 150, 299]] = np.nan
+    smoothed = smooth(values)
+    assert np.isnan(smoothed[0])
+    np.testing.assert_allclose(smoothed[2:], 2.0)
