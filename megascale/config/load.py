@@ -9,13 +9,14 @@ import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, asdict, fields, is_dataclass
 from pathlib import Path
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 
 import yaml
 
 from megascale.config.schema import RunConfig
 from megascale.errors import UserError
 
+T = TypeVar("T")
 SUFFIXES = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "G": 10**9, "T": 10**12}
 BINARY_SUFFIXES = {"Ki": 2**10, "Mi": 2**20, "Gi": 2**30}
 
@@ -57,6 +58,14 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
 
 def parse_config(text: str, overrides: Sequence[str] = (), where: str = "config") -> RunConfig:
     """Like `load_config`, from the text of a YAML file; `where` names it in errors."""
+    return parse_as(RunConfig, text, overrides, where)
+
+
+def parse_as(kind: type[T], text: str, overrides: Sequence[str] = (), where: str = "config") -> T:
+    """YAML text with `a.b=c` overrides as the frozen dataclass `kind`, every key type-checked.
+
+    Raises UserError, in one line that begins with `where`, for anything that does not fit.
+    """
     tree = _parse_yaml(text, where)
     tree = {} if tree is None else tree
     if not isinstance(tree, dict):
@@ -64,10 +73,10 @@ def parse_config(text: str, overrides: Sequence[str] = (), where: str = "config"
     for override in overrides:
         _apply_override(tree, override)
     try:
-        config: RunConfig = _build(RunConfig, tree, "")
+        built: T = _build(kind, tree, "")
     except UserError as error:
         raise UserError(f"{where}: {error}") from None
-    return config
+    return built
 
 
 def dump_config(config: RunConfig) -> str:

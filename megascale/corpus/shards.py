@@ -20,6 +20,7 @@ from megascale.errors import RankError, UserError
 
 MAGIC = b"MMIDIDX\x00\x00"
 HEADER = struct.Struct("<9sQBQQ")
+_CHUNK = 1 << 20
 TOKEN_TYPES: dict[int, Any] = {
     1: np.uint8,
     2: np.int8,
@@ -131,17 +132,27 @@ def _check(
         size = os.stat(f"{prefix}.bin").st_size
     except OSError as error:
         raise UserError(f"{prefix}.bin: {error.strerror}; it belongs beside {prefix}.idx") from None
-    ends = offsets + lengths.astype(np.int64) * dtype.itemsize
-    if len(lengths) and (lengths.min() < 0 or offsets.min() < 0 or ends.max() > size):
-        raise UserError(
-            f"{prefix}.bin: has {size} bytes where its index speaks of {int(ends.max())}; it was "
-            "cut short or damaged, prepare it again"
-        )
-    whole = len(bounds) > 0 and bounds[0] == 0 and bounds[-1] == len(lengths)
-    if not whole or (np.diff(bounds) < 0).any():
+    num_sequences, width = len(lengths), dtype.itemsize
+    in_rows = len(bounds) != num_sequences + 1
+    for begin in range(0, num_sequences, _CHUNK):
+        size_here = lengths[begin : begin + _CHUNK].astype(np.int64) * width
+        offset = offsets[begin : begin + _CHUNK]
+        if size_here.min() < 0 or offset.min() < 0 or (offset > size - size_here).any():
+            raise UserError(
+                f"{prefix}.bin: its {size} bytes end before a sequence that its index speaks of; "
+                "it was cut short or damaged, prepare it again"
+            )
+        following = offsets[begin + 1 : begin + 1 + _CHUNK]
+        if in_rows and (following != (offset + size_here)[: len(following)]).any():
+            raise UserError(f"{prefix}.idx: sequences of a document do not lie in a row")
+    whole = len(bounds) > 0 and bounds[0] == 0 and bounds[-1] == num_sequences
+    if not whole or not _increasing(bounds):
         raise UserError(f"{prefix}.idx: document bounds do not cover the sequences; prepare again")
-    if len(bounds) != len(lengths) + 1 and len(lengths) and (offsets[1:] != ends[:-1]).any():
-        raise UserError(f"{prefix}.idx: sequences of a document do not lie in a row")
+
+
+def _increasing(bounds: NDArray[Any]) -> bool:
+    starts = range(0, len(bounds), _CHUNK)
+    return all((np.diff(bounds[begin : begin + _CHUNK + 1]) >= 0).all() for begin in starts)
 
 
 class ShardWriter:
