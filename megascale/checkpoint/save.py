@@ -194,7 +194,7 @@ class Saver:
         folder = self._unfinished(job.step)
         try:
             errors = [
-                f"rank {rank}: {told}" for rank, told in enumerate(reports) if type(told) is str
+                f"rank {rank}: {told}" for rank, told in enumerate(reports) if isinstance(told, str)
             ]
             if errors:
                 raise OSError("; ".join(errors[:3]))

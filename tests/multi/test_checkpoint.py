@@ -114,13 +114,6 @@ class Run:
         return whole
 
 
-def stop() -> None:
-    """Leave the groups, so that the next run of this process can make others."""
-    from megascale.runtime import distributed
-
-    distributed.stop()
-
-
 def same(left: dict[str, Any], right: dict[str, Any]) -> bool:
     """Whether two states hold the same tensors, bit by bit."""
     import torch
@@ -135,9 +128,7 @@ def trained_and_saved(folder: str, overrides: list[str], follow: range) -> Any:
     (result,) = run.save(run.saver(folder), 2)
     assert result.error is None and result.last_good == 2, result
     state = run.state()
-    losses = run.train(follow)
-    stop()
-    return state, losses
+    return state, run.train(follow)
 
 
 def loaded(folder: str, overrides: list[str], follow: range) -> Any:
@@ -146,9 +137,7 @@ def loaded(folder: str, overrides: list[str], follow: range) -> Any:
     manifest = run.load(folder)
     assert manifest.position.cursor == {"consumed": {"a": 2}} and manifest.optimizer_steps == 2
     state = run.state()
-    losses = run.train(follow)
-    stop()
-    return state, losses
+    return state, run.train(follow)
 
 
 @pytest.mark.parametrize(
@@ -192,6 +181,7 @@ BF16, UNTIED = "train.precision=bf16", "model.tied_embeddings=false"
         ([BF16], (2, [REPLICATED]), (2, [])),
         ([MOE, BF16], (2, [EXPERT]), (2, [PIPELINE, REPLICATED])),
         ([], (2, [TENSOR, REPLICATED]), (2, [PIPELINE])),
+        ([BF16], (2, []), (3, [])),
         ([BF16], (4, [TENSOR, PIPELINE]), (2, [])),
         ([MOE], (2, [PIPELINE]), (4, [EXPERT, PIPELINE])),
     ],
@@ -215,9 +205,11 @@ def test_any_layout_loads_into_any_other(
 
 def initial_state(overrides: list[str]) -> Any:
     """The state that initialisation by name gives, which is the same in all layouts."""
-    state = Run(overrides).state()
-    stop()
-    return {key: tensor for key, tensor in state.items() if not key.startswith("optimizer.")}
+    return {
+        key: tensor
+        for key, tensor in Run(overrides).state().items()
+        if not key.startswith("optimizer.")
+    }
 
 
 @pytest.mark.parametrize("cut", [[TENSOR], [PIPELINE], [EXPERT]], ids=str)
@@ -243,9 +235,7 @@ def through_megatron(folder: str) -> bool:
     run.load(folder)
     theirs = {key: given[key] for key in wanted}
     live = run.model.module.state_dict()
-    good = all(torch.equal(theirs[key], live[key]) for key in wanted)
-    stop()
-    return good
+    return all(torch.equal(theirs[key], live[key]) for key in wanted)
 
 
 def test_megatron_core_reads_it(ranks: Any, tmp_path: Path) -> None:
@@ -261,7 +251,6 @@ def weights_only(folder: str) -> Any:
     after = run.state()
     run.optimizer.reload_model_params()
     reloaded = run.state()
-    stop()
     return before, after, reloaded
 
 
@@ -280,7 +269,6 @@ def refused(folder: str, overrides: list[str]) -> str:
     run = Run(overrides)
     with pytest.raises(UserError) as caught:
         run.load(folder)
-    stop()
     return str(caught.value)
 
 
@@ -372,7 +360,6 @@ def saved_thrice(folder: str) -> Any:
         run.train(range(step - 1, step))
         run.save(saver, step)
         states.append(run.state())
-    stop()
     return states
 
 
@@ -384,9 +371,7 @@ def load_with_warnings(folder: str) -> Any:
     found = find(folder, "auto", run.ranks)
     assert found is not None
     restore(found, run.model, run.optimizer, run.ranks)
-    state = run.state()
-    stop()
-    return found.warnings, state
+    return found.warnings, run.state()
 
 
 def test_a_damaged_checkpoint_is_named_and_the_one_before_it_is_used(
@@ -415,7 +400,6 @@ def kept(folder: str, keep_last: int, keep_every_steps: int) -> None:
     saver = run.saver(folder, keep_last=keep_last, keep_every_steps=keep_every_steps)
     for step in range(1, 7):
         run.save(saver, step)
-    stop()
 
 
 def test_old_checkpoints_go(ranks: Any, tmp_path: Path) -> None:
@@ -453,7 +437,6 @@ def trains_on_while_writing(folder: str) -> Any:
     finally:
         module.write_tensors = write
     assert result.error is None and not saver.pending and saver.pending_done()
-    stop()
     return state, stall
 
 
@@ -485,7 +468,6 @@ def polled(folder: str) -> list[int]:
             result = saver.finalize()
             ended += [result.step] if result else []
     assert saver.finalize() is None and saver.wait() is None
-    stop()
     return ended
 
 
@@ -518,7 +500,6 @@ def fails_on_rank_1(folder: str, asynchronous: bool) -> Any:
     dist.barrier()
     told += run.save(saver, 3) + [saver.wait()]
     run.train(range(1))
-    stop()
     return [str(result) for result in told if result], left
 
 
@@ -557,7 +538,6 @@ def fills_the_disk(folder: str) -> Any:
         if told[-1].error:
             break
     run.train(range(1))
-    stop()
     return told
 
 
