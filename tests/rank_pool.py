@@ -43,9 +43,8 @@ class RankPools:
             stacks = self._dump_and_kill()
             silent = [rank for rank, answer in enumerate(answers) if answer is None]
             raised = [text for answer in answers if answer for ok, text in [answer] if not ok]
-            raise AssertionError(
-                f"ranks {silent} did not answer in {timeout_s} s\n" + "\n".join(raised)
-            )
+            problem = f"ranks {silent} did not answer in {timeout_s} s"
+            raise AssertionError("\n".join([problem, *raised, *stacks]))
         errors = [f"rank {rank}: {text}" for rank, (ok, text) in enumerate(answers) if not ok]
         if errors:
             raise AssertionError("\n".join(errors))

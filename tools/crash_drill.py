@@ -59,7 +59,7 @@ def compare(expected: dict, found: dict, kills: int = 0, inside: int = 0) -> Dri
 def start(config: Path, run_dir: Path, world: int, *words: str) -> subprocess.Popen:
     """Start training in a process group of its own."""
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(world)]
-    command += ["--master-port", "0", "-m", "megascale", "train", str(config)]
+    command += ["--standalone", "-m", "megascale", "train", str(config)]
     command += [f"run_dir={run_dir}", *words]
     return subprocess.Popen(
         command,
@@ -71,7 +71,7 @@ def start(config: Path, run_dir: Path, world: int, *words: str) -> subprocess.Po
     )
 
 
-def finish(process: subprocess.Popen, timeout_s: float = 300) -> str:
+def finish(process: subprocess.Popen, timeout_s: float = 150) -> str:
     """Wait for the end of a run; its output. Raises AssertionError where it failed."""
     output, _ = process.communicate(timeout=timeout_s)
     if process.returncode:

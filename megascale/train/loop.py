@@ -14,7 +14,6 @@ from megascale.config import RunConfig, dump_config
 from megascale.corpus.batches import Cursor, GlobalBatches, num_steps
 from megascale.corpus.describe import SourceInfo
 from megascale.corpus.shards import Shard
-from megascale.corpus.tokenizers import load_tokenizer
 from megascale.errors import UserError
 from megascale.mesh.reader import MicroBatchReader, TokenSource
 from megascale.model.build import build_model, pack_multiple
@@ -161,6 +160,8 @@ def _identity(sources: Mapping[str, SourceInfo]) -> dict[str, str]:
 
 def _sample(run: Run, prompt: str) -> None:
     """Show what the model writes after `prompt`, where the corpus brings its tokenizer."""
+    from megascale.corpus.tokenizers import load_tokenizer
+
     info = next(iter(run.sources.values()))
     if info.tokenizer is None:
         return
@@ -189,6 +190,8 @@ def _begin(
         TokenSource(name, shards[name], sources[name].eod_id, config.model.vocab_size or 0)
         for name in batches.names
     ]
+    saver = Saver(folder.path, config.checkpoint, ranks)
+    saver.prepare(model, learner.optimizer)
     report = Report(config, ranks, folder, sources, cursor)
     report.started(cursor, describe_run(config, ranks.layout, sources), notes)
     return Run(
@@ -198,7 +201,7 @@ def _begin(
         feed=Feed(batches, planner, ranks),
         reader=MicroBatchReader(readable, ranks.hdp_rank, pack_multiple(config), ranks.device),
         heldout=heldout_sets(learner, sources, planner),
-        saver=Saver(folder.path, config.checkpoint, ranks),
+        saver=saver,
         report=report,
         stop_request=stop,
         cursor=cursor,
