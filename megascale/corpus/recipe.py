@@ -1,0 +1,149 @@
+"""What a corpus is made of: recipes in YAML, as frozen dataclasses."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from megascale.config.load import parse_as
+from megascale.errors import UserError
+
+
+@dataclass(frozen=True, kw_only=True)
+class InputConfig:
+    """One place that documents come from."""
+
+    kind: Literal["python_stdlib", "files", "jsonl", "parquet", "dataset"]
+    """python_stdlib: the interpreter's own *.py files. files: one document per file, .gz
+    unpacked. jsonl, parquet: one per row. dataset: of Hugging Face `datasets`."""
+    paths: tuple[str, ...] = ()
+    """Files or globs (`**` descends), relative to the working directory; their matches are read
+    in sorted order. For files, jsonl and parquet."""
+    exclude: tuple[str, ...] = ()
+    """Patterns of paths to leave out, as in `*/tests/*`; `*` also matches `/`."""
+    text_column: str = "text"
+    """Key or column of the text, for jsonl, parquet and dataset."""
+    name: str | None = None
+    """For dataset: its name on the hub, or a local folder."""
+    config: str | None = None
+    """For dataset: its configuration, where it has several."""
+    split: str = "train"
+    """For dataset: which split."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenizerConfig:
+    """What turns text into ids."""
+
+    kind: Literal["bytes", "bpe", "hf"] = "bytes"
+    """bytes: UTF-8, nothing to download. bpe: trained on the corpus. hf: one of Hugging Face."""
+    vocab_size: int | None = None
+    """For bpe: how many ids, the end of a document included."""
+    path: str | None = None
+    """For hf: local folder, tokenizer.json, or name on the hub."""
+    eod_token: str | None = None
+    """For hf: the token that ends a document; None: the tokenizer's end of sequence."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """A corpus, and how it is read."""
+
+    name: str
+    """Name of the corpus, and of its folder below corpora/ where none is given."""
+    inputs: tuple[InputConfig, ...]
+    """Read one after another, in this order."""
+    description: str = ""
+    """What the text is."""
+    licence: str = ""
+    """Under which terms it may be used."""
+    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+    """How it becomes ids."""
+    heldout_fraction: float = 0.01
+    """Part of the documents kept for evaluation, chosen by a hash of the text: a document is
+    held out or not wherever it lies and however many others there are."""
+    min_characters: int = 1
+    """Documents with fewer characters, not counting white space at the ends, are left out."""
+    deduplicate: bool = True
+    """Of documents with the very same text keep the first alone."""
+    invalid_utf8: Literal["skip", "error"] = "skip"
+    """Documents that are no UTF-8: left out and counted, or an error."""
+
+
+def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe and apply `a.b=c` overrides.
+
+    Raises UserError for an unreadable file, an unknown key, and what cannot work.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "is not UTF-8 text"
+        raise UserError(f"recipe {path}: {reason}; give one, e.g. data/python_stdlib.yaml") from None
+    return parse_recipe(text, overrides, str(path))
+
+
+def parse_recipe(text: str, overrides: Sequence[str] = (), where: str = "recipe") -> Recipe:
+    """Like `load_recipe`, from YAML text; `where` names it in errors."""
+    recipe = parse_as(Recipe, text, overrides, where)
+    problem = _problem(recipe)
+    if problem is not None:
+        raise UserError(f"{where}: {problem}")
+    return recipe
+
+
+def _problem(recipe: Recipe) -> str | None:
+    if not recipe.name or set(recipe.name) & set("/\\\0") or recipe.name in (".", ".."):
+        return f"name '{recipe.name}' must do as the name of a folder"
+    if not recipe.inputs:
+        return "inputs is empty; give one, e.g. inputs: [{kind: python_stdlib}]"
+    if not 0.0 <= recipe.heldout_fraction < 1.0:
+        return f"heldout_fraction = {recipe.heldout_fraction} must be from 0 to below 1"
+    if recipe.min_characters < 1:
+        return f"min_characters = {recipe.min_characters} must be at least 1"
+    problems = [_input_problem(i, one) for i, one in enumerate(recipe.inputs)]
+    problems.append(_tokenizer_problem(recipe.tokenizer))
+    return next((problem for problem in problems if problem is not None), None)
+
+
+_INPUT_OPTIONS = {
+    "python_stdlib": {"exclude"},
+    "files": {"paths", "exclude"},
+    "jsonl": {"paths", "exclude", "text_column"},
+    "parquet": {"paths", "exclude", "text_column"},
+    "dataset": {"name", "config", "split", "text_column"},
+}
+
+
+def _input_problem(index: int, one: InputConfig) -> str | None:
+    where, used = f"inputs[{index}]", _INPUT_OPTIONS[one.kind]
+    if "paths" in used and not one.paths:
+        return f"{where}: kind {one.kind} needs paths, e.g. paths: [texts/**/*.txt]"
+    if one.kind == "dataset" and one.name is None:
+        return f"{where}: kind dataset needs name, e.g. name: roneneldan/TinyStories"
+    defaults = InputConfig(kind=one.kind)
+    for option in ("paths", "exclude", "text_column", "name", "config", "split"):
+        if option not in used and getattr(one, option) != getattr(defaults, option):
+            return f"{where}.{option} means nothing for kind {one.kind}; leave it out"
+    return None
+
+
+_TOKENIZER_OPTIONS: dict[str, set[str]] = {
+    "bytes": set(),
+    "bpe": {"vocab_size"},
+    "hf": {"path", "eod_token"},
+}
+
+
+def _tokenizer_problem(tokenizer: TokenizerConfig) -> str | None:
+    kind = tokenizer.kind
+    for option in ("vocab_size", "path", "eod_token"):
+        if option not in _TOKENIZER_OPTIONS[kind] and getattr(tokenizer, option) is not None:
+            return f"tokenizer.{option} means nothing for kind {kind}; leave it out"
+    if kind == "bpe" and (tokenizer.vocab_size is None or tokenizer.vocab_size < 257):
+        return "tokenizer.vocab_size must be 257 or more for kind bpe, e.g. 8192"
+    if kind == "hf" and tokenizer.path is None:
+        return "tokenizer.path is needed for kind hf: a local folder or a name on the hub"
+    return None
