@@ -14,12 +14,12 @@ from megascale.errors import RankError, UserError
 
 VERBS = {
     "prepare": (
-        "megascale.corpus.commands:prepare",
+        "megascale.corpus.prepare_command:prepare",
         "turn text into a corpus of indexed shards",
         "megascale prepare data/python_stdlib.yaml",
     ),
     "data check": (
-        "megascale.corpus.commands:check",
+        "megascale.corpus.check_command:check",
         "find faults in a corpus before training on it",
         "megascale data check corpora/python_stdlib",
     ),

@@ -1,0 +1,182 @@
+"""Faults of a corpus that cost less to find now than on a thousand GPUs."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xxhash
+from numpy.typing import NDArray
+
+from megascale.corpus.describe import SourceInfo
+from megascale.corpus.shards import Shard
+from megascale.corpus.tokenizers import Tokenizer, load_tokenizer
+
+DECODED_DOCUMENTS = 2000
+"""Documents that are decoded and encoded again, spread evenly; the rest is checked as ids."""
+BAR_WIDTH = 40
+
+
+@dataclass
+class Findings:
+    """What a check found; faults speak against training on it, notes do not."""
+
+    faults: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    lengths: dict[str, NDArray[Any]] = field(default_factory=dict)
+    """Stored tokens of each document, by part: train, heldout."""
+
+    @property
+    def verdict(self) -> str:
+        """One line."""
+        return f"{len(self.faults)} kind(s) of fault" if self.faults else "good"
+
+    def count(self, number: int, what: str, first: str, is_fault: bool = True) -> None:
+        """Note that something was met `number` times, where it was."""
+        if number:
+            line = f"{number:,} {what}; the first is {first}"
+            (self.faults if is_fault else self.notes).append(line)
+
+
+def check_source(info: SourceInfo) -> Findings:
+    """Read every token of a source once, a document at a time.
+
+    Looks at: ids outside the vocabulary, documents without an end, empty documents and such of
+    one token, exact duplicates within and between train and held-out, text that is no UTF-8, and
+    whether tokenizer and shards agree.
+    """
+    findings = Findings()
+    tokenizer = load_tokenizer(info.tokenizer) if info.tokenizer else None
+    digests = {}
+    for part, prefix in (("train", info.train), ("heldout", info.heldout)):
+        if prefix is None:
+            findings.notes.append("no held-out documents: this source cannot be evaluated")
+            continue
+        shard = Shard.open(prefix)
+        findings.lengths[part] = np.asarray(shard.lengths)
+        digests[part] = _check_part(part, shard, info, tokenizer, findings)
+    if "heldout" in digests:
+        shared = np.flatnonzero(np.isin(digests["heldout"], digests["train"]))
+        first = f"heldout document {shared[0]}" if len(shared) else ""
+        findings.count(len(shared), "held-out documents stand in train too", first)
+    return findings
+
+
+def _check_part(
+    part: str, shard: Shard, info: SourceInfo, tokenizer: Tokenizer | None, findings: Findings
+) -> NDArray[np.uint64]:
+    """Check one shard; returns a digest of each document."""
+    digests = np.zeros(shard.num_documents, dtype=np.uint64)
+    met: dict[str, list[int]] = {}
+    stride = max(1, shard.num_documents // DECODED_DOCUMENTS)
+    for document, tokens in _documents(part, shard):
+        digests[document] = xxhash.xxh3_64_intdigest(tokens.tobytes())
+        problems = _id_problems(tokens, info)
+        if tokenizer is not None and document % stride == 0 and not problems:
+            problems = _text_problems(tokens, tokenizer)
+        for problem in problems:
+            met.setdefault(problem, []).append(document)
+    for problem, documents in met.items():
+        is_fault = problem not in ("documents of one token (their end)",)
+        findings.count(len(documents), problem, f"{part} document {documents[0]}", is_fault)
+    _, first, counts = np.unique(digests, return_index=True, return_counts=True)
+    again = int((counts - 1).sum())
+    example = f"of {part} document {first[counts > 1].min()}" if again else ""
+    findings.count(again, f"exact duplicates within {part}", example)
+    return digests
+
+
+def _id_problems(tokens: NDArray[Any], info: SourceInfo) -> list[str]:
+    if not len(tokens):
+        return ["empty documents, without even an end"]
+    problems = []
+    if int(tokens.max()) >= info.vocab_size or int(tokens.min()) < 0:
+        problems.append(f"documents with ids outside the vocabulary of {info.vocab_size:,}")
+    ends = np.flatnonzero(tokens == info.eod_id)
+    if not len(ends) or ends[-1] != len(tokens) - 1:
+        problems.append(f"documents that do not end in the end-of-document id {info.eod_id}")
+    if len(ends) and ends[0] < len(tokens) - 1:
+        problems.append("documents with an end-of-document id inside")
+    if len(tokens) == 1:
+        problems.append("documents of one token (their end)")
+    return problems
+
+
+def _text_problems(tokens: NDArray[Any], tokenizer: Tokenizer) -> list[str]:
+    text = tokenizer.decode(tokens[:-1])
+    if np.array_equal(tokenizer.encode(text), tokens[:-1]):
+        return []
+    if "\ufffd" in text:  # decoding put it there; where the text itself holds it, ids agree
+        return ["documents that are not clean UTF-8 text"]
+    return ["documents that the tokenizer encodes to other ids than are stored"]
+
+
+def _documents(part: str, shard: Shard) -> Iterator[tuple[int, NDArray[Any]]]:
+    """Every document, with progress on stderr when it takes long."""
+    began, shown = time.monotonic(), time.monotonic()
+    for document in range(shard.num_documents):
+        yield document, shard.read(document)
+        now = time.monotonic()
+        if now - shown > 2:
+            shown, done = now, (document + 1) / shard.num_documents
+            left = (now - began) * (1 - done) / done
+            print(f"checking {part}: {done:.0%}, {left:.0f} s left", file=sys.stderr)
+
+
+def length_histogram(lengths: NDArray[Any], context_tokens: int) -> str:
+    """Documents and tokens by length, in powers of two, as text."""
+    lines, total = [], max(1, int(lengths.sum(dtype=np.int64)))
+    powers = np.ceil(np.log2(np.maximum(lengths, 1))).astype(int)
+    counts = np.bincount(powers)
+    for power in range(int(powers.min()) if len(powers) else 0, len(counts)):
+        share = int(lengths[powers == power].sum(dtype=np.int64)) / total
+        bar = "#" * round(BAR_WIDTH * counts[power] / counts.max())
+        lines.append(f"  to {2**power:>11,}  {counts[power]:>9,}  {share:>6.1%}  {bar}")
+    longer = int(lengths[lengths > context_tokens].sum(dtype=np.int64)) / total
+    head = f"  {'tokens':>14}  {'documents':>9}  {'tokens':>6}"
+    tail = f"  {longer:.1%} of the tokens are in documents longer than {context_tokens:,} tokens"
+    return "\n".join([head, *lines, tail])
+
+
+def plot_lengths(parts: dict[str, NDArray[Any]], context_tokens: int, path: Path) -> None:
+    """The same as a picture: documents, and tokens, over length."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.subplots()
+    longest = max(int(lengths.max(initial=2)) for lengths in parts.values())
+    bins = np.geomspace(1, longest + 1, 48)
+    lengths = parts["train"]
+    axes.hist(lengths, bins, color="#4c72b0", alpha=0.85, label="documents")
+    axes.set(xscale="log", xlabel="tokens of a document", ylabel="documents")
+    tokens = axes.twinx()
+    tokens.hist(
+        lengths,
+        bins,
+        weights=lengths / 1e6,
+        histtype="step",
+        color="#dd8452",
+        linewidth=2,
+        label="tokens (right axis)",
+    )
+    tokens.set_ylabel("million tokens in them")
+    axes.axvline(context_tokens, color="#555555", linestyle="--", linewidth=1)
+    axes.annotate(
+        f" context {context_tokens:,}",
+        (context_tokens, 0.97),
+        xycoords=("data", "axes fraction"),
+        va="top",
+        color="#555555",
+    )
+    handles = axes.get_legend_handles_labels()[0] + tokens.get_legend_handles_labels()[0]
+    axes.legend(handles=handles, loc="upper left", frameon=False)
+    for spines in (axes.spines, tokens.spines):
+        spines["top"].set_visible(False)
+    axes.set_title(f"{len(lengths):,} documents, {int(lengths.sum(dtype=np.int64)):,} tokens")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)
