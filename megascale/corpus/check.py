@@ -150,7 +150,7 @@ def plot_lengths(parts: dict[str, NDArray[Any]], context_tokens: int, path: Path
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.subplots()
     longest = max(int(lengths.max(initial=2)) for lengths in parts.values())
-    bins = np.geomspace(1, longest + 1, 48)
+    bins = np.geomspace(1, longest + 1, 48).tolist()
     lengths = parts["train"]
     axes.hist(lengths, bins, color="#4c72b0", alpha=0.85, label="documents")
     axes.set(xscale="log", xlabel="tokens of a document", ylabel="documents")

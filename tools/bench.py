@@ -1,0 +1,80 @@
+"""Benchmarks, each a ratio against a named peer in one run: `python tools/bench.py NAME`."""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+TOOLS = Path(__file__).parent
+
+
+def main() -> int:
+    """Run one benchmark."""
+    parser = argparse.ArgumentParser(
+        prog="bench.py",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="\n".join(f"{name:<8} {bench.__doc__}" for name, bench in BENCHMARKS.items()),
+    )
+    parser.add_argument("name", choices=BENCHMARKS)
+    BENCHMARKS[parser.parse_args().name]()
+    return 0
+
+
+def step() -> None:
+    """Our whole step against a bare megatron-core loop and a plain PyTorch GPT."""
+    from megascale.runtime import distributed
+
+    distributed.prepare_device("auto")  # before megatron-core is imported
+    from bench_step import bench_step
+
+    bench_step()
+
+
+def save() -> None:
+    """Stall of an asynchronous save against a synchronous one, 2 ranks."""
+    script = str(TOOLS / "bench_checkpoint.py")
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    for size in ("5M", "50M"):
+        subprocess.run([*launch, "--nproc-per-node", "2", script, "--size", size], check=True)
+
+
+def data() -> None:
+    """Lengths of a 32M-token batch from 1M and 10M documents: time and private memory."""
+    from bench_data import bench_batches
+
+    bench_batches()
+
+
+def resume() -> None:
+    """Twenty SIGKILLs at random moments on 2 ranks: is the joined curve bit-equal?"""
+    sys.path.insert(0, str(TOOLS.parent / "tests"))
+    from crash_drill import compare, curve, drill, finish, start
+    from tiny_corpus import tiny_config
+
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        config = tiny_config(folder, checkpoint="{save_every_steps: 1}")
+        print(drill(config, folder / "drill", kills=20))
+        expected = curve(folder / "drill" / "calm")
+        for world in (1, 2, 3, 4):
+            run_dir = folder / str(world)
+            finish(start(config, run_dir, 2, "train.stop_after_steps=10"))
+            finish(start(config, run_dir, world, "--resume", "latest"))
+            result = compare(expected, curve(run_dir))
+            print(f"stopped at step 10 on 2 ranks, resumed on {world}: {result}")
+
+
+BENCHMARKS: dict[str, Callable[[], None]] = {
+    "step": step,
+    "save": save,
+    "data": data,
+    "resume": resume,
+}
+
+if __name__ == "__main__":
+    sys.exit(main())
