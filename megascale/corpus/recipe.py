@@ -81,7 +81,9 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         text = Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "is not UTF-8 text"
-        raise UserError(f"recipe {path}: {reason}; give one, e.g. data/python_stdlib.yaml") from None
+        raise UserError(
+            f"recipe {path}: {reason}; give one, e.g. data/python_stdlib.yaml"
+        ) from None
     return parse_recipe(text, overrides, str(path))
 
 

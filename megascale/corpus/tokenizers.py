@@ -49,6 +49,11 @@ class Tokenizer(Protocol):
         """Write what `open_tokenizer` needs into an existing folder."""
 
 
+def token_dtype(vocab_size: int) -> np.dtype[Any]:
+    """How ids are stored: megatron-core's choice for a vocabulary."""
+    return np.dtype(np.uint16 if vocab_size < 65500 else np.int32)
+
+
 class ByteTokenizer:
     """The bytes of UTF-8 are the ids; 256 ends a document. Nothing to train or download."""
 
@@ -92,7 +97,7 @@ class FastTokenizer:
 
     def encode_batch(self, texts: Sequence[str]) -> list[Tokens]:
         """The ids of each text, without special tokens."""
-        kind = np.uint16 if self.vocab_size <= 1 << 16 else np.int32
+        kind = token_dtype(self.vocab_size)
         encoded = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
         return [np.array(one.ids, dtype=kind) for one in encoded]
 

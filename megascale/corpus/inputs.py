@@ -1,0 +1,197 @@
+"""From the inputs of a recipe to tables of documents, not yet read or parsed where that is slow.
+
+A table is a list of Arrow files with one row per document. Reading a file and parsing a JSON
+line is left to the processes that tokenize.
+"""
+
+from __future__ import annotations
+
+import glob
+import gzip
+import json
+import sysconfig
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any, BinaryIO, Literal, cast
+
+from megascale.corpus.recipe import InputConfig
+from megascale.errors import UserError
+
+_BATCH_BYTES = 1 << 24
+
+
+@dataclass(frozen=True)
+class Table:
+    """The documents of one input."""
+
+    label: str
+    """What to call the input in messages."""
+    content: Literal["path", "line", "text"]
+    """What `column` holds: the path of a file, a line of JSON, or the text."""
+    column: str
+    key: str
+    """Key of the text in a line of JSON."""
+    arrow_files: tuple[str, ...]
+
+    def open(self) -> Any:
+        """The rows, memory-mapped, as a `datasets.Dataset`."""
+        import datasets
+
+        return datasets.concatenate_datasets(
+            [datasets.Dataset.from_file(name) for name in self.arrow_files]
+        )
+
+    def where(self, row: int, value: bytes) -> str:
+        """What to call a row in messages."""
+        if self.content == "path":
+            return value.decode("utf-8", "replace")
+        return f"{self.label} row {row + 1}"
+
+
+def input_files(one: InputConfig) -> list[str]:
+    """The files an input is read from, in the order of reading; none for a dataset of the hub.
+
+    Raises UserError where a pattern matches nothing.
+    """
+    if one.kind == "python_stdlib":
+        root = Path(sysconfig.get_paths()["stdlib"])
+        kept_out = {"site-packages", "dist-packages", "__pycache__"}
+        paths = (p for p in root.rglob("*.py") if not kept_out & set(p.relative_to(root).parts))
+        found = sorted(map(str, paths))
+    elif one.kind == "dataset":
+        found = sorted(str(path) for path in Path(one.name or "").rglob("*")) if _local(one) else []
+    else:
+        found = sorted({name for pattern in one.paths for name in _matches(pattern)})
+    kept = [name for name in found if not any(fnmatch(name, pattern) for pattern in one.exclude)]
+    return [name for name in kept if Path(name).is_file()]
+
+
+def _local(one: InputConfig) -> bool:
+    return one.name is not None and Path(one.name).is_dir()
+
+
+def _matches(pattern: str) -> list[str]:
+    names = glob.glob(str(Path(pattern).expanduser()), recursive=True)
+    if not names:
+        raise UserError(f"inputs: nothing matches '{pattern}'; give the path of text that is there")
+    return names
+
+
+def read_table(one: InputConfig, work: Path) -> Table:
+    """List the documents of an input in Arrow files below `work`.
+
+    Raises UserError for an input without files, and for what `datasets` cannot read.
+    """
+    if one.kind in ("parquet", "dataset"):
+        return _through_datasets(one, work)
+    files = input_files(one)
+    label = "python_stdlib" if one.kind == "python_stdlib" else ", ".join(one.paths)
+    if not files:
+        raise UserError(f"inputs: {label}: no file is left to read")
+    if one.kind == "jsonl":
+        arrow_files = [_write_rows(work / f"{i}.arrow", _lines(f)) for i, f in enumerate(files)]
+        return Table(label, "line", "content", one.text_column, tuple(arrow_files))
+    listing = _write_rows(work / "files.arrow", (name.encode() for name in files))
+    return Table(label, "path", "content", "", (listing,))
+
+
+def _lines(path: str) -> Iterator[bytes]:
+    with ExitStack() as stack:
+        for line in stack.enter_context(_open(path)):
+            if line.strip():
+                yield line
+
+
+def _open(path: str) -> BinaryIO:
+    return cast(BinaryIO, gzip.open(path) if path.endswith(".gz") else open(path, "rb"))
+
+
+def _write_rows(path: Path, rows: Iterator[bytes]) -> str:
+    """Write rows as an Arrow stream, in batches of bounded size."""
+    import pyarrow as pa
+
+    schema = pa.schema([("content", pa.large_binary())])
+    batch: list[bytes] = []
+    size = 0
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, schema) as writer:
+        for row in rows:
+            batch.append(row)
+            size += len(row) + 64
+            if size >= _BATCH_BYTES:
+                writer.write_batch(pa.record_batch([pa.array(batch, pa.large_binary())], schema))
+                batch, size = [], 0
+        writer.write_batch(pa.record_batch([pa.array(batch, pa.large_binary())], schema))
+    return str(path)
+
+
+def _through_datasets(one: InputConfig, work: Path) -> Table:
+    label = one.name if one.kind == "dataset" else ", ".join(one.paths)
+    dataset = _load(one, work, str(label))
+    if one.text_column not in dataset.column_names:
+        raise UserError(
+            f"inputs: {label} has no column '{one.text_column}'; set text_column to one of "
+            f"{', '.join(dataset.column_names)}"
+        )
+    files = tuple(entry["filename"] for entry in dataset.cache_files)
+    if not files:
+        raise UserError(f"inputs: {label}: no rows")
+    return Table(str(label), "text", one.text_column, "", files)
+
+
+def _load(one: InputConfig, work: Path, label: str) -> Any:
+    import datasets
+
+    try:
+        if one.kind == "parquet":
+            files, cache = input_files(one), str(work)
+            return datasets.load_dataset(
+                "parquet", data_files=files, split="train", cache_dir=cache
+            )
+        if _local(one) and list(Path(str(one.name)).rglob("state.json")):
+            saved = datasets.load_from_disk(str(one.name))
+            return saved[one.split] if isinstance(saved, datasets.DatasetDict) else saved
+        return datasets.load_dataset(one.name, one.config, split=one.split)
+    except UserError:
+        raise
+    except Exception as error:  # the readers raise many kinds, of several libraries
+        cause = error.__cause__ or error
+        reason = " ".join(f"{type(cause).__name__}: {cause}".split())[:200]
+        raise UserError(f"inputs: {label} cannot be read as {one.kind}: {reason}") from None
+
+
+def read_document(table: Table, row: int, value: bytes) -> bytes:
+    """The text of a row as bytes, which may be no UTF-8.
+
+    Raises UserError for a file that cannot be read and for a line that is no JSON with the text.
+    """
+    if table.content == "text":
+        return value
+    if table.content == "line":
+        return _parse(table, row, value)
+    path = value.decode()
+    try:
+        with _open(path) as file:
+            return file.read()
+    except (OSError, EOFError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise UserError(f"{path}: {reason}; mend it or name it in exclude") from None
+
+
+def _parse(table: Table, row: int, line: bytes) -> bytes:
+    try:
+        text = json.loads(line.decode("utf-8", "surrogateescape"))[table.key]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        text = None
+    if not isinstance(text, str):
+        raise UserError(
+            f"{table.where(row, line)}: not a JSON object with text under '{table.key}'; mend the "
+            "line or set text_column"
+        )
+    try:
+        return text.encode("utf-8", "surrogateescape")
+    except UnicodeEncodeError:
+        return text.encode("utf-8", "surrogatepass")

@@ -1,0 +1,367 @@
+"""Text to a corpus folder: list the documents, tokenize them on many processes, merge.
+
+Every rank tokenizes one contiguous range of the documents; rank 0 then drops duplicates, parts
+held-out from train, and writes the shards. What happens to a document follows from its text and
+from the documents before it, so the files are the same bytes on any number of processes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megascale.corpus.describe import CORPUS_FILE, FORMAT, read_corpus_file
+from megascale.corpus.encode import (
+    EMPTY,
+    GOOD,
+    INVALID,
+    Encoder,
+    encode_rows,
+    hash_of,
+    text_of,
+)
+from megascale.corpus.inputs import Table, input_files, read_document, read_table
+from megascale.corpus.recipe import Recipe, TokenizerConfig
+from megascale.corpus.shards import Shard, writing
+from megascale.corpus.team import Team
+from megascale.corpus.tokenizers import (
+    FOLDER,
+    ByteTokenizer,
+    Tokenizer,
+    load_hf,
+    token_dtype,
+    train_bpe,
+)
+from megascale.errors import UserError
+
+_READ_ROWS = 256
+_COUNT_TOKENS = 1 << 22
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A corpus folder and how it came to be."""
+
+    folder: Path
+    facts: dict[str, Any]
+    """The content of corpus.json."""
+    reused: bool
+    """It was there already, made from the same recipe and inputs."""
+
+
+def prepare(
+    recipe: Recipe, out: str | Path, processes: int | None = None, force: bool = False
+) -> Prepared:
+    """Make the corpus folder `out`, or find it made from the same recipe and inputs.
+
+    `processes` tokenize on this machine; None: one per core, and under `mpiexec` one per rank.
+    `force` replaces a corpus that differs. The folder appears whole or not at all. Raises
+    UserError on every rank for inputs that cannot be read and where no text is left.
+    """
+    out, team = Path(out), Team()
+    if processes is None:
+        processes = _cores() if team.size == 1 else 1
+    if processes < 1:
+        raise UserError(f"--processes {processes} must be at least 1")
+    identity, found = team.lead(lambda: _look(recipe, out, force))
+    if found is not None:
+        return Prepared(out, found, reused=True)
+    partial = out.with_name(f"{out.name}.partial")
+    work = partial / "work"
+    tables, encoder = team.lead(lambda: _begin(recipe, partial))
+    parts = team.each(lambda: _encode(tables, encoder, team, processes, work))
+    facts = team.lead(lambda: _finish(recipe, out, tables, encoder, parts, identity))
+    return Prepared(out, facts, reused=False)
+
+
+def _cores() -> int:
+    """Cores this process may use, where the system tells; else all of the machine."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _look(recipe: Recipe, out: Path, force: bool) -> tuple[str, dict[str, Any] | None]:
+    """The fingerprint of what is asked for, and the corpus that has it, where there is one."""
+    wanted = fingerprint(recipe)
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return wanted, None
+    if not (out / CORPUS_FILE).is_file():
+        raise UserError(f"{out}: exists and is no corpus; give another folder with --out")
+    if force:
+        return wanted, None
+    facts = dict(read_corpus_file(out))
+    if facts.get("source_fingerprint") == wanted:
+        return wanted, facts
+    raise UserError(
+        f"{out}: holds a corpus from another recipe or other inputs; replace it with --force or "
+        "give another folder with --out"
+    )
+
+
+def fingerprint(recipe: Recipe) -> str:
+    """What a corpus depends on: the recipe, and name, size and time of change of its inputs."""
+    names = [name for one in recipe.inputs for name in input_files(one)]
+    path = recipe.tokenizer.path
+    if path is not None and Path(path).exists():
+        here = Path(path)
+        names += sorted(map(str, here.glob("*.json"))) if here.is_dir() else [path]
+    stats = [(name, os.stat(name)) for name in names]
+    files = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
+    plain = asdict(replace(recipe, description="", licence=""))
+    return hashlib.sha256(json.dumps([FORMAT, plain, files]).encode()).hexdigest()
+
+
+def _begin(recipe: Recipe, partial: Path) -> tuple[list[Table], Encoder]:
+    """Rank 0: list the documents and settle the tokenizer."""
+    if partial.exists():
+        shutil.rmtree(partial)
+    folder = partial / FOLDER
+    folder.mkdir(parents=True)
+    tables = [
+        read_table(one, partial / "work" / f"input-{i}") for i, one in enumerate(recipe.inputs)
+    ]
+    tokenizer = _make_tokenizer(recipe, tables)
+    tokenizer.save(folder)
+    encoder = Encoder(tokenizer.kind, str(folder), tokenizer.eod_id, recipe.min_characters)
+    return tables, encoder
+
+
+def _make_tokenizer(recipe: Recipe, tables: Sequence[Table]) -> Tokenizer:
+    wanted: TokenizerConfig = recipe.tokenizer
+    if wanted.kind == "hf":
+        return load_hf(wanted.path or "", wanted.eod_token)
+    if wanted.kind == "bytes":
+        return ByteTokenizer()
+    print(f"training a BPE of {wanted.vocab_size} ids", file=sys.stderr, flush=True)
+    return train_bpe(_train_texts(recipe, tables), wanted.vocab_size or 0)
+
+
+def _train_texts(recipe: Recipe, tables: Sequence[Table]) -> Iterator[str]:
+    """The texts that will be trained on: a tokenizer must not have seen held-out documents."""
+    seen: set[tuple[int, int]] = set()
+    for table in tables:
+        rows = table.open().with_format("arrow")
+        for begin in range(0, len(rows), _READ_ROWS):
+            batch = rows[begin : begin + _READ_ROWS].column(table.column).cast("large_binary")
+            for i, value in enumerate(batch.to_pylist()):
+                raw = read_document(table, begin + i, value or b"")
+                verdict, text = text_of(raw, recipe.min_characters)
+                key = hash_of(raw)
+                is_new = not recipe.deduplicate or key not in seen
+                seen.add(key)
+                if verdict == GOOD and is_new and key[0] >= _heldout_below(recipe):
+                    yield text
+
+
+def _heldout_below(recipe: Recipe) -> int:
+    """Documents whose hash (its high 64 bits) is below this are held out."""
+    return int(recipe.heldout_fraction * 2.0**64)
+
+
+def _encode(
+    tables: Sequence[Table], encoder: Encoder, team: Team, processes: int, work: Path
+) -> list[str]:
+    """Every rank: tokenize this rank's range of all documents; the Arrow files, in order."""
+    import datasets
+
+    if team.rank:
+        datasets.disable_progress_bars()
+    os.environ["TOKENIZERS_PARALLELISM"] = "false" if processes > 1 else "true"
+    counts = [len(table.open()) for table in tables]
+    mine = team.share_of(sum(counts))
+    files: list[str] = []
+    first = 0
+    for i, (table, count) in enumerate(zip(tables, counts, strict=True)):
+        rows = range(max(0, mine.start - first), min(count, mine.stop - first))
+        out = work / f"tokens-{i}-rank-{team.rank}.arrow"
+        files += encode_rows(table, rows, encoder, processes, out, f"tokenizing {table.label}")
+        first += count
+    return files
+
+
+@dataclass(frozen=True)
+class _Fates:
+    """What becomes of each document, in order."""
+
+    keep: NDArray[np.bool_]
+    heldout: NDArray[np.bool_]
+    num_bytes: NDArray[np.int64]
+    skipped: dict[str, Any]
+
+
+def _finish(
+    recipe: Recipe,
+    out: Path,
+    tables: Sequence[Table],
+    encoder: Encoder,
+    parts: Sequence[Sequence[str]],
+    identity: str,
+) -> dict[str, Any]:
+    """Rank 0: write the shards and corpus.json, and give the folder its name."""
+    partial = out.with_name(f"{out.name}.partial")
+    files = [name for part in parts for name in part]
+    fates = _decide(recipe, tables, files)
+    tokenizer = encoder.tokenizer()
+    _write_shards(partial, files, fates, token_dtype(tokenizer.vocab_size))
+    shutil.rmtree(partial / "work")
+    if tokenizer.kind == "bytes":
+        (partial / FOLDER).rmdir()
+    facts = _facts(recipe, partial, tokenizer, fates, identity)
+    (partial / CORPUS_FILE).write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+    _give_name(partial, out)
+    return facts
+
+
+def _decide(recipe: Recipe, tables: Sequence[Table], files: Sequence[str]) -> _Fates:
+    """Which documents stay, and which of them are held out. Raises UserError where none stay."""
+    verdict = _column(files, "verdict", np.int8)
+    high, low = _column(files, "high", np.uint64), _column(files, "low", np.uint64)
+    good = verdict == GOOD
+    again = good & _repeated(high, low, good) if recipe.deduplicate else np.zeros_like(good)
+    invalid = np.flatnonzero(verdict == INVALID)
+    first = _where(tables, int(invalid[0])) if len(invalid) else None
+    if first is not None and recipe.invalid_utf8 == "error":
+        raise UserError(
+            f"{first}: not UTF-8, and so are {len(invalid):,} documents in all; mend them or set "
+            "invalid_utf8=skip"
+        )
+    skipped = {
+        "empty": int((verdict == EMPTY).sum()),
+        "duplicates": int(again.sum()),
+        "invalid_utf8": len(invalid),
+        "first_invalid_utf8": first,
+    }
+    keep = good & ~again
+    heldout = keep & (high < np.uint64(_heldout_below(recipe)))
+    if not (keep & ~heldout).any():
+        raise UserError(
+            f"recipe {recipe.name}: no document is left to train on, of {len(good):,} read "
+            f"({skipped['empty']:,} empty, {len(invalid):,} not UTF-8, {int(heldout.sum()):,} "
+            "held out); give it more text"
+        )
+    return _Fates(keep, heldout, _column(files, "bytes", np.int64), skipped)
+
+
+def _column(files: Sequence[str], name: str, kind: Any) -> NDArray[Any]:
+    from datasets import Dataset
+
+    columns = [Dataset.from_file(file).data.column(name).to_numpy() for file in files]
+    return np.concatenate([np.empty(0, kind), *columns]).astype(kind)
+
+
+def _repeated(
+    high: NDArray[np.uint64], low: NDArray[np.uint64], good: NDArray[np.bool_]
+) -> NDArray[np.bool_]:
+    """Which good documents have the text of a good one before them."""
+    order = np.lexsort((low, high))
+    order = order[good[order]]
+    same = (high[order][1:] == high[order][:-1]) & (low[order][1:] == low[order][:-1])
+    repeated = np.zeros(len(high), dtype=np.bool_)
+    repeated[order[1:][same]] = True
+    return repeated
+
+
+def _where(tables: Sequence[Table], document: int) -> str:
+    for table in tables:
+        rows = table.open().with_format("arrow")
+        if document < len(rows):
+            value = rows[document : document + 1].column(table.column).cast("large_binary")
+            return table.where(document, value[0].as_py() or b"")
+        document -= len(rows)
+    raise IndexError(document)
+
+
+def _write_shards(folder: Path, files: Sequence[str], fates: _Fates, dtype: np.dtype[Any]) -> None:
+    document = 0
+    with writing(folder / "train", dtype) as train, writing(folder / "heldout", dtype) as heldout:
+        for tokens in _token_bytes(files):
+            if fates.keep[document]:
+                writer = heldout if fates.heldout[document] else train
+                writer.add(np.frombuffer(tokens, dtype=dtype))
+            document += 1
+    np.save(folder / "heldout.bytes.npy", fates.num_bytes[fates.heldout])
+
+
+def _token_bytes(files: Sequence[str]) -> Iterator[bytes]:
+    from datasets import Dataset
+
+    for file in files:
+        for batch in Dataset.from_file(file).data.to_batches():
+            yield from (value.as_buffer() for value in batch.column("tokens"))
+
+
+def _facts(
+    recipe: Recipe, folder: Path, tokenizer: Tokenizer, fates: _Fates, identity: str
+) -> dict[str, Any]:
+    parts = {"train": fates.keep & ~fates.heldout, "heldout": fates.heldout}
+    train_bytes = int(fates.num_bytes[parts["train"]].sum())
+    counts = _token_counts(folder / "train", tokenizer.vocab_size)
+    return {
+        "format": FORMAT,
+        "name": recipe.name,
+        "description": recipe.description,
+        "licence": recipe.licence,
+        "tokenizer": {
+            "kind": tokenizer.kind,
+            "path": None if tokenizer.kind == "bytes" else FOLDER,
+            "vocab_size": tokenizer.vocab_size,
+            "eod_id": tokenizer.eod_id,
+        },
+        **{
+            name: {
+                "documents": int(chosen.sum()),
+                "tokens": Shard.open(folder / name).num_tokens,
+                "bytes": int(fates.num_bytes[chosen].sum()),
+            }
+            for name, chosen in parts.items()
+        },
+        "unigram_bits_per_byte": unigram_bits(counts) / train_bytes,
+        "skipped": fates.skipped,
+        "source_fingerprint": identity,
+        "files": {
+            str(path.relative_to(folder)): _file_facts(path)
+            for path in sorted(folder.rglob("*"))
+            if path.is_file()
+        },
+    }
+
+
+def _token_counts(prefix: Path, vocab_size: int) -> NDArray[np.int64]:
+    counts = np.zeros(vocab_size, dtype=np.int64)
+    tokens = np.memmap(f"{prefix}.bin", dtype=token_dtype(vocab_size), mode="r")
+    for begin in range(0, len(tokens), _COUNT_TOKENS):
+        counts += np.bincount(tokens[begin : begin + _COUNT_TOKENS], minlength=vocab_size)
+    return counts
+
+
+def unigram_bits(counts: NDArray[np.int64]) -> float:
+    """Bits that all tokens take under their own unigram distribution: n * entropy(counts / n)."""
+    met = counts[counts > 0].astype(np.float64)
+    return float((met * np.log2(met.sum() / met)).sum())
+
+
+def _file_facts(path: Path) -> dict[str, Any]:
+    with open(path, "rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return {"bytes": path.stat().st_size, "sha256": digest}
+
+
+def _give_name(partial: Path, out: Path) -> None:
+    """Put the finished folder in place; an old corpus leaves only then."""
+    old = out.with_name(f"{out.name}.old")
+    if out.exists():
+        shutil.rmtree(old, ignore_errors=True)
+        os.replace(out, old)
+    os.replace(partial, out)
+    shutil.rmtree(old, ignore_errors=True)

@@ -1,0 +1,78 @@
+"""`megascale prepare`: turn text into a corpus of indexed shards."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from megascale.corpus.prepare import Prepared, prepare
+from megascale.corpus.recipe import load_recipe
+from megascale.corpus.team import Team
+from megascale.errors import UserError
+
+
+def add_prepare_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments of `megascale prepare`."""
+    parser.add_argument("recipe", metavar="RECIPE", help="YAML file, e.g. of the folder data/")
+    parser.add_argument(
+        "overrides", metavar="a.b=c", nargs="*", help="options of the recipe to set otherwise"
+    )
+    parser.add_argument(
+        "--out", metavar="DIR", help="folder to make; default: corpora/NAME, with the recipe's name"
+    )
+    parser.add_argument(
+        "--processes",
+        type=int,
+        metavar="N",
+        help="processes that tokenize; default: one per core, under mpiexec one per rank",
+    )
+    parser.add_argument(
+        "--force", action="store_true", help="replace a corpus made from other inputs"
+    )
+
+
+def run_prepare(args: argparse.Namespace) -> int:
+    """Prepare the corpus and print what it holds; returns the exit status."""
+    team = Team()
+    try:
+        recipe = team.lead(lambda: load_recipe(args.recipe, args.overrides))
+        out = Path(args.out) if args.out else Path("corpora") / recipe.name
+        prepared = prepare(recipe, out, args.processes, args.force)
+    except UserError:
+        if team.rank == 0:
+            raise
+        return 2  # every rank meets the same error; one speaks
+    if team.rank == 0:
+        print(summary(prepared), flush=True)
+    return 0
+
+
+def summary(prepared: Prepared) -> str:
+    """What a corpus holds and what was left out, as text of a few lines."""
+    facts, skipped = prepared.facts, prepared.facts["skipped"]
+    tokenizer, how = facts["tokenizer"], "is up to date" if prepared.reused else "prepared"
+    lines = [
+        f"{prepared.folder} {how}: tokenizer {tokenizer['kind']}, {tokenizer['vocab_size']:,} ids"
+    ]
+    for part in ("train", "heldout"):
+        size = facts[part]
+        lines.append(
+            f"  {part:<8} {size['documents']:>12,} documents {size['tokens']:>16,} tokens "
+            f"{size['bytes']:>16,} bytes"
+        )
+    left_out = [f"{skipped[key]:,} {what}" for key, what in _SKIPPED.items() if skipped[key]]
+    if left_out:
+        lines.append(f"  left out: {', '.join(left_out)}")
+    if skipped["first_invalid_utf8"]:
+        lines.append(f"  the first that is not UTF-8: {skipped['first_invalid_utf8']}")
+    if not facts["heldout"]["documents"]:
+        lines.append("  warning: nothing is held out, so runs on it are not evaluated")
+    lines.append(f"  unigram entropy {facts['unigram_bits_per_byte']:.3f} bits per byte")
+    return "\n".join(lines)
+
+
+_SKIPPED = {
+    "empty": "empty",
+    "duplicates": "duplicates of others",
+    "invalid_utf8": "not UTF-8",
+}

@@ -1,0 +1,74 @@
+"""The processes that `mpiexec` started, or this one alone."""
+
+from __future__ import annotations
+
+import os
+import traceback
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from megascale.errors import UserError
+
+T = TypeVar("T")
+STARTED_BY_MPI = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "PMIX_RANK")
+
+
+class Team:
+    """Ranks that do a job together; an error of one is raised on all, so that none waits."""
+
+    def __init__(self) -> None:
+        self._comm: Any = None
+        self.rank, self.size = 0, 1
+        if any(name in os.environ for name in STARTED_BY_MPI):
+            from mpi4py import MPI
+
+            self._comm = MPI.COMM_WORLD
+            self.rank, self.size = self._comm.Get_rank(), self._comm.Get_size()
+
+    def lead(self, work: Callable[[], T]) -> T:
+        """Do `work` on rank 0 alone; every rank gets its result. Raises UserError everywhere."""
+        result, error = self._attempt(work) if self.rank == 0 else (None, None)
+        if self._comm is not None:
+            result, error = self._comm.bcast((result, error), root=0)
+        if error is not None:
+            raise UserError(error)
+        return result  # type: ignore[return-value]
+
+    def each(self, work: Callable[[], T]) -> list[T]:
+        """Do `work` on every rank; every rank gets all results, in rank order.
+
+        Raises the UserError of the lowest rank that met one, everywhere.
+        """
+        outcomes = [self._attempt(work)]
+        if self._comm is not None:
+            outcomes = self._comm.allgather(outcomes[0])
+        for _, error in outcomes:
+            if error is not None:
+                raise UserError(error)
+        return [result for result, _ in outcomes]  # type: ignore[misc]
+
+    def share_of(self, count: int) -> range:
+        """This rank's contiguous part of `count` things."""
+        return range(self.rank * count // self.size, (self.rank + 1) * count // self.size)
+
+    def _attempt(self, work: Callable[[], T]) -> tuple[T | None, str | None]:
+        """The result or the user's error; any other ends all ranks, which would wait for ever."""
+        try:
+            return _result_or_error(work)
+        except BaseException:
+            if self._comm is None:
+                raise
+            traceback.print_exc()
+            self._comm.Abort(1)
+            raise
+
+
+def _result_or_error(work: Callable[[], T]) -> tuple[T | None, str | None]:
+    try:
+        return work(), None
+    except UserError as error:
+        return None, str(error)
+    except OSError as error:
+        if error.errno is None:
+            raise
+        return None, f"{error.filename or 'disk'}: {error.strerror}; mend it and prepare again"
