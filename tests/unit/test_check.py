@@ -1,0 +1,107 @@
+"""`megascale data check`: each fault is found, a good corpus is called good."""
+
+import numpy as np
+import pytest
+
+from megascale import cli
+from megascale.corpus.check import check_source, length_histogram
+from megascale.corpus.describe import describe
+from megascale.corpus.prepare import prepare
+from megascale.corpus.recipe import parse_recipe
+from megascale.corpus.shards import writing
+
+EOD = 256
+
+
+def _shard(prefix, documents):
+    with writing(prefix, np.uint16) as writer:
+        for document in documents:
+            writer.add(np.array(document))
+    return str(prefix)
+
+
+def _findings(tmp_path, train, heldout=None):
+    other = None if heldout is None else _shard(tmp_path / "h", heldout)
+    return check_source(describe(_shard(tmp_path / "t", train), other, 257, EOD))
+
+
+@pytest.fixture
+def corpus(tmp_path):
+    (tmp_path / "in").mkdir()
+    for i in range(60):
+        (tmp_path / "in" / str(i)).write_text(f"text {i} caf\u00e9 \ufffd")
+    recipe = parse_recipe(
+        f"name: x\nheldout_fraction: 0.1\ninputs: [{{kind: files, paths: ['{tmp_path}/in/*']}}]"
+    )
+    return prepare(recipe, tmp_path / "corpus", processes=1).folder
+
+
+def test_a_good_corpus(corpus):
+    findings = check_source(describe(str(corpus)))
+    assert findings.faults == [] and findings.verdict == "good"
+
+
+@pytest.mark.parametrize(
+    "train, fault",
+    [
+        ([[1, EOD], [300, EOD]], "1 documents with ids outside the vocabulary"),
+        ([[1, EOD], [2, 3]], "1 documents that do not end"),
+        ([[1, EOD, 2, EOD]], "1 documents with an end-of-document id inside"),
+        ([[1, EOD], []], "1 empty documents"),
+        ([[1, EOD], [2, EOD], [1, EOD], [1, EOD]], "2 exact duplicates within train"),
+    ],
+)
+def test_each_fault(tmp_path, train, fault):
+    findings = _findings(tmp_path, train, [[9, EOD]])
+    assert [line.startswith(fault) for line in findings.faults] == [True]
+    assert "train document" in findings.faults[0]
+
+
+def test_documents_held_out_and_trained_on(tmp_path):
+    findings = _findings(tmp_path, [[1, EOD], [2, EOD]], [[3, EOD], [2, EOD]])
+    assert findings.faults == [
+        "1 held-out documents stand in train too; the first is heldout document 1"
+    ]
+
+
+def test_what_is_only_noted(tmp_path):
+    findings = _findings(tmp_path, [[1, EOD], [EOD]])
+    assert findings.faults == []
+    assert any("one token" in note for note in findings.notes)
+    assert any("no held-out documents" in note for note in findings.notes)
+
+
+def test_broken_text(corpus):
+    raw = np.fromfile(corpus / "train.bin", np.uint16)
+    raw[np.flatnonzero(raw == 0xC3)[0]] = ord("A")  # leaves half of an accented letter
+    raw.tofile(corpus / "train.bin")
+    findings = check_source(describe(str(corpus)))
+    assert findings.faults == [
+        "1 documents that are not clean UTF-8 text; the first is train document 0"
+    ]
+
+
+def test_histogram():
+    text = length_histogram(np.array([1, 2, 3, 4, 100]), 4)
+    rows = [line.split()[1:4] for line in text.splitlines()[1:-1]]
+    assert rows == [
+        ["1", "1", "0.9%"],
+        ["2", "1", "1.8%"],
+        ["4", "2", "6.4%"],
+        *([str(2**power), "0", "0.0%"] for power in range(3, 7)),
+        ["128", "1", "90.9%"],
+    ]
+    assert "90.9% of the tokens are in documents longer than 4 tokens" in text
+
+
+def test_command_line(corpus, tmp_path, capsys):
+    assert cli.main(["data", "check", str(corpus), "--plots", str(tmp_path / "plots")]) == 0
+    assert "verdict: good" in capsys.readouterr().out
+    assert (tmp_path / "plots" / "lengths.png").read_bytes().startswith(b"\x89PNG")
+    prefix = _shard(tmp_path / "bad", [[1, 2]])
+    assert cli.main(["data", "check", prefix, "--vocab-size", "257", "--eod-id", "256"]) == 2
+    assert "fault: 1 documents that do not end" in capsys.readouterr().out
+    assert cli.main(["data", "check", prefix]) == 2
+    assert "needs vocab_size" in capsys.readouterr().err
+    assert cli.main(["data", "check", str(tmp_path / "none")]) == 2
+    assert "megascale prepare data/python_stdlib.yaml" in capsys.readouterr().err
