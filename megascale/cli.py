@@ -49,15 +49,10 @@ VERBS = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb; returns the exit status: 0, or 2 for bad input, in one line on stderr."""
     words = list(sys.argv[1:] if argv is None else argv)
-    if not words or words[0] in ("-h", "--help"):
-        print(_overview())
-        return 0
-    if words[0] == "--version":
-        print(f"megascale {__version__}")
-        return 0
     try:
-        verb, rest = _split(words)
-        return _run(verb, rest)
+        status = _answer(words)
+        sys.stdout.flush()  # here, where a reader that has left is no error
+        return status
     except UserError as error:
         return _complain(error)
     except KeyboardInterrupt:
@@ -65,6 +60,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
+
+
+def _answer(words: list[str]) -> int:
+    if not words or words[0] in ("-h", "--help"):
+        print(_overview())
+        return 0
+    if words[0] == "--version":
+        print(f"megascale {__version__}")
+        return 0
+    return _run(*_split(words))
 
 
 def _split(words: list[str]) -> tuple[str, list[str]]:

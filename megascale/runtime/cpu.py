@@ -10,7 +10,10 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib.util
+import sys
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -154,7 +157,7 @@ def _answer_for_tensors() -> None:
 
 
 def _answer_for_collectives() -> None:
-    """Split sizes must be lists for gloo; megatron-core's dispatcher passes tensors."""
+    """Sizes: gloo wants lists, megatron-core's dispatcher passes tensors; and equal ones."""
     all_to_all_single = torch.distributed.all_to_all_single
 
     @functools.wraps(all_to_all_single)
@@ -176,6 +179,42 @@ def _answer_for_collectives() -> None:
         )
 
     torch.distributed.all_to_all_single = with_lists
+    torch.distributed.all_gather = _uneven_all_gather(torch.distributed.all_gather)
+    torch.distributed.reduce_scatter = _uneven_reduce_scatter(torch.distributed.reduce_scatter)
+
+
+def _uneven_all_gather(all_gather: Callable[..., Any]) -> Callable[..., Any]:
+    """gloo gathers equal sizes only; the expert ranks of a tensor group hold unequal ones."""
+
+    @functools.wraps(all_gather)
+    def gather(outputs: list[torch.Tensor], input: torch.Tensor, group: Any = None) -> None:
+        if len({output.shape for output in outputs}) == 1:
+            all_gather(outputs, input, group=group)
+            return
+        outputs[torch.distributed.get_rank(group)].copy_(input)
+        for source, output in enumerate(outputs):
+            whole = output.contiguous()
+            torch.distributed.broadcast(whole, group=group, group_src=source)
+            output.copy_(whole)
+
+    return gather
+
+
+def _uneven_reduce_scatter(reduce_scatter: Callable[..., Any]) -> Callable[..., Any]:
+    """The backward of the above: each rank's part is summed over the group."""
+
+    @functools.wraps(reduce_scatter)
+    def scatter(output: torch.Tensor, inputs: list[torch.Tensor], group: Any = None) -> None:
+        if len({part.shape for part in inputs}) == 1:
+            reduce_scatter(output, inputs, group=group)
+            return
+        whole = torch.cat([part.flatten() for part in inputs])
+        torch.distributed.all_reduce(whole, group=group)
+        mine = torch.distributed.get_rank(group)
+        parts = whole.split([part.numel() for part in inputs])
+        output.copy_(parts[mine].view_as(output))
+
+    return scatter
 
 
 def _as_list(sizes: Any) -> list[int] | None:
@@ -188,7 +227,22 @@ def _identity_decorator(function: Any = None, **options: Any) -> Any:
     return function if function is not None else _identity_decorator
 
 
+def _do_without_triton() -> None:
+    """megatron-core 0.19 imports triton for these kernels whether or not they will be launched.
+
+    They copy MoE activations on a GPU. A torch built for CPU alone does not bring triton.
+    """
+    if importlib.util.find_spec("triton") is not None:
+        return
+    name = "megatron.core.transformer.moe.ops.paged_stash"
+    kernels: Any = ModuleType(name)
+    kernels.GLOBAL_BLOCK_SIZE = 1024
+    kernels.paged_stash_copy_kernel = kernels.paged_stash_pop_kernel = None
+    sys.modules[name] = kernels
+
+
 def _patch_megatron() -> None:
+    _do_without_triton()
     import megatron.core.tensor_parallel.random as random
     import megatron.core.transformer.moe.moe_utils as moe_utils
 

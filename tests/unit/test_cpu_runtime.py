@@ -1,5 +1,8 @@
 """Each answer that runtime.cpu gives in the place of CUDA."""
 
+import importlib
+import sys
+
 import pytest
 import torch
 
@@ -116,3 +119,12 @@ def test_it_is_refused_where_cuda_exists(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     with pytest.raises(RuntimeError, match="has it"):
         cpu.install()
+
+
+def test_kernels_of_megatron_core_are_not_missed_where_triton_is(monkeypatch):
+    name = "megatron.core.transformer.moe.ops.paged_stash"
+    monkeypatch.setitem(sys.modules, "triton", None)
+    monkeypatch.setitem(sys.modules, name, None)
+    cpu._do_without_triton()
+    kernels = importlib.import_module(name)
+    assert kernels.GLOBAL_BLOCK_SIZE == 1024 and kernels.paged_stash_copy_kernel is None
