@@ -84,6 +84,7 @@ def single(ranks, overrides=()):
         (2, ["model.moe.num_experts=4", "parallel.tensor=2"]),
         (2, ["model.moe.num_experts=4", "model.moe.shared_ffn_hidden_size=32"]),
         (4, ["model.moe.num_experts=4", "parallel.expert=2", "parallel.pipeline=2"]),
+        (4, ["model.moe.num_experts=4", "parallel.expert=2", "parallel.tensor=2"]),
     ],
     ids=lambda value: "+".join(value) if isinstance(value, list) else str(value),
 )

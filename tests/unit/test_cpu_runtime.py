@@ -128,3 +128,22 @@ def test_kernels_of_megatron_core_are_not_missed_where_triton_is(monkeypatch):
     cpu._do_without_triton()
     kernels = importlib.import_module(name)
     assert kernels.GLOBAL_BLOCK_SIZE == 1024 and kernels.paged_stash_copy_kernel is None
+
+
+def test_gathers_and_scatters_of_unequal_sizes(ranks):
+    gathered, scattered = zip(*ranks(2, gather_and_scatter))
+    assert list(gathered) == [[0, 1, 1, 1]] * 2
+    assert list(scattered) == [[3], [3, 3, 3]]
+
+
+def gather_and_scatter():
+    """Ranks 0 and 1 hold 1 and 3 elements."""
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo")
+    rank = dist.get_rank()
+    outputs = [torch.zeros(1), torch.zeros(3)]
+    dist.all_gather(outputs, torch.full((1 + 2 * rank,), float(rank)))
+    mine = torch.zeros(1 + 2 * rank)
+    dist.reduce_scatter(mine, [torch.full((n,), 1.0 + rank) for n in (1, 3)])
+    return torch.cat(outputs).tolist(), mine.tolist()
