@@ -14,4 +14,4 @@ base=$(find_python "$name")
 folder=.venv-test-$("$base" -c 'import sys; print("%d.%d" % sys.version_info[:2])')
 make_environment "$folder" "$base" "[test]"
 # one thread per process: the tests start up to 4 ranks
-PATH=$folder/bin:$PATH OMP_NUM_THREADS=1 exec "$python" -m pytest "$@"
+PATH=$PWD/$folder/bin:$PATH OMP_NUM_THREADS=1 exec "$python" -m pytest "$@"
