@@ -140,7 +140,7 @@ def _draw_bars(
     ticks = np.unique(np.geomspace(low, max(high, low + 1), 6).round())
     bar = axes.figure.colorbar(scale, ax=axes, pad=0.01, ticks=ticks, format="{x:,.0f}")
     bar.minorticks_off()
-    bar.set_label("longest sequence of the micro-batch (tokens)")
+    bar.set_label("longest sequence (tokens)")
 
 
 def _corners(
