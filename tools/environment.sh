@@ -8,24 +8,31 @@ fail() {
     exit 2
 }
 
+# is_ours PYTHON: whether it starts and is a version that this package runs on.
+is_ours() {
+    "$1" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null
+}
+
 # find_python NAME: the path of a Python 3.11 or 3.12 of that name.
 find_python() {
-    local name=$1 found root version
+    local name=$1 found
+    if is_ours "$name"; then
+        command -v "$name"
+        return
+    fi
+    if command -v pyenv >/dev/null; then
+        # a shim fails while no version behind it is active; the version is there all the same
+        for found in "$(pyenv root)"/versions/3.1[12]*/bin/"$name"; do
+            if is_ours "$found"; then
+                echo "$found"
+                return
+            fi
+        done
+    fi
     if "$name" -c '' 2>/dev/null; then
-        found=$(command -v "$name")
-    elif command -v pyenv >/dev/null; then
-        # a pyenv shim fails while no version behind it is active; the version is there all the same
-        root=$(pyenv root)
-        for found in "$root"/versions/*/bin/"$name"; do :; done
+        fail "$name is $("$name" --version 2>&1); megascale needs 3.11 or 3.12 (--python NAME)"
     fi
-    if [ -z "${found:-}" ] || ! "$found" -c '' 2>/dev/null; then
-        fail "no working $name here; install Python 3.11 or 3.12, or name one with --python"
-    fi
-    version=$("$found" -c 'import sys; print("%d.%d" % sys.version_info[:2])')
-    case $version in
-        3.11 | 3.12) echo "$found" ;;
-        *) fail "$name is Python $version; megascale needs 3.11 or 3.12 (--python NAME)" ;;
-    esac
+    fail "no working $name here; install Python 3.11 or 3.12, or name one with --python"
 }
 
 make_environment() {
@@ -37,7 +44,13 @@ make_environment() {
         return
     fi
     echo "making the environment $folder (a few minutes the first time)"
-    "$base" -m venv "$folder" || fail "$base cannot make a virtual environment; install its venv module"
+    if ! "$base" -c 'import ensurepip, venv' 2>/dev/null; then
+        fail "$base cannot make a virtual environment; install its venv module (python3-venv)"
+    fi
+    if [ "$("$python" --version 2>/dev/null)" != "$("$base" --version)" ]; then
+        rm -rf "$folder" # of another Python, or half made
+    fi
+    "$base" -m venv "$folder" || fail "$base could not make a virtual environment in $folder"
     "$python" -m pip install --quiet --disable-pip-version-check \
         --constraint tools/constraints.txt --editable ".$extra" ||
         fail "pip could not install the package; its message is above"

@@ -2,6 +2,7 @@
 
 import ast
 import importlib.util
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -73,6 +74,23 @@ def test_a_package_imports_only_from_those_above_it(path):
 def test_sources_are_ascii():
     for path in FILES:
         assert path.read_text(encoding="utf-8").isascii(), path
+
+
+def test_no_tracked_file_names_a_machine_or_a_registry():
+    listed = subprocess.run(["git", "ls-files"], capture_output=True, text=True, cwd=ROOT)
+    if listed.returncode != 0:
+        pytest.skip("not a git checkout")
+    folder, host = (
+        r"(?<![\w.])/(work|root|home|tmp/\w)/",
+        r"\b(pypi|pythonhosted|npmjs)\.(org|com)\b",
+    )
+    own = re.compile(f"{folder}|{host}")
+    assert own.search("cd /" + "work/x") and own.search("https://pypi" + ".org")
+    for name in listed.stdout.splitlines():
+        path = ROOT / name
+        if path.is_file() and path.suffix not in (".png", ".bin", ".idx", ".npy"):
+            found = own.search(path.read_text(encoding="utf-8"))
+            assert not found, f"{name}: {found[0]}"
 
 
 def test_every_module_imports_without_optional_packages():
