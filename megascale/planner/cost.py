@@ -95,6 +95,6 @@ class CostModel:
         if size > 1:
             one_node = len({rank // self.node_size for rank in ranks}) == 1
             transfer = self.transfer_intra if one_node else self.transfer_inter
-            held_tokens = float(np.sum(lengths)) / size
+            held_tokens = float(np.asarray(lengths, dtype=np.float64).sum()) / size
             seconds += self.latency * math.log2(size) + transfer * held_tokens
         return seconds
