@@ -40,10 +40,11 @@ class RankPools:
         deadline = time.monotonic() + timeout_s
         answers = [worker.answer(deadline) for worker in workers]
         if any(answer is None for answer in answers):
-            stacks = self._dump_and_kill()
             silent = [rank for rank, answer in enumerate(answers) if answer is None]
             raised = [text for answer in answers if answer for ok, text in [answer] if not ok]
-            problem = f"ranks {silent} did not answer in {timeout_s} s"
+            dead = [rank for rank in silent if not workers[rank].process.is_alive()]
+            problem = f"ranks {silent} did not answer in {timeout_s} s; of them died: {dead}"
+            stacks = self._dump_and_kill()
             raise AssertionError("\n".join([problem, *raised, *stacks]))
         errors = [f"rank {rank}: {text}" for rank, (ok, text) in enumerate(answers) if not ok]
         if errors:
@@ -81,7 +82,7 @@ class Worker:
             if self.pipe.poll(max(0.0, deadline - time.monotonic())):
                 return self.pipe.recv()
         except (EOFError, OSError):
-            pass
+            self.process.join(5)  # the pipe of a dead process closes before it is gone
         return None
 
     def stacks(self) -> str:

@@ -1,5 +1,6 @@
 """The pool of ranks itself: results, exceptions and hangs are told apart."""
 
+import os
 import time
 
 import pytest
@@ -26,6 +27,13 @@ def hang_on_rank_1():
         time.sleep(60)
 
 
+def die_on_rank_1():
+    dist.init_process_group("gloo")
+    if dist.get_rank() == 1:
+        os._exit(3)
+    dist.all_reduce(torch.zeros(1))
+
+
 @pytest.mark.parametrize("world", [1, 2, 3, 2])
 def test_results_of_all_ranks(ranks, world):
     assert ranks(world, all_reduce, 1) == [world + sum(range(world))] * world
@@ -40,4 +48,12 @@ def test_an_exception_comes_with_its_traceback(ranks):
 def test_a_hang_ends_in_time_with_stacks(ranks):
     with pytest.raises(AssertionError, match=r"(?s)ranks \[1\] did not .*hang_on_rank_1"):
         ranks(2, hang_on_rank_1, timeout_s=5)
+    assert ranks(2, all_reduce, 0) == [1, 1]
+
+
+def test_a_rank_that_dies_is_named_at_once(ranks):
+    start = time.monotonic()
+    with pytest.raises(AssertionError, match=r"of them died: \[1\]"):
+        ranks(2, die_on_rank_1, timeout_s=60)
+    assert time.monotonic() - start < 40
     assert ranks(2, all_reduce, 0) == [1, 1]
