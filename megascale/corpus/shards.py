@@ -20,6 +20,8 @@ from megascale.errors import RankError, UserError
 
 MAGIC = b"MMIDIDX\x00\x00"
 HEADER = struct.Struct("<9sQBQQ")
+MOST_TOKENS = 2**31 - 1
+"""Of one document: lengths are stored as int32."""
 _CHUNK = 1 << 20
 TOKEN_TYPES: dict[int, Any] = {
     1: np.uint8,
@@ -57,10 +59,12 @@ class Shard:
         offsets = _view(raw, np.int64, begin + 4 * num_sequences, num_sequences)
         bounds = _view(raw, np.int64, begin + 12 * num_sequences, num_bounds)
         _check(prefix, dtype, lengths, offsets, bounds)
-        if num_bounds == num_sequences + 1:
+        if _one_each(bounds, num_sequences):
             return Shard(prefix, dtype, lengths, offsets)
         totals = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])[bounds]
-        return Shard(prefix, dtype, np.diff(totals), offsets[bounds[:-1]])
+        # a last document without sequences begins where there is no offset
+        begins = np.append(offsets, 0)[bounds[:-1]]
+        return Shard(prefix, dtype, np.diff(totals), begins)
 
     def __del__(self) -> None:
         if hasattr(self, "_bin"):
@@ -133,7 +137,7 @@ def _check(
     except OSError as error:
         raise UserError(f"{prefix}.bin: {error.strerror}; it belongs beside {prefix}.idx") from None
     num_sequences, width = len(lengths), dtype.itemsize
-    in_rows = len(bounds) != num_sequences + 1
+    in_rows = not _one_each(bounds, num_sequences)
     for begin in range(0, num_sequences, _CHUNK):
         size_here = lengths[begin : begin + _CHUNK].astype(np.int64) * width
         offset = offsets[begin : begin + _CHUNK]
@@ -148,6 +152,14 @@ def _check(
     whole = len(bounds) > 0 and bounds[0] == 0 and bounds[-1] == num_sequences
     if not whole or not _increasing(bounds):
         raise UserError(f"{prefix}.idx: document bounds do not cover the sequences; prepare again")
+
+
+def _one_each(bounds: NDArray[Any], num_sequences: int) -> bool:
+    """Whether every document is one sequence; some of none and of several may count the same."""
+    starts = range(0, len(bounds), _CHUNK)
+    return len(bounds) == num_sequences + 1 and all(
+        bool((np.diff(bounds[begin : begin + _CHUNK + 1]) == 1).all()) for begin in starts
+    )
 
 
 def _increasing(bounds: NDArray[Any]) -> bool:
@@ -165,7 +177,12 @@ class ShardWriter:
         self._bin: IO[bytes] = open(f"{prefix}.bin.partial", "wb")
 
     def add(self, tokens: NDArray[Any]) -> None:
-        """Append one document."""
+        """Append one document. Raises UserError for one that is too long for the format."""
+        if len(tokens) > MOST_TOKENS:
+            raise UserError(
+                f"document {len(self._lengths)} of {self.prefix} has {len(tokens):,} tokens and "
+                f"the format holds {MOST_TOKENS:,}; cut its text"
+            )
         self._bin.write(np.ascontiguousarray(tokens, dtype=self.dtype).tobytes())
         self._lengths.append(len(tokens))
 

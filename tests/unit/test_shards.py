@@ -5,7 +5,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from megascale.corpus.shards import Shard, ShardWriter, writing
+from megascale.corpus.shards import HEADER, MAGIC, Shard, ShardWriter, writing
 from megascale.errors import UserError
 
 DOCUMENTS = [[1, 2, 3, 0], [0], list(range(500)) + [0], [7, 0]]
@@ -64,6 +64,50 @@ def test_reads_megatron_documents_of_several_sequences(megatron, tmp_path):
     shard = Shard.open(tmp_path / "x")
     assert [shard.read(i).tolist() for i in range(3)] == [[1, 2, 3], [4, 5, 6], [7, 8, 9]]
     assert shard.num_tokens == 9
+
+
+@settings(
+    max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(
+    documents=st.lists(
+        st.lists(st.lists(st.integers(0, 99), min_size=1, max_size=3), max_size=3), max_size=6
+    )
+)
+def test_reads_what_megatron_writes(megatron, tmp_path, documents):
+    """Documents of none, one and several sequences, in any order."""
+    import torch
+
+    for path in tmp_path.iterdir():
+        path.unlink()  # not written over: shards of the example before may still be mapped
+    builder = megatron.IndexedDatasetBuilder(str(tmp_path / "x.bin"), dtype=np.uint16)
+    for sequences in documents:
+        for sequence in sequences:
+            builder.add_item(torch.tensor(sequence))
+        builder.end_document()
+    builder.finalize(str(tmp_path / "x.idx"))
+    shard = Shard.open(tmp_path / "x")
+    wanted = [sum(sequences, []) for sequences in documents]
+    assert [shard.read(i).tolist() for i in range(shard.num_documents)] == wanted
+    assert shard.num_tokens == sum(map(len, wanted))
+
+
+@pytest.mark.parametrize("bounds", [[0, 3, 2, 3], [0, 9, 9, 3], [1, 2, 3], [0, 1, 2], [3, 0], []])
+def test_bounds_that_cannot_be(tmp_path, bounds):
+    """Also where their number is that of documents of one sequence each."""
+    lengths, offsets = np.array([2, 3, 1], "<i4"), np.array([0, 4, 10], "<i8")
+    parts = (lengths, offsets, np.array(bounds, "<i8"))
+    header = HEADER.pack(MAGIC, 1, 8, len(lengths), len(bounds))
+    (tmp_path / "x.idx").write_bytes(header + b"".join(part.tobytes() for part in parts))
+    (tmp_path / "x.bin").write_bytes(bytes(12))
+    with pytest.raises(UserError, match="do not cover"):
+        Shard.open(tmp_path / "x")
+
+
+def test_a_document_too_long_for_the_format(tmp_path, monkeypatch):
+    monkeypatch.setattr("megascale.corpus.shards.MOST_TOKENS", 3)
+    with pytest.raises(UserError, match="document 1 of .* 4 tokens and the format holds 3"):
+        _write(tmp_path / "x", documents=[[1, 2, 3], [1, 2, 3, 4]])
 
 
 def test_reads_parts_of_a_document(tmp_path):
