@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 TOOLS = Path(__file__).parent
+LONGER = "{tokens: 250000, precision: fp32, threads: 1}"
 
 
 def main() -> int:
@@ -58,14 +59,15 @@ def resume() -> None:
 
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        config = tiny_config(folder, checkpoint="{save_every_steps: 1}")
-        print(drill(config, folder / "drill", kills=20))
-        expected = curve(folder / "drill" / "calm")
+        longer = tiny_config(folder / "a", checkpoint="{save_every_steps: 1}", train=LONGER)
+        print(drill(longer, folder / "drill", kills=20))
+        config = tiny_config(folder / "b")
+        finish(start(config, folder / "calm", 2))
         for world in (1, 2, 3, 4):
             run_dir = folder / str(world)
             finish(start(config, run_dir, 2, "train.stop_after_steps=10"))
             finish(start(config, run_dir, world, "--resume", "latest"))
-            result = compare(expected, curve(run_dir))
+            result = compare(curve(folder / "calm"), curve(run_dir))
             print(f"stopped at step 10 on 2 ranks, resumed on {world}: {result}")
 
 

@@ -41,15 +41,15 @@ from megascale.train.feed import Feed
 from megascale.train.step import Learner, train_step
 
 CONFIG = """
-model: {num_layers: 6, hidden_size: 256, num_heads: 8, num_kv_heads: 4}
-data: {context_tokens: 512, global_batch_tokens: 8192, sources: {random: {path: PREFIX}}}
-planner: {capacity_tokens: 2048}
+model: {num_layers: 4, hidden_size: 128, num_heads: 4, num_kv_heads: 2}
+data: {context_tokens: 512, global_batch_tokens: 4096, sources: {random: {path: PREFIX}}}
+planner: {capacity_tokens: 1024}
 train: {tokens: 100M, precision: fp32, threads: 1}
 """
 EOD, VOCAB = 256, 257
 
 
-def bench_step(steps: int = 15) -> None:
+def bench_step(steps: int = 40) -> None:
     """Print the ratios of `steps` alternating steps each."""
     generator = np.random.default_rng(0)
     mixed = np.clip(generator.lognormal(5.5, 1.2, 4000), 2, 8192).astype(int)
@@ -130,7 +130,7 @@ class BareStep:
             data_iterator=iter(self.micro_batches),
             model=[self.model],
             num_microbatches=len(self.micro_batches),
-            seq_length=2048,
+            seq_length=1024,
             micro_batch_size=1,
             forward_only=False,
         )

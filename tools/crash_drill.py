@@ -35,10 +35,11 @@ def drill(config: Path, folder: Path, kills: int, world: int = 2, seed: int = 0)
     finish(start(config, calm, world))
     expected = curve(calm)
     generator, inside = random.Random(seed), 0
-    for _ in range(kills):
+    for left in range(kills, 0, -1):
         process = start(config, shaken, world, "--resume", "auto")
         _wait_for_a_step(process, shaken)
-        time.sleep(generator.uniform(0, 0.5 * _seconds_left(shaken, expected)))
+        # twice the even share at most, so that some kills lie close and the run is not done early
+        time.sleep(generator.uniform(0, 1.6 * _seconds_left(shaken, expected) / (left + 1)))
         inside += _is_saving(shaken)
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
