@@ -9,9 +9,11 @@ from __future__ import annotations
 import glob
 import gzip
 import json
+import os
 import sysconfig
+import zlib
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
@@ -92,21 +94,42 @@ def read_table(one: InputConfig, work: Path) -> Table:
     if not files:
         raise UserError(f"inputs: {label}: no file is left to read")
     if one.kind == "jsonl":
-        arrow_files = [_write_rows(work / f"{i}.arrow", _lines(f)) for i, f in enumerate(files)]
+        with progress(sum(map(os.path.getsize, files)), f"reading {label}", "B") as bar:
+            arrow_files = [
+                _write_rows(work / f"{i}.arrow", _lines(name, bar)) for i, name in enumerate(files)
+            ]
         return Table(label, "line", "content", one.text_column, tuple(arrow_files))
-    listing = _write_rows(work / "files.arrow", (name.encode() for name in files))
+    listing = _write_rows(work / "files.arrow", map(os.fsencode, files))
     return Table(label, "path", "content", "", (listing,))
 
 
-def _lines(path: str) -> Iterator[bytes]:
-    with ExitStack() as stack:
-        for line in stack.enter_context(_open(path)):
+def progress(total: int, label: str, unit: str) -> Any:
+    """A bar on stderr, with percent and time left, for work that takes more than a second."""
+    from tqdm import tqdm
+
+    return tqdm(total=total, desc=label, unit=unit, unit_scale=True, delay=1.0)
+
+
+def _lines(path: str, bar: Any) -> Iterator[bytes]:
+    with _reading(path) as (file, raw):
+        before = 0
+        for line in file:
+            at = raw.tell()
+            bar.update(at - before)
+            before = at
             if line.strip():
                 yield line
 
 
-def _open(path: str) -> BinaryIO:
-    return cast(BinaryIO, gzip.open(path) if path.endswith(".gz") else open(path, "rb"))
+@contextmanager
+def _reading(path: str) -> Iterator[tuple[BinaryIO, BinaryIO]]:
+    """The text of a file, unpacked, and the file itself. Raises UserError where it is damaged."""
+    try:
+        with open(path, "rb") as raw:
+            yield cast(BinaryIO, gzip.GzipFile(fileobj=raw)) if path.endswith(".gz") else raw, raw
+    except (OSError, EOFError, zlib.error) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise UserError(f"{path}: {reason}; mend it or name it in exclude") from None
 
 
 def _write_rows(path: Path, rows: Iterator[bytes]) -> str:
@@ -129,6 +152,8 @@ def _write_rows(path: Path, rows: Iterator[bytes]) -> str:
 
 
 def _through_datasets(one: InputConfig, work: Path) -> Table:
+    import datasets
+
     label = one.name if one.kind == "dataset" else ", ".join(one.paths)
     dataset = _load(one, work, str(label))
     if one.text_column not in dataset.column_names:
@@ -136,6 +161,15 @@ def _through_datasets(one: InputConfig, work: Path) -> Table:
             f"inputs: {label} has no column '{one.text_column}'; set text_column to one of "
             f"{', '.join(dataset.column_names)}"
         )
+    kind = dataset.features[one.text_column]
+    if getattr(kind, "dtype", None) not in ("string", "large_string", "binary", "large_binary"):
+        raise UserError(
+            f"inputs: column '{one.text_column}' of {label} holds {getattr(kind, 'dtype', kind)} "
+            "and no text; set text_column to one that does"
+        )
+    if "[" in one.split:  # a part of its files: copied out, because a table is whole files
+        dataset.save_to_disk(str(work / "slice"))
+        dataset = datasets.load_from_disk(str(work / "slice"))
     files = tuple(entry["filename"] for entry in dataset.cache_files)
     if not files:
         raise UserError(f"inputs: {label}: no rows")
@@ -152,8 +186,7 @@ def _load(one: InputConfig, work: Path, label: str) -> Any:
                 "parquet", data_files=files, split="train", cache_dir=cache
             )
         if _local(one) and list(Path(str(one.name)).rglob("state.json")):
-            saved = datasets.load_from_disk(str(one.name))
-            return saved[one.split] if isinstance(saved, datasets.DatasetDict) else saved
+            return _split_of(datasets.load_from_disk(str(one.name)), one)
         return datasets.load_dataset(one.name, one.config, split=one.split)
     except UserError:
         raise
@@ -161,6 +194,18 @@ def _load(one: InputConfig, work: Path, label: str) -> Any:
         cause = error.__cause__ or error
         reason = " ".join(f"{type(cause).__name__}: {cause}".split())[:200]
         raise UserError(f"inputs: {label} cannot be read as {one.kind}: {reason}") from None
+
+
+def _split_of(saved: Any, one: InputConfig) -> Any:
+    """What `split` names in a dataset of `save_to_disk`, which cannot be asked for a slice."""
+    import datasets
+
+    splits = saved if isinstance(saved, datasets.DatasetDict) else {"train": saved}
+    if one.split in splits:
+        return splits[one.split]
+    raise UserError(
+        f"inputs: {one.name} has no split '{one.split}'; set split to one of {', '.join(splits)}"
+    )
 
 
 def read_document(table: Table, row: int, value: bytes) -> bytes:
@@ -172,13 +217,8 @@ def read_document(table: Table, row: int, value: bytes) -> bytes:
         return value
     if table.content == "line":
         return _parse(table, row, value)
-    path = value.decode()
-    try:
-        with _open(path) as file:
-            return file.read()
-    except (OSError, EOFError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
-        raise UserError(f"{path}: {reason}; mend it or name it in exclude") from None
+    with _reading(os.fsdecode(value)) as (file, _):
+        return file.read()
 
 
 def _parse(table: Table, row: int, line: bytes) -> bytes:

@@ -7,12 +7,14 @@ from the documents before it, so the files are the same bytes on any number of p
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
 import shutil
 import sys
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -30,7 +32,7 @@ from megascale.corpus.encode import (
     hash_of,
     text_of,
 )
-from megascale.corpus.inputs import Table, input_files, read_document, read_table
+from megascale.corpus.inputs import Table, input_files, progress, read_document, read_table
 from megascale.corpus.recipe import Recipe, TokenizerConfig
 from megascale.corpus.shards import Shard, writing
 from megascale.corpus.team import Team
@@ -76,12 +78,37 @@ def prepare(
     identity, found = team.lead(lambda: _look(recipe, out, force))
     if found is not None:
         return Prepared(out, found, reused=True)
-    partial = out.with_name(f"{out.name}.partial")
-    work = partial / "work"
-    tables, encoder = team.lead(lambda: _begin(recipe, partial))
-    parts = team.each(lambda: _encode(tables, encoder, team, processes, work))
-    facts = team.lead(lambda: _finish(recipe, out, tables, encoder, parts, identity))
+    with ExitStack() as stack:
+        partial = team.lead(lambda: stack.enter_context(_scratch(out)))
+        tables, encoder = team.lead(lambda: _begin(recipe, partial))
+        parts = team.each(lambda: _encode(tables, encoder, team, processes, partial / "work"))
+        facts = team.lead(lambda: _finish(recipe, out, tables, encoder, parts, identity))
     return Prepared(out, facts, reused=False)
+
+
+@contextmanager
+def _scratch(out: Path) -> Iterator[Path]:
+    """An empty folder beside `out`, of this prepare alone, that is gone at the end.
+
+    Raises UserError while another prepare makes `out`.
+    """
+    partial, path = (out.with_name(f"{out.name}.{ending}") for ending in ("partial", "lock"))
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            ours = os.path.samestat(os.fstat(lock.fileno()), os.stat(path))
+        except (BlockingIOError, FileNotFoundError):  # held, or removed by the one that held it
+            ours = False
+        if not ours:
+            raise UserError(f"{out}: another prepare is making it; wait for that one to end")
+        try:
+            shutil.rmtree(partial, ignore_errors=True)  # of one that was killed
+            partial.mkdir()
+            yield partial
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+            path.unlink(missing_ok=True)
 
 
 def _cores() -> int:
@@ -124,10 +151,8 @@ def fingerprint(recipe: Recipe) -> str:
 
 def _begin(recipe: Recipe, partial: Path) -> tuple[list[Table], Encoder]:
     """Rank 0: list the documents and settle the tokenizer."""
-    if partial.exists():
-        shutil.rmtree(partial)
     folder = partial / FOLDER
-    folder.mkdir(parents=True)
+    folder.mkdir()
     tables = [
         read_table(one, partial / "work" / f"input-{i}") for i, one in enumerate(recipe.inputs)
     ]
@@ -150,9 +175,11 @@ def _make_tokenizer(recipe: Recipe, tables: Sequence[Table]) -> Tokenizer:
 def _train_texts(recipe: Recipe, tables: Sequence[Table]) -> Iterator[str]:
     """The texts that will be trained on: a tokenizer must not have seen held-out documents."""
     seen: set[tuple[int, int]] = set()
-    for table in tables:
-        rows = table.open().with_format("arrow")
+    opened = [table.open().with_format("arrow") for table in tables]
+    bar = progress(sum(map(len, opened)), "reading for the BPE", " documents")
+    for table, rows in zip(tables, opened, strict=True):
         for begin in range(0, len(rows), _READ_ROWS):
+            bar.update(min(_READ_ROWS, len(rows) - begin))
             batch = rows[begin : begin + _READ_ROWS].column(table.column).cast("large_binary")
             for i, value in enumerate(batch.to_pylist()):
                 raw = read_document(table, begin + i, value or b"")
@@ -162,6 +189,7 @@ def _train_texts(recipe: Recipe, tables: Sequence[Table]) -> Iterator[str]:
                 seen.add(key)
                 if verdict == GOOD and is_new and key[0] >= _heldout_below(recipe):
                     yield text
+    bar.close()
 
 
 def _heldout_below(recipe: Recipe) -> int:
@@ -284,12 +312,17 @@ def _where(tables: Sequence[Table], document: int) -> str:
 
 def _write_shards(folder: Path, files: Sequence[str], fates: _Fates, dtype: np.dtype[Any]) -> None:
     document = 0
-    with writing(folder / "train", dtype) as train, writing(folder / "heldout", dtype) as heldout:
+    with (
+        writing(folder / "train", dtype) as train,
+        writing(folder / "heldout", dtype) as heldout,
+        progress(len(fates.keep), "writing shards", " documents") as bar,
+    ):
         for tokens in _token_bytes(files):
             if fates.keep[document]:
                 writer = heldout if fates.heldout[document] else train
                 writer.add(np.frombuffer(tokens, dtype=dtype))
             document += 1
+            bar.update()
     np.save(folder / "heldout.bytes.npy", fates.num_bytes[fates.heldout])
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from megascale.corpus.prepare import Prepared, prepare
 from megascale.corpus.recipe import load_recipe
-from megascale.corpus.team import Team
+from megascale.corpus.team import Team, launched_rank
 from megascale.errors import UserError
 
 
@@ -33,13 +33,13 @@ def add_prepare_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run_prepare(args: argparse.Namespace) -> int:
     """Prepare the corpus and print what it holds; returns the exit status."""
-    team = Team()
     try:
+        team = Team()
         recipe = team.lead(lambda: load_recipe(args.recipe, args.overrides))
         out = Path(args.out) if args.out else Path("corpora") / recipe.name
         prepared = prepare(recipe, out, args.processes, args.force)
     except UserError:
-        if team.rank == 0:
+        if launched_rank() == 0:
             raise
         return 2  # every rank meets the same error; one speaks
     if team.rank == 0:

@@ -4,13 +4,52 @@ from __future__ import annotations
 
 import os
 import traceback
+import warnings
 from collections.abc import Callable
 from typing import Any, TypeVar
 
 from megascale.errors import UserError
 
 T = TypeVar("T")
-STARTED_BY_MPI = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "PMIX_RANK")
+_SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
+_RANKS = ("OMPI_COMM_WORLD_RANK", "PMI_RANK", "PMIX_RANK")
+
+
+def started_by_mpi() -> bool:
+    """Whether an MPI launcher started this process, as one of several or of unknown many."""
+    sizes = [os.environ[name] for name in _SIZES if name in os.environ]
+    return sizes[0] != "1" if sizes else "PMIX_RANK" in os.environ
+
+
+def launched_rank() -> int:
+    """This process's rank by the word of its launcher, without asking MPI; 0 without one."""
+    return next((int(os.environ[name]) for name in _RANKS if name in os.environ), 0)
+
+
+def _world() -> Any:
+    """MPI's communicator of all ranks.
+
+    Raises UserError where no MPI library is there, or another than the launcher's: then every
+    process would take itself for the only one, and all would write the same files.
+    """
+    try:
+        with warnings.catch_warnings(action="ignore"):  # it warns of what is refused below
+            from mpi4py import MPI
+    except (ImportError, RuntimeError):
+        raise UserError(
+            "started by MPI, but mpi4py finds no MPI library; install the one that mpiexec is of, "
+            "or start it without mpiexec"
+        ) from None
+    world = MPI.COMM_WORLD
+    sizes = [int(os.environ[name]) for name in _SIZES if name in os.environ]
+    expected = sizes[0] if sizes else launched_rank() + 1
+    if world.Get_size() < expected:
+        library = MPI.Get_library_version().split(",")[0].split("\n")[0]
+        raise UserError(
+            f"mpiexec started {expected} ranks or more and MPI sees {world.Get_size()}: it is of "
+            f"another MPI than mpi4py's ({library}); start it with that one's mpiexec"
+        )
+    return world
 
 
 class Team:
@@ -19,10 +58,8 @@ class Team:
     def __init__(self) -> None:
         self._comm: Any = None
         self.rank, self.size = 0, 1
-        if any(name in os.environ for name in STARTED_BY_MPI):
-            from mpi4py import MPI
-
-            self._comm = MPI.COMM_WORLD
+        if started_by_mpi():
+            self._comm = _world()
             self.rank, self.size = self._comm.Get_rank(), self._comm.Get_size()
 
     def lead(self, work: Callable[[], T]) -> T:

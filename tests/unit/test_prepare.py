@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -12,7 +13,7 @@ import pytest
 
 from megascale import cli
 from megascale.corpus.describe import describe
-from megascale.corpus.prepare import prepare, unigram_bits
+from megascale.corpus.prepare import _scratch, prepare, unigram_bits
 from megascale.corpus.recipe import load_recipe, parse_recipe
 from megascale.corpus.shards import Shard
 from megascale.corpus.tokenizers import load_tokenizer
@@ -175,6 +176,113 @@ def test_parquet_and_datasets(tmp_path):
         prepare(_recipe("parquet", tmp_path / "in/*"), tmp_path / "x", processes=1)
 
 
+@pytest.mark.parametrize("kind", ["files", "jsonl"])
+def test_damaged_gzip(tmp_path, kind):
+    whole = gzip.compress(b'{"text": "abc"}\n' * 999)
+    damaged = {
+        "short": whole[:-9],
+        "scrambled": whole[:20] + b"\xff" * 9 + whole[29:],
+        "none": b"no gzip",
+    }
+    for name, content in damaged.items():
+        paths = _files(tmp_path / name, {f"{name}.gz": content})
+        with pytest.raises(UserError, match=f"{name}.gz: .*exclude"):
+            prepare(_recipe(kind, paths), tmp_path / "out", processes=1)
+
+
+def test_a_file_name_that_is_no_utf8(tmp_path):
+    folder = tmp_path / "in"
+    folder.mkdir()
+    for name, content in ((b"caf\xe9", b"good"), (b"th\xe9", b"\xff")):
+        with open(os.path.join(os.fsencode(folder), name), "wb") as file:
+            file.write(content)
+    done = prepare(_recipe(paths=folder / "*"), tmp_path / "out", processes=1)
+    assert _texts(tmp_path / "out") == ["good"]
+    assert done.facts["skipped"]["first_invalid_utf8"] == f"{folder}/th\ufffd"
+
+
+@pytest.mark.parametrize(
+    "split, texts",
+    [
+        ("train[:2]", ["0", "1"]),
+        ("train[50%:]", ["2", "3"]),
+        ("train[3:]+train[:1]", ["3", "0"]),
+        ("train+test", ["0", "1", "2", "3", "5"]),
+    ],
+)
+def test_parts_of_a_dataset(tmp_path, split, texts):
+    import datasets
+
+    (tmp_path / "in").mkdir()
+    for name, rows in (("train", "0123"), ("test", "5")):
+        part = datasets.Dataset.from_dict({"text": list(rows)})
+        part.to_parquet(str(tmp_path / "in" / f"{name}.parquet"))
+    recipe = _recipe("dataset", input={"name": str(tmp_path / "in"), "split": split})
+    prepare(recipe, tmp_path / "out", processes=1)
+    assert _texts(tmp_path / "out") == texts
+
+
+def test_splits_of_a_saved_dataset(tmp_path):
+    import datasets
+
+    parts = {name: datasets.Dataset.from_dict({"text": [name]}) for name in ("train", "test")}
+    datasets.DatasetDict(parts).save_to_disk(str(tmp_path / "in"))
+    parts["train"].save_to_disk(str(tmp_path / "one"))
+    recipe = _recipe("dataset", input={"name": str(tmp_path / "in"), "split": "test"})
+    prepare(recipe, tmp_path / "out", processes=1)
+    assert _texts(tmp_path / "out") == ["test"]
+    for name, split, there in (("in", "test[:1]", "train, test"), ("one", "test", "train")):
+        recipe = _recipe("dataset", input={"name": str(tmp_path / name), "split": split})
+        with pytest.raises(UserError, match=f"no split .* to one of {there}$"):
+            prepare(recipe, tmp_path / "x", processes=1)
+
+
+@pytest.mark.parametrize("column, kind", [("id", "int64"), ("tags", "List"), ("good", "bool")])
+def test_a_column_that_is_no_text(tmp_path, column, kind):
+    import datasets
+
+    rows = datasets.Dataset.from_dict({"id": [1], "tags": [["a"]], "good": [True]})
+    rows.to_parquet(str(tmp_path / "a.parquet"))
+    recipe = _recipe("parquet", tmp_path / "*.parquet", input={"text_column": column})
+    with pytest.raises(UserError, match=f"column '{column}' .* holds {kind}"):
+        prepare(recipe, tmp_path / "out", processes=1)
+
+
+def test_two_at_once(tmp_path):
+    paths = _files(tmp_path / "in", {"a": "one"})
+    with _scratch(tmp_path / "out") as scratch:
+        (scratch / "work of the first").touch()
+        with pytest.raises(UserError, match="another prepare is making it"):
+            prepare(_recipe(paths=paths), tmp_path / "out", processes=1)
+        assert [path.name for path in scratch.iterdir()] == ["work of the first"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in"]
+    prepare(_recipe(paths=paths), tmp_path / "out", processes=1)
+
+
+def test_killed_before_the_end(tmp_path):
+    """Whatever a killed prepare left, there is no corpus, and the next one starts afresh."""
+    _files(tmp_path / "in", {f"{i:03}": f"text {i} " * 99 for i in range(99)})
+    (tmp_path / "r.yaml").write_text("name: x\ninputs: [{kind: files, paths: [in/*]}]\n")
+    script = """
+import os, sys
+from megascale import cli
+from megascale.corpus import prepare
+prepare._give_name = lambda partial, out: os.kill(os.getpid(), 9)
+cli.main(["prepare", "r.yaml", "--out", "out", "--processes", "1"])
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == -9, done.stderr
+    assert (tmp_path / "out.partial").exists() and not (tmp_path / "out").exists()
+    prepare(_recipe(paths=tmp_path / "in/*"), tmp_path / "out", processes=1)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "out", "r.yaml"]
+
+
 def test_nothing_to_read(tmp_path):
     with pytest.raises(UserError, match="nothing matches"):
         prepare(_recipe(paths=tmp_path / "*.txt"), tmp_path / "out")
@@ -183,7 +291,7 @@ def test_nothing_to_read(tmp_path):
         prepare(_recipe(paths=paths), tmp_path / "out", processes=1)
     with pytest.raises(UserError, match="no file is left"):
         prepare(_recipe(paths=paths, input={"exclude": ["*"]}), tmp_path / "out", processes=1)
-    assert not (tmp_path / "out").exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in"]
 
 
 def test_reused_refused_and_forced(tmp_path):

@@ -89,3 +89,52 @@ def test_an_error_of_one_rank_ends_all(mpiexec, tmp_path):
     assert done.stderr.count("megascale: more.jsonl row 64: not a JSON object") == 1
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "corpora" / "x").exists()
+
+
+def _alone_but_said_to_be(tmp_path, **variables):
+    """What prepare says in a process that no MPI launcher started, with a launcher's variables."""
+    _corpus_text(tmp_path)
+    words = [sys.executable, "-m", "megascale", "prepare", "r.yaml", "--processes", "1"]
+    environment = {**ENVIRONMENT, **variables}
+    return subprocess.run(
+        words, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=100
+    )
+
+
+def test_no_mpi_library(tmp_path):
+    (tmp_path / "mpi4py").mkdir()
+    (tmp_path / "mpi4py" / "__init__.py").write_text("")
+    (tmp_path / "mpi4py" / "MPI.py").write_text("raise RuntimeError('cannot load MPI library')")
+    for rank, complaints in (("0", 1), ("1", 0)):
+        (tmp_path / rank).mkdir()
+        done = _alone_but_said_to_be(
+            tmp_path / rank, PMI_SIZE="2", PMI_RANK=rank, PYTHONPATH=f"{tmp_path}:{ROOT}"
+        )
+        assert done.returncode == 2
+        assert done.stderr.count("megascale: started by MPI, but mpi4py finds no") == complaints
+        assert "Traceback" not in done.stderr
+
+
+def test_one_rank_needs_no_mpi(tmp_path):
+    (tmp_path / "mpi4py.py").write_text("raise SystemExit('imported')")
+    done = _alone_but_said_to_be(
+        tmp_path, PMI_SIZE="1", PMI_RANK="0", PYTHONPATH=f"{tmp_path}:{ROOT}"
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_launcher_of_another_mpi(tmp_path):
+    """Every rank sees itself alone; all would write the same files."""
+    (tmp_path / "mpi4py").mkdir()
+    (tmp_path / "mpi4py" / "__init__.py").write_text("")
+    (tmp_path / "mpi4py" / "MPI.py").write_text(
+        "class COMM_WORLD:\n    Get_size = staticmethod(lambda: 1)\n"
+        "Get_library_version = lambda: 'Some MPI v1, built today'\n"
+    )
+    done = _alone_but_said_to_be(
+        tmp_path, PMI_SIZE="3", PMI_RANK="0", PYTHONPATH=f"{tmp_path}:{ROOT}"
+    )
+    assert done.returncode == 2
+    assert "megascale: mpiexec started 3 ranks or more and MPI sees 1" in done.stderr
+    assert "Some MPI v1" in done.stderr and "Traceback" not in done.stderr
+    assert not (tmp_path / "corpora").exists()
