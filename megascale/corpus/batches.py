@@ -379,12 +379,15 @@ def heldout_pieces(shard: Documents, context_tokens: int, tokens: int) -> Pieces
     """Pieces of whole held-out documents with about `tokens` tokens in all, for evaluation.
 
     Documents are taken in one fixed shuffled order, the same in every run; the last one is
-    taken if that brings the total nearer to `tokens`. At least one where `tokens` > 0.
+    taken if that brings the total nearer to `tokens`. One longer than a tenth of `tokens` is
+    passed over, so that no giant speaks for all. At least one where `tokens` > 0.
     """
     lengths = np.asarray(shard.lengths)
     if not tokens or not len(lengths):
         return _NO_PIECES
     order = Permutation(len(lengths), 0, "heldout", 0)(np.arange(len(lengths)))
+    fits = lengths[order] <= tokens / 10
+    order = order[fits] if fits.any() else order[:1]
     sums = np.cumsum(lengths[order], dtype=np.int64)
     count = max(1, int(np.searchsorted(sums - lengths[order] // 2, tokens)))
     document = order[:count]

@@ -322,6 +322,12 @@ def test_more_heldout_tokens_keep_the_documents_there_are() -> None:
     assert everything.length.sum() == source.num_tokens
 
 
+def test_no_giant_speaks_for_all_heldout_documents() -> None:
+    pieces = heldout_pieces(shard(*[10] * 50, 300, 90), 16, 400)
+    assert set(pieces.document.tolist()) <= set(range(50))
+    assert abs(int(pieces.length.sum()) - 400) <= 10
+
+
 def test_heldout_of_a_giant_is_one_document_and_of_zero_tokens_none() -> None:
     assert heldout_pieces(shard(1000), 16, 10).length.sum() == 1000
     assert len(heldout_pieces(shard(1000), 16, 0).length) == 0
