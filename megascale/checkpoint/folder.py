@@ -90,10 +90,15 @@ def publish(checkpoints: Path, step: int) -> None:
         target.rename(aside)
     (checkpoints / f"{UNFINISHED}{name}").rename(target)
     sync_folder(checkpoints)
-    write_synced(checkpoints / f"{UNFINISHED}{LATEST}", f"{name}\n".encode())
+    name_latest(checkpoints, step)
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def name_latest(checkpoints: Path, step: int) -> None:
+    """Let `latest` name the checkpoint of `step`."""
+    write_synced(checkpoints / f"{UNFINISHED}{LATEST}", f"{name_of(step)}\n".encode())
     (checkpoints / f"{UNFINISHED}{LATEST}").replace(checkpoints / LATEST)
     sync_folder(checkpoints)
-    shutil.rmtree(aside, ignore_errors=True)
 
 
 def remove_leftovers(checkpoints: Path) -> None:

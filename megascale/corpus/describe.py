@@ -13,6 +13,8 @@ from megascale.errors import UserError
 
 CORPUS_FILE = "corpus.json"
 FORMAT = 1
+PARTS = ("train", "heldout")
+TOKENIZER_KINDS = ("bytes", "bpe", "hf")
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,9 @@ def describe(
     prepared.
     """
     if (Path(path) / CORPUS_FILE).is_file():
-        return _prepared(Path(path))
+        info = _prepared(Path(path))
+        _refuse_other(path, info, heldout, vocab_size, eod_id)
+        return info
     if not Path(f"{path}.idx").exists():
         raise UserError(
             f"source {path}: no corpus there; make one, e.g. megascale prepare "
@@ -77,6 +81,26 @@ def describe(
     )
 
 
+def _refuse_other(
+    path: str, info: SourceInfo, heldout: str | None, vocab_size: int | None, eod_id: int | None
+) -> None:
+    """What is said about a prepared folder must be what it knows itself."""
+    if heldout is not None:
+        raise UserError(
+            f"source {path}: a prepared folder brings its own held-out shards; remove "
+            f"heldout = {heldout}"
+        )
+    for name, said, known in (
+        ("vocab_size", vocab_size, info.vocab_size),
+        ("eod_id", eod_id, info.eod_id),
+    ):
+        if said is not None and said != known:
+            raise UserError(
+                f"source {path}: {name} = {said} is said of a corpus prepared with {known}; "
+                "leave it out"
+            )
+
+
 def _prepared(folder: Path) -> SourceInfo:
     facts = read_corpus_file(folder)
     for name, size in facts["files"].items():
@@ -87,6 +111,11 @@ def _prepared(folder: Path) -> SourceInfo:
                 f"{size['bytes']}; it was changed after it was prepared, prepare it again"
             )
     shard = _not_empty(Shard.open(folder / "train"), str(folder))
+    if shard.num_tokens != facts["train"]["tokens"]:
+        raise UserError(
+            f"corpus {folder}: its shard has {shard.num_tokens:,} tokens where corpus.json speaks "
+            f"of {facts['train']['tokens']:,}; prepare it again"
+        )
     has_heldout = facts["heldout"]["documents"] > 0
     return SourceInfo(
         train=str(folder / "train"),
@@ -107,22 +136,29 @@ def read_corpus_file(folder: Path) -> Mapping[str, Any]:
     path = folder / CORPUS_FILE
     try:
         facts = json.loads(path.read_text(encoding="utf-8"))
-        complete = facts["format"] == FORMAT and all(
-            type(number) is int and number >= 0
-            for number in (
-                facts["train"]["bytes"],
-                facts["heldout"]["documents"],
-                facts["tokenizer"]["vocab_size"],
-                facts["tokenizer"]["eod_id"],
-                *(entry["bytes"] for entry in facts["files"].values()),
-            )
-        )
-        float(facts["unigram_bits_per_byte"])
+        complete = facts["format"] == FORMAT and _is_complete(facts)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         complete = False
     if not complete:
         raise UserError(f"{path}: not a corpus file of format {FORMAT}; prepare the corpus again")
     return dict(facts)
+
+
+def _is_complete(facts: Mapping[str, Any]) -> bool:
+    """Whether every number is one that `prepare` could have written, and every file is named."""
+    tokenizer, files, bits = facts["tokenizer"], facts["files"], facts["unigram_bits_per_byte"]
+    whole = [facts[part][key] for part in PARTS for key in ("documents", "tokens", "bytes")]
+    whole += [tokenizer["vocab_size"], tokenizer["eod_id"], *(f["bytes"] for f in files.values())]
+    return (
+        all(type(number) is int and number >= 0 for number in whole)
+        and tokenizer["kind"] in TOKENIZER_KINDS
+        and tokenizer["eod_id"] < tokenizer["vocab_size"]
+        and facts["train"]["bytes"] > 0
+        and isinstance(bits, float)
+        and 0 <= bits < float("inf")
+        and {f"{part}.{ending}" for part in PARTS for ending in ("bin", "idx")} <= set(files)
+        and all(isinstance(file["sha256"], str) for file in files.values())
+    )
 
 
 def _not_empty(shard: Shard, path: str) -> Shard:

@@ -4,8 +4,14 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import numpy as np
@@ -62,27 +68,56 @@ def encode_rows(
     if not len(rows):
         return ()
     processes = min(processes, -(-len(rows) // _BATCH_DOCUMENTS))
-    done = (
-        table.open()
-        .select(rows)
-        .with_format("arrow")
-        .map(
-            _encode_batch,
-            batched=True,
-            batch_size=_BATCH_DOCUMENTS,
-            writer_batch_size=_BATCH_DOCUMENTS,
-            with_indices=True,
-            fn_kwargs={"table": table, "first_row": rows.start, "encoder": encoder},
-            features=_features(),
-            remove_columns=table.open().column_names,
-            num_proc=processes if processes > 1 else None,
-            cache_file_name=str(out),
-            load_from_cache_file=False,
-            new_fingerprint=hashlib.blake2b(str(out).encode(), digest_size=8).hexdigest(),
-            desc=label,
+    dataset = table.open()
+    with _interruptible():
+        done = (
+            dataset.select(rows)
+            .with_format("arrow")
+            .map(
+                _encode_batch,
+                batched=True,
+                batch_size=_BATCH_DOCUMENTS,
+                writer_batch_size=_BATCH_DOCUMENTS,
+                with_indices=True,
+                fn_kwargs={"table": table, "first_row": rows.start, "encoder": encoder},
+                features=_features(),
+                remove_columns=dataset.column_names,
+                num_proc=processes if processes > 1 else None,
+                cache_file_name=str(out),
+                load_from_cache_file=False,
+                new_fingerprint=hashlib.blake2b(str(out).encode(), digest_size=8).hexdigest(),
+                desc=label,
+            )
         )
-    )
     return tuple(entry["filename"] for entry in done.cache_files)
+
+
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    """Ctrl-C, which every process of the terminal gets, is for this one; it ends the others.
+
+    `datasets` answers it with the tracebacks of all, and with an error of its own.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield  # where no signal arrives and no handler can be set
+        return
+    here, interrupted = os.getpid(), False
+
+    def answer(number: int, frame: FrameType | None) -> None:
+        nonlocal interrupted
+        if os.getpid() == here:
+            interrupted = True
+            raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGINT, answer)
+    try:
+        yield
+    except Exception:
+        if interrupted:
+            raise KeyboardInterrupt from None
+        raise
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _features() -> Any:

@@ -215,8 +215,6 @@ def load_tokenizer(corpus_folder: str | Path) -> Tokenizer:
     """
     folder = Path(corpus_folder)
     facts = read_corpus_file(folder)["tokenizer"]
-    if facts.get("kind") not in ("bytes", "bpe", "hf"):
-        raise UserError(f"corpus {folder}: unknown tokenizer kind {facts.get('kind')!r}")
     tokenizer = open_tokenizer(facts["kind"], folder / FOLDER, facts["eod_id"])
     if (tokenizer.vocab_size, tokenizer.eod_id) != (facts["vocab_size"], facts["eod_id"]):
         raise UserError(

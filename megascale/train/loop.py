@@ -7,6 +7,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 
+from megascale.checkpoint.folder import checkpoints_dir, name_latest
 from megascale.checkpoint.load import find, restore
 from megascale.checkpoint.manifest import Position
 from megascale.checkpoint.save import Saver
@@ -26,7 +27,7 @@ from megascale.runtime.logs import log_to, note_failure
 from megascale.train.describe import describe_run, plan_lengths
 from megascale.train.evaluate import HeldoutSet, heldout_sets
 from megascale.train.feed import Feed, PlannedBatch
-from megascale.train.folder import RunFolder
+from megascale.train.folder import RunFolder, on_first_rank
 from megascale.train.report import Report
 from megascale.train.resume import compare_configs, compare_sources
 from megascale.train.sample import sample_tokens
@@ -222,5 +223,8 @@ def _restore(
     changed = compare_configs(position.config, learner.config)
     compare_sources(position.cursor["sources"], _identity(sources))
     restore(found, learner.model, learner.optimizer, learner.ranks)
+    # whoever went back to a step means it: a crash before the next save must not undo that
+    checkpoints = checkpoints_dir(folder.path)
+    on_first_rank(learner.ranks, lambda: name_latest(checkpoints, position.step))
     notes = [*found.warnings, *(f"changed since the checkpoint: {line}" for line in changed)]
     return Cursor.from_json(position.cursor["data"]), notes

@@ -113,6 +113,20 @@ def test_a_run_folder_is_entered_once(ranks, config, tmp_path):
     assert status == 2 and "in use by another run" in said
 
 
+def test_going_back_to_a_step_is_meant(ranks, config, tmp_path):
+    run_dir = tmp_path / "run"
+    assert train(ranks, 2, config, run_dir)[0] == 0
+    latest, whole = run_dir / "checkpoints/latest", curve(run_dir)
+    assert latest.read_text().strip() == "00000006"
+    words = ("--resume", "4", "train.stop_after_steps=4")
+    assert train(ranks, 2, config, run_dir, *words)[0] == 0
+    assert latest.read_text().strip() == "00000004" and max(curve(run_dir)) == 4
+    status, said = train(ranks, 2, config, run_dir, "--resume", "auto")
+    assert status == 0 and "resumed at step 4" in said
+    assert curve(run_dir).keys() == whole.keys()
+    assert all(curve(run_dir)[s]["loss"] == whole[s]["loss"] for s in whole)
+
+
 @pytest.mark.parametrize(
     "word, message",
     [

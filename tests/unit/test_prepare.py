@@ -4,12 +4,16 @@ import gzip
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from megascale import cli
 from megascale.corpus.describe import describe
@@ -283,6 +287,40 @@ cli.main(["prepare", "r.yaml", "--out", "out", "--processes", "1"])
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "out", "r.yaml"]
 
 
+def test_ctrl_c_while_others_work(tmp_path):
+    """The whole process group gets the signal, as from a terminal."""
+    _files(tmp_path / "in", {f"{i:03}": f"text {i}" for i in range(300)})
+    (tmp_path / "r.yaml").write_text("name: x\ninputs: [{kind: files, paths: [in/*]}]\n")
+    script = """
+import pathlib, sys, time
+from megascale import cli
+from megascale.corpus.tokenizers import ByteTokenizer
+def slow(self, texts):
+    pathlib.Path("working").touch()
+    time.sleep(30)
+ByteTokenizer.encode_batch = slow
+sys.exit(cli.main(["prepare", "r.yaml", "--out", "out", "--processes", "2"]))
+"""
+    process = subprocess.Popen(
+        [sys.executable, "-c", script],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        start_new_session=True,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    began = time.monotonic()
+    while not (tmp_path / "working").exists() and process.poll() is None:
+        assert time.monotonic() - began < 60
+        time.sleep(0.05)
+    time.sleep(0.5)
+    os.killpg(process.pid, signal.SIGINT)
+    _, said = process.communicate(timeout=20)
+    assert process.returncode == 130, said
+    assert "Traceback" not in said and "Interrupt" not in said
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "r.yaml", "working"]
+
+
 def test_nothing_to_read(tmp_path):
     with pytest.raises(UserError, match="nothing matches"):
         prepare(_recipe(paths=tmp_path / "*.txt"), tmp_path / "out")
@@ -331,6 +369,65 @@ def test_corpus_json_and_describe(tmp_path):
         describe(str(tmp_path / "out"))
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"format": 2},
+        {"files": {}},
+        {"files": {"train.bin": {"bytes": 6}}},
+        {"unigram_bits_per_byte": "4"},
+        {"unigram_bits_per_byte": float("nan")},
+        {"tokenizer": {"kind": "bytes", "vocab_size": 10, "eod_id": 256}},
+        {"tokenizer": {"kind": "own", "vocab_size": 257, "eod_id": 256}},
+        {"train": {"documents": 1, "tokens": 99, "bytes": 3}},
+        {"train": {"documents": 1, "tokens": 4, "bytes": 0}},
+        {"heldout": {"documents": True, "tokens": 0, "bytes": 0}},
+    ],
+)
+def test_a_corpus_file_that_was_changed(tmp_path, change):
+    paths = _files(tmp_path / "in", {"a": "one"})
+    out = prepare(_recipe(paths=paths), tmp_path / "out", processes=1).folder
+    assert describe(str(out)).train_tokens == 4
+    facts = json.loads((out / "corpus.json").read_text())
+    (out / "corpus.json").write_text(json.dumps(facts | change))
+    with pytest.raises(UserError, match="prepare"):
+        describe(str(out))
+
+
+@settings(
+    max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(data=st.data())
+def test_a_mutated_corpus_file_is_refused_or_meant(tmp_path, data):
+    out = tmp_path / "out"
+    if not out.exists():
+        prepare(_recipe(paths=_files(tmp_path / "in", {"a": "one"})), out, processes=1)
+        shutil.copy(out / "corpus.json", tmp_path / "whole")
+    raw = bytearray((tmp_path / "whole").read_bytes())
+    for _ in range(data.draw(st.integers(1, 4))):
+        at = data.draw(st.integers(0, len(raw) - 1))
+        raw[at : at + data.draw(st.integers(0, 5))] = data.draw(st.binary(max_size=5))
+    (out / "corpus.json").write_bytes(raw)
+    try:
+        info = describe(str(out))
+    except UserError:
+        return
+    assert info.train_tokens == 4 and info.train_bytes > 0
+    assert 0 <= info.eod_id < info.vocab_size and info.unigram_bits_per_byte >= 0
+
+
+def test_what_a_prepared_folder_knows_itself(tmp_path):
+    paths = _files(tmp_path / "in", {"a": "one"})
+    out = str(prepare(_recipe(paths=paths), tmp_path / "out", processes=1).folder)
+    assert describe(out, None, 257, 256) == describe(out)
+    with pytest.raises(UserError, match="vocab_size = 300 .* 257"):
+        describe(out, vocab_size=300)
+    with pytest.raises(UserError, match="eod_id = 0 .* 256"):
+        describe(out, eod_id=0)
+    with pytest.raises(UserError, match="brings its own held-out"):
+        describe(out, heldout=f"{out}/train")
+
+
 def test_tokenizer_of_another_corpus(tmp_path):
     paths = _files(tmp_path / "in", {"a": "one two three four five six"})
     for name, size in (("a", 265), ("b", 270)):
@@ -339,6 +436,8 @@ def test_tokenizer_of_another_corpus(tmp_path):
     shutil.copy(*(tmp_path / name / "tokenizer/tokenizer.json" for name in "ab"))
     with pytest.raises(UserError, match="tokenizer and shards disagree"):
         load_tokenizer(tmp_path / "b")
+    with pytest.raises(UserError, match="tokenizer.json has .* changed after"):
+        describe(str(tmp_path / "b"))
 
 
 def test_unigram_bits():
