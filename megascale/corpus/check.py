@@ -13,13 +13,15 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from megascale.corpus.describe import SourceInfo
+from megascale.corpus.describe import SourceInfo, read_corpus_file, sha256_of
 from megascale.corpus.shards import Shard
 from megascale.corpus.tokenizers import Tokenizer, load_tokenizer
 
 DECODED_DOCUMENTS = 2000
 """Documents that are decoded and encoded again, spread evenly; the rest is checked as ids."""
 BAR_WIDTH = 40
+ONE_TOKEN = "documents of one token (their end)"
+DAMAGED_BEFORE = "documents that spell U+FFFD, which stands where text was damaged earlier"
 
 
 @dataclass
@@ -48,9 +50,12 @@ def check_source(info: SourceInfo) -> Findings:
 
     Looks at: ids outside the vocabulary, documents without an end, empty documents and such of
     one token, exact duplicates within and between train and held-out, text that is no UTF-8, and
-    whether tokenizer and shards agree.
+    whether tokenizer and shards agree. Files of a prepared folder must be those that were written.
     """
     findings = Findings()
+    if info.tokenizer is not None:
+        changed = _changed_files(Path(info.tokenizer))
+        findings.count(len(changed), "files changed after they were prepared", "".join(changed[:1]))
     tokenizer = load_tokenizer(info.tokenizer) if info.tokenizer else None
     digests = {}
     for part, prefix in (("train", info.train), ("heldout", info.heldout)):
@@ -67,26 +72,35 @@ def check_source(info: SourceInfo) -> Findings:
     return findings
 
 
+def _changed_files(folder: Path) -> list[str]:
+    """Files of a prepared folder that do not have the checksum of corpus.json."""
+    facts = read_corpus_file(folder)["files"]
+    return [name for name, one in facts.items() if sha256_of(folder / name) != one["sha256"]]
+
+
 def _check_part(
     part: str, shard: Shard, info: SourceInfo, tokenizer: Tokenizer | None, findings: Findings
 ) -> NDArray[np.uint64]:
     """Check one shard; returns a digest of each document."""
     digests = np.zeros(shard.num_documents, dtype=np.uint64)
     met: dict[str, list[int]] = {}
-    stride = max(1, shard.num_documents // DECODED_DOCUMENTS)
+    decoded, stride = 0, max(1, shard.num_documents // DECODED_DOCUMENTS)
     for document, tokens in _documents(part, shard):
         digests[document] = xxhash.xxh3_64_intdigest(tokens.tobytes())
         problems = _id_problems(tokens, info)
         if tokenizer is not None and document % stride == 0 and not problems:
             problems = _text_problems(tokens, tokenizer)
+            decoded += 1
         for problem in problems:
             met.setdefault(problem, []).append(document)
     for problem, documents in met.items():
-        is_fault = problem not in ("documents of one token (their end)",)
-        findings.count(len(documents), problem, f"{part} document {documents[0]}", is_fault)
-    _, first, counts = np.unique(digests, return_index=True, return_counts=True)
+        first = f"{part} document {documents[0]}"
+        findings.count(len(documents), problem, first, problem not in (ONE_TOKEN, DAMAGED_BEFORE))
+    if 0 < decoded < shard.num_documents:
+        findings.notes.append(f"{decoded:,} documents of {part} were decoded, spread evenly")
+    _, firsts, counts = np.unique(digests, return_index=True, return_counts=True)
     again = int((counts - 1).sum())
-    example = f"of {part} document {first[counts > 1].min()}" if again else ""
+    example = f"of {part} document {firsts[counts > 1].min()}" if again else ""
     findings.count(again, f"exact duplicates within {part}", example)
     return digests
 
@@ -103,14 +117,14 @@ def _id_problems(tokens: NDArray[Any], info: SourceInfo) -> list[str]:
     if len(ends) and ends[0] < len(tokens) - 1:
         problems.append("documents with an end-of-document id inside")
     if len(tokens) == 1:
-        problems.append("documents of one token (their end)")
+        problems.append(ONE_TOKEN)
     return problems
 
 
 def _text_problems(tokens: NDArray[Any], tokenizer: Tokenizer) -> list[str]:
     text = tokenizer.decode(tokens[:-1])
     if np.array_equal(tokenizer.encode(text), tokens[:-1]):
-        return []
+        return [DAMAGED_BEFORE] if "\ufffd" in text else []
     if "\ufffd" in text:  # decoding put it there; where the text itself holds it, ids agree
         return ["documents that are not clean UTF-8 text"]
     return ["documents that the tokenizer encodes to other ids than are stored"]
@@ -165,6 +179,8 @@ def plot_lengths(parts: dict[str, NDArray[Any]], context_tokens: int, path: Path
         label="tokens (right axis)",
     )
     tokens.set_ylabel("million tokens in them")
+    for one in (axes, tokens):
+        one.set_ylim(top=1.18 * one.get_ylim()[1])  # room for the legend
     axes.axvline(context_tokens, color="#555555", linestyle="--", linewidth=1)
     axes.annotate(
         f" context {context_tokens:,}",

@@ -33,8 +33,11 @@ def run_check(args: argparse.Namespace) -> int:
     for part, lengths in findings.lengths.items():
         print(f"lengths, {part}:\n{length_histogram(lengths, args.context)}")
     folder = Path(args.plots) if args.plots else _beside(args.corpus)
-    plot_lengths(findings.lengths, args.context, folder / "lengths.png")
-    print(f"wrote {folder / 'lengths.png'}")
+    try:
+        plot_lengths(findings.lengths, args.context, folder / "lengths.png")
+        print(f"wrote {folder / 'lengths.png'}")
+    except OSError as error:  # a verdict is worth more than a picture
+        findings.notes.append(f"no picture: {folder}: {error.strerror}; choose another --plots")
     for note in findings.notes:
         print(f"note: {note}")
     for fault in findings.faults:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -159,6 +160,12 @@ def _is_complete(facts: Mapping[str, Any]) -> bool:
         and {f"{part}.{ending}" for part in PARTS for ending in ("bin", "idx")} <= set(files)
         and all(isinstance(file["sha256"], str) for file in files.values())
     )
+
+
+def sha256_of(path: Path) -> str:
+    """Checksum of a file's content, as hexadecimal digits."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _not_empty(shard: Shard, path: str) -> Shard:

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from megascale.corpus.describe import CORPUS_FILE, FORMAT, read_corpus_file
+from megascale.corpus.describe import CORPUS_FILE, FORMAT, read_corpus_file, sha256_of
 from megascale.corpus.encode import (
     EMPTY,
     GOOD,
@@ -363,7 +363,10 @@ def _facts(
         "skipped": fates.skipped,
         "source_fingerprint": identity,
         "files": {
-            str(path.relative_to(folder)): _file_facts(path)
+            str(path.relative_to(folder)): {
+                "bytes": path.stat().st_size,
+                "sha256": sha256_of(path),
+            }
             for path in sorted(folder.rglob("*"))
             if path.is_file()
         },
@@ -382,12 +385,6 @@ def unigram_bits(counts: NDArray[np.int64]) -> float:
     """Bits that all tokens take under their own unigram distribution: n * entropy(counts / n)."""
     met = counts[counts > 0].astype(np.float64)
     return float((met * np.log2(met.sum() / met)).sum())
-
-
-def _file_facts(path: Path) -> dict[str, Any]:
-    with open(path, "rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    return {"bytes": path.stat().st_size, "sha256": digest}
 
 
 def _give_name(partial: Path, out: Path) -> None:

@@ -1,5 +1,8 @@
 """`megascale data check`: each fault is found, a good corpus is called good."""
 
+import json
+import shutil
+
 import numpy as np
 import pytest
 
@@ -39,6 +42,8 @@ def corpus(tmp_path):
 def test_a_good_corpus(corpus):
     findings = check_source(describe(str(corpus)))
     assert findings.faults == [] and findings.verdict == "good"
+    (one,) = (note for note in findings.notes if "of train" not in note and "train doc" in note)
+    assert "U+FFFD" in one and one.endswith("train document 0")
 
 
 @pytest.mark.parametrize(
@@ -77,8 +82,46 @@ def test_broken_text(corpus):
     raw.tofile(corpus / "train.bin")
     findings = check_source(describe(str(corpus)))
     assert findings.faults == [
-        "1 documents that are not clean UTF-8 text; the first is train document 0"
+        "1 files changed after they were prepared; the first is train.bin",
+        "1 documents that are not clean UTF-8 text; the first is train document 0",
     ]
+
+
+def test_a_changed_token_that_could_be_one(corpus):
+    raw = np.fromfile(corpus / "heldout.bin", np.uint16)
+    raw[0] ^= 1  # another letter
+    raw.tofile(corpus / "heldout.bin")
+    findings = check_source(describe(str(corpus)))
+    assert findings.faults == ["1 files changed after they were prepared; the first is heldout.bin"]
+
+
+def test_shards_of_another_tokenizer(tmp_path, corpus):
+    """The same vocabulary, other merges: no id is wrong, the text is."""
+    texts = {"a": "the quick brown fox " * 9, "b": "jumps over the lazy dogs " * 9}
+    for name, text in texts.items():
+        (tmp_path / f"{name}.txt").write_text(text)
+        recipe = parse_recipe(
+            f"name: x\nheldout_fraction: 0\ntokenizer: {{kind: bpe, vocab_size: 262}}\n"
+            f"inputs: [{{kind: files, paths: ['{tmp_path}/{name}.txt']}}]"
+        )
+        prepare(recipe, tmp_path / name, processes=1)
+    first, second = (json.loads((tmp_path / name / "corpus.json").read_text()) for name in "ab")
+    tokenizer = "tokenizer/tokenizer.json"
+    shutil.copy(tmp_path / "a" / tokenizer, tmp_path / "b" / tokenizer)
+    second["files"][tokenizer] = first["files"][tokenizer]
+    (tmp_path / "b" / "corpus.json").write_text(json.dumps(second))
+    findings = check_source(describe(str(tmp_path / "b")))
+    assert findings.faults == [
+        "1 documents that the tokenizer encodes to other ids than are stored; the first is train "
+        "document 0"
+    ]
+
+
+def test_only_some_documents_are_decoded(corpus, monkeypatch):
+    monkeypatch.setattr("megascale.corpus.check.DECODED_DOCUMENTS", 10)
+    findings = check_source(describe(str(corpus)))
+    assert findings.verdict == "good"
+    assert any("documents of train were decoded" in note for note in findings.notes)
 
 
 def test_histogram():
@@ -98,6 +141,10 @@ def test_command_line(corpus, tmp_path, capsys):
     assert cli.main(["data", "check", str(corpus), "--plots", str(tmp_path / "plots")]) == 0
     assert "verdict: good" in capsys.readouterr().out
     assert (tmp_path / "plots" / "lengths.png").read_bytes().startswith(b"\x89PNG")
+    (tmp_path / "file").touch()
+    assert cli.main(["data", "check", str(corpus), "--plots", str(tmp_path / "file")]) == 0
+    said = capsys.readouterr().out
+    assert "note: no picture" in said and "verdict: good" in said
     prefix = _shard(tmp_path / "bad", [[1, 2]])
     assert cli.main(["data", "check", prefix, "--vocab-size", "257", "--eod-id", "256"]) == 2
     assert "fault: 1 documents that do not end" in capsys.readouterr().out
