@@ -22,6 +22,10 @@ DECODED_DOCUMENTS = 2000
 BAR_WIDTH = 40
 ONE_TOKEN = "documents of one token (their end)"
 DAMAGED_BEFORE = "documents that spell U+FFFD, which stands where text was damaged earlier"
+LOSSY = "documents that do not decode to the text they were made from, as far as sizes tell"
+OTHER_SIZE = "documents that decode to another number of bytes than their text had"
+NOTES = (ONE_TOKEN, DAMAGED_BEFORE, LOSSY)
+"""What speaks not against training: the rest are faults."""
 
 
 @dataclass
@@ -83,19 +87,21 @@ def _check_part(
 ) -> NDArray[np.uint64]:
     """Check one shard; returns a digest of each document."""
     digests = np.zeros(shard.num_documents, dtype=np.uint64)
+    sizes = np.load(info.heldout_bytes) if part == "heldout" and info.heldout_bytes else None
     met: dict[str, list[int]] = {}
     decoded, stride = 0, max(1, shard.num_documents // DECODED_DOCUMENTS)
     for document, tokens in _documents(part, shard):
         digests[document] = xxhash.xxh3_64_intdigest(tokens.tobytes())
         problems = _id_problems(tokens, info)
         if tokenizer is not None and document % stride == 0 and not problems:
-            problems = _text_problems(tokens, tokenizer)
+            size = None if sizes is None else int(sizes[document])
+            problems = _text_problems(tokens, tokenizer, size)
             decoded += 1
         for problem in problems:
             met.setdefault(problem, []).append(document)
     for problem, documents in met.items():
         first = f"{part} document {documents[0]}"
-        findings.count(len(documents), problem, first, problem not in (ONE_TOKEN, DAMAGED_BEFORE))
+        findings.count(len(documents), problem, first, problem not in NOTES)
     if 0 < decoded < shard.num_documents:
         findings.notes.append(f"{decoded:,} documents of {part} were decoded, spread evenly")
     _, firsts, counts = np.unique(digests, return_index=True, return_counts=True)
@@ -121,13 +127,23 @@ def _id_problems(tokens: NDArray[Any], info: SourceInfo) -> list[str]:
     return problems
 
 
-def _text_problems(tokens: NDArray[Any], tokenizer: Tokenizer) -> list[str]:
+def _text_problems(tokens: NDArray[Any], tokenizer: Tokenizer, size: int | None) -> list[str]:
+    """Faults of a document's text, whose UTF-8 had `size` bytes where that is known.
+
+    Encoding the decoded text again often gives the same ids under another BPE of the same size;
+    the number of bytes tells them apart.
+    """
     text = tokenizer.decode(tokens[:-1])
+    problems = []
     if np.array_equal(tokenizer.encode(text), tokens[:-1]):
-        return [DAMAGED_BEFORE] if "\ufffd" in text else []
-    if "\ufffd" in text:  # decoding put it there; where the text itself holds it, ids agree
-        return ["documents that are not clean UTF-8 text"]
-    return ["documents that the tokenizer encodes to other ids than are stored"]
+        problems += [DAMAGED_BEFORE] if "\ufffd" in text else []
+    elif "\ufffd" in text:  # decoding put it there; where the text itself holds it, ids agree
+        problems.append("documents that are not clean UTF-8 text")
+    else:
+        problems.append("documents that the tokenizer encodes to other ids than are stored")
+    if size is not None and len(text.encode()) != size:
+        problems.append(LOSSY if tokenizer.kind == "hf" else OTHER_SIZE)
+    return problems
 
 
 def _documents(part: str, shard: Shard) -> Iterator[tuple[int, NDArray[Any]]]:

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from megascale import cli
-from megascale.corpus.check import check_source, length_histogram
+from megascale.corpus.check import LOSSY, OTHER_SIZE, check_source, length_histogram
 from megascale.corpus.describe import describe
 from megascale.corpus.prepare import prepare
 from megascale.corpus.recipe import parse_recipe
@@ -95,26 +95,51 @@ def test_a_changed_token_that_could_be_one(corpus):
     assert findings.faults == ["1 files changed after they were prepared; the first is heldout.bin"]
 
 
-def test_shards_of_another_tokenizer(tmp_path, corpus):
-    """The same vocabulary, other merges: no id is wrong, the text is."""
-    texts = {"a": "the quick brown fox " * 9, "b": "jumps over the lazy dogs " * 9}
+def _bpe_corpora(tmp_path):
+    """Two corpora with a BPE each, of the same number of ids and of other merges."""
+    texts = {"a": "the quick brown fox {}", "b": "jumps over the lazy dogs {}"}
     for name, text in texts.items():
-        (tmp_path / f"{name}.txt").write_text(text)
+        (tmp_path / f"in-{name}").mkdir()
+        for i in range(40):
+            (tmp_path / f"in-{name}" / f"{i}.txt").write_text(text.format(i))
         recipe = parse_recipe(
-            f"name: x\nheldout_fraction: 0\ntokenizer: {{kind: bpe, vocab_size: 262}}\n"
-            f"inputs: [{{kind: files, paths: ['{tmp_path}/{name}.txt']}}]"
+            f"name: x\nheldout_fraction: 0.2\ntokenizer: {{kind: bpe, vocab_size: 266}}\n"
+            f"inputs: [{{kind: files, paths: ['{tmp_path}/in-{name}/*.txt']}}]"
         )
         prepare(recipe, tmp_path / name, processes=1)
-    first, second = (json.loads((tmp_path / name / "corpus.json").read_text()) for name in "ab")
+    return tmp_path / "a", tmp_path / "b"
+
+
+def test_shards_of_another_tokenizer(tmp_path):
+    """No id is wrong, and corpus.json agrees; the text is another."""
+    other, corpus = _bpe_corpora(tmp_path)
+    assert check_source(describe(str(corpus))).faults == []
+    first, second = (json.loads((one / "corpus.json").read_text()) for one in (other, corpus))
     tokenizer = "tokenizer/tokenizer.json"
-    shutil.copy(tmp_path / "a" / tokenizer, tmp_path / "b" / tokenizer)
+    shutil.copy(other / tokenizer, corpus / tokenizer)
     second["files"][tokenizer] = first["files"][tokenizer]
-    (tmp_path / "b" / "corpus.json").write_text(json.dumps(second))
-    findings = check_source(describe(str(tmp_path / "b")))
-    assert findings.faults == [
-        "1 documents that the tokenizer encodes to other ids than are stored; the first is train "
-        "document 0"
-    ]
+    (corpus / "corpus.json").write_text(json.dumps(second))
+    faults = check_source(describe(str(corpus))).faults
+    number = second["heldout"]["documents"]
+    assert f"{number} {OTHER_SIZE}; the first is heldout document 0" in faults
+
+
+def test_a_lossy_hugging_face_tokenizer(tmp_path):
+    """Normalising is that tokenizer's nature: said, and no fault."""
+    from tokenizers import Tokenizer, normalizers
+
+    corpus, _ = _bpe_corpora(tmp_path)
+    backend = Tokenizer.from_file(str(corpus / "tokenizer" / "tokenizer.json"))
+    backend.normalizer = normalizers.Replace("quick", "q")
+    backend.save(str(tmp_path / "lossy.json"))
+    recipe = parse_recipe(
+        f"name: x\nheldout_fraction: 0.2\n"
+        f"tokenizer: {{kind: hf, path: '{tmp_path}/lossy.json', eod_token: <|endoftext|>}}\n"
+        f"inputs: [{{kind: files, paths: ['{tmp_path}/in-a/*.txt']}}]"
+    )
+    findings = check_source(describe(str(prepare(recipe, tmp_path / "c", processes=1).folder)))
+    assert findings.faults == []
+    assert any(LOSSY in note for note in findings.notes)
 
 
 def test_only_some_documents_are_decoded(corpus, monkeypatch):
