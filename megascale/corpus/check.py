@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from megascale.corpus.describe import SourceInfo, read_corpus_file, sha256_of
 from megascale.corpus.shards import Shard
 from megascale.corpus.tokenizers import Tokenizer, load_tokenizer
+from megascale.errors import UserError
 
 DECODED_DOCUMENTS = 2000
 """Documents that are decoded and encoded again, spread evenly; the rest is checked as ids."""
@@ -87,7 +88,7 @@ def _check_part(
 ) -> NDArray[np.uint64]:
     """Check one shard; returns a digest of each document."""
     digests = np.zeros(shard.num_documents, dtype=np.uint64)
-    sizes = np.load(info.heldout_bytes) if part == "heldout" and info.heldout_bytes else None
+    sizes = _sizes(info.heldout_bytes, shard) if part == "heldout" and info.heldout_bytes else None
     met: dict[str, list[int]] = {}
     decoded, stride = 0, max(1, shard.num_documents // DECODED_DOCUMENTS)
     for document, tokens in _documents(part, shard):
@@ -109,6 +110,17 @@ def _check_part(
     example = f"of {part} document {firsts[counts > 1].min()}" if again else ""
     findings.count(again, f"exact duplicates within {part}", example)
     return digests
+
+
+def _sizes(path: str, shard: Shard) -> NDArray[np.int64]:
+    """Bytes of the text of each held-out document."""
+    try:
+        sizes = np.load(path, allow_pickle=False)
+    except ValueError:
+        sizes = None
+    if sizes is None or sizes.shape != (shard.num_documents,) or sizes.dtype != np.int64:
+        raise UserError(f"{path}: not the sizes of {shard.num_documents:,} texts; prepare it again")
+    return np.asarray(sizes)
 
 
 def _id_problems(tokens: NDArray[Any], info: SourceInfo) -> list[str]:

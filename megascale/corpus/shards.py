@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
@@ -58,8 +58,10 @@ class Shard:
         lengths = _view(raw, np.int32, begin, num_sequences)
         offsets = _view(raw, np.int64, begin + 4 * num_sequences, num_sequences)
         bounds = _view(raw, np.int64, begin + 12 * num_sequences, num_bounds)
-        _check(prefix, dtype, lengths, offsets, bounds)
-        if _one_each(bounds, num_sequences):
+        one_each = num_bounds == num_sequences + 1 and _all_steps(bounds, _is_next)
+        _check_bounds(prefix, num_sequences, bounds, one_each)
+        _check_sequences(prefix, dtype, lengths, offsets, in_rows=not one_each)
+        if one_each:  # not by their number alone: some of none and of several may count the same
             return Shard(prefix, dtype, lengths, offsets)
         totals = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])[bounds]
         # a last document without sequences begins where there is no offset
@@ -125,20 +127,34 @@ def _view(raw: NDArray[np.uint8], kind: Any, offset: int, count: int) -> NDArray
     return np.frombuffer(raw, dtype=kind, count=count, offset=offset)
 
 
-def _check(
-    prefix: Path,
-    dtype: np.dtype[Any],
-    lengths: NDArray[Any],
-    offsets: NDArray[Any],
-    bounds: NDArray[Any],
+def _check_bounds(prefix: Path, num_sequences: int, bounds: NDArray[Any], one_each: bool) -> None:
+    whole = len(bounds) > 0 and bounds[0] == 0 and bounds[-1] == num_sequences
+    if not whole or not (one_each or _all_steps(bounds, np.less_equal)):
+        raise UserError(f"{prefix}.idx: document bounds do not cover the sequences; prepare again")
+
+
+def _all_steps(bounds: NDArray[Any], good: Callable[[NDArray[Any], NDArray[Any]], Any]) -> bool:
+    """Whether `good` of each bound and the one after it; differences of forged ones overflow."""
+    for begin in range(0, len(bounds) - 1, _CHUNK):
+        after = bounds[begin + 1 : begin + 1 + _CHUNK]
+        if not good(bounds[begin : begin + len(after)], after).all():
+            return False
+    return True
+
+
+def _is_next(before: NDArray[Any], after: NDArray[Any]) -> Any:
+    return before + 1 == after
+
+
+def _check_sequences(
+    prefix: Path, dtype: np.dtype[Any], lengths: NDArray[Any], offsets: NDArray[Any], in_rows: bool
 ) -> None:
     try:
         size = os.stat(f"{prefix}.bin").st_size
     except OSError as error:
         raise UserError(f"{prefix}.bin: {error.strerror}; it belongs beside {prefix}.idx") from None
-    num_sequences, width = len(lengths), dtype.itemsize
-    in_rows = not _one_each(bounds, num_sequences)
-    for begin in range(0, num_sequences, _CHUNK):
+    width = dtype.itemsize
+    for begin in range(0, len(lengths), _CHUNK):
         size_here = lengths[begin : begin + _CHUNK].astype(np.int64) * width
         offset = offsets[begin : begin + _CHUNK]
         if size_here.min() < 0 or offset.min() < 0 or (offset > size - size_here).any():
@@ -149,22 +165,6 @@ def _check(
         following = offsets[begin + 1 : begin + 1 + _CHUNK]
         if in_rows and (following != (offset + size_here)[: len(following)]).any():
             raise UserError(f"{prefix}.idx: sequences of a document do not lie in a row")
-    whole = len(bounds) > 0 and bounds[0] == 0 and bounds[-1] == num_sequences
-    if not whole or not _increasing(bounds):
-        raise UserError(f"{prefix}.idx: document bounds do not cover the sequences; prepare again")
-
-
-def _one_each(bounds: NDArray[Any], num_sequences: int) -> bool:
-    """Whether every document is one sequence; some of none and of several may count the same."""
-    starts = range(0, len(bounds), _CHUNK)
-    return len(bounds) == num_sequences + 1 and all(
-        bool((np.diff(bounds[begin : begin + _CHUNK + 1]) == 1).all()) for begin in starts
-    )
-
-
-def _increasing(bounds: NDArray[Any]) -> bool:
-    starts = range(0, len(bounds), _CHUNK)
-    return all((np.diff(bounds[begin : begin + _CHUNK + 1]) >= 0).all() for begin in starts)
 
 
 class ShardWriter:

@@ -12,6 +12,7 @@ from megascale.corpus.describe import describe
 from megascale.corpus.prepare import prepare
 from megascale.corpus.recipe import parse_recipe
 from megascale.corpus.shards import writing
+from megascale.errors import UserError
 
 EOD = 256
 
@@ -85,6 +86,13 @@ def test_broken_text(corpus):
         "1 files changed after they were prepared; the first is train.bin",
         "1 documents that are not clean UTF-8 text; the first is train document 0",
     ]
+
+
+def test_sizes_that_are_none(corpus):
+    path = corpus / "heldout.bytes.npy"
+    path.write_bytes(b"\0" * path.stat().st_size)
+    with pytest.raises(UserError, match="heldout.bytes.npy: not the sizes of"):
+        check_source(describe(str(corpus)))
 
 
 def test_a_changed_token_that_could_be_one(corpus):

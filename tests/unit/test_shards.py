@@ -92,7 +92,10 @@ def test_reads_what_megatron_writes(megatron, tmp_path, documents):
     assert shard.num_tokens == sum(map(len, wanted))
 
 
-@pytest.mark.parametrize("bounds", [[0, 3, 2, 3], [0, 9, 9, 3], [1, 2, 3], [0, 1, 2], [3, 0], []])
+@pytest.mark.parametrize(
+    "bounds",
+    [[0, 3, 2, 3], [0, 9, 9, 3], [1, 2, 3], [0, 1, 2], [3, 0], [], [0, -(2**63), 2**41, 3]],
+)
 def test_bounds_that_cannot_be(tmp_path, bounds):
     """Also where their number is that of documents of one sequence each."""
     lengths, offsets = np.array([2, 3, 1], "<i4"), np.array([0, 4, 10], "<i8")
