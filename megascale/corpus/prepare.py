@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from megascale.corpus.describe import CORPUS_FILE, FORMAT, read_corpus_file, sha256_of
+from megascale.corpus.describe import CORPUS_FILE, FORMAT, describe, read_corpus_file, sha256_of
 from megascale.corpus.encode import (
     EMPTY,
     GOOD,
@@ -127,7 +127,11 @@ def _look(recipe: Recipe, out: Path, force: bool) -> tuple[str, dict[str, Any] |
         raise UserError(f"{out}: exists and is no corpus; give another folder with --out")
     if force:
         return wanted, None
-    facts = dict(read_corpus_file(out))
+    try:
+        describe(str(out))
+        facts = dict(read_corpus_file(out))
+    except UserError as error:
+        raise UserError(f"{error} with --force") from None
     if facts.get("source_fingerprint") == wanted:
         return wanted, facts
     raise UserError(
@@ -142,7 +146,7 @@ def fingerprint(recipe: Recipe) -> str:
     path = recipe.tokenizer.path
     if path is not None and Path(path).exists():
         here = Path(path)
-        names += sorted(map(str, here.glob("*.json"))) if here.is_dir() else [path]
+        names += sorted(str(file) for file in here.iterdir()) if here.is_dir() else [path]
     stats = [(name, os.stat(name)) for name in names]
     files = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
     plain = asdict(replace(recipe, description="", licence=""))

@@ -17,10 +17,10 @@ from hypothesis import strategies as st
 
 from megascale import cli
 from megascale.corpus.describe import describe
-from megascale.corpus.prepare import _scratch, prepare, unigram_bits
+from megascale.corpus.prepare import _scratch, fingerprint, prepare, unigram_bits
 from megascale.corpus.recipe import load_recipe, parse_recipe
 from megascale.corpus.shards import Shard
-from megascale.corpus.tokenizers import load_tokenizer
+from megascale.corpus.tokenizers import EOD_TEXT, load_tokenizer, train_bpe
 from megascale.errors import UserError
 
 ROOT = Path(__file__).parents[2]
@@ -345,6 +345,35 @@ def test_reused_refused_and_forced(tmp_path):
     prepare(_recipe(paths=paths), out, processes=1, force=True)
     assert _texts(out) == ["one", "two"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "out"]
+
+
+@pytest.mark.parametrize("name", ["corpus.json", "train.bin", "heldout.idx"])
+def test_a_damaged_corpus_is_not_up_to_date(tmp_path, name):
+    """What describe says of it, prepare again, leads out of it."""
+    paths, out = _files(tmp_path / "in", {"a": "one"}), tmp_path / "out"
+    prepare(_recipe(paths=paths), out, processes=1)
+    whole = _tree(out)
+    (out / name).write_bytes((out / name).read_bytes()[:-9])
+    with pytest.raises(UserError, match="prepare"):
+        describe(str(out))
+    with pytest.raises(UserError, match="prepare .*again with --force$"):
+        prepare(_recipe(paths=paths), out, processes=1)
+    prepare(_recipe(paths=paths), out, processes=1, force=True)
+    assert _tree(out) == whole
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer.model"])
+def test_another_tokenizer_is_another_corpus(tmp_path, name):
+    paths, folder = _files(tmp_path / "in", {"a": "one"}), tmp_path / "hf"
+    folder.mkdir()
+    train_bpe(["one"], 257).save(folder)
+    recipe = _recipe(
+        paths=paths, tokenizer=f"{{kind: hf, path: {folder}, eod_token: '{EOD_TEXT}'}}"
+    )
+    before = fingerprint(recipe)
+    with open(folder / name, "a") as file:
+        file.write("\n")
+    assert fingerprint(recipe) != before
 
 
 def test_a_folder_of_something_else_stays(tmp_path):
