@@ -11,6 +11,7 @@ import numpy as np
 from megascale.corpus.batches import GlobalBatch, Pieces, heldout_pieces
 from megascale.corpus.describe import SourceInfo
 from megascale.corpus.shards import Shard
+from megascale.errors import UserError
 from megascale.mesh.reader import MicroBatchReader, TokenSource
 from megascale.model.build import pack_multiple
 from megascale.planner.plan import StepPlan
@@ -91,5 +92,8 @@ def _as_batch(pieces: Pieces) -> GlobalBatch:
 def _bytes_of(info: SourceInfo, pieces: Pieces) -> int | None:
     if info.heldout_bytes is None:
         return None
-    sizes = np.load(info.heldout_bytes, mmap_mode="r", allow_pickle=False)
-    return int(sizes[np.unique(pieces.document)].sum())
+    try:
+        sizes = np.load(info.heldout_bytes, mmap_mode="r", allow_pickle=False)
+        return int(sizes[np.unique(pieces.document)].sum())
+    except (OSError, ValueError, IndexError):
+        raise UserError(f"{info.heldout_bytes} is damaged; prepare the corpus again") from None
