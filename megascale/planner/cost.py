@@ -21,10 +21,12 @@ ASSUMED_FIXED_TOKENS = 256
 class CostModel:
     """Time of a micro-batch, forward and backward, on a ring of d ranks.
 
-    fixed + latency * log2(d) + (a * sum(s^2) + b * sum(s)) / d + transfer * sum(s) / d, where
-    s are the lengths of its sequences in tokens (the shape of ByteScale's and FlexSP's cost
-    models). `transfer` is `transfer_intra` where the ring lies within one node, else
-    `transfer_inter`, and 0 where d = 1.
+    fixed + latency * log2(d) + (a * sum(s^2) + b * sum(s)) / d + transfer * sum(s) / d
+    + max(0, pass * sum(s) * (d - 1) / d - a * sum(s^2) / d), where s are the lengths of its
+    sequences in tokens (the shape of ByteScale's and FlexSP's cost models). `transfer` and
+    `pass` are those `_intra` where the ring lies within one node, else those `_inter`, and 0
+    where d = 1. The last term is what attention does not hide of the keys and values that every
+    rank receives from all the others.
     """
 
     a: float
@@ -41,6 +43,11 @@ class CostModel:
     """Seconds per token that a rank holds, for rings across nodes."""
     node_size: int = 8
     """Consecutive ranks that share a node."""
+    pass_intra: float = 0.0
+    """Seconds to pass the keys and values of one token on to the next rank, forward and backward,
+    within a node; hidden behind attention as far as that lasts."""
+    pass_inter: float = 0.0
+    """The same, for rings across nodes."""
     calibrated: bool = True
     """False where the rate is assumed: then only ratios of times mean anything."""
 
@@ -63,18 +70,20 @@ class CostModel:
     def load(path: str | Path) -> CostModel:
         """Read a COST.json: an object with the fields above, `calibrated` excepted.
 
+        The two `pass_` fields may be left out.
+
         Raises UserError for an unreadable file, a key that is unknown or missing, and a value
         that is not a number of at least 0.
         """
         names = [one.name for one in fields(CostModel) if one.name != "calibrated"]
+        needed = [name for name in names if not name.startswith("pass_")]
         try:
             value = json.loads(Path(path).read_text(encoding="utf-8"))
         except (OSError, ValueError):
             raise UserError(f"cost file {path}: not a readable JSON file") from None
-        if not isinstance(value, dict) or set(value) != set(names):
-            raise UserError(f"cost file {path}: must be an object with keys {', '.join(names)}")
-        for name in names:
-            number = value[name]
+        if not isinstance(value, dict) or not set(needed) <= set(value) <= set(names):
+            raise UserError(f"cost file {path}: must be an object with keys {', '.join(needed)}")
+        for name, number in value.items():
             is_number = type(number) in (int, float) and math.isfinite(number)
             if not is_number or number < 0 or (name == "node_size" and type(number) is not int):
                 raise UserError(f"cost file {path}: {name} = {number!r} must be a number >= 0")
@@ -90,11 +99,25 @@ class CostModel:
 
     def ring_s(self, lengths: ArrayLike, ranks: Sequence[int]) -> float:
         """Seconds of one micro-batch of `lengths` on `ranks`; of an empty one, the fixed part."""
-        size = len(ranks)
-        seconds = self.fixed + float(self.compute_s(lengths).sum()) / size
-        if size > 1:
-            one_node = len({rank // self.node_size for rank in ranks}) == 1
-            transfer = self.transfer_intra if one_node else self.transfer_inter
-            held_tokens = float(np.asarray(lengths, dtype=np.float64).sum()) / size
-            seconds += self.latency * math.log2(size) + transfer * held_tokens
+        tokens = np.asarray(lengths, dtype=np.float64)
+        one_node = len({rank // self.node_size for rank in ranks}) == 1
+        return float(self.seconds((tokens * tokens).sum(), tokens.sum(), len(ranks), one_node))
+
+    def seconds(
+        self, squares: ArrayLike, tokens: ArrayLike, size: ArrayLike, one_node: ArrayLike
+    ) -> NDArray[np.float64]:
+        """Seconds of micro-batches on rings of `size` ranks; the arguments broadcast.
+
+        `squares` is the sum of squared lengths, `tokens` the sum of lengths, and `one_node` says
+        whether the ring lies within a node.
+        """
+        squares, tokens = np.asarray(squares, np.float64), np.asarray(tokens, np.float64)
+        size = np.asarray(size, np.float64)
+        shared = size > 1
+        transfer = np.where(one_node, self.transfer_intra, self.transfer_inter) * shared
+        passing = np.where(one_node, self.pass_intra, self.pass_inter) * tokens * (size - 1)
+        attention = self.a * squares
+        exposed = np.maximum(0.0, passing - attention) * shared
+        work = attention + (self.b + transfer) * tokens + exposed
+        seconds: NDArray[np.float64] = self.fixed + self.latency * np.log2(size) + work / size
         return seconds

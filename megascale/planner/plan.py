@@ -17,6 +17,15 @@ class PlanError(AssertionError):
     """A plan breaks its own rules: the mistake of a planner, never of a user."""
 
 
+def kept_share(offload: float, stage_layers: int) -> float:
+    """Part of the activations that stays on the device when `offload` of them may leave.
+
+    The first and the last layer of a stage never offload (ByteScale, Eq. 3).
+    """
+    layers = max(2, stage_layers)
+    return (2 + (1 - offload) * (layers - 2)) / layers
+
+
 @dataclass(frozen=True)
 class Ring:
     """One micro-batch: whole sequences computed together by a set of ranks."""
@@ -28,7 +37,7 @@ class Ring:
     sequences: tuple[int, ...]
     """Indices into the step's lengths; none means a padding micro-batch."""
     offload: float
-    """Part of the activations kept in host memory, 0 to 1."""
+    """Part of the activations of all layers but two that is kept in host memory, 0 to 1."""
     index: int
     """Number of the micro-batch on its ranks."""
 
@@ -48,7 +57,7 @@ class StepPlan:
     the same index on all its ranks. `lockstep`: aligned, and the ranks of an expert group run
     equally many rings, padded with empty ones."""
     capacity: int
-    """Most tokens that one rank holds in one ring."""
+    """Most tokens whose activations one rank keeps on its device in one ring."""
     predicted_s: float
     """Seconds of the step by the cost model it was planned with."""
     lower_bound_s: float
@@ -59,6 +68,8 @@ class StepPlan:
     """The micro-batches of all ranks."""
     expert_group: int = 1
     """Consecutive ranks that run in lockstep; 1 in the other modes."""
+    stage_layers: int = 2
+    """Transformer layers of a rank; all but two of them can keep activations in host memory."""
 
     def rings_of(self, rank: int) -> tuple[Ring, ...]:
         """Rings that `rank` computes, in order."""
@@ -133,9 +144,11 @@ def _check_ring(plan: StepPlan, ring: Ring, num_tokens: int) -> None:
     _require(bool(ranks) and known, f"ring {ring.id} has ranks {ring.ranks} of {plan.num_ranks}")
     _require(len(ranks) == len(ring.ranks), f"ring {ring.id} has a rank twice: {ring.ranks}")
     _require(0 <= ring.offload <= 1, f"ring {ring.id} offloads {ring.offload}")
+    kept = num_tokens * kept_share(ring.offload, plan.stage_layers)
     _require(
-        num_tokens <= plan.capacity * len(ranks),
-        f"ring {ring.id} holds {num_tokens} tokens on {len(ranks)} ranks of {plan.capacity}",
+        kept <= plan.capacity * len(ranks) * (1 + 1e-9),
+        f"ring {ring.id} holds {num_tokens} tokens on {len(ranks)} ranks of {plan.capacity}"
+        + f" and offloads {ring.offload}" * (ring.offload > 0),
     )
 
 

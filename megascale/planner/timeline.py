@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import groupby
 
@@ -12,6 +13,10 @@ from megascale.planner.cost import CostModel
 from megascale.planner.plan import StepPlan
 
 Seconds = NDArray[np.float64]
+Integers = NDArray[np.int64]
+
+FORWARD_SHARE = 1 / 3
+"""Part of a micro-batch's time that is forward; backward computes twice as much."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +40,21 @@ class Timeline:
         return self.total_s / mean_s if mean_s > 0 else 1.0
 
 
+def ring_seconds(plan: StepPlan, lengths: ArrayLike, cost: CostModel) -> Seconds:
+    """Seconds of each ring of `plan`, [rings]."""
+    tokens = np.asarray(lengths, dtype=np.float64)
+    counts = [len(ring.sequences) for ring in plan.rings]
+    placed = np.fromiter((i for ring in plan.rings for i in ring.sequences), np.int64, sum(counts))
+    owner = np.repeat(np.arange(len(counts)), counts)
+    held = np.bincount(owner, tokens[placed], len(counts))
+    squares = np.bincount(owner, tokens[placed] ** 2, len(counts))
+    sizes = [len(ring.ranks) for ring in plan.rings]
+    first = np.array([min(ring.ranks) for ring in plan.rings], dtype=np.int64)
+    last = np.array([max(ring.ranks) for ring in plan.rings], dtype=np.int64)
+    one_node = first // cost.node_size == last // cost.node_size
+    return cost.seconds(squares, held, sizes, one_node)
+
+
 def timeline(plan: StepPlan, lengths: ArrayLike, cost: CostModel) -> Timeline:
     """Run `plan` on paper.
 
@@ -42,19 +62,96 @@ def timeline(plan: StepPlan, lengths: ArrayLike, cost: CostModel) -> Timeline:
     also wait for each other after every micro-batch. With pipeline stages these are the times
     of one stage, without filling and draining the pipeline.
     """
-    sequence_tokens = np.asarray(lengths, dtype=np.int64)
+    ring_s = ring_seconds(plan, lengths, cost)
     begin_s, end_s = np.zeros(len(plan.rings)), np.zeros(len(plan.rings))
     free_s, busy_s = np.zeros(plan.num_ranks), np.zeros(plan.num_ranks)
-    by_index = sorted(range(len(plan.rings)), key=lambda position: plan.rings[position].index)
-    for _, positions in groupby(by_index, key=lambda position: plan.rings[position].index):
+    for positions in _by_index(plan):
         if plan.mode == "lockstep":
             groups = free_s.reshape(-1, plan.expert_group)
             groups[:] = groups.max(axis=1, keepdims=True)
-        for position in positions:
-            ranks, sequences = list(plan.rings[position].ranks), plan.rings[position].sequences
-            ring_s = cost.ring_s(sequence_tokens[list(sequences)], ranks)
-            begin_s[position] = free_s[ranks].max()
-            end_s[position] = begin_s[position] + ring_s
-            free_s[ranks] = end_s[position]
-            busy_s[ranks] += ring_s
+        ranks, starts, sizes = _members(plan, positions)
+        begin_s[positions] = np.maximum.reduceat(free_s[ranks], starts)
+        end_s[positions] = begin_s[positions] + ring_s[positions]
+        free_s[ranks] = np.repeat(end_s[positions], sizes)
+        busy_s[ranks] += np.repeat(ring_s[positions], sizes)
     return Timeline(begin_s, end_s, busy_s)
+
+
+def step_s(plan: StepPlan, lengths: ArrayLike, cost: CostModel, pipeline: int = 1) -> float:
+    """Seconds of the step, with `pipeline` stages that each take what `cost` says.
+
+    Stages run one forward, one backward (1F1B, as megatron-core's schedule does): stage p of P
+    begins with P - p - 1 forwards. A ring's ranks run each of its forwards and backwards
+    together; in lockstep mode so does an expert group.
+    """
+    if pipeline == 1:
+        return timeline(plan, lengths, cost).total_s
+    waves = list(_by_index(plan))
+    ring_s = ring_seconds(plan, lengths, cost)
+    wave_s = [np.repeat(ring_s[one], _members(plan, one)[2]) for one in waves]
+    members = [_members(plan, one)[:2] for one in waves]
+    free_s = np.zeros((pipeline, plan.num_ranks))
+    done_s = np.zeros((2, pipeline, len(waves), plan.num_ranks))
+    for stage, backward, index in _one_forward_one_backward(pipeline, len(waves)):
+        ranks, starts = members[index]
+        begin_s = free_s[stage, ranks]
+        before = stage + 1 if backward else stage - 1
+        if 0 <= before < pipeline:
+            begin_s = np.maximum(begin_s, done_s[backward, before, index, ranks])
+        begin_s = _together(plan, ranks, starts, begin_s)
+        share = 1 - FORWARD_SHARE if backward else FORWARD_SHARE
+        free_s[stage, ranks] = begin_s + share * wave_s[index]
+        done_s[backward, stage, index, ranks] = free_s[stage, ranks]
+    return float(free_s.max(initial=0.0))
+
+
+def _together(plan: StepPlan, ranks: Integers, starts: Integers, begin_s: Seconds) -> Seconds:
+    """When each of `ranks` can begin, given when its ring and its expert group can."""
+    sizes = np.diff(np.append(starts, len(ranks)))
+    begin_s = np.repeat(np.maximum.reduceat(begin_s, starts), sizes)
+    if plan.mode == "lockstep":
+        of_group = np.zeros(plan.num_ranks // plan.expert_group)
+        np.maximum.at(of_group, ranks // plan.expert_group, begin_s)
+        begin_s = of_group[ranks // plan.expert_group]
+    return begin_s
+
+
+def _one_forward_one_backward(pipeline: int, count: int) -> Iterator[tuple[int, int, int]]:
+    """(stage, is backward, index) of all micro-batches, in an order that respects 1F1B."""
+    orders = []
+    for stage in range(pipeline):
+        warm_up = min(pipeline - stage - 1, count)
+        order = [(0, index) for index in range(warm_up)]
+        for index in range(count - warm_up):
+            order += [(0, warm_up + index), (1, index)]
+        orders.append(order + [(1, index) for index in range(count - warm_up, count)])
+    at = [0] * pipeline
+    done: set[tuple[int, int, int]] = set()
+    while len(done) < 2 * pipeline * count:
+        for stage, order in enumerate(orders):
+            while at[stage] < len(order):
+                backward, index = order[at[stage]]
+                before = stage + 1 if backward else stage - 1
+                if 0 <= before < pipeline and (before, backward, index) not in done:
+                    break
+                done.add((stage, backward, index))
+                at[stage] += 1
+                yield stage, backward, index
+
+
+def _by_index(plan: StepPlan) -> Iterator[list[int]]:
+    """Positions of the rings at each micro-batch index, in order; none shares a rank."""
+    by_index = sorted(range(len(plan.rings)), key=lambda position: plan.rings[position].index)
+    for _, positions in groupby(by_index, key=lambda position: plan.rings[position].index):
+        yield list(positions)
+
+
+def _members(plan: StepPlan, positions: list[int]) -> tuple[Integers, Integers, Integers]:
+    """Ranks of some rings one after another, where each ring's begin, and how many they are."""
+    sizes = np.array([len(plan.rings[position].ranks) for position in positions], dtype=np.int64)
+    ranks = np.fromiter(
+        (rank for position in positions for rank in plan.rings[position].ranks),
+        np.int64,
+        int(sizes.sum()),
+    )
+    return ranks, np.cumsum(sizes) - sizes, sizes

@@ -27,7 +27,7 @@ from megascale.corpus.shards import Shard
 from megascale.errors import UserError
 from megascale.model import counts
 from megascale.optim.schedule import joints, lr_at
-from megascale.planner import CostModel, StepPlan, plan_longest_first, timeline
+from megascale.planner import PLANNERS, CostModel, Problem, StepPlan, timeline
 from megascale.planner.gantt import LEGEND, text_gantt
 from megascale.train.warnings import warnings_of
 
@@ -97,10 +97,16 @@ def plan_lengths(config: RunConfig, layout: Layout, lengths: ArrayLike) -> StepP
     """Plan sequences of `lengths` tokens as a step of this run would."""
     capacity = config.planner.capacity_tokens
     assert capacity is not None, "the config is not finalized"
-    cost = cost_model(config)
-    return plan_longest_first(
-        lengths, layout.hdp, capacity, layout.mode, cost, expert_group=layout.expert
+    problem = Problem.of(
+        lengths,
+        layout.hdp,
+        capacity,
+        layout.mode,
+        cost_model(config),
+        pipeline=layout.pipeline,
+        expert_group=layout.expert,
     )
+    return PLANNERS[config.planner.name](problem)
 
 
 @dataclass(frozen=True)

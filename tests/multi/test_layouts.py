@@ -24,7 +24,7 @@ def train_curve(overrides, steps=20):
     from megascale.mesh.packing import TokenSequence, pack
     from megascale.model.build import build_model, pack_multiple
     from megascale.optim.build import build_optimizer
-    from megascale.planner.longest_first import plan_longest_first
+    from megascale.planner import Problem, plan_longest_first
     from megascale.runtime import distributed
     from megascale.train.describe import cost_model
     from megascale.train.step import Learner, train_step
@@ -38,8 +38,9 @@ def train_curve(overrides, steps=20):
         ids = [generator.integers(0, VOCAB, n + 1) for n in generator.integers(1, 65, 13)]
         lengths = [len(x) - 1 for x in ids]
         layout = ranks.layout
+        cost, group = cost_model(config), layout.expert
         plan = plan_longest_first(
-            lengths, layout.hdp, 128, layout.mode, cost_model(config), layout.expert
+            Problem.of(lengths, layout.hdp, 128, layout.mode, cost, expert_group=group)
         )
         rings = plan.rings_of(ranks.hdp_rank)
         micro_batches = [

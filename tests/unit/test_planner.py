@@ -13,11 +13,27 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megascale.errors import UserError
-from megascale.planner import CostModel, PlanError, Ring, StepPlan, plan_longest_first, timeline
+from megascale.planner import (
+    CostModel,
+    PlanError,
+    Problem,
+    Ring,
+    StepPlan,
+    plan_longest_first,
+    timeline,
+)
 from megascale.planner.gantt import plot_gantt, text_gantt
 
 COST = CostModel(a=1e-9, b=1e-5, fixed=2e-3, latency=1e-4, transfer_intra=1e-8, node_size=4)
 LENGTHS = st.lists(st.integers(1, 4_000_000), max_size=60)
+
+
+def longest_first(
+    lengths: object, num_ranks: int, capacity: int, mode: str, cost: CostModel, group: int = 1
+) -> StepPlan:
+    return plan_longest_first(
+        Problem.of(lengths, num_ranks, capacity, mode, cost, expert_group=group)
+    )
 
 
 def ring(id: int, ranks: list[int], sequences: list[int], index: int, offload: float = 0) -> Ring:
@@ -36,14 +52,14 @@ def test_every_plan_keeps_the_invariants(
     mode = data.draw(st.sampled_from(["free", "aligned", "lockstep"]))
     capacity = max(lengths, default=1) + data.draw(st.integers(0, 5000))
     num_ranks = num_groups * group
-    plan = plan_longest_first(lengths, num_ranks, capacity, mode, COST, group)
+    plan = longest_first(lengths, num_ranks, capacity, mode, COST, group)
     plan.check(lengths)
     assert plan.expert_group == (group if mode == "lockstep" else 1)
     assert all(plan.rings_of(rank) for rank in range(num_ranks))
     assert all(len(one.ranks) == 1 for one in plan.rings)
     assert plan.predicted_s == pytest.approx(timeline(plan, lengths, COST).total_s)
     assert plan.predicted_s >= plan.lower_bound_s * (1 - 1e-9)
-    again = plan_longest_first(lengths, num_ranks, capacity, mode, COST, group)
+    again = longest_first(lengths, num_ranks, capacity, mode, COST, group)
     assert again.digest() == plan.digest()
 
 
@@ -52,7 +68,7 @@ def test_no_emptier_micro_batches_than_capacity_asks_for(
     lengths: list[int], num_ranks: int
 ) -> None:
     """First fit never leaves a rank two micro-batches that one could hold."""
-    plan = plan_longest_first(lengths, num_ranks, 3000, "free", COST)
+    plan = longest_first(lengths, num_ranks, 3000, "free", COST)
     for rank in range(num_ranks):
         held = [sum(lengths[i] for i in one.sequences) for one in plan.rings_of(rank)]
         assert all(a + b > 3000 for i, a in enumerate(held) for b in held[:i])
@@ -63,7 +79,7 @@ def test_free_plan_is_within_grahams_bound(lengths: list[int], ranks: int) -> No
     """The rank that ends last was the least busy before its last sequence, which is no longer
     than the (ranks + 1)-th longest: at most the even share plus that one (Graham, 1969)."""
     cost = replace(COST, fixed=0.0)
-    plan = plan_longest_first(lengths, ranks, sum(lengths), "free", cost)
+    plan = longest_first(lengths, ranks, sum(lengths), "free", cost)
     seconds = np.sort(cost.compute_s(lengths))[::-1]
     last = seconds[ranks] if len(lengths) > ranks else 0.0
     limit = max(seconds[0], seconds.sum() / ranks + last * (1 - 1 / ranks))
@@ -72,36 +88,36 @@ def test_free_plan_is_within_grahams_bound(lengths: list[int], ranks: int) -> No
 
 def test_lower_bound_counts_compute_capacity_and_the_longest() -> None:
     cost = CostModel(a=0.0, b=1.0, fixed=10.0)
-    assert plan_longest_first([6, 2], 2, 6, "free", cost).lower_bound_s == 16.0
-    assert plan_longest_first([5] * 8, 2, 10, "free", cost).lower_bound_s == 40.0
-    assert plan_longest_first([], 3, 10, "free", cost).lower_bound_s == 10.0
+    assert longest_first([6, 2], 2, 6, "free", cost).lower_bound_s == 14.0  # on a ring of 2
+    assert longest_first([5] * 8, 2, 10, "free", cost).lower_bound_s == 40.0
+    assert longest_first([], 3, 10, "free", cost).lower_bound_s == 10.0
 
 
 def test_opening_a_micro_batch_counts_as_work() -> None:
     """Rank 1 has less to compute (11^2 + 10^2 < 20^2) but in one micro-batch more."""
     cost = CostModel(a=1.0, b=0.0, fixed=300.0)
-    plan = plan_longest_first([20, 11, 10, 5], 2, 20, "free", cost)
+    plan = longest_first([20, 11, 10, 5], 2, 20, "free", cost)
     assert [one.sequences for one in plan.rings_of(0)] == [(0,), (3,)]
     assert [one.sequences for one in plan.rings_of(1)] == [(1,), (2,)]
 
 
 def test_long_tail_is_balanced() -> None:
     lengths = np.clip(np.random.default_rng(1).lognormal(6, 1.2, 4000), 1, 8192).astype(int)
-    plan = plan_longest_first(lengths, 16, 8192, "free", COST)
+    plan = longest_first(lengths, 16, 8192, "free", COST)
     assert plan.predicted_s < 1.02 * plan.lower_bound_s
 
 
 def test_too_long_a_sequence_names_the_capacity_that_fits() -> None:
     with pytest.raises(UserError, match="planner.capacity_tokens=300$"):
-        plan_longest_first([5, 300], 2, 200, "free", COST)
-    plan_longest_first([5, 300], 2, 300, "free", COST)
+        longest_first([5, 300], 2, 200, "free", COST)
+    longest_first([5, 300], 2, 300, "free", COST)
 
 
 def test_length_below_one_and_odd_groups_are_programmer_errors() -> None:
     with pytest.raises(ValueError, match="at least 1"):
-        plan_longest_first([5, 0], 2, 200, "free", COST)
+        longest_first([5, 0], 2, 200, "free", COST)
     with pytest.raises(ValueError, match="expert groups of 2"):
-        plan_longest_first([5], 3, 200, "lockstep", COST, 2)
+        longest_first([5], 3, 200, "lockstep", COST, 2)
 
 
 def test_cluster_sized_step_is_planned_in_a_second() -> None:
@@ -109,20 +125,20 @@ def test_cluster_sized_step_is_planned_in_a_second() -> None:
     seconds = []
     for _ in range(3):
         begin = time.perf_counter()
-        plan_longest_first(lengths, 1024, 32768, "lockstep", COST, 64)
+        longest_first(lengths, 1024, 32768, "lockstep", COST, 64)
         seconds.append(time.perf_counter() - begin)
     assert min(seconds) < 1.0
 
 
 @given(lengths=LENGTHS)
 def test_bytes_and_json_round_trip(lengths: list[int]) -> None:
-    plan = plan_longest_first(lengths, 5, 4_000_000, "lockstep", COST, 5)
+    plan = longest_first(lengths, 5, 4_000_000, "lockstep", COST, 5)
     assert StepPlan.from_bytes(plan.to_bytes()) == plan
     assert StepPlan.from_json(json.loads(json.dumps(plan.to_json()))) == plan
 
 
 def test_digest_covers_everything_but_the_planning_time() -> None:
-    plan = plan_longest_first([3, 4, 5], 2, 10, "free", COST)
+    plan = longest_first([3, 4, 5], 2, 10, "free", COST)
     assert replace(plan, plan_s=9.0).digest() == plan.digest()
     swapped = replace(plan.rings[0], sequences=plan.rings[0].sequences[::-1] + (7,))
     for other in (
@@ -134,7 +150,7 @@ def test_digest_covers_everything_but_the_planning_time() -> None:
 
 
 def test_public_format_of_the_json() -> None:
-    plan = plan_longest_first([3, 4], 2, 10, "free", COST).to_json()
+    plan = longest_first([3, 4], 2, 10, "free", COST).to_json()
     names = "num_ranks mode capacity predicted_s lower_bound_s plan_s rings"
     assert set(names.split()) <= set(plan)
     assert plan["rings"][0] == {
@@ -245,17 +261,17 @@ def test_bad_cost_file_is_one_clear_line(tmp_path: Path, content: str, problem: 
 
 def test_text_gantt_shows_times_to_scale() -> None:
     cost = CostModel(a=0.0, b=1.0)
-    plan = plan_longest_first([60, 40, 30], 2, 100, "free", cost)
+    plan = longest_first([60, 40, 30], 2, 100, "free", cost)
     lines = text_gantt(plan, [60, 40, 30], cost, width=70).splitlines()
     assert lines[0] == f"rank     0 [{'#' * 59}     |       86%   1 mb"
     assert lines[1] == f"rank     1 [{'=' * 69}  100%   1 mb"
-    with_padding = plan_longest_first([60], 2, 100, "lockstep", COST, 2)
+    with_padding = longest_first([60], 2, 100, "lockstep", COST, 2)
     assert "[." in text_gantt(with_padding, [60], COST).splitlines()[1]
 
 
 def test_text_gantt_of_many_ranks_shows_some_busiest_first() -> None:
     lengths = list(range(1, 101))
-    lines = text_gantt(plan_longest_first(lengths, 100, 100, "free", COST), lengths, COST)
+    lines = text_gantt(longest_first(lengths, 100, 100, "free", COST), lengths, COST)
     assert lines.splitlines()[0].startswith("rank     0 ")
     assert lines.splitlines()[-1] == "(16 of 100 ranks, busiest first)"
 
@@ -263,7 +279,7 @@ def test_text_gantt_of_many_ranks_shows_some_busiest_first() -> None:
 @pytest.mark.parametrize("num_ranks", [1, 70])
 def test_gantt_picture_is_written(tmp_path: Path, num_ranks: int) -> None:
     lengths = [100, 100, 50, 3]
-    plan = plan_longest_first(lengths, num_ranks, 200, "free", COST)
+    plan = longest_first(lengths, num_ranks, 200, "free", COST)
     plot_gantt(plan, lengths, COST, tmp_path / "plan.png")
     assert (tmp_path / "plan.png").read_bytes().startswith(b"\x89PNG")
     assert (tmp_path / "plan.png").stat().st_size > 5000

@@ -9,8 +9,8 @@ from megascale.corpus.batches import Cursor, GlobalBatches
 from megascale.corpus.shards import Shard, ShardWriter
 from megascale.errors import RankError
 from megascale.mesh.reader import MicroBatchReader, TokenSource
+from megascale.planner import Problem, plan_longest_first
 from megascale.planner.cost import CostModel
-from megascale.planner.longest_first import plan_longest_first
 
 EOD, CONTEXT, RANKS = 256, 32, 3
 CONFIG = """
@@ -42,7 +42,7 @@ def test_ranks_read_their_own_tokens_alone(shard):
     config = finalize(parse_config(CONFIG), {"text": 1}, EOD + 1)
     batch, _ = GlobalBatches(config.data, {"text": shard}, seed=1).next(Cursor())
     cost = CostModel(a=1e-9, b=1e-6)
-    plan = plan_longest_first(batch.length, RANKS, 64, "free", cost)
+    plan = plan_longest_first(Problem.of(batch.length, RANKS, 64, "free", cost))
     source = TokenSource("text", shard, EOD, EOD + 1)
     read_tokens, targets = 0, []
     for rank in range(RANKS):

@@ -1,0 +1,118 @@
+"""How small a ring may be, and how fast any plan can be."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megascale.planner.problem import Problem
+
+Integers = NDArray[np.int64]
+Seconds = NDArray[np.float64]
+
+
+def memory_sizes(problem: Problem, lengths: Integers, gain: float = 1.0) -> Integers:
+    """Fewest ranks that hold each of `lengths`, of `gain` times the capacity each."""
+    sizes: Integers = np.maximum(1, np.ceil(lengths / (problem.capacity * gain) - 1e-9))
+    return sizes.astype(np.int64)
+
+
+def alone_s(problem: Problem, lengths: Integers, sizes: Integers) -> Seconds:
+    """Seconds of each sequence alone on a ring of its size; within a node where it can be."""
+    tokens = lengths.astype(np.float64)
+    return problem.cost.seconds(tokens * tokens, tokens, sizes, sizes <= problem.cost.node_size)
+
+
+def smallest_sizes(
+    problem: Problem, lengths: Integers, fewest: Integers, limit_s: float
+) -> Integers:
+    """Smallest ring, of at least `fewest` ranks, on which each sequence takes at most `limit_s`.
+
+    0 where no ring is fast enough.
+    """
+    sizes = np.where(alone_s(problem, lengths, fewest) <= limit_s, fewest, 0)
+    node = min(problem.cost.node_size, problem.num_ranks)
+    for low, high in ((1, node), (node + 1, problem.num_ranks)):
+        todo = np.flatnonzero((sizes == 0) & (fewest <= high))
+        if len(todo) and low <= high:
+            begin = np.maximum(fewest[todo], low)
+            sizes[todo] = _first_fast(problem, lengths[todo], begin, high, limit_s)
+    return sizes
+
+
+def _first_fast(
+    problem: Problem, lengths: Integers, begin: Integers, high: int, limit_s: float
+) -> Integers:
+    """Bisection over the sizes up to the fastest one, where time falls with size."""
+    end = np.minimum(high, np.maximum(begin, _fastest(problem, lengths, high)))
+    reachable = alone_s(problem, lengths, end) <= limit_s
+    low, top = begin.copy(), end.copy()
+    while np.any(low < top):
+        middle = (low + top) // 2
+        fast = alone_s(problem, lengths, middle) <= limit_s
+        top = np.where(fast, middle, top)
+        low = np.where(fast, low, np.minimum(middle + 1, top))
+    return np.where(reachable, top, 0)
+
+
+def _fastest(problem: Problem, lengths: Integers, high: int) -> Integers:
+    """Ring size beyond which a sequence gets slower.
+
+    There latency grows faster than work shrinks, or attention no longer hides what is passed on.
+    """
+    cost, tokens = problem.cost, lengths.astype(np.float64)
+    one_node = high <= cost.node_size
+    transfer = cost.transfer_intra if one_node else cost.transfer_inter
+    passing = cost.pass_intra if one_node else cost.pass_inter
+    best = np.full(len(lengths), float(high))
+    if cost.latency > 0:
+        best = tokens * (cost.a * tokens + cost.b + transfer) * np.log(2.0) / cost.latency
+    if passing > cost.b + transfer:
+        best = np.minimum(best, cost.a * tokens / passing + 1)
+    sizes: Integers = np.clip(best, 1, high).astype(np.int64)
+    return sizes
+
+
+def lower_bound_s(problem: Problem) -> float:
+    """Seconds that no plan can beat, by the cost model.
+
+    The larger of two times, solved together: the longest sequence on the ring that is best for
+    it, and the work of all sequences spread evenly, each on the smallest ring that memory and the
+    bound itself allow (a smaller one would take longer than the whole step). Every rank runs at
+    least one micro-batch, and no micro-batch holds more than its capacity.
+    """
+    lengths = np.unique(problem.lengths)
+    if not len(lengths):
+        return problem.cost.fixed
+    gain = problem.offload.gain(1.0) if problem.offload else 1.0
+    times = np.bincount(np.searchsorted(lengths, problem.lengths)).astype(np.float64)
+    fewest = np.minimum(memory_sizes(problem, lengths, gain), problem.num_ranks)
+    held = problem.capacity * gain
+    low = _even_s(problem, lengths, times, fewest, held)
+    if np.all(alone_s(problem, lengths, fewest) <= low):
+        return low
+    high = max(low, float(alone_s(problem, lengths, fewest).max()))
+    for _ in range(30):
+        middle = (low + high) / 2
+        sizes = smallest_sizes(problem, lengths, fewest, middle)
+        if np.all(sizes) and _even_s(problem, lengths, times, sizes, held) <= middle:
+            high = middle
+        else:
+            low = middle
+    return low
+
+
+def _even_s(
+    problem: Problem, lengths: Integers, times: Seconds, sizes: Integers, held: float
+) -> float:
+    """Seconds of all work over all ranks, sequences of `lengths` occurring `times` times.
+
+    What a ring costs per rank is charged for the part of its memory that a sequence fills, and
+    what it passes on is taken as hidden, since sequences may share rings.
+    """
+    cost, tokens = problem.cost, lengths.astype(np.float64)
+    transfer = np.where(sizes <= cost.node_size, cost.transfer_intra, cost.transfer_inter)
+    latency = cost.latency * np.log2(sizes) / held
+    work = tokens * (cost.a * tokens + cost.b + transfer * (sizes > 1) + latency)
+    micro_batches = max(problem.num_ranks, np.dot(times, tokens) / held)
+    return float((np.dot(times, work) + cost.fixed * micro_batches) / problem.num_ranks)

@@ -1,0 +1,171 @@
+"""What every planner is given, and how what it decides becomes a plan."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from megascale.errors import UserError
+from megascale.planner.cost import CostModel
+from megascale.planner.plan import Mode, Ring, StepPlan, kept_share
+
+
+@dataclass(frozen=True)
+class OffloadModel:
+    """What keeping activations in host memory saves and costs."""
+
+    stage_layers: int
+    """Transformer layers of a rank; the first and the last never offload."""
+    bytes_per_token: float
+    """Activation bytes of one token in one layer."""
+    copy_bytes_per_s: float
+    """The slower of device to host and host to device."""
+
+    def gain(self, offload: float) -> float:
+        """How many times its capacity a rank can hold when it offloads this part."""
+        return 1.0 / kept_share(offload, self.stage_layers)
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One step to plan."""
+
+    lengths: NDArray[np.int64]
+    """Tokens of each sequence."""
+    num_ranks: int
+    """Ranks of the HDP axis."""
+    capacity: int
+    """Most tokens whose activations one rank keeps on its device in one micro-batch."""
+    mode: Mode
+    """How ranks may differ in what they run."""
+    cost: CostModel
+    """Seconds of a micro-batch on one pipeline stage, forward and backward."""
+    pipeline: int = 1
+    """Pipeline stages."""
+    expert_group: int = 1
+    """Consecutive ranks that run equal counts in lockstep mode; 1 in the other modes."""
+    offload: OffloadModel | None = None
+    """None: activations stay on the device."""
+    budget_s: float = 0.5
+    """Seconds that a planner may spend on improving a plan that is good already."""
+
+    @staticmethod
+    def of(
+        lengths: ArrayLike,
+        num_ranks: int,
+        capacity: int,
+        mode: Mode,
+        cost: CostModel,
+        **others: object,
+    ) -> Problem:
+        """Check and complete the description of a step.
+
+        In lockstep mode `expert_group` is all ranks unless given. Raises ValueError for a length
+        below 1 or groups that do not divide the ranks.
+        """
+        tokens = np.asarray(lengths, dtype=np.int64)
+        if mode == "lockstep":
+            others.setdefault("expert_group", num_ranks)
+        else:
+            others["expert_group"] = 1
+        problem = Problem(tokens, num_ranks, capacity, mode, cost, **others)  # type: ignore[arg-type]
+        shortest, group = int(tokens.min(initial=1)), problem.expert_group
+        if shortest < 1:
+            raise ValueError(f"a sequence has {shortest} tokens; every length must be at least 1")
+        if num_ranks < 1 or capacity < 1 or group < 1 or num_ranks % group:
+            raise ValueError(f"{num_ranks} ranks of {capacity} tokens in expert groups of {group}")
+        return problem
+
+    @property
+    def stage_layers(self) -> int:
+        """Layers of a rank as far as offload is concerned."""
+        return self.offload.stage_layers if self.offload else 2
+
+    def require_fit(self) -> None:
+        """Raise UserError where the longest sequence is too long for all ranks together."""
+        longest = int(self.lengths.max(initial=0))
+        held = self.num_ranks * self.capacity
+        most = int(held * (self.offload.gain(1.0) if self.offload else 1.0))
+        if longest > most:
+            per_rank = -(-longest * self.capacity // most)
+            raise UserError(
+                f"a sequence of {longest} tokens does not fit {self.num_ranks} ranks of "
+                f"{self.capacity} tokens, offload included: set data.context_tokens={most} or "
+                f"below, planner.capacity_tokens={per_rank}, or start more ranks"
+            )
+
+
+class Placed(NamedTuple):
+    """A micro-batch as a planner decides it, in execution order."""
+
+    ranks: Sequence[int]
+    sequences: Sequence[int]
+    offload: float = 0.0
+
+
+Planner = Callable[[Problem], StepPlan]
+"""Pure, and deterministic but for `plan_s` (and for solvers stopped by a time limit).
+
+Raises UserError where no plan exists (`Problem.require_fit`)."""
+
+
+def complete(problem: Problem, placed: Sequence[Placed], began: float) -> StepPlan:
+    """A plan of micro-batches given in execution order; `began` is when planning did.
+
+    A micro-batch stands at the first index that is free on all its ranks. Empty micro-batches
+    are added for ranks without any, in aligned and lockstep mode where a rank of a ring is behind
+    the others, and in lockstep mode for ranks with fewer than others of their expert group.
+    """
+    from megascale.planner.bound import lower_bound_s
+    from megascale.planner.timeline import step_s
+
+    rings: list[Ring] = []
+    counts = [0] * problem.num_ranks
+    for ranks, sequences, offload in placed:
+        if problem.mode != "free":
+            _catch_up(rings, counts, ranks, max(counts[rank] for rank in ranks))
+        _add(rings, counts, tuple(ranks), tuple(sequences), offload)
+    group = problem.expert_group
+    for first in range(0, problem.num_ranks, group):
+        ranks = range(first, first + group)
+        _catch_up(rings, counts, ranks, max(1, *(counts[rank] for rank in ranks)))
+    if problem.mode != "free":
+        rings.sort(key=lambda ring: ring.index)
+    rings = [replace(ring, id=position) for position, ring in enumerate(rings)]
+    plan = StepPlan(
+        num_ranks=problem.num_ranks,
+        mode=problem.mode,
+        capacity=problem.capacity,
+        predicted_s=0.0,
+        lower_bound_s=lower_bound_s(problem),
+        plan_s=0.0,
+        rings=tuple(rings),
+        expert_group=group,
+        stage_layers=problem.stage_layers,
+    )
+    predicted_s = step_s(plan, problem.lengths, problem.cost, problem.pipeline)
+    return replace(plan, predicted_s=predicted_s, plan_s=time.perf_counter() - began)
+
+
+def _catch_up(rings: list[Ring], counts: list[int], ranks: Sequence[int], index: int) -> None:
+    for rank in ranks:
+        while counts[rank] < index:
+            _add(rings, counts, (rank,), (), 0.0)
+
+
+def _add(
+    rings: list[Ring],
+    counts: list[int],
+    ranks: tuple[int, ...],
+    sequences: tuple[int, ...],
+    offload: float,
+) -> None:
+    index = max(counts[rank] for rank in ranks)
+    rings.append(Ring(len(rings), ranks, sequences, offload, index))
+    for rank in ranks:
+        counts[rank] = index + 1
