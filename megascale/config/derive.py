@@ -158,6 +158,12 @@ def _validate_numbers(config: RunConfig) -> None:
     for name, number in not_negative.items():
         if not 0 <= number < float("inf"):
             raise UserError(f"{name} = {number} must be a finite number, at least 0")
+    copy = config.planner.host_copy_bytes_per_s
+    if copy is not None and not 0 < copy < float("inf"):
+        raise UserError(
+            f"planner.host_copy_bytes_per_s = {copy} must be finite and above 0, such as 25e9; "
+            "leave it out to keep activations on the device"
+        )
     for name, beta in (("beta1", config.optim.beta1), ("beta2", config.optim.beta2)):
         if not 0 <= beta < 1:
             raise UserError(f"optim.{name} = {beta} must be at least 0 and below 1")

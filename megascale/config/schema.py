@@ -139,6 +139,10 @@ class PlannerConfig:
     """`longest_first`: whole sequences to the least busy rank, by predicted time."""
     capacity_tokens: int | None = None
     """Most tokens one rank holds in one micro-batch. Default: `context_tokens`."""
+    host_copy_bytes_per_s: float | None = None
+    """Bytes per second that a rank copies between device and host memory while it computes, the
+    slower direction. Plans may then keep part of the activations of long sequences in host
+    memory. None: no plan does."""
 
 
 @dataclass(frozen=True, kw_only=True)

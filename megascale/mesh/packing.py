@@ -64,6 +64,8 @@ class MicroBatch:
     segments: Segments
     num_tokens: int
     """Targets that count."""
+    offload: float = 0.0
+    """Part of the activations of all layers but two to keep in host memory, 0 to 1."""
 
 
 def pack(

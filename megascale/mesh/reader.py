@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -65,4 +65,5 @@ class MicroBatchReader:
                 )
                 for i in ring.sequences
             ]
-            yield pack(sequences, self.sources[0].eod_id, self.multiple, self.device)
+            packed = pack(sequences, self.sources[0].eod_id, self.multiple, self.device)
+            yield replace(packed, offload=ring.offload)

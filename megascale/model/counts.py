@@ -199,18 +199,39 @@ def activation_bytes(config: RunConfig, layout: Layout, stage: int) -> int:
     """
     model, tokens = config.model, _known(config.planner.capacity_tokens)
     element = 2 if config.train.precision == "bf16" else 4
-    hidden_cut = layout.tensor if config.parallel.sequence_parallel else 1
-    hidden = (2 if model.parallel_block else 4) * model.hidden_size // hidden_cut
-    heads = 3 * (model.num_heads + _known(model.num_kv_heads)) * _known(model.head_dim)
-    layer = hidden + (heads + _feed_forward_activations(model)) // layout.tensor
     num_layers, in_flight = model.num_layers // layout.pipeline, layout.pipeline - stage
-    kept = in_flight * num_layers * layer
+    kept = in_flight * num_layers * _kept_elements(config, layout)
     if config.train.recompute == "full":
-        kept = in_flight * num_layers * model.hidden_size // hidden_cut + layer
+        kept += _layer_elements(config, layout)
     head = 0
     if stage == layout.pipeline - 1:
         head = padded_vocab_size(model, layout.tensor) // layout.tensor * (element + 8)
     return tokens * (kept * element + head)
+
+
+def layer_activation_bytes(config: RunConfig, layout: Layout) -> int:
+    """Bytes that one layer keeps per token between forward and backward; see `activation_bytes`."""
+    element = 2 if config.train.precision == "bf16" else 4
+    return _kept_elements(config, layout) * element
+
+
+def _kept_elements(config: RunConfig, layout: Layout) -> int:
+    """Per token, what one layer keeps: its input alone under full recomputation."""
+    if config.train.recompute == "full":
+        return config.model.hidden_size // _hidden_cut(config, layout)
+    return _layer_elements(config, layout)
+
+
+def _layer_elements(config: RunConfig, layout: Layout) -> int:
+    """Per token, what the operations of one layer keep for their backward pass."""
+    model = config.model
+    hidden = (2 if model.parallel_block else 4) * model.hidden_size // _hidden_cut(config, layout)
+    heads = 3 * (model.num_heads + _known(model.num_kv_heads)) * _known(model.head_dim)
+    return hidden + (heads + _feed_forward_activations(model)) // layout.tensor
+
+
+def _hidden_cut(config: RunConfig, layout: Layout) -> int:
+    return layout.tensor if config.parallel.sequence_parallel else 1
 
 
 def _feed_forward_activations(model: ModelConfig) -> int:

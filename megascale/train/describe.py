@@ -27,7 +27,7 @@ from megascale.corpus.shards import Shard
 from megascale.errors import UserError
 from megascale.model import counts
 from megascale.optim.schedule import joints, lr_at
-from megascale.planner import PLANNERS, CostModel, Problem, StepPlan, timeline
+from megascale.planner import PLANNERS, CostModel, OffloadModel, Problem, StepPlan, timeline
 from megascale.planner.gantt import LEGEND, text_gantt
 from megascale.train.warnings import warnings_of
 
@@ -93,6 +93,18 @@ def cost_model(config: RunConfig) -> CostModel:
     return replace(cost, b=0.0, fixed=cost.fixed + padded_s)
 
 
+def offload_model(config: RunConfig, layout: Layout) -> OffloadModel | None:
+    """What offload saves and costs a rank of this run; None where the config allows none."""
+    copy_bytes_per_s = config.planner.host_copy_bytes_per_s
+    if copy_bytes_per_s is None:
+        return None
+    return OffloadModel(
+        stage_layers=config.model.num_layers // layout.pipeline,
+        bytes_per_token=counts.layer_activation_bytes(config, layout),
+        copy_bytes_per_s=copy_bytes_per_s,
+    )
+
+
 def plan_lengths(config: RunConfig, layout: Layout, lengths: ArrayLike) -> StepPlan:
     """Plan sequences of `lengths` tokens as a step of this run would."""
     capacity = config.planner.capacity_tokens
@@ -105,6 +117,7 @@ def plan_lengths(config: RunConfig, layout: Layout, lengths: ArrayLike) -> StepP
         cost_model(config),
         pipeline=layout.pipeline,
         expert_group=layout.expert,
+        offload=offload_model(config, layout),
     )
     return PLANNERS[config.planner.name](problem)
 
