@@ -1,0 +1,348 @@
+"""Judges a plan from outside: `python tools/judge.py PLAN.json LENGTHS.txt COST.json`.
+
+Written from the formulas of the cost file alone and without the planner's own code, so that the
+two can be held against each other. A plan is the public JSON of `megascale plan --lengths`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+Integers = NDArray[np.int64]
+Floats = NDArray[np.float64]
+Cost = Mapping[str, float]
+
+COST_KEYS = ("a", "b", "fixed", "latency", "transfer_intra", "transfer_inter", "node_size")
+MODES = ("free", "aligned", "lockstep")
+FORWARD, BACKWARD = 1 / 3, 2 / 3
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a plan is worth by a cost model."""
+
+    problems: tuple[str, ...]
+    """Rules that the plan breaks; none for a valid plan."""
+    free_s: float
+    """Step time where ranks wait for nobody but the partners of their rings."""
+    lock_s: float
+    """Step time where the k-th micro-batches of all ranks begin together."""
+    pipeline_s: float
+    """Step time of 1F1B over the stages; infinite where the plan's order deadlocks it."""
+    pipeline_proxy_s: float
+    """Busiest rank's micro-batches, and once per further stage its largest one again."""
+    lower_bound_s: float
+    """Seconds that no plan can beat, whatever its mode."""
+
+    def mode_s(self, mode: str) -> float:
+        """The step time that counts in `mode`."""
+        return {"free": self.free_s, "aligned": self.pipeline_s, "lockstep": self.lock_s}[mode]
+
+
+def judge(plan: Mapping[str, Any], lengths: ArrayLike, cost: Cost, pipeline: int = 4) -> Verdict:
+    """Check `plan` for sequences of `lengths` tokens and time it with `pipeline` stages.
+
+    `cost` is the content of a COST.json with exactly the keys COST_KEYS, in seconds of one
+    pipeline stage. Raises ValueError for other keys. A plan too broken to be timed (ranks or
+    sequences that do not exist, a rank that waits for itself) gets infinite times.
+    """
+    if set(cost) != set(COST_KEYS):
+        raise ValueError(f"cost has keys {sorted(cost)}; the neutral model knows {COST_KEYS}")
+    tokens = np.asarray(lengths, dtype=np.int64)
+    bound_s = lower_bound_s(tokens, plan["num_ranks"], plan["capacity"], cost, _gain(plan))
+    flat = Flat.of(plan)
+    problems = _makes_no_sense(flat, plan["num_ranks"], len(tokens))
+    if problems:
+        return Verdict(tuple(problems), *[float("inf")] * 4, bound_s)
+    problems = _broken_rules(flat, plan, tokens)
+    seconds = _ring_seconds(flat, tokens, cost)
+    end_s, waves = _run_free(flat, seconds)
+    slowest = np.zeros(int(waves.max(initial=-1)) + 1)
+    np.maximum.at(slowest, waves, seconds)
+    return Verdict(
+        problems=tuple(problems),
+        free_s=float(end_s.max(initial=0.0)),
+        lock_s=float(slowest.sum()),
+        pipeline_s=_run_pipeline(flat, seconds, pipeline),
+        pipeline_proxy_s=_pipeline_proxy_s(flat, seconds, pipeline),
+        lower_bound_s=bound_s,
+    )
+
+
+@dataclass(frozen=True)
+class Flat:
+    """A plan as arrays. Memberships are sorted by rank, those of one rank in execution order."""
+
+    ids: Integers
+    indices: Integers
+    offload: Floats
+    sizes: Integers
+    """Ranks of each ring, [rings]."""
+    sequences: Integers
+    """Sequences of all rings, one ring after the other."""
+    sequence_ring: Integers
+    """Position of the ring that each of them is in."""
+    ranks: Integers
+    """Rank of each membership."""
+    rings: Integers
+    """Position of the ring of each membership."""
+    place: Integers
+    """How many rings the rank has run before."""
+    counts: Integers
+    """How many rings the rank runs."""
+
+    @staticmethod
+    def of(plan: Mapping[str, Any]) -> Flat:
+        """Flatten the rings of a plan."""
+        rings = plan["rings"]
+        sizes = np.array([len(ring["ranks"]) for ring in rings], dtype=np.int64)
+        held = np.array([len(ring["sequences"]) for ring in rings], dtype=np.int64)
+        ranks = _chained(rings, "ranks")
+        owner = np.repeat(np.arange(len(rings)), sizes)
+        order = np.argsort(ranks, kind="stable")
+        ranks = ranks[order]
+        _, begins, counts = np.unique(ranks, return_index=True, return_counts=True)
+        return Flat(
+            ids=np.array([ring["id"] for ring in rings], dtype=np.int64),
+            indices=np.array([ring["index"] for ring in rings], dtype=np.int64),
+            offload=np.array([ring["offload"] for ring in rings], dtype=np.float64),
+            sizes=sizes,
+            sequences=_chained(rings, "sequences"),
+            sequence_ring=np.repeat(np.arange(len(rings)), held),
+            ranks=ranks,
+            rings=owner[order],
+            place=np.arange(len(ranks)) - np.repeat(begins, counts),
+            counts=np.repeat(counts, counts),
+        )
+
+
+def _chained(rings: list[dict[str, Any]], key: str) -> Integers:
+    return np.fromiter(chain.from_iterable(ring[key] for ring in rings), np.int64)
+
+
+def _kept_share(offload: ArrayLike, stage_layers: int) -> Floats:
+    """Activations that stay on the device; the first and the last layer cannot leave it."""
+    movable = max(0, stage_layers - 2) / max(2, stage_layers)
+    return 1.0 - np.asarray(offload, dtype=np.float64) * movable
+
+
+def _gain(plan: Mapping[str, Any]) -> float:
+    """Times its capacity that a rank can hold; plans without `stage_layers` gain nothing."""
+    return float(1.0 / _kept_share(1.0, plan.get("stage_layers", 2)))
+
+
+def _makes_no_sense(flat: Flat, num_ranks: int, num_sequences: int) -> list[str]:
+    found = []
+    twice = (np.diff(flat.ranks) == 0) & (np.diff(flat.rings) == 0)
+    if np.any(twice):
+        found.append(f"ring with a rank twice: {flat.ids[flat.rings[1:][twice][0]]}")
+    if np.any(flat.sizes == 0):
+        found.append(f"ring {flat.ids[np.argmin(flat.sizes)]} has no ranks")
+    for name, values, end in (
+        ("rank", flat.ranks, num_ranks),
+        ("sequence", flat.sequences, num_sequences),
+    ):
+        wrong = values[(values < 0) | (values >= end)]
+        if len(wrong):
+            found.append(f"{name} {wrong[0]} does not exist; there are {end}")
+    return found
+
+
+def _broken_rules(flat: Flat, plan: Mapping[str, Any], tokens: Integers) -> list[str]:
+    """One line for each kind of rule that is broken, with its first case."""
+    found: list[str] = []
+
+    def check(broken: NDArray[np.bool_], line: str, names: Integers) -> None:
+        if np.any(broken):
+            first = int(np.argmax(broken))
+            found.append(f"{line}: {names[first]} and {int(broken.sum()) - 1} more")
+
+    times = np.bincount(flat.sequences, minlength=len(tokens))
+    everyone = np.arange(len(tokens))
+    check(times == 0, "sequence not placed", everyone)
+    check(times > 1, "sequence placed more than once", everyone)
+    check(np.diff(flat.ids) <= 0, "ring id not above the one before", flat.ids[1:])
+    check((flat.offload < 0) | (flat.offload > 1), "offload outside 0 to 1", flat.ids)
+    held = np.bincount(flat.sequence_ring, tokens[flat.sequences], len(flat.ids))
+    kept = held * _kept_share(flat.offload, plan.get("stage_layers", 2))
+    over = kept > plan["capacity"] * flat.sizes * (1 + 1e-9)
+    check(over, "ring above its capacity", flat.ids)
+    same_rank = np.diff(flat.ranks) == 0
+    falls = same_rank & (np.diff(flat.indices[flat.rings]) <= 0)
+    check(falls, "index does not increase on rank", flat.ranks[1:])
+    if plan["mode"] not in MODES:
+        found.append(f"mode {plan['mode']} is none of {', '.join(MODES)}")
+    if plan["mode"] != "free":
+        off = flat.indices[flat.rings] != flat.place
+        check(off, "index is not the rank's count of micro-batches before, ring", flat.rings)
+    if plan["mode"] == "lockstep":
+        group = plan.get("expert_group", plan["num_ranks"])
+        counts = np.bincount(flat.ranks, minlength=plan["num_ranks"])
+        first_of_group = np.arange(len(counts)) // group * group
+        uneven = counts != counts[first_of_group]
+        check(uneven, "rank with another count than its expert group", np.arange(len(counts)))
+    return found
+
+
+def _ring_seconds(flat: Flat, tokens: Integers, cost: Cost) -> Floats:
+    """Seconds of each ring: what the cost file's keys say, term by term."""
+    num_rings = len(flat.ids)
+    placed = tokens[flat.sequences].astype(np.float64)
+    total = np.bincount(flat.sequence_ring, placed, num_rings)
+    squares = np.bincount(flat.sequence_ring, placed**2, num_rings)
+    node = flat.ranks // int(cost["node_size"])
+    lowest, highest = np.full(num_rings, np.iinfo(np.int64).max), np.zeros(num_rings, np.int64)
+    np.minimum.at(lowest, flat.rings, node)
+    np.maximum.at(highest, flat.rings, node)
+    transfer = np.where(lowest == highest, cost["transfer_intra"], cost["transfer_inter"])
+    transfer[flat.sizes == 1] = 0.0
+    work = cost["a"] * squares + cost["b"] * total + transfer * total
+    seconds: Floats = cost["fixed"] + cost["latency"] * np.log2(flat.sizes) + work / flat.sizes
+    return seconds
+
+
+def _run_free(flat: Flat, seconds: Floats) -> tuple[Floats, Integers]:
+    """End of each ring, and the first wave in which all its ranks could run it."""
+    after = np.flatnonzero(np.diff(flat.ranks) == 0)
+    edges = flat.rings[after], flat.rings[after + 1]
+    ends = _longest_paths(seconds, *edges)
+    waves = _longest_paths(np.ones(len(seconds)), *edges).astype(np.int64) - 1
+    return ends, waves
+
+
+def _pipeline_proxy_s(flat: Flat, seconds: Floats, pipeline: int) -> float:
+    member_s = seconds[flat.rings]
+    busy_s = np.bincount(flat.ranks, member_s, 1)
+    largest_s = np.zeros(len(busy_s))
+    np.maximum.at(largest_s, flat.ranks, member_s)
+    return float((busy_s + (pipeline - 1) * largest_s).max())
+
+
+def _run_pipeline(flat: Flat, seconds: Floats, pipeline: int) -> float:
+    """End of 1F1B: every stage of every rank runs its own order, the ranks of a ring together.
+
+    Stage p of P begins with P - 1 - p forwards (or as many as there are micro-batches), goes on
+    with one forward, one backward, and ends with the backwards that are left.
+    """
+    num_rings, num_members = len(seconds), len(flat.ranks)
+    node_s = np.concatenate([FORWARD * seconds, BACKWARD * seconds] * pipeline)
+    sources, targets = [], []
+    rings = np.arange(num_rings)
+    for stage in range(pipeline):
+        forward = 2 * stage * num_rings
+        backward = forward + num_rings
+        warm_up = np.minimum(pipeline - 1 - stage, flat.counts)
+        steady = flat.counts - warm_up
+        forward_slot = flat.place + np.maximum(0, flat.place - warm_up)
+        backward_slot = np.where(
+            flat.place < steady, warm_up + 2 * flat.place + 1, flat.counts + flat.place
+        )
+        begin = 2 * (np.arange(num_members) - flat.place)
+        order = np.empty(2 * num_members, dtype=np.int64)
+        order[begin + forward_slot] = forward + flat.rings
+        order[begin + backward_slot] = backward + flat.rings
+        after = np.flatnonzero(np.diff(np.repeat(flat.ranks, 2)) == 0)
+        last = stage == pipeline - 1
+        next_forward = rings + (backward if last else forward + 2 * num_rings)
+        sources += [order[after], forward + rings]
+        targets += [order[after + 1], next_forward]
+        if not last:
+            sources.append(backward + 2 * num_rings + rings)
+            targets.append(backward + rings)
+    ends = _longest_paths(node_s, np.concatenate(sources), np.concatenate(targets))
+    return float(ends.max(initial=0.0))
+
+
+def _longest_paths(weights: Floats, sources: Integers, targets: Integers) -> Floats:
+    """Heaviest path that ends in each node, itself included; infinite behind a cycle.
+
+    Nodes are taken in generations: those all of whose sources are done.
+    """
+    num_nodes = len(weights)
+    by_source = np.argsort(sources, kind="stable")
+    targets = targets[by_source]
+    degree = np.bincount(sources, minlength=num_nodes)
+    begins = np.cumsum(degree) - degree
+    waiting = np.bincount(targets, minlength=num_nodes)
+    begin, end = np.zeros(num_nodes), np.full(num_nodes, np.inf)
+    ready = np.flatnonzero(waiting == 0)
+    while len(ready):
+        end[ready] = begin[ready] + weights[ready]
+        degrees = degree[ready]
+        within = np.arange(int(degrees.sum())) - np.repeat(np.cumsum(degrees) - degrees, degrees)
+        reached = targets[np.repeat(begins[ready], degrees) + within]
+        np.maximum.at(begin, reached, np.repeat(end[ready], degrees))
+        np.subtract.at(waiting, reached, 1)
+        candidates = np.unique(reached)
+        ready = candidates[waiting[candidates] == 0]
+    return end
+
+
+def lower_bound_s(
+    lengths: ArrayLike, num_ranks: int, capacity: int, cost: Cost, gain: float = 1.0
+) -> float:
+    """Seconds that no plan can beat; `gain` is what offload adds to the capacity, at most.
+
+    The larger of two: the cheapest rank-seconds of every sequence over all ranks, with the fixed
+    time of as few micro-batches as hold the tokens; and the longest sequence on the ring that is
+    best for it. A ring's latency is charged for the part of its capacity that a sequence fills.
+    """
+    tokens = np.asarray(lengths, dtype=np.float64)
+    if not len(tokens):
+        return 0.0
+    held = capacity * gain
+    fewest = np.minimum(np.maximum(1, np.ceil(tokens / held - 1e-9)), num_ranks)
+    shared = np.maximum(fewest, 2)
+    latency = cost["latency"] * np.log2(shared) / held
+    extra = np.where(fewest == 1, 0.0, np.inf)
+    if num_ranks > 1:
+        within = shared <= min(cost["node_size"], num_ranks)
+        extra = np.minimum(extra, np.where(within, cost["transfer_intra"] + latency, np.inf))
+    if num_ranks > cost["node_size"]:
+        extra = np.minimum(extra, cost["transfer_inter"] + latency)
+    work = cost["a"] * tokens**2 + (cost["b"] + extra) * tokens
+    even_s = work.sum() / num_ranks + cost["fixed"] * tokens.sum() / (num_ranks * held)
+    return max(float(even_s), _longest_alone_s(tokens.max(), fewest.max(), num_ranks, cost))
+
+
+def _longest_alone_s(longest: float, fewest: float, num_ranks: int, cost: Cost) -> float:
+    sizes = np.arange(int(fewest), num_ranks + 1)
+    best = np.full(len(sizes), np.inf)
+    for transfer, allowed in (
+        (0.0, sizes == 1),
+        (cost["transfer_intra"], (sizes > 1) & (sizes <= cost["node_size"])),
+        (cost["transfer_inter"], (sizes > 1) & (num_ranks > cost["node_size"])),
+    ):
+        work = cost["a"] * longest**2 + (cost["b"] + transfer) * longest
+        seconds = cost["fixed"] + cost["latency"] * np.log2(sizes) + work / sizes
+        best = np.minimum(best, np.where(allowed, seconds, np.inf))
+    return float(best.min())
+
+
+def main() -> int:
+    """Print the verdict on one plan; exit 1 for an invalid one."""
+    parser = argparse.ArgumentParser(prog="judge.py", description=__doc__)
+    parser.add_argument("plan", type=Path, help="public JSON of a plan")
+    parser.add_argument("lengths", type=Path, help="tokens of each sequence, one a line")
+    parser.add_argument("cost", type=Path, help=f"JSON object with {', '.join(COST_KEYS)}")
+    parser.add_argument("--pipeline", type=int, default=4, metavar="STAGES")
+    options = parser.parse_args()
+    lengths = np.loadtxt(options.lengths, dtype=np.int64, ndmin=1)
+    plan, cost = (json.loads(path.read_text()) for path in (options.plan, options.cost))
+    verdict = judge(plan, lengths, cost, options.pipeline)
+    print(json.dumps(asdict(verdict), indent=1))
+    return 1 if verdict.problems else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
