@@ -16,6 +16,7 @@ from megatron.core.transformer.transformer_block import (
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megascale.config import MoeConfig, RunConfig
+from megascale.mesh.offload import Offloader
 from megascale.model.counts import padded_vocab_size
 from megascale.model.initialise import initialise
 from megascale.model.layers import final_norm, layer_spec, use_transformer_engine
@@ -26,7 +27,8 @@ def build_model(config: RunConfig, ranks: Ranks) -> DistributedDataParallel:
     """This rank's part of the model, with initial weights, wrapped for gradient reduction.
 
     The weights depend on `seed` and their name alone, not on the layout of the ranks.
-    Gradients are summed, never averaged (design, decision 3).
+    Gradients are summed, never averaged (design, decision 3). Its attribute `offloader` runs the
+    micro-batches that keep activations in host memory.
     """
     core = transformer_config(config, ranks)
     model = GPTModel(
@@ -42,9 +44,12 @@ def build_model(config: RunConfig, ranks: Ranks) -> DistributedDataParallel:
     )
     initialise(model, config.model, config.seed)
     model = model.to(ranks.device)
+    layers = model.decoder.layers
     if config.train.precision == "bf16":
         model = Float16Module(core, model)
-    return DistributedDataParallel(core, _reduction(config, ranks), model)
+    wrapped = DistributedDataParallel(core, _reduction(config, ranks), model)
+    wrapped.offloader = Offloader(layers, ranks.device)
+    return wrapped
 
 
 def transformer_config(config: RunConfig, ranks: Ranks) -> TransformerConfig:

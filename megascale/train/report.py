@@ -86,6 +86,8 @@ class Report:
             "plan_wait_s": planned.plan_wait_s,
             "skipped": result.skipped,
         }
+        if result.offload_gib:
+            row["offload_gib"] = result.offload_gib
         self._metrics.write(row)
         if result.skipped:
             self._event("skip", step=cursor.step, loss=result.loss, grad_norm=result.grad_norm)

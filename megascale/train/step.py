@@ -41,6 +41,8 @@ class StepResult:
     """Every rank has finished its background checkpoint write, if one is pending."""
     seconds: float
     """Wall time of the step on this rank."""
+    offload_gib: float
+    """Activations that were copied to host memory, all ranks together."""
 
 
 @dataclass
@@ -75,8 +77,9 @@ def train_step(
     optimizer.zero_grad()
     loss_sum, ran = run_micro_batches(learner, micro_batches, count)
     finalize_model_grads([model])
-    loss_sum, ran, stops, writing = _sum_over_ranks(
-        learner.ranks, [loss_sum, ran, float(stop), float(not writes_done)]
+    moved_gib = model.offloader.take_traffic().moved_bytes / 2**30
+    loss_sum, ran, stops, writing, moved_gib = _sum_over_ranks(
+        learner.ranks, [loss_sum, ran, float(stop), float(not writes_done), moved_gib]
     )
     if int(ran) != loss_tokens:
         raise RuntimeError(f"the plan ran {int(ran)} tokens of a batch of {loss_tokens}")
@@ -92,6 +95,7 @@ def train_step(
         stop=stops > 0,
         writes_done=writing == 0,
         seconds=time.perf_counter() - began,
+        offload_gib=moved_gib,
     )
 
 
@@ -100,7 +104,8 @@ def evaluate(
 ) -> tuple[float, int]:
     """Summed loss (nats) and tokens over all ranks, without gradients."""
     learner.model.eval()
-    loss_sum, ran = run_micro_batches(learner, micro_batches, count, forward_only=True)
+    with torch.no_grad():
+        loss_sum, ran = run_micro_batches(learner, micro_batches, count, forward_only=True)
     learner.model.train()
     loss_sum, ran = _sum_over_ranks(learner.ranks, [loss_sum, ran])
     return loss_sum, int(ran)
@@ -134,13 +139,14 @@ def run_micro_batches(
 
 def _forward(data: Iterator[MicroBatch], model: Any) -> tuple[torch.Tensor, Any]:
     batch = next(data)
-    loss_T = model(
-        input_ids=batch.tokens_T[None],
-        position_ids=batch.segments.positions_T[None],
-        attention_mask=None,
-        labels=batch.targets_T[None],
-        packed_seq_params=batch.segments,
-    )
+    with model.offloader.micro_batch(batch.offload):
+        loss_T = model(
+            input_ids=batch.tokens_T[None],
+            position_ids=batch.segments.positions_T[None],
+            attention_mask=None,
+            labels=batch.targets_T[None],
+            packed_seq_params=batch.segments,
+        )
 
     def summed(loss_T: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         loss_sum = (loss_T.flatten().float() * batch.loss_mask_T).sum()
