@@ -28,6 +28,11 @@ VERBS = {
         "print everything that follows from a config, without starting it",
         "megascale plan configs/quickstart.yaml --ranks 2 train.tokens=20M",
     ),
+    "simulate": (
+        "megascale.train.simulate_command:simulate",
+        "replay steps at cluster scale on paper, planner beside planner",
+        "megascale simulate --ranks 12288 --context 2048Ki --lengths github --model 7b",
+    ),
     "train": (
         "megascale.train.command:train",
         "train one rank; under torchrun, many",

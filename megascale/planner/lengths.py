@@ -6,11 +6,12 @@ import difflib
 from collections.abc import Callable
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from megascale.errors import UserError
 
 Floats = NDArray[np.float64]
+Integers = NDArray[np.int64]
 
 BLOCK = 4096
 """Documents are drawn in blocks of so many, so that more tokens only add documents."""
@@ -65,7 +66,7 @@ def draw_lengths(
     context: int,
     seed: int,
     num_sequences: int | None = None,
-) -> NDArray[np.int64]:
+) -> Integers:
     """Lengths in tokens of documents drawn at random, each cut at `context`.
 
     Documents are drawn until `num_tokens` is reached, the last one cut so that the sum is exact;
@@ -81,18 +82,33 @@ def draw_lengths(
         raise UserError(
             f"lengths '{name}': {wanted} of at most {context} tokens; both must be >= 1"
         )
+    return _draw(DISTRIBUTIONS[name], num_tokens, context, seed, num_sequences)
+
+
+def sample_lengths(documents: ArrayLike, num_tokens: int, context: int, seed: int) -> Integers:
+    """Like `draw_lengths`, from the lengths of given documents, with replacement."""
+    known = np.asarray(documents, dtype=np.float64)
+    return _draw(lambda rng: rng.choice(known, BLOCK), num_tokens, context, seed)
+
+
+def _draw(
+    block: Callable[[np.random.Generator], Floats],
+    num_tokens: int | None,
+    context: int,
+    seed: int,
+    num_sequences: int | None = None,
+) -> Integers:
     rng = np.random.default_rng(seed)
-    blocks: list[NDArray[np.int64]] = []
-    drawn = 0
-    while drawn < wanted:
-        whole = np.rint(np.clip(DISTRIBUTIONS[name](rng), 1, context)).astype(np.int64)
-        blocks.append(whole)
-        drawn += len(whole) if num_tokens is None else int(whole.sum())
+    blocks: list[Integers] = []
+    left = (num_sequences if num_tokens is None else num_tokens) or 0
+    while left > 0:
+        blocks.append(np.rint(np.clip(block(rng), 1, context)).astype(np.int64))
+        left -= BLOCK if num_tokens is None else int(blocks[-1].sum())
     lengths = np.concatenate(blocks)
-    return lengths[:wanted] if num_tokens is None else _first_tokens(lengths, num_tokens)
+    return lengths[:num_sequences] if num_tokens is None else _first_tokens(lengths, num_tokens)
 
 
-def _first_tokens(lengths: NDArray[np.int64], num_tokens: int) -> NDArray[np.int64]:
+def _first_tokens(lengths: Integers, num_tokens: int) -> Integers:
     """The first of `lengths` that hold exactly `num_tokens`, the last one cut."""
     ends = np.cumsum(lengths)
     count = int(np.searchsorted(ends, num_tokens)) + 1

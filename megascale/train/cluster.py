@@ -1,0 +1,148 @@
+"""A model on a cluster that nobody has to own: what the planner's simulator needs to know of both.
+
+Without torch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from numpy.typing import ArrayLike
+
+from megascale.config import (
+    Layout,
+    ModelConfig,
+    MoeConfig,
+    ParallelConfig,
+    PlannerConfig,
+    RunConfig,
+    TrainConfig,
+)
+from megascale.model import counts
+from megascale.planner import Problem
+from megascale.planner.devices import Device, Shape, cost_of, offload_of, sync_s
+from megascale.planner.plan import Mode
+
+VOCAB_SIZE = 32_000
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A model by name, and how it is cut where the command line does not say."""
+
+    model: ModelConfig
+    tensor: int = 1
+    pipeline: int = 1
+
+
+def _preset(
+    shape: tuple[int, int, int, int], tensor: int, pipeline: int, experts: int = 0
+) -> Preset:
+    """A preset from (layers, hidden size, heads, feed-forward size)."""
+    layers, hidden, heads, ffn = shape
+    moe = MoeConfig(num_experts=experts, top_k=2, ffn_hidden_size=ffn) if experts else None
+    model = ModelConfig(
+        num_layers=layers,
+        hidden_size=hidden,
+        num_heads=heads,
+        num_kv_heads=8,
+        head_dim=128,
+        ffn_hidden_size=ffn,
+        vocab_size=VOCAB_SIZE,
+        tied_embeddings=False,
+        moe=moe,
+    )
+    return Preset(model, tensor, pipeline)
+
+
+# Layers, hidden sizes, heads and 8 groups of keys and values: ByteScale, table of models. Heads
+# of 128, feed-forward sizes and the vocabulary of 32,000 are those of the published models. The
+# paper does not say how it cut them; here pipelines go where its scheduler balances pipelines.
+MODELS = {
+    "7b": _preset((32, 4096, 32, 11008), 1, 1),
+    "13b": _preset((40, 5120, 40, 13824), 2, 1),
+    "30b": _preset((60, 6656, 56, 17920), 4, 1),
+    "70b": _preset((80, 8192, 64, 28672), 8, 2),
+    "8x7b": _preset((32, 4096, 32, 14336), 4, 2, experts=8),
+    "8x22b": _preset((56, 6144, 48, 16384), 8, 4, experts=8),
+}
+MODELS["141b"] = MODELS["8x22b"]
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """A model, the devices that train it, and how steps are cut."""
+
+    model_name: str
+    model: ModelConfig
+    layout: Layout
+    device_name: str
+    device: Device
+    context: int
+    capacity: int
+    batch_tokens: int
+    mode: Mode
+    offload: bool
+    budget_s: float
+
+    @property
+    def shape(self) -> Shape:
+        """The model as its cost sees it."""
+        one = replace(self.layout, tensor=1, pipeline=1)
+        return Shape(
+            num_layers=self.model.num_layers,
+            hidden_size=self.model.hidden_size,
+            kv_size=(self.model.num_kv_heads or 0) * (self.model.head_dim or 0),
+            flops_per_token=counts.flops_per_token(self.model, self.layout.tensor),
+            flops_per_pair=counts.flops_per_pair(self.model),
+            activation_bytes=counts.layer_activation_bytes(self._config(one), one),
+        )
+
+    def problem(self, lengths: ArrayLike) -> Problem:
+        """A step of sequences of `lengths` tokens."""
+        cut = (self.layout.tensor, self.layout.pipeline)
+        group = self.layout.expert if self.layout.expert > 1 else self.layout.hdp
+        return Problem.of(
+            lengths,
+            self.layout.hdp,
+            self.capacity,
+            self.mode,
+            cost_of(self.shape, self.device, *cut),
+            pipeline=self.layout.pipeline,
+            expert_group=group,
+            offload=offload_of(self.shape, self.device, *cut) if self.offload else None,
+            budget_s=self.budget_s,
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything that times and memory follow from, as plain values."""
+        cut = (self.layout.tensor, self.layout.pipeline)
+        value = asdict(self)
+        del value["model"]
+        return value | {"cost": asdict(cost_of(self.shape, self.device, *cut))}
+
+    def overhead_s(self) -> float:
+        """Seconds at the end of a step for gradients and weights."""
+        stages = range(self.layout.pipeline)
+        held = [counts.count_rank_parameters(self.model, self.layout, stage) for stage in stages]
+        parameters = max(one.dense + one.expert for one in held)
+        return sync_s(parameters, self.device, self.layout.tensor)
+
+    def peak_bytes(self, kept_tokens: int) -> int:
+        """Estimate of the memory of a device whose HDP rank keeps activations of so many tokens."""
+        config = self._config(self.layout, kept_tokens)
+        return counts.memory_per_rank(config, self.layout).total
+
+    def _config(self, layout: Layout, tokens: int = 1) -> RunConfig:
+        return RunConfig(
+            model=self.model,
+            parallel=ParallelConfig(
+                tensor=layout.tensor,
+                pipeline=layout.pipeline,
+                expert=layout.expert,
+                sequence_parallel=layout.tensor > 1,
+            ),
+            planner=PlannerConfig(capacity_tokens=tokens),
+            train=TrainConfig(precision="bf16"),
+        )
