@@ -129,6 +129,7 @@ def _validate_numbers(config: RunConfig) -> None:
         "parallel.tensor": config.parallel.tensor,
         "parallel.pipeline": config.parallel.pipeline,
         "parallel.expert": config.parallel.expert,
+        "planner.ahead_steps": config.planner.ahead_steps,
         "data.context_tokens": config.data.context_tokens,
         "data.global_batch_tokens": config.data.global_batch_tokens,
         "data.max_epochs": config.data.max_epochs,
@@ -163,6 +164,11 @@ def _validate_numbers(config: RunConfig) -> None:
         raise UserError(
             f"planner.host_copy_bytes_per_s = {copy} must be finite and above 0, such as 25e9; "
             "leave it out to keep activations on the device"
+        )
+    timeout_s = config.planner.timeout_s
+    if not 0 < timeout_s < float("inf"):
+        raise UserError(
+            f"planner.timeout_s = {timeout_s} must be a finite number above 0, such as 30"
         )
     for name, beta in (("beta1", config.optim.beta1), ("beta2", config.optim.beta2)):
         if not 0 <= beta < 1:

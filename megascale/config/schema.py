@@ -143,6 +143,11 @@ class PlannerConfig:
     """Bytes per second that a rank copies between device and host memory while it computes, the
     slower direction. Plans may then keep part of the activations of long sequences in host
     memory. None: no plan does."""
+    ahead_steps: int = 2
+    """Steps whose plans are made, on rank 0 in a process of its own, while the step before them
+    trains. 2, so that a plan that takes longer than a step is seldom waited for."""
+    timeout_s: float = 30.0
+    """Seconds that one plan may take; then a faster planner makes it, with a warning."""
 
 
 @dataclass(frozen=True, kw_only=True)

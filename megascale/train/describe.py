@@ -105,11 +105,11 @@ def offload_model(config: RunConfig, layout: Layout) -> OffloadModel | None:
     )
 
 
-def plan_lengths(config: RunConfig, layout: Layout, lengths: ArrayLike) -> StepPlan:
-    """Plan sequences of `lengths` tokens as a step of this run would."""
+def step_problem(config: RunConfig, layout: Layout, lengths: ArrayLike) -> Problem:
+    """What a planner is given for a step of this run with sequences of `lengths` tokens."""
     capacity = config.planner.capacity_tokens
     assert capacity is not None, "the config is not finalized"
-    problem = Problem.of(
+    return Problem.of(
         lengths,
         layout.hdp,
         capacity,
@@ -119,7 +119,11 @@ def plan_lengths(config: RunConfig, layout: Layout, lengths: ArrayLike) -> StepP
         expert_group=layout.expert,
         offload=offload_model(config, layout),
     )
-    return PLANNERS[config.planner.name](problem)
+
+
+def plan_lengths(config: RunConfig, layout: Layout, lengths: ArrayLike) -> StepPlan:
+    """Plan sequences of `lengths` tokens as a step of this run would."""
+    return PLANNERS[config.planner.name](step_problem(config, layout, lengths))
 
 
 @dataclass(frozen=True)
