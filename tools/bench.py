@@ -6,7 +6,7 @@ import argparse
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 TOOLS = Path(__file__).parent
@@ -22,8 +22,22 @@ def main() -> int:
         epilog="\n".join(f"{name:<8} {bench.__doc__}" for name, bench in BENCHMARKS.items()),
     )
     parser.add_argument("name", choices=BENCHMARKS)
-    BENCHMARKS[parser.parse_args().name]()
+    parser.add_argument("options", nargs=argparse.REMAINDER, help="try: bench.py planner --help")
+    arguments = parser.parse_args()
+    if arguments.name == "planner":
+        planner(arguments.options)
+    elif arguments.options:
+        parser.error(f"{arguments.name} takes no options, got {' '.join(arguments.options)}")
+    else:
+        BENCHMARKS[arguments.name]()
     return 0
+
+
+def planner(options: Sequence[str] = ()) -> None:
+    """Our plans against every peer's by the neutral judge, and the time to plan; has options."""
+    from bench_planner import bench_planner
+
+    bench_planner(options)
 
 
 def step() -> None:
@@ -75,6 +89,7 @@ BENCHMARKS: dict[str, Callable[[], None]] = {
     "step": step,
     "save": save,
     "data": data,
+    "planner": planner,
     "resume": resume,
 }
 
