@@ -179,8 +179,13 @@ def run_job(job: Job, seed: int, cost: dict[str, float]) -> list[Row]:
         else:
             plan = completed_as(decided, problem)
         verdict = judge(json.loads(json.dumps(plan.to_json())), lengths, cost, PIPELINE)
-        ratio = verdict.mode_s(mode) / verdict.lower_bound_s
-        proxy = verdict.pipeline_proxy_s / verdict.lower_bound_s if mode == "aligned" else None
+        ratio: float | None = verdict.mode_s(mode) / verdict.lower_bound_s
+        ratio = ratio if math.isfinite(ratio) else None
+        proxy = (
+            verdict.pipeline_proxy_s / verdict.lower_bound_s
+            if ratio and mode == "aligned"
+            else None
+        )
         problems = "; ".join(verdict.problems)
         rows.append(Row(job.scenario, job.planner, mode, ratio, proxy, plan_s, problems))
     return rows
@@ -317,11 +322,15 @@ def table(rows: Sequence[Row], scenarios: Sequence[str], mode: str) -> str:
     return "\n".join(lines)
 
 
+NO_PLAN = (("no plan in", "late"), ("sequence", "wrong"), ("ring", "wrong"))
+"""How the table calls what has no time, by how its problem begins."""
+
+
 def _ratio_cell(row: Row | None) -> str:
     if row is None:
         return "-"
     if row.ratio is None:
-        return "late" if row.problem.startswith("no plan in") else "crash"
+        return next((word for start, word in NO_PLAN if row.problem.startswith(start)), "crash")
     broken = "!" if row.problem else ""
     return f"{row.ratio:.3f}{broken}" if row.ratio < 100 else f"{row.ratio:.0f}{broken}"
 
@@ -361,12 +370,13 @@ def summary(rows: Sequence[Row]) -> list[str]:
         ]
         if ours:
             worst = max(ours, key=lambda name: ours[name])
+            median = statistics.median(ours.values())
             lines.append(
-                f"{mode}: {OURS} median {statistics.median(ours.values()):.3f}, "
-                f"worst {ours[worst]:.3f} ({worst}) (goal: {goals}); "
-                f"no valid plan on: {', '.join(failed) or 'none'}; "
-                f"beaten on: {', '.join(beaten) or 'none'}"
+                f"{mode}: {OURS} median {median:.3f}, worst {ours[worst]:.3f} ({worst}) "
+                f"(goal: {goals}); beaten on: {', '.join(beaten) or 'none'}"
             )
+        if failed:
+            lines.append(f"{mode}: {OURS} has no valid plan on {', '.join(failed)}")
     return lines
 
 
@@ -387,7 +397,7 @@ def plot(rows: Sequence[Row], scenarios: Sequence[str], path: Path) -> None:
             stages = f", {PIPELINE} pipeline stages" if mode == "aligned" else ""
             axes.set_title(f"{mode}{stages}: step time beyond the lower bound")
         panels[0].legend(ncols=4, loc="lower center", bbox_to_anchor=(0.5, 1.1))
-        panels[-1].set_xlabel("scenario; hollow: breaks the capacity; missing: no plan")
+        panels[-1].set_xlabel("scenario; hollow: breaks a rule; missing: no plan")
         figure.savefig(path)
 
 
@@ -444,8 +454,8 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="bench.py planner", description=__doc__)
     known = [name for name in ORDER if name in PEERS or name in PLANNERS]
     parser.add_argument("--quick", action="store_true", help=f"only {', '.join(QUICK)}, no FlexSP")
-    parser.add_argument("--only", metavar="S1,S2", help=f"of {', '.join(SCENARIOS)}")
-    parser.add_argument("--planners", metavar="A,B", help=f"of {', '.join(known)}")
+    parser.add_argument("--only", metavar="S1,S2", help=f"of {', '.join(SCENARIOS)}; no plan times")
+    parser.add_argument("--planners", metavar="A,B", help=f"of {', '.join(known)}; no plan times")
     parser.add_argument("--limit-s", type=float, default=LIMIT_S, help="for one planner, one batch")
     parser.add_argument("--seed", type=int, default=0, help="of the drawn lengths")
     parser.add_argument("--cost", type=Path, help="COST.json instead of FlexSP's 7B fit")
@@ -453,6 +463,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     subset = options.quick or options.only or options.planners
     options.asked = bool(options.planners)
+    options.times = not (options.only or options.planners)
     options.scenarios = _chosen(parser, options.only, QUICK if options.quick else SCENARIOS)
     quick = [name for name in known if name != "flexsp"] if options.quick else known
     options.planners = _chosen(parser, options.planners, quick, [*PLANNERS, *PEERS])
@@ -496,7 +507,7 @@ def bench_planner(arguments: Sequence[str]) -> None:
     for mode in MODES:
         print(table(rows, options.scenarios, mode))
     print(failures(rows), *summary(rows), sep="\n")
-    times = plan_times(options.seed, options.cost) if OURS in options.planners else []
+    times = plan_times(options.seed, options.cost) if options.times else []
     for one in times:
         print(f"{one['what']}, {one['mode']}: {one['ms']} ms (goal: at most {one['goal_ms']})")
     if options.out:

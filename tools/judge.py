@@ -53,15 +53,16 @@ def judge(plan: Mapping[str, Any], lengths: ArrayLike, cost: Cost, pipeline: int
     """Check `plan` for sequences of `lengths` tokens and time it with `pipeline` stages.
 
     `cost` is the content of a COST.json with exactly the keys COST_KEYS, in seconds of one
-    pipeline stage. Raises ValueError for other keys. A plan too broken to be timed (ranks or
-    sequences that do not exist, a rank that waits for itself) gets infinite times.
+    pipeline stage. Raises ValueError for other keys. A plan that does not do the step (ranks or
+    sequences that do not exist, sequences left out or done twice, a rank that waits for itself)
+    gets infinite times.
     """
     if set(cost) != set(COST_KEYS):
         raise ValueError(f"cost has keys {sorted(cost)}; the neutral model knows {COST_KEYS}")
     tokens = np.asarray(lengths, dtype=np.int64)
     bound_s = lower_bound_s(tokens, plan["num_ranks"], plan["capacity"], cost, _gain(plan))
     flat = Flat.of(plan)
-    problems = _makes_no_sense(flat, plan["num_ranks"], len(tokens))
+    problems = _not_the_step(flat, plan["num_ranks"], len(tokens))
     if problems:
         return Verdict(tuple(problems), *[float("inf")] * 4, bound_s)
     problems = _broken_rules(flat, plan, tokens)
@@ -141,56 +142,54 @@ def _gain(plan: Mapping[str, Any]) -> float:
     return float(1.0 / _kept_share(1.0, plan.get("stage_layers", 2)))
 
 
-def _makes_no_sense(flat: Flat, num_ranks: int, num_sequences: int) -> list[str]:
-    found = []
+class Found(list[str]):
+    """Problems found: a line each, with the first case and how many more there are."""
+
+    def check(self, broken: NDArray[np.bool_], line: str, names: Integers) -> None:
+        """Add `line` where anything is broken; `names` says what to call each case."""
+        if np.any(broken):
+            first = int(np.argmax(broken))
+            self.append(f"{line}: {names[first]} and {int(broken.sum()) - 1} more")
+
+
+def _not_the_step(flat: Flat, num_ranks: int, num_sequences: int) -> list[str]:
+    """Why the plan cannot be timed as a step."""
+    found = Found()
+    found.check(flat.sizes == 0, "ring without ranks", flat.ids)
     twice = (np.diff(flat.ranks) == 0) & (np.diff(flat.rings) == 0)
-    if np.any(twice):
-        found.append(f"ring with a rank twice: {flat.ids[flat.rings[1:][twice][0]]}")
-    if np.any(flat.sizes == 0):
-        found.append(f"ring {flat.ids[np.argmin(flat.sizes)]} has no ranks")
-    for name, values, end in (
-        ("rank", flat.ranks, num_ranks),
-        ("sequence", flat.sequences, num_sequences),
-    ):
-        wrong = values[(values < 0) | (values >= end)]
-        if len(wrong):
-            found.append(f"{name} {wrong[0]} does not exist; there are {end}")
+    found.check(twice, "ring with a rank twice", flat.ids[flat.rings[1:]])
+    unknown = (flat.ranks < 0) | (flat.ranks >= num_ranks)
+    found.check(unknown, f"rank that none of {num_ranks} is", flat.ranks)
+    unknown = (flat.sequences < 0) | (flat.sequences >= num_sequences)
+    found.check(unknown, f"sequence that none of {num_sequences} is", flat.sequences)
+    times = np.bincount(flat.sequences[~unknown], minlength=num_sequences)
+    found.check(times == 0, "sequence not placed", np.arange(num_sequences))
+    found.check(times > 1, "sequence placed more than once", np.arange(num_sequences))
     return found
 
 
 def _broken_rules(flat: Flat, plan: Mapping[str, Any], tokens: Integers) -> list[str]:
-    """One line for each kind of rule that is broken, with its first case."""
-    found: list[str] = []
-
-    def check(broken: NDArray[np.bool_], line: str, names: Integers) -> None:
-        if np.any(broken):
-            first = int(np.argmax(broken))
-            found.append(f"{line}: {names[first]} and {int(broken.sum()) - 1} more")
-
-    times = np.bincount(flat.sequences, minlength=len(tokens))
-    everyone = np.arange(len(tokens))
-    check(times == 0, "sequence not placed", everyone)
-    check(times > 1, "sequence placed more than once", everyone)
-    check(np.diff(flat.ids) <= 0, "ring id not above the one before", flat.ids[1:])
-    check((flat.offload < 0) | (flat.offload > 1), "offload outside 0 to 1", flat.ids)
+    """Rules that a plan breaks which can be timed all the same."""
+    found = Found()
+    found.check(np.diff(flat.ids) <= 0, "ring id not above the one before", flat.ids[1:])
+    found.check((flat.offload < 0) | (flat.offload > 1), "offload outside 0 to 1", flat.ids)
     held = np.bincount(flat.sequence_ring, tokens[flat.sequences], len(flat.ids))
     kept = held * _kept_share(flat.offload, plan.get("stage_layers", 2))
     over = kept > plan["capacity"] * flat.sizes * (1 + 1e-9)
-    check(over, "ring above its capacity", flat.ids)
-    same_rank = np.diff(flat.ranks) == 0
-    falls = same_rank & (np.diff(flat.indices[flat.rings]) <= 0)
-    check(falls, "index does not increase on rank", flat.ranks[1:])
+    found.check(over, "ring above its capacity", flat.ids)
+    falls = (np.diff(flat.ranks) == 0) & (np.diff(flat.indices[flat.rings]) <= 0)
+    found.check(falls, "index does not increase on rank", flat.ranks[1:])
     if plan["mode"] not in MODES:
         found.append(f"mode {plan['mode']} is none of {', '.join(MODES)}")
     if plan["mode"] != "free":
         off = flat.indices[flat.rings] != flat.place
-        check(off, "index is not the rank's count of micro-batches before, ring", flat.rings)
+        line = "index is not the rank's count of micro-batches before, ring"
+        found.check(off, line, flat.ids[flat.rings])
     if plan["mode"] == "lockstep":
         group = plan.get("expert_group", plan["num_ranks"])
         counts = np.bincount(flat.ranks, minlength=plan["num_ranks"])
-        first_of_group = np.arange(len(counts)) // group * group
-        uneven = counts != counts[first_of_group]
-        check(uneven, "rank with another count than its expert group", np.arange(len(counts)))
+        uneven = counts != counts[np.arange(len(counts)) // group * group]
+        found.check(uneven, "rank with another count than its expert group", np.arange(len(counts)))
     return found
 
 

@@ -1,0 +1,194 @@
+"""The peers' plans are plans, and what they break, raise or run into is reported as such."""
+
+import itertools
+import json
+import math
+import os
+import time
+
+import bench_planner
+import numpy as np
+import peers
+import pytest
+from bench_planner import Job, Row, Scenario, corpus_lengths, in_process
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from judge import judge
+from peers import karmarkar_karp, plan_lpt, plan_megatron_core, plan_verl_kk, static_size
+
+from megascale.errors import UserError
+from megascale.planner import CostModel, Problem
+
+COST = bench_planner.COST
+
+
+def problem_of(lengths, num_ranks, capacity, mode="free"):
+    return Problem.of(lengths, num_ranks, capacity, mode, CostModel(**COST))
+
+
+def verdict_on(plan, lengths):
+    return judge(json.loads(plan.to_bytes()), lengths, COST)
+
+
+@settings(deadline=None)
+@given(
+    lengths=st.lists(st.integers(1, 3000), min_size=1, max_size=60),
+    num_ranks=st.integers(1, 24),
+    capacity=st.integers(200, 4000),
+    mode=st.sampled_from(["free", "aligned", "lockstep"]),
+)
+def test_static_peers_keep_all_rules_but_verl_the_capacity(lengths, num_ranks, capacity, mode):
+    problem = problem_of(lengths, num_ranks, capacity, mode)
+    if max(lengths) > num_ranks * capacity:
+        with pytest.raises(UserError):
+            plan_lpt(problem)
+        return
+    size = static_size(problem)
+    assert num_ranks % size == 0 and size * capacity >= max(lengths)
+    for plan in (plan_lpt(problem), plan_verl_kk(problem)):
+        assert {len(ring.ranks) for ring in plan.rings if ring.sequences} == {size}
+        problems = verdict_on(plan, lengths).problems
+        kept = [line for line in problems if "capacity" not in line]
+        assert kept == []
+        assert plan.rings[0].ranks and math.isfinite(plan.predicted_s)
+    assert verdict_on(plan_lpt(problem), lengths).problems == ()
+
+
+def test_verl_breaks_the_capacity_and_the_judge_says_so():
+    """Two micro-batches by tokens; no split of 3 x 60 into two keeps 100."""
+    plan = plan_verl_kk(problem_of([60, 60, 60], 1, 100))
+    assert [line[:24] for line in verdict_on(plan, [60] * 3).problems] == [
+        "ring above its capacity:"
+    ]
+
+
+def test_differencing_by_hand():
+    """The textbook case: 8 7 6 5 4 into two differ by 2 where 15 and 15 were possible."""
+    parts = karmarkar_karp([8, 7, 6, 5, 4], 2, equal_counts=False)
+    assert sorted(sum([8, 7, 6, 5, 4][i] for i in part) for part in parts) == [14, 16]
+    assert sorted(itertools.chain(*parts)) == [0, 1, 2, 3, 4]
+
+
+@given(
+    weights=st.lists(st.integers(0, 100), max_size=8),
+    num_parts=st.integers(1, 4),
+    equal=st.booleans(),
+)
+def test_differencing_is_near_the_best_partition(weights, num_parts, equal):
+    weights += [0] * (-len(weights) % num_parts) * equal
+    parts = karmarkar_karp(weights, num_parts, equal)
+    assert len(parts) == num_parts
+    assert sorted(itertools.chain(*parts)) == list(range(len(weights)))
+    sums = [sum(weights[i] for i in part) for part in parts]
+    if equal:
+        assert len({len(part) for part in parts}) == 1
+        assert max(sums) - min(sums) <= max(weights, default=0)
+    else:
+        least = max(max(weights, default=0), -(-sum(weights) // num_parts))
+        assert max(sums) <= least * (4 / 3 - 1 / (3 * num_parts)) * 1.01 + 1
+
+
+def test_megatron_core_plans_powers_of_two():
+    lengths = [32768, 20000, 9000, *[700] * 40]
+    for mode in ("free", "aligned", "lockstep"):
+        plan = plan_megatron_core(problem_of(lengths, 8, 8192, mode))
+        assert verdict_on(plan, lengths).problems == ()
+        assert all(len(ring.sequences) <= 1 for ring in plan.rings)
+        shared = {ring.sequences: len(ring.ranks) for ring in plan.rings if ring.sequences}
+        assert shared[(0,)] == 4 and shared[(1,)] == 4
+
+
+def test_megatron_core_has_no_communicator_of_16_in_24():
+    with pytest.raises(peers.NoCommunicatorError, match="16 ranks from 0 of 24"):
+        peers._require_communicator(range(16), 24)
+    with pytest.raises(peers.NoCommunicatorError, match="8 ranks from 4 of 24"):
+        peers._require_communicator(range(4, 12), 24)
+    for ranks, total in ((range(24), 24), (range(8, 16), 24), ([5], 24), (range(16, 32), 64)):
+        peers._require_communicator(ranks, total)
+
+
+def slow(problem):
+    time.sleep(60)
+
+
+def dies(problem):
+    os._exit(7)
+
+
+def raises(problem):
+    raise IndexError("list assignment\nindex out of range")
+
+
+def forgets(problem):
+    return peers.complete(problem, [peers.Placed([0], [0])], 0.0)
+
+
+@pytest.mark.parametrize(
+    "planner, problem, limit_s",
+    [
+        (slow, "no plan in 0 s", 0.2),
+        (dies, "died with exit code 7", 60),
+        (raises, "IndexError: list assignment", 60),
+        (forgets, "sequence not placed: 1 and 254 more", 60),
+    ],
+)
+def test_failures_are_results(monkeypatch, planner, problem, limit_s):
+    monkeypatch.setitem(peers.PEERS, "odd", planner)
+    rows = in_process(Job("o1", "odd", ("free", "lockstep")), 0, COST, limit_s)
+    assert [row.mode for row in rows] == ["free", "lockstep"]
+    assert {(row.ratio, row.problem) for row in rows} == {(None, problem)}
+
+
+def test_summary_counts_valid_plans_only():
+    rows = [
+        Row("s1", "hybrid", "free", 1.02, None, 0.1),
+        Row("s1", "lpt", "free", 1.01, None, 0.1),
+        Row("s1", "verl_kk", "free", 1.001, None, 0.1, "ring above its capacity: 0 and 0 more"),
+        Row("s2", "hybrid", "free", None, None, 0.1, "sequence not placed: 0 and 0 more"),
+        Row("s2", "lpt", "free", 1.3, None, 0.1),
+    ]
+    first, second = bench_planner.summary(rows)
+    assert first.startswith("free: hybrid median 1.020, worst 1.020 (s1)")
+    assert first.endswith("beaten on: s1 by lpt, s2 by lpt")
+    assert second == "free: hybrid has no valid plan on s2"
+    text = bench_planner.table(rows, ["s1", "s2", "s3"], "free")
+    assert "1.001!" in text and "wrong" in text and "100ms" in text
+
+
+def test_bench_writes_table_json_and_picture(tmp_path, capsys):
+    bench_planner.bench_planner(
+        ["--only", "o1", "--planners", "hybrid,lpt,verl_kk", "--out", str(tmp_path)]
+    )
+    shown = capsys.readouterr().out
+    assert "o1   github, 24 ranks of 8K, context 64K, 256 sequences" in shown
+    found = json.loads((tmp_path / "planner.json").read_text())
+    assert found["cost"] == COST and found["scenarios"].keys() == {"o1"}
+    assert found["results"].keys() == {
+        f"{mode} {name}" for mode in bench_planner.MODES for name in ("hybrid", "lpt", "verl_kk")
+    }
+    for mode in bench_planner.MODES:
+        below = shown[shown.index(f"{mode}: time over") :].splitlines()
+        for line in below[2:4]:
+            name, cell = line.split()
+            ratio = found["results"][f"{mode} {name}"]["o1"]["ratio"]
+            assert 1.0 <= ratio < 4 and float(cell) == pytest.approx(ratio, abs=6e-4)
+    assert (tmp_path / "planner.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_unknown_names_are_refused(capsys):
+    for arguments in (["--only", "s99"], ["--planners", "magic"]):
+        with pytest.raises(SystemExit):
+            bench_planner.parse(arguments)
+        assert "is unknown; choose from" in capsys.readouterr().err
+
+
+def test_scenarios_are_what_they_say():
+    lengths = corpus_lengths(131072, None, 0)
+    assert len(lengths) > 100 and lengths.max() <= 131072 and lengths.min() > 0
+    some = corpus_lengths(131072, 50, 1)
+    assert len(some) == 50 and set(some.tolist()) <= set(lengths.tolist())
+    for scenario in bench_planner.SCENARIOS.values():
+        assert scenario.describe().startswith(scenario.lengths)
+    drawn = Scenario("github", 8, 4096, 1024, None, 1 << 20).draw(3)
+    assert drawn.sum() == 1 << 20 and drawn.max() <= 4096
+    assert np.array_equal(drawn, Scenario("github", 8, 4096, 1024, None, 1 << 20).draw(3))
