@@ -185,6 +185,31 @@ def test_judge_and_planner_agree(case):
     assert verdict.free_s <= verdict.lock_s * (1 + 1e-9)
 
 
+@settings(deadline=None, max_examples=300)
+@given(
+    lengths=st.lists(st.integers(1, 120), min_size=1, max_size=8),
+    num_ranks=st.integers(1, 8),
+    terms=st.tuples(*[st.sampled_from([0.0, 0.01, 1.0, 9.0]) for _ in range(6)]),
+    data=st.data(),
+)
+def test_no_valid_plan_is_faster_than_the_bound(lengths, num_ranks, terms, data):
+    """Also where passing data between nodes is cheaper than within one."""
+    cost = dict(zip(COST, terms)) | {"node_size": 3}
+    capacity, rings = -(-max(lengths) // num_ranks), []
+    lengths = lengths * 2
+    left = list(range(len(lengths)))
+    while left:
+        taken = [left.pop()]
+        size = data.draw(st.integers(-(-lengths[taken[0]] // capacity), num_ranks))
+        ranks = data.draw(st.permutations(range(num_ranks)))[:size]
+        while left and sum(lengths[i] for i in [*taken, left[-1]]) <= capacity * size:
+            taken.append(left.pop())
+        rings.append((ranks, taken, len(rings)))
+    verdict = judge(plan_of(rings, num_ranks, capacity=capacity), lengths, cost)
+    assert verdict.problems == ()
+    assert verdict.lower_bound_s <= verdict.free_s * (1 + 1e-9)
+
+
 def ring_s(plan, ring, lengths):
     held = [lengths[i] for i in ring["sequences"]]
     size = len(ring["ranks"])
