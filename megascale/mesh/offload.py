@@ -53,7 +53,7 @@ class Offloader:
         self.layers = list(layers)
         self.smallest_bytes = smallest_bytes
         self.copies = _Copies(device)
-        self.blocks = HostBlocks(self.copies, block_bytes)
+        self.blocks = HostBlocks(block_bytes, pinned=device.type == "cuda")
         self.traffic = Traffic()
 
     @contextmanager
@@ -84,10 +84,10 @@ class Offloader:
 class HostBlocks:
     """Host memory in blocks of one size, pinned on CUDA, kept and used again."""
 
-    def __init__(self, copies: _Copies, block_bytes: int) -> None:
-        self._copies = copies
+    def __init__(self, block_bytes: int, pinned: bool) -> None:
         self._block_bytes = block_bytes
-        self._free: list[tuple[torch.Tensor, Any]] = []
+        self._pinned = pinned
+        self._free: list[torch.Tensor] = []
         self.num_blocks = 0
         """Blocks there are, free or not."""
 
@@ -97,19 +97,18 @@ class HostBlocks:
         return len(self._free)
 
     def take(self) -> torch.Tensor:
-        """A block (bytes,), uint8, free for copies from the device."""
+        """A block (bytes,), uint8."""
         if self._free:
-            block, read = self._free.pop()
-            self._copies.leave_after(read)
-            return block
+            return self._free.pop()
         self.num_blocks += 1
-        pinned = self._copies.device.type == "cuda"
-        return torch.empty(self._block_bytes, dtype=torch.uint8, pin_memory=pinned)
+        return torch.empty(self._block_bytes, dtype=torch.uint8, pin_memory=self._pinned)
 
     def give_back(self, blocks: Sequence[torch.Tensor]) -> None:
-        """Blocks that nobody will read again, but for copies already asked for."""
-        read = self._copies.last_return()
-        self._free.extend((block, read) for block in blocks)
+        """Blocks that were read, if not by now then before later work of the current stream.
+
+        Copies into them wait for that stream.
+        """
+        self._free.extend(blocks)
 
 
 class _Copies:
@@ -150,15 +149,6 @@ class _Copies:
         """Later work of the current stream starts after `event`."""
         if event is not None:
             torch.cuda.current_stream(self.device).wait_event(event)
-
-    def last_return(self) -> Any:
-        """The event after all copies back that were asked for so far."""
-        return None if self._returning is None else self._returning.record_event()
-
-    def leave_after(self, event: Any) -> None:
-        """Later copies to the host start after `event`."""
-        if event is not None:
-            self._leaving.wait_event(event)
 
 
 def _cut(flat: torch.Tensor, like: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
@@ -233,7 +223,8 @@ class _Moved:
         self._back = None
 
     def __del__(self) -> None:
-        """Its memory on the device must not be used again while a copy still writes to it."""
+        """Neither its memory on the device nor that on the host is used again before its copy
+        back is done, even where nobody waited for that."""
         self._settle()
 
 
@@ -268,7 +259,7 @@ class _Window:
         self._hooks = ExitStack()
         self._layer = 0
         self._outside: set[int] = set()
-        self._known: dict[tuple[int, int], tuple[StorageWeakRef, _Moved | None]] = {}
+        self._known: dict[int, tuple[StorageWeakRef, _Moved | None]] = {}
         self._leaving: list[tuple[int, torch.Tensor, Any]] = []
 
     def begin_layer(
@@ -334,13 +325,13 @@ class _Window:
         """The storage of `tensor` on the tape; None where it stays.
 
         A storage is known by its address, which the weak reference keeps from being given to
-        another, and by its version: what is written into it later must be copied again.
+        another one while this forward pass lasts.
         """
         plain = type(tensor) is torch.Tensor and tensor.layout == torch.strided
         if not plain or tensor.device != self._offloader.copies.device:
             return None
-        key = _storage_id(tensor), tensor._version
-        if key[0] in self._outside:
+        key = _storage_id(tensor)
+        if key in self._outside:
             return None
         if key not in self._known:
             storage = tensor.untyped_storage()
