@@ -9,6 +9,7 @@ import torch
 from torch.nn import functional
 
 from megascale.mesh.packing import Segments
+from megascale.mesh.ring import ring_attend
 
 
 def attend(
@@ -24,10 +25,15 @@ def attend(
     With `causal` it sees the past alone, with `window` only the last `window` tokens of it,
     itself included. Returns the output (T, H, D) and the log-sum-exp of the scores (T, H), by
     which partial results over different keys can be joined. Scores are scaled by 1/sqrt(D).
-    Gradients flow through the output only.
+    Gradients flow through the output only. Where `segments` are a share of a ring, all its ranks
+    must call this together.
     """
     if window is not None and not causal:
         raise ValueError("attend: a window looks back, so it needs causal=True")
+    if segments.ring is not None:
+        if not causal:
+            raise ValueError("attend: a ring needs causal=True")
+        return ring_attend(q_THD, k_TGD, v_TGD, segments.ring, window)
     if q_THD.is_cuda and q_THD.dtype in (torch.bfloat16, torch.float16):
         return _varlen(q_THD, k_TGD, v_TGD, segments, causal, window)
     kernel = _cpu_flash if not q_THD.is_cuda else _dense

@@ -6,10 +6,12 @@ Shape suffix: T tokens of the pack.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
+
+from megascale.mesh.chunks import RingShare
 
 
 @dataclass
@@ -25,7 +27,10 @@ class Segments:
     cu_seqlens: torch.Tensor
     """Cumulative lengths from 0 to T, int32."""
     lengths: tuple[int, ...]
-    """Tokens of each sequence, in pack order; they sum to T."""
+    """Tokens of each sequence on this rank, in pack order; they sum to T."""
+    ring: RingShare | None = None
+    """The ring that shares the sequences; None when this rank holds them whole. Its tokens come
+    first in the pack, and the rest is padding."""
     rotary: tuple[torch.Tensor, torch.Tensor] | None = field(default=None, repr=False)
     """Cosines and sines at the positions, filled by the first layer that needs them."""
     qkv_format: str = "thd"
@@ -34,8 +39,19 @@ class Segments:
     @staticmethod
     def of(lengths: Sequence[int], device: torch.device) -> Segments:
         """Segments of whole sequences, each starting at position 0."""
-        bounds = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
         positions = np.concatenate([np.arange(n, dtype=np.int64) for n in lengths])
+        return Segments._at(positions, lengths, device)
+
+    @staticmethod
+    def of_share(ring: RingShare, padding: int, device: torch.device) -> Segments:
+        """Segments of this rank's part in a ring, then `padding` tokens."""
+        positions = np.concatenate([ring.positions(), np.arange(padding)])
+        lengths = [*ring.lengths(), padding] if padding else ring.lengths()
+        return replace(Segments._at(positions, lengths, device), ring=ring)
+
+    @staticmethod
+    def _at(positions: np.ndarray, lengths: Sequence[int], device: torch.device) -> Segments:
+        bounds = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
         return Segments(
             positions_T=torch.from_numpy(positions).to(device),
             cu_seqlens=torch.from_numpy(bounds).to(device),
@@ -45,7 +61,7 @@ class Segments:
 
 @dataclass(frozen=True)
 class TokenSequence:
-    """One sequence as it is read: inputs, and the target after each input."""
+    """One sequence, or a rank's part of it: inputs, and the target after each input."""
 
     inputs: np.ndarray
     targets: np.ndarray
@@ -69,12 +85,17 @@ class MicroBatch:
 
 
 def pack(
-    sequences: Sequence[TokenSequence], pad_id: int, multiple: int, device: torch.device
+    sequences: Sequence[TokenSequence],
+    pad_id: int,
+    multiple: int,
+    device: torch.device,
+    ring: RingShare | None = None,
 ) -> MicroBatch:
     """Join sequences into one micro-batch, padded to a `multiple` of tokens.
 
-    Padding is a sequence of its own whose targets do not count, so it changes no gradient;
-    without sequences the whole micro-batch is padding.
+    With `ring`, `sequences` are this rank's parts of the ring's. Padding is a sequence of its
+    own whose targets do not count, so it changes no gradient; without tokens the whole
+    micro-batch is padding.
     """
     lengths = [len(sequence.targets) for sequence in sequences]
     num_tokens = sum(lengths)
@@ -85,11 +106,12 @@ def pack(
         lengths.append(padding)
     mask = torch.zeros(num_tokens + padding, device=device)
     mask[:num_tokens] = 1.0
+    segments = Segments.of_share(ring, padding, device) if ring else Segments.of(lengths, device)
     return MicroBatch(
         tokens_T=_join([s.inputs for s in sequences], device),
         targets_T=_join([s.targets for s in sequences], device),
         loss_mask_T=mask,
-        segments=Segments.of(lengths, device),
+        segments=segments,
         num_tokens=num_tokens,
     )
 

@@ -11,8 +11,10 @@ import torch
 from megascale.corpus.batches import GlobalBatch
 from megascale.corpus.shards import Shard
 from megascale.errors import RankError
+from megascale.mesh.chunks import RingShare, chunk_bounds
 from megascale.mesh.packing import MicroBatch, TokenSequence, pack
-from megascale.planner.plan import StepPlan
+from megascale.planner.plan import Ring, StepPlan
+from megascale.runtime.distributed import HdpAxis
 
 
 @dataclass(frozen=True)
@@ -55,15 +57,43 @@ class MicroBatchReader:
     multiple: int
     """Micro-batches are padded to a multiple of this many tokens."""
     device: torch.device
+    axis: HdpAxis | None = None
+    """How ranks that share sequences reach one another; None where no ring has two."""
 
     def read(self, plan: StepPlan, batch: GlobalBatch) -> Iterator[MicroBatch]:
         """This rank's micro-batches in plan order, each read from disk when it is asked for."""
         for ring in plan.rings_of(self.hdp_rank):
+            share = self._share(ring, batch) if len(ring.ranks) > 1 else None
             sequences = [
-                self.sources[batch.source[i]].read(
-                    int(batch.document[i]), int(batch.start[i]), int(batch.length[i])
-                )
-                for i in ring.sequences
+                self._part(batch, i, share.spans(place) if share else [(0, int(batch.length[i]))])
+                for place, i in enumerate(ring.sequences)
             ]
-            packed = pack(sequences, self.sources[0].eod_id, self.multiple, self.device)
+            pad_id = self.sources[0].eod_id
+            packed = pack(sequences, pad_id, self.multiple, self.device, share)
             yield replace(packed, offload=ring.offload)
+
+    def _share(self, ring: Ring, batch: GlobalBatch) -> RingShare:
+        if self.axis is None:
+            raise ValueError(f"ring {ring.id} has {len(ring.ranks)} ranks; give the reader an axis")
+        lengths = [int(batch.length[i]) for i in ring.sequences]
+        return RingShare(
+            ranks=tuple(self.axis.ranks[position] for position in ring.ranks),
+            place=ring.ranks.index(self.hdp_rank),
+            bounds=chunk_bounds(lengths, len(ring.ranks)),
+            group=self.axis.group,
+        )
+
+    def _part(
+        self, batch: GlobalBatch, index: int, spans: Sequence[tuple[int, int]]
+    ) -> TokenSequence:
+        """The given (start, tokens) of one sequence of the batch, joined."""
+        source, begin = self.sources[batch.source[index]], int(batch.start[index])
+        document = int(batch.document[index])
+        parts = [source.read(document, begin + start, tokens) for start, tokens in spans]
+        if len(parts) == 1:
+            return parts[0]
+        nothing = np.empty(0, dtype=np.int64)
+        return TokenSequence(
+            np.concatenate([nothing, *(part.inputs for part in parts)]),
+            np.concatenate([nothing, *(part.targets for part in parts)]),
+        )

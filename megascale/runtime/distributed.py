@@ -18,6 +18,17 @@ TIMEOUT = timedelta(minutes=10)
 
 
 @dataclass(frozen=True)
+class HdpAxis:
+    """The ranks that take different sequences of the same model part."""
+
+    ranks: tuple[int, ...]
+    """Global torch rank of each position on the axis."""
+    group: dist.ProcessGroup
+    """All of them; every ring sends and receives over it. Gradients are reduced over another
+    group of the same ranks, so the two never wait for each other."""
+
+
+@dataclass(frozen=True)
 class Ranks:
     """Where this process stands among the ranks of the run."""
 
@@ -29,6 +40,8 @@ class Ranks:
     layout: Layout
     hdp_rank: int
     """Position on the HDP axis; ranks that share it hold the same sequences."""
+    axis: HdpAxis
+    """The HDP axis that this rank is on."""
     is_first_stage: bool
     """Holds the embedding."""
     is_last_stage: bool
@@ -186,6 +199,7 @@ def _describe(
     from megatron.core import parallel_state as state
 
     last = state.is_pipeline_last_stage()
+    hdp_group = state.get_data_parallel_group()
     return Ranks(
         rank=rank,
         world=layout.world,
@@ -194,6 +208,7 @@ def _describe(
         backend=dist.get_backend(),
         layout=layout,
         hdp_rank=state.get_data_parallel_rank(),
+        axis=HdpAxis(tuple(dist.get_process_group_ranks(hdp_group)), hdp_group),
         is_first_stage=state.is_pipeline_first_stage(),
         is_last_stage=last,
         reports_loss=last and state.get_tensor_model_parallel_rank() == 0,

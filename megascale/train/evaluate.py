@@ -71,7 +71,9 @@ def heldout_sets(
         payload = planner(pieces.length).to_bytes() if ranks.rank == 0 else None
         source = TokenSource(name, shard, info.eod_id, config.model.vocab_size or 0)
         sets[name] = HeldoutSet(
-            reader=MicroBatchReader([source], ranks.hdp_rank, pack_multiple(config), ranks.device),
+            reader=MicroBatchReader(
+                [source], ranks.hdp_rank, pack_multiple(config), ranks.device, ranks.axis
+            ),
             batch=_as_batch(pieces),
             plan=StepPlan.from_bytes(broadcast_bytes(payload, ranks)),
             num_bytes=_bytes_of(info, pieces),

@@ -200,7 +200,9 @@ def _begin(
         sources=sources,
         learner=learner,
         feed=Feed(batches, planner, ranks),
-        reader=MicroBatchReader(readable, ranks.hdp_rank, pack_multiple(config), ranks.device),
+        reader=MicroBatchReader(
+            readable, ranks.hdp_rank, pack_multiple(config), ranks.device, ranks.axis
+        ),
         heldout=heldout_sets(learner, sources, planner),
         saver=saver,
         report=report,
