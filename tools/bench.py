@@ -85,12 +85,20 @@ def resume() -> None:
             print(f"stopped at step 10 on 2 ranks, resumed on {world}: {result}")
 
 
+def simulate() -> None:
+    """ByteScale's table in the simulator: its stages over static context parallelism, and ours."""
+    from bench_simulate import bench_simulate
+
+    bench_simulate()
+
+
 BENCHMARKS: dict[str, Callable[[], None]] = {
     "step": step,
     "save": save,
     "data": data,
     "planner": planner,
     "resume": resume,
+    "simulate": simulate,
 }
 
 if __name__ == "__main__":

@@ -119,6 +119,26 @@ def offload_of(shape: Shape, device: Device, tensor: int = 1, pipeline: int = 1)
     )
 
 
+def paying_offload(offload: OffloadModel, cost: CostModel, capacity: int) -> OffloadModel | None:
+    """`offload`, of at most as much as saves time; None where any would only cost time.
+
+    Offload makes rings smaller. That saves time while a ring passes on more than attention hides,
+    and from a = pass / (tokens per rank) on it only makes each rank compute longer. So a rank
+    should hold at most pass / a tokens, and gain at most pass / a / capacity. The layers are
+    taken in as few blocks, of which the first and the last never offload, as have that gain.
+    """
+    if cost.a <= 0:
+        return offload
+    gain = cost.pass_inter / cost.a / capacity
+    blocks = min(offload.stage_layers, int(2 * gain))
+    if blocks <= 2:
+        return None
+    layers_per_block = offload.stage_layers / blocks
+    return OffloadModel(
+        blocks, offload.bytes_per_token * layers_per_block, offload.copy_bytes_per_s
+    )
+
+
 def sync_s(parameters: int, device: Device, tensor: int = 1) -> float:
     """Seconds to add up gradients and spread new weights at the end of a step, nothing hidden.
 

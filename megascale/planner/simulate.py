@@ -160,7 +160,8 @@ class Entrant:
 
     name: str
     planner: Planner
-    may_offload: bool = True
+    adapt: Callable[[Problem], Problem] = lambda problem: problem
+    """What is changed in each step's problem for it."""
 
 
 def replay(
@@ -180,14 +181,13 @@ def replay(
         reason = ""
         for step, problem in enumerate(problems):
             on_step(entrant.name, step)
-            if not entrant.may_offload:
-                problem = replace(problem, offload=None)
+            adapted = entrant.adapt(problem)
             try:
-                plan = entrant.planner(problem)
+                plan = entrant.planner(adapted)
             except UserError as error:
                 outcomes, reason = [], str(error)
                 break
-            outcomes.append(judge(plan, problem, overhead_s))
+            outcomes.append(judge(plan, adapted, overhead_s))
         replays[entrant.name] = Replay(entrant.name, tuple(outcomes), reason)
     return replays
 

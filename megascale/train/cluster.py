@@ -6,7 +6,7 @@ Without torch.
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 from numpy.typing import ArrayLike
 
@@ -20,11 +20,13 @@ from megascale.config import (
     TrainConfig,
 )
 from megascale.model import counts
-from megascale.planner import Problem
-from megascale.planner.devices import Device, Shape, cost_of, offload_of, sync_s
+from megascale.planner import OffloadModel, Problem
+from megascale.planner.devices import Device, Shape, cost_of, offload_of, paying_offload, sync_s
 from megascale.planner.plan import Mode
 
 VOCAB_SIZE = 32_000
+Offload = Literal["none", "paying", "all"]
+"""How much of the activations may go to host memory; `paying`: as much as saves time."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +85,7 @@ class Cluster:
     capacity: int
     batch_tokens: int
     mode: Mode
-    offload: bool
+    offload: Offload
     budget_s: float
 
     @property
@@ -102,16 +104,20 @@ class Cluster:
     def problem(self, lengths: ArrayLike) -> Problem:
         """A step of sequences of `lengths` tokens."""
         cut = (self.layout.tensor, self.layout.pipeline)
+        cost = cost_of(self.shape, self.device, *cut)
+        offload: OffloadModel | None = offload_of(self.shape, self.device, *cut)
+        if offload and self.offload == "paying":
+            offload = paying_offload(offload, cost, self.capacity)
         group = self.layout.expert if self.layout.expert > 1 else self.layout.hdp
         return Problem.of(
             lengths,
             self.layout.hdp,
             self.capacity,
             self.mode,
-            cost_of(self.shape, self.device, *cut),
+            cost,
             pipeline=self.layout.pipeline,
             expert_group=group,
-            offload=offload_of(self.shape, self.device, *cut) if self.offload else None,
+            offload=None if self.offload == "none" else offload,
             budget_s=self.budget_s,
         )
 

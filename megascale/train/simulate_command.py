@@ -31,7 +31,7 @@ from megascale.planner.simulate import (
     replay_json,
     size_labels,
 )
-from megascale.train.cluster import MODELS, Cluster
+from megascale.train.cluster import MODELS, Cluster, Offload
 
 BASELINE = "static"
 
@@ -55,7 +55,8 @@ def add_simulate_arguments(parser: argparse.ArgumentParser) -> None:
     add("--steps", default="5", metavar="N", help="steps to replay")
     add("--planners", metavar="A,B", help=f"beside {BASELINE}; all that can share a sequence")
     add("--budget-s", type=float, default=0.5, metavar="S", help="for a planner to improve a plan")
-    add("--no-offload", action="store_true", help="keep all activations on the devices")
+    offload = "none; paying: as much as saves time; all: as far as copies hide behind compute"
+    add("--offload", default="paying", metavar="HOW", help=offload)
     add("--device", default="h100", metavar="NAME", help=f"{', '.join(DEVICES)}: by its data sheet")
     add("--network-gbps", type=float, metavar="G", help="network of a device; by its data sheet")
     add("--seed", default="0", metavar="N", help="of the drawn lengths")
@@ -83,7 +84,7 @@ def cluster_of(args: argparse.Namespace) -> Cluster:
         capacity=_whole("--capacity", args.capacity),
         batch_tokens=_whole("--batch-tokens", args.batch_tokens),
         mode=_mode(args.mode, layout),
-        offload=not args.no_offload,
+        offload=_offload(args.offload),
         budget_s=args.budget_s,
     )
 
@@ -107,11 +108,9 @@ def _layout(
         raise UserError(f"--tensor {tensor}: must divide the {model.num_kv_heads} key-value heads")
     if model.num_layers % pipeline:
         raise UserError(f"--pipeline {pipeline}: must divide the {model.num_layers} layers")
-    if expert > 1 and (model.moe is None or model.moe.num_experts % expert):
-        most = model.moe.num_experts if model.moe else 1
-        raise UserError(
-            f"--expert {expert}: must divide the {most} experts of --model {args.model}"
-        )
+    num_experts = model.moe.num_experts if model.moe else 1
+    if num_experts % expert:
+        raise UserError(f"--expert {expert}: must divide the {num_experts} of --model {args.model}")
     if ranks % (tensor * pipeline * expert):
         least = tensor * pipeline * expert
         raise UserError(
@@ -134,6 +133,13 @@ def _mode(name: str | None, layout: Layout) -> Mode:
             f"{' or '.join(allowed)}"
         )
     return modes[name]
+
+
+def _offload(name: str) -> Offload:
+    kinds: dict[str, Offload] = {"none": "none", "paying": "paying", "all": "all"}
+    if name not in kinds:
+        raise UserError(f"--offload {name}: must be one of {', '.join(kinds)}")
+    return kinds[name]
 
 
 def _entrants(text: str | None, context: int) -> list[Entrant]:
@@ -231,7 +237,7 @@ def _title(lengths: str, cluster: Cluster, batches: Sequence[NDArray[np.int64]])
     return (
         f"{cluster.model_name} on {layout.world:,} x {cluster.device_name}: tensor "
         f"{layout.tensor}, pipeline {layout.pipeline}, expert {layout.expert}, {layout.hdp:,} HDP "
-        f"ranks of {cluster.capacity:,} tokens, {cluster.mode} mode\n"
+        f"ranks of {cluster.capacity:,} tokens, {cluster.mode} mode, offload {cluster.offload}\n"
         f"lengths {lengths}, cut at {cluster.context:,}: {len(batches)} steps of "
         f"{cluster.batch_tokens:,} tokens, {sequences:,.0f} sequences, the longest {longest:,}\n"
     )
