@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megascale.errors import UserError
-from megascale.planner.plan import StepPlan, kept_share
+from megascale.planner.plan import PlanError, StepPlan, kept_share
 from megascale.planner.problem import Placed, Planner, Problem, complete
 from megascale.planner.timeline import ring_seconds, timeline
 
@@ -173,7 +173,7 @@ def replay(
     """Lay out each of `problems` with each entrant, on this one process.
 
     `on_step` hears about each step before it is planned. An entrant that finds no plan for a
-    step leaves the field there; the others go on.
+    step, or one that breaks its own rules, leaves the field there; the others go on.
     """
     replays = {}
     for entrant in entrants:
@@ -183,11 +183,11 @@ def replay(
             on_step(entrant.name, step)
             adapted = entrant.adapt(problem)
             try:
-                plan = entrant.planner(adapted)
-            except UserError as error:
-                outcomes, reason = [], str(error)
+                outcomes.append(judge(entrant.planner(adapted), adapted, overhead_s))
+            except (UserError, PlanError) as error:
+                broken = "an invalid plan: " if isinstance(error, PlanError) else ""
+                outcomes, reason = [], f"{broken}{error}"
                 break
-            outcomes.append(judge(plan, adapted, overhead_s))
         replays[entrant.name] = Replay(entrant.name, tuple(outcomes), reason)
     return replays
 

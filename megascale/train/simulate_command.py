@@ -305,7 +305,7 @@ def plot_rows(rows: Sequence[dict[str, Any]], title: str, path: Path) -> None:
     step_s = np.array([row["step_s"] for row in shown])
     idle_s = step_s * [row["idle_share"] for row in shown]
     passing_s = step_s * [row["passing_share"] for row in shown]
-    figure = Figure(figsize=(9, 1.6 + 0.5 * len(shown)), layout="constrained")
+    figure = Figure(figsize=(9, 1.9 + 0.5 * len(shown)), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
     left = np.zeros(len(shown))
@@ -325,7 +325,7 @@ def plot_rows(rows: Sequence[dict[str, Any]], title: str, path: Path) -> None:
     axes.set_xlabel("seconds per step, mean over ranks")
     axes.set_title(title, loc="left", fontsize=11)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, loc="lower right")
+    figure.legend(loc="outside lower center", ncols=3, frameon=False)
     figure.savefig(path, dpi=150)
 
 

@@ -152,6 +152,14 @@ def test_a_planner_without_a_plan_says_why_and_the_others_go_on():
     assert mesh["peak_bytes"] == 7 * 75
 
 
+def test_a_planner_with_an_invalid_plan_is_out():
+    problem = Problem.of([60, 60], 2, 100, "free", PER_TOKEN)
+    plan = plan_longest_first(problem)
+    cheat = Entrant("cheat", lambda problem: replace(plan, capacity=50))
+    replays = replay([problem], [cheat])
+    assert replays["cheat"].problem == "an invalid plan: ring 0 holds 60 tokens on 1 ranks of 50"
+
+
 def test_an_entrant_may_get_another_problem():
     problem = Problem.of([60, 60], 2, 100, "free", PER_TOKEN)
     slower = Entrant(
