@@ -11,6 +11,7 @@ The peers take steps in turn in one process; the ratio is that of the medians.
 from __future__ import annotations
 
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -36,8 +37,8 @@ from megascale.model.counts import padded_vocab_size
 from megascale.optim.build import build_optimizer
 from megascale.runtime import distributed
 from megascale.runtime.distributed import Ranks
-from megascale.train.describe import plan_lengths
-from megascale.train.feed import Feed
+from megascale.train.describe import plan_lengths, step_problem
+from megascale.train.feed import Feed, start_plans
 from megascale.train.step import Learner, train_step
 
 CONFIG = """
@@ -82,19 +83,22 @@ class OurStep:
         shard = Shard.open(info.train)
         model = build_model(config, ranks)
         self.learner = Learner(config, ranks, model, build_optimizer(config, model))
-        batches = GlobalBatches(config.data, {"random": shard}, config.seed)
-        self.feed = Feed(batches, partial(plan_lengths, config, ranks.layout), ranks)
+        self.batches = GlobalBatches(config.data, {"random": shard}, config.seed)
+        self.plan_lengths = partial(plan_lengths, config, ranks.layout)
+        plans = start_plans(config.planner, ranks, None)
+        problem_of = partial(step_problem, config, ranks.layout)
+        self.feed = Feed(self.batches, problem_of, ranks, plans, config.planner.ahead_steps)
         source = TokenSource("random", shard, EOD, VOCAB)
         self.reader = MicroBatchReader([source], 0, pack_multiple(config), ranks.device)
         self.cursor = Cursor()
 
     def next_micro_batches(self) -> list[MicroBatch]:
         """The batch that the next call will train on, in memory."""
-        planned = self.feed.take(self.cursor, last=True)
-        return list(self.reader.read(planned.plan, planned.batch))
+        batch, _ = self.batches.next(self.cursor)
+        return list(self.reader.read(self.plan_lengths(batch.length), batch))
 
     def __call__(self) -> None:
-        planned = self.feed.take(self.cursor)
+        planned = self.feed.take(self.cursor, end=sys.maxsize)
         train_step(
             self.learner,
             self.reader.read(planned.plan, planned.batch),

@@ -53,7 +53,8 @@ class Console:
         return left * self._seconds / self._steps if self._steps else None
 
     def line(self, row: Mapping[str, Any]) -> str:
-        """One line of a row with step, loss, lr, tokens_per_s, mfu and maybe bits_per_byte."""
+        """One line of a row with step, loss, lr, tokens_per_s, mfu, plan_wait_s (a mean) and
+        maybe bits_per_byte."""
         step, bits, mfu = int(row["step"]), row.get("bits_per_byte"), row.get("mfu")
         self.tick(step)
         eta = self.eta_s()
@@ -65,6 +66,7 @@ class Console:
             f"lr {row['lr']:.1e}",
             f"{show_count(row['tokens_per_s'])} tok/s",
             "MFU n/a" if mfu is None else f"MFU {100 * mfu:.1f} %",
+            f"plan wait {1000 * row['plan_wait_s']:.1f} ms",
             f"ETA {'n/a' if eta is None else show_duration(eta)}",
         ]
         return "  ".join(parts)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import socket
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -148,6 +149,28 @@ def broadcast_bytes(payload: bytes | None, ranks: Ranks, source: int = 0) -> byt
         buffer = torch.frombuffer(bytearray(payload or b""), dtype=torch.uint8)
     dist.broadcast(buffer, source, group=ranks.control)
     return buffer.numpy().tobytes()
+
+
+def begin_broadcast(
+    payload: bytes | None, size: int, ranks: Ranks, source: int = 0
+) -> Callable[[], bytes]:
+    """Begin to send `size` bytes; what is returned waits for them, in any thread.
+
+    They travel while the caller does other things. Every rank must begin it at the same place
+    in the order of what it does on the control group. Only `source` needs to give `payload`.
+    """
+    if ranks.world == 1:
+        return lambda: payload or b""
+    buffer = torch.empty(size, dtype=torch.uint8)
+    if ranks.rank == source:
+        buffer = torch.frombuffer(bytearray(payload or b""), dtype=torch.uint8)
+    work = dist.broadcast(buffer, source, group=ranks.control, async_op=True)
+
+    def wait() -> bytes:
+        work.wait()
+        return buffer.numpy().tobytes()
+
+    return wait
 
 
 def all_agree(fine: bool, ranks: Ranks) -> bool:

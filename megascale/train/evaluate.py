@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,7 +16,6 @@ from megascale.mesh.reader import MicroBatchReader, TokenSource
 from megascale.model.build import pack_multiple
 from megascale.planner.plan import StepPlan
 from megascale.runtime.distributed import broadcast_bytes
-from megascale.train.feed import Planner
 from megascale.train.step import Learner, evaluate
 
 
@@ -56,7 +55,9 @@ class HeldoutSet:
 
 
 def heldout_sets(
-    learner: Learner, sources: Mapping[str, SourceInfo], planner: Planner
+    learner: Learner,
+    sources: Mapping[str, SourceInfo],
+    planner: Callable[[np.ndarray], StepPlan],
 ) -> dict[str, HeldoutSet]:
     """The sets of all sources that have held-out documents; empty when `eval.tokens` is 0."""
     config, ranks = learner.config, learner.ranks

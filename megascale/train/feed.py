@@ -1,19 +1,32 @@
-"""Batches and their plans, made one step ahead while the step before trains."""
+"""Batches and their plans, made ahead of time while the steps before train."""
 
 from __future__ import annotations
 
+import hashlib
+import struct
 import time
+from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
+from megascale.config.schema import PlannerConfig
 from megascale.corpus.batches import Cursor, GlobalBatch, GlobalBatches
-from megascale.planner.plan import StepPlan
-from megascale.runtime.distributed import Ranks, broadcast_bytes
+from megascale.errors import UserError
+from megascale.planner import PLANNERS, PlanError, Problem, StepPlan
+from megascale.planner.ahead import Planned, PlansAhead
+from megascale.runtime.distributed import Ranks, begin_broadcast, broadcast_bytes
 
-Planner = Callable[[np.ndarray], StepPlan]
+FIRST_ROOM_BYTES = 1 << 14
+LENGTH = struct.Struct("<Q")
+DIGEST_BYTES = 32
+PLAN, USER_ERROR, FAILURE = b"p", b"u", b"f"
+"""What a message holds, after the digest of all the rest."""
 
 
 @dataclass(frozen=True)
@@ -26,48 +39,187 @@ class PlannedBatch:
     plan: StepPlan
     plan_wait_s: float
     """Seconds the training loop waited for it."""
+    trouble: str | None = None
+    """On rank 0, one line where the planner failed and a faster one made the plan."""
+
+
+class _Dealt(NamedTuple):
+    batch: GlobalBatch
+    after: Cursor
+    request: int | None
+    """Number of the request for its plan, on rank 0."""
+
+
+class _Step:
+    """A step on its way: first its batch is dealt, then its plan is sent."""
+
+    def __init__(self, dealt: Future[_Dealt]) -> None:
+        self.dealt = dealt
+        self.outcome: Planned | Exception | None = None
+        """On rank 0, once it is known."""
+        self.sent: Callable[[], Planned | None] | None = None
+        """Once an envelope for it is on its way: waits, and says what it held; raises what it
+        told of; None where it was empty."""
 
 
 class Feed:
     """Deals planned batches in order.
 
-    Every rank derives the batch from the cursor; rank 0 alone plans, and sends the bytes of
-    the plan to the others.
+    Every rank derives the batches of the next `ahead_steps` steps from the cursor. Rank 0 alone
+    has them planned, by `plans` (None on the other ranks). At the begin of a step it sends the
+    next step's plan in an envelope, which travels and is read while the step trains. Envelopes
+    are of a size that all ranks know; one stays empty where the plan is not ready or too big, and
+    then that plan is sent, and waited for, when its step begins. All collectives are begun by
+    `take`, in the same order on every rank.
     """
 
-    def __init__(self, batches: GlobalBatches, planner: Planner, ranks: Ranks) -> None:
-        self._batches, self._planner, self._ranks = batches, planner, ranks
-        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="planner")
-        self._ahead: tuple[Cursor, Future[tuple[GlobalBatch, Cursor, bytes | None]]] | None = None
+    def __init__(
+        self,
+        batches: GlobalBatches,
+        problem_of: Callable[[np.ndarray], Problem],
+        ranks: Ranks,
+        plans: PlansAhead | None,
+        ahead_steps: int,
+    ) -> None:
+        self._batches, self._problem_of, self._ranks = batches, problem_of, ranks
+        self._plans, self._ahead_steps = plans, ahead_steps
+        self._dealer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="feed-dealer")
+        self._reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="feed-reader")
+        self._steps: deque[_Step] = deque()
+        self._cursor: Cursor | None = None
+        self._room = FIRST_ROOM_BYTES
 
-    def take(self, cursor: Cursor, last: bool = False) -> PlannedBatch:
-        """The batch after `cursor`; unless it is the `last`, the next one is begun too.
+    def take(self, cursor: Cursor, end: int) -> PlannedBatch:
+        """The batch after `cursor`; steps from step `end` on are not begun.
 
-        Raises UserError where a source is used up.
+        Raises UserError, on every rank, where a source is used up or no plan exists.
         """
         began = time.perf_counter()
-        if self._ahead is None or self._ahead[0] != cursor:
-            self._begin(cursor)
-        assert self._ahead is not None
-        batch, after, payload = self._ahead[1].result()
-        if last:
-            self._ahead = None
-        else:
-            self._begin(after)
-        plan = StepPlan.from_bytes(broadcast_bytes(payload, self._ranks))
-        return PlannedBatch(batch, after, plan, time.perf_counter() - began)
+        if cursor != self._cursor:
+            self._start_over(cursor)
+        ahead = min(self._ahead_steps, max(0, end - cursor.step - 1))
+        while len(self._steps) <= ahead:
+            self._begin(self._steps[-1].dealt if self._steps else cursor)
+        step = self._steps.popleft()
+        batch, after, _ = step.dealt.result()
+        planned = step.sent() if step.sent is not None else None
+        if planned is None:
+            planned = self._send_now(step)
+        if self._steps:
+            self._send_ahead(self._steps[0])
+        self._cursor = after
+        waited_s = time.perf_counter() - began
+        return PlannedBatch(batch, after, planned.plan, waited_s, planned.trouble)
 
     def close(self) -> None:
         """Drop what was made ahead."""
-        self._thread.shutdown(wait=True, cancel_futures=True)
+        for thread in (self._dealer, self._reader):
+            thread.shutdown(wait=True, cancel_futures=True)
 
-    def _begin(self, cursor: Cursor) -> None:
-        self._ahead = (cursor, self._thread.submit(self._make, cursor))
+    def _start_over(self, cursor: Cursor) -> None:
+        for step in self._steps:
+            if self._plans and step.outcome is None and step.dealt.exception() is None:
+                self._plans.forget(_request(step))
+        self._steps.clear()
+        self._cursor = cursor
 
-    def _make(self, cursor: Cursor) -> tuple[GlobalBatch, Cursor, bytes | None]:
-        batch, after = self._batches.next(cursor)
-        if self._ranks.rank != 0:
-            return batch, after, None
-        plan = self._planner(batch.length)
-        plan.check(batch.length)
-        return batch, after, plan.to_bytes()
+    def _begin(self, after: Cursor | Future[_Dealt]) -> None:
+        self._steps.append(_Step(self._dealer.submit(self._deal, after)))
+
+    def _deal(self, after: Cursor | Future[_Dealt]) -> _Dealt:
+        cursor = after if isinstance(after, Cursor) else after.result().after
+        batch, following = self._batches.next(cursor)
+        if self._plans is None:
+            return _Dealt(batch, following, None)
+        return _Dealt(batch, following, self._plans.request(self._problem_of(batch.length)))
+
+    def _send_now(self, step: _Step) -> Planned:
+        if self._plans is not None and step.outcome is None:
+            step.outcome = _outcome(self._plans, step)
+        message = broadcast_bytes(_pack(step.outcome) or None, self._ranks)
+        # next time there is room for it, on all ranks alike
+        self._room = max(self._room, 2 * len(message))
+        return _read(message, step, self._ranks)
+
+    def _send_ahead(self, step: _Step) -> None:
+        if self._plans is not None and _is_ready(self._plans, step):
+            step.outcome = _outcome(self._plans, step)
+        message = _pack(step.outcome)
+        fits = LENGTH.size + len(message) <= self._room
+        envelope = (LENGTH.pack(len(message)) + message) if fits else LENGTH.pack(0)
+        arrived = begin_broadcast(envelope.ljust(self._room, b"\0"), self._room, self._ranks)
+        step.sent = self._reader.submit(_open, arrived, step, self._ranks).result
+
+
+def _request(step: _Step) -> int:
+    request = step.dealt.result().request
+    assert request is not None, "only rank 0 asks for plans"
+    return request
+
+
+def _is_ready(plans: PlansAhead, step: _Step) -> bool:
+    dealt = step.outcome is None and step.dealt.done() and step.dealt.exception() is None
+    return dealt and plans.ready(_request(step))
+
+
+def _outcome(plans: PlansAhead, step: _Step) -> Planned | Exception:
+    """The plan, or why there is none: every rank must hear of that, so that none waits."""
+    try:
+        return plans.result(_request(step))
+    except Exception as error:
+        return error
+
+
+def _pack(outcome: Planned | Exception | None) -> bytes:
+    if outcome is None:
+        return b""
+    if isinstance(outcome, Planned):
+        content = PLAN + outcome.payload
+    else:
+        kind = USER_ERROR if isinstance(outcome, UserError) else FAILURE
+        content = kind + (str(outcome) or type(outcome).__name__).encode()
+    return hashlib.sha256(content).digest() + content
+
+
+def _open(arrived: Callable[[], bytes], step: _Step, ranks: Ranks) -> Planned | None:
+    envelope = arrived()
+    (size,) = LENGTH.unpack_from(envelope)
+    message = envelope[LENGTH.size : LENGTH.size + size]
+    return _read(message, step, ranks) if message else None
+
+
+def _read(message: bytes, step: _Step, ranks: Ranks) -> Planned:
+    """What rank 0 sent, checked; on rank 0, what it keeps for itself."""
+    if isinstance(step.outcome, Exception):
+        raise step.outcome
+    if step.outcome is not None:
+        return step.outcome
+    digest, content = message[:DIGEST_BYTES], message[DIGEST_BYTES:]
+    if hashlib.sha256(content).digest() != digest:
+        raise PlanError(f"a plan reached rank {ranks.rank} damaged")
+    kind, payload = content[:1], content[1:]
+    if kind == USER_ERROR:
+        raise UserError(payload.decode())
+    if kind == FAILURE:
+        raise RuntimeError(f"no plan, because on rank 0: {payload.decode()}")
+    plan = StepPlan.from_bytes(payload)
+    check_own(plan, ranks, step.dealt.result().batch.num_sequences)
+    return Planned(plan, payload)
+
+
+def check_own(plan: StepPlan, ranks: Ranks, num_sequences: int) -> None:
+    """Raise PlanError for a plan that this rank cannot run as its part; rank 0 checks all of it."""
+    layout, rings = ranks.layout, plan.rings_of(ranks.hdp_rank)
+    fits = (plan.num_ranks, plan.mode) == (layout.hdp, layout.mode)
+    known = all(0 <= one < num_sequences for ring in rings for one in ring.sequences)
+    in_order = all(a.id < b.id and a.index < b.index for a, b in pairwise(rings))
+    if not (rings and fits and known and in_order):
+        raise PlanError(f"rank {ranks.rank} cannot run its part of a plan for {plan.num_ranks}")
+
+
+def start_plans(config: PlannerConfig, ranks: Ranks, logs: Path | None) -> PlansAhead | None:
+    """Start the planner process of a run, on rank 0; None on the others."""
+    if ranks.rank != 0:
+        return None
+    log = logs / "planner.log" if logs is not None else None
+    return PlansAhead(PLANNERS[config.name], config.timeout_s, log)

@@ -20,13 +20,14 @@ from megascale.mesh.reader import MicroBatchReader, TokenSource
 from megascale.model.build import build_model, pack_multiple
 from megascale.monitor.profile import profiler
 from megascale.optim.build import build_optimizer
+from megascale.planner.ahead import PlansAhead
 from megascale.resilience.signals import StopRequest
 from megascale.runtime import distributed
 from megascale.runtime.distributed import Ranks
 from megascale.runtime.logs import log_to, note_failure
-from megascale.train.describe import describe_run, plan_lengths
+from megascale.train.describe import describe_run, plan_lengths, step_problem
 from megascale.train.evaluate import HeldoutSet, heldout_sets
-from megascale.train.feed import Feed, PlannedBatch
+from megascale.train.feed import Feed, PlannedBatch, start_plans
 from megascale.train.folder import RunFolder, on_first_rank
 from megascale.train.report import Report
 from megascale.train.resume import compare_configs, compare_sources
@@ -76,7 +77,10 @@ def train(
         leave.push(_note_failure)
         stop = StopRequest()
         leave.callback(stop.restore)
-        run = _begin(config, sources, ranks, folder, resume, stop)
+        plans = start_plans(config.planner, ranks, folder.logs)  # it starts beside what follows
+        if plans is not None:
+            leave.callback(plans.close)
+        run = _begin(config, sources, ranks, folder, plans, resume, stop)
         leave.callback(run.report.close)
         leave.callback(run.feed.close)
         _steps(run)
@@ -95,7 +99,7 @@ def _steps(run: Run) -> None:
     config = run.config
     with profiler(config.monitor, config.run_dir, run.learner.ranks) as profiled_step:
         while run.cursor.step < run.num_steps and not run.stopped:
-            planned = run.feed.take(run.cursor, last=run.cursor.step + 1 == run.num_steps)
+            planned = run.feed.take(run.cursor, end=run.num_steps)
             result = _step(run, planned)
             run.cursor, run.stopped = planned.after, result.stop
             profiled_step()
@@ -177,6 +181,7 @@ def _begin(
     sources: Mapping[str, SourceInfo],
     ranks: Ranks,
     folder: RunFolder,
+    plans: PlansAhead | None,
     resume: str | None,
     stop: StopRequest,
 ) -> Run:
@@ -184,9 +189,9 @@ def _begin(
     model = build_model(config, ranks)
     learner = Learner(config, ranks, model, build_optimizer(config, model))
     cursor, notes = _restore(learner, sources, folder, resume)
-    planner = partial(plan_lengths, config, ranks.layout)
     shards = {name: Shard.open(info.train) for name, info in sources.items()}
     batches = GlobalBatches(config.data, shards, config.seed)
+    problem_of = partial(step_problem, config, ranks.layout)
     readable = [
         TokenSource(name, shards[name], sources[name].eod_id, config.model.vocab_size or 0)
         for name in batches.names
@@ -199,11 +204,11 @@ def _begin(
         config=config,
         sources=sources,
         learner=learner,
-        feed=Feed(batches, planner, ranks),
+        feed=Feed(batches, problem_of, ranks, plans, config.planner.ahead_steps),
         reader=MicroBatchReader(
             readable, ranks.hdp_rank, pack_multiple(config), ranks.device, ranks.axis
         ),
-        heldout=heldout_sets(learner, sources, planner),
+        heldout=heldout_sets(learner, sources, partial(plan_lengths, config, ranks.layout)),
         saver=saver,
         report=report,
         stop_request=stop,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from statistics import fmean
 from typing import Any
 
 from megascale.checkpoint.save import SaveResult
@@ -47,6 +48,7 @@ class Report:
         self._metrics = MetricsWriter(
             folder.path, monitor.tensorboard, monitor.trackers, cursor.step, asdict(config)
         )
+        self._plan_waits_s: list[float] = []
         steps = num_steps(config.data, config.train.tokens)
         self._console = Console(min(steps, config.train.stop_after_steps or steps), cursor.step)
 
@@ -84,11 +86,16 @@ class Report:
             "mfu": mfu(flops, result.seconds, self._ranks.world, self._peak),
             "plan_s": planned.plan.plan_s,
             "plan_wait_s": planned.plan_wait_s,
+            "plan_over_bound": planned.plan.predicted_s / planned.plan.lower_bound_s,
             "skipped": result.skipped,
         }
         if result.offload_gib:
             row["offload_gib"] = result.offload_gib
         self._metrics.write(row)
+        self._plan_waits_s.append(planned.plan_wait_s)
+        if planned.trouble is not None:
+            self._event("planner", step=cursor.step, problem=planned.trouble)
+            self._say(f"warning: step {cursor.step}: {planned.trouble}")
         if result.skipped:
             self._event("skip", step=cursor.step, loss=result.loss, grad_norm=result.grad_norm)
             self._say(f"step {cursor.step} skipped: loss {result.loss}, norm {result.grad_norm}")
@@ -96,6 +103,8 @@ class Report:
         if cursor.step % self._config.monitor.log_every_steps == 0 or last:
             if self._bytes_per_token:
                 row["bits_per_byte"] = result.loss / math.log(2) / self._bytes_per_token
+            row["plan_wait_s"] = fmean(self._plan_waits_s)
+            self._plan_waits_s.clear()
             self._say(self._console.line(row))
         else:
             self._console.tick(cursor.step)

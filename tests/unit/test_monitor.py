@@ -243,7 +243,8 @@ class Clock:
 
 
 def row(step: int, **more) -> dict:
-    return {"step": step, "loss": 2.34561, "lr": 2.9e-4, "tokens_per_s": 41234.0, **more}
+    usual = {"loss": 2.34561, "lr": 2.9e-4, "tokens_per_s": 41234.0, "plan_wait_s": 0.00031}
+    return {"step": step, **usual, **more}
 
 
 def test_a_line_reads_as_documented() -> None:
@@ -254,7 +255,7 @@ def test_a_line_reads_as_documented() -> None:
         console.tick(step)
     assert console.line(row(84, bits_per_byte=3.38, mfu=None)) == (
         " 42.0 %  step  84/200  loss 2.3456  bits/byte 3.380  lr 2.9e-04  41.2K tok/s  "
-        "MFU n/a  ETA 1m05s"
+        "MFU n/a  plan wait 0.3 ms  ETA 1m05s"
     )
     assert "MFU 41.2 %" in console.line(row(84, mfu=0.412))
     assert "bits/byte" not in console.line(row(84))
