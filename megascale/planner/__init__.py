@@ -1,13 +1,24 @@
 """Which rank computes which sequences: lengths, cost and capacity in, a plan out. NumPy only."""
 
 from megascale.planner.bound import lower_bound_s
+from megascale.planner.bytescale import plan_bytescale, plan_bytescale_naive
 from megascale.planner.cost import CostModel
+from megascale.planner.hybrid import plan_hybrid
 from megascale.planner.longest_first import plan_longest_first
 from megascale.planner.plan import PlanError, Ring, StepPlan
 from megascale.planner.problem import OffloadModel, Placed, Planner, Problem, complete
+from megascale.planner.static import plan_static, plan_static_balanced, plan_static_best
 from megascale.planner.timeline import Timeline, step_s, timeline
 
-PLANNERS: dict[str, Planner] = {"longest_first": plan_longest_first}
+PLANNERS: dict[str, Planner] = {
+    "hybrid": plan_hybrid,
+    "longest_first": plan_longest_first,
+    "bytescale": plan_bytescale,
+    "bytescale_naive": plan_bytescale_naive,
+    "static": plan_static,
+    "static_balanced": plan_static_balanced,
+    "static_best": plan_static_best,
+}
 """By the name that `planner.name` in a config and `megascale plan --planner` give."""
 
 __all__ = [
@@ -23,7 +34,13 @@ __all__ = [
     "Timeline",
     "complete",
     "lower_bound_s",
+    "plan_bytescale",
+    "plan_bytescale_naive",
+    "plan_hybrid",
     "plan_longest_first",
+    "plan_static",
+    "plan_static_balanced",
+    "plan_static_best",
     "step_s",
     "timeline",
 ]

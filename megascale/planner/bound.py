@@ -5,6 +5,8 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from megascale.planner.cost import FORWARD_SHARE
+from megascale.planner.plan import kept_share
 from megascale.planner.problem import Problem
 
 Integers = NDArray[np.int64]
@@ -15,6 +17,40 @@ def memory_sizes(problem: Problem, lengths: Integers, gain: float = 1.0) -> Inte
     """Fewest ranks that hold each of `lengths`, of `gain` times the capacity each."""
     sizes: Integers = np.maximum(1, np.ceil(lengths / (problem.capacity * gain) - 1e-9))
     return sizes.astype(np.int64)
+
+
+def fewest_ranks(problem: Problem, lengths: Integers) -> Integers:
+    """Fewest ranks that hold each of `lengths`, with as much offload as its own forward hides.
+
+    Where even all ranks could not hold a sequence so, it offloads all it can, hidden or not.
+    """
+    if problem.offload is None:
+        return memory_sizes(problem, lengths)
+    most = hidden_offload(problem, lengths)
+    gains = 1.0 / (1.0 - most * (1.0 - 1.0 / problem.offload.gain(1.0)))
+    sizes: Integers = np.ceil(lengths / (problem.capacity * gains) - 1e-9).astype(np.int64)
+    return np.clip(sizes, 1, problem.num_ranks)
+
+
+def hidden_offload(problem: Problem, lengths: Integers) -> Seconds:
+    """Largest part of the activations whose copy to the host takes no longer than forward.
+
+    Of each sequence; after ByteScale, Eq. 3. The size of the ring shortens both alike.
+    """
+    assert problem.offload is not None
+    host, tokens = problem.offload, lengths.astype(np.float64)
+    copied = tokens * host.bytes_per_token * max(1, host.stage_layers - 2)
+    forward_s = FORWARD_SHARE * tokens * (problem.cost.a * tokens + problem.cost.b)
+    return np.minimum(1.0, forward_s * host.copy_bytes_per_s / copied)
+
+
+def needed_offload(problem: Problem, tokens: float, size: int) -> float:
+    """Smallest offload with which `size` ranks hold `tokens`; 0 where they do without."""
+    share = problem.capacity * size / tokens
+    if share >= 1 or problem.stage_layers <= 2:
+        return 0.0
+    least = kept_share(1.0, problem.stage_layers)
+    return min(1.0, (1.0 - share) / (1.0 - least))
 
 
 def alone_s(problem: Problem, lengths: Integers, sizes: Integers) -> Seconds:
@@ -73,6 +109,15 @@ def _fastest(problem: Problem, lengths: Integers, high: int) -> Integers:
     return sizes
 
 
+def fastest_sizes(problem: Problem, lengths: Integers, fewest: Integers) -> Integers:
+    """The ring, of at least `fewest` ranks, on which each sequence is fastest."""
+    node = min(problem.cost.node_size, problem.num_ranks)
+    within = np.maximum(fewest, _fastest(problem, lengths, node))
+    across = np.maximum(fewest, _fastest(problem, lengths, problem.num_ranks))
+    is_faster = alone_s(problem, lengths, across) < alone_s(problem, lengths, within)
+    return np.where(is_faster, across, within)
+
+
 def lower_bound_s(problem: Problem) -> float:
     """Seconds that no plan can beat, by the cost model.
 
@@ -88,14 +133,14 @@ def lower_bound_s(problem: Problem) -> float:
     times = np.bincount(np.searchsorted(lengths, problem.lengths)).astype(np.float64)
     fewest = np.minimum(memory_sizes(problem, lengths, gain), problem.num_ranks)
     held = problem.capacity * gain
-    low = _even_s(problem, lengths, times, fewest, held)
+    low = _even_s(problem, lengths, times, fewest, held, np.inf)
     if np.all(alone_s(problem, lengths, fewest) <= low):
         return low
     high = max(low, float(alone_s(problem, lengths, fewest).max()))
     for _ in range(30):
         middle = (low + high) / 2
         sizes = smallest_sizes(problem, lengths, fewest, middle)
-        if np.all(sizes) and _even_s(problem, lengths, times, sizes, held) <= middle:
+        if np.all(sizes) and _even_s(problem, lengths, times, sizes, held, middle) <= middle:
             high = middle
         else:
             low = middle
@@ -103,16 +148,23 @@ def lower_bound_s(problem: Problem) -> float:
 
 
 def _even_s(
-    problem: Problem, lengths: Integers, times: Seconds, sizes: Integers, held: float
+    problem: Problem,
+    lengths: Integers,
+    times: Seconds,
+    sizes: Integers,
+    held: float,
+    limit_s: float,
 ) -> float:
     """Seconds of all work over all ranks, sequences of `lengths` occurring `times` times.
 
-    What a ring costs per rank is charged for the part of its memory that a sequence fills, and
-    what it passes on is taken as hidden, since sequences may share rings.
+    Sequences may share rings. So what a ring costs per rank is charged for the part of it that a
+    sequence must fill at least, by its tokens or by its work within `limit_s`, and what it passes
+    on is taken as hidden.
     """
     cost, tokens = problem.cost, lengths.astype(np.float64)
     transfer = np.where(sizes <= cost.node_size, cost.transfer_intra, cost.transfer_inter)
-    latency = cost.latency * np.log2(sizes) / held
-    work = tokens * (cost.a * tokens + cost.b + transfer * (sizes > 1) + latency)
+    work = tokens * (cost.a * tokens + cost.b + transfer * (sizes > 1))
+    filled = np.maximum(tokens / held, work / limit_s)
+    work += cost.latency * np.log2(sizes) * filled
     micro_batches = max(problem.num_ranks, np.dot(times, tokens) / held)
     return float((np.dot(times, work) + cost.fixed * micro_batches) / problem.num_ranks)

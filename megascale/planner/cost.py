@@ -13,6 +13,8 @@ from numpy.typing import ArrayLike, NDArray
 
 from megascale.errors import UserError
 
+FORWARD_SHARE = 1 / 3
+"""Part of a micro-batch's time that is forward; backward computes twice as much."""
 ASSUMED_FLOPS_PER_S = 1e14
 ASSUMED_FIXED_TOKENS = 256
 

@@ -51,8 +51,8 @@ class Problem:
     """Consecutive ranks that run equal counts in lockstep mode; 1 in the other modes."""
     offload: OffloadModel | None = None
     """None: activations stay on the device."""
-    budget_s: float = 0.5
-    """Seconds that a planner may spend on improving a plan that is good already."""
+    budget_s: float | None = None
+    """Seconds to spend on improving a plan; None: `default_budget_s`."""
 
     @staticmethod
     def of(
@@ -80,6 +80,11 @@ class Problem:
         if num_ranks < 1 or capacity < 1 or group < 1 or num_ranks % group:
             raise ValueError(f"{num_ranks} ranks of {capacity} tokens in expert groups of {group}")
         return problem
+
+    @property
+    def default_budget_s(self) -> float:
+        """What a step of this size should cost at most: 8 ms for 512 sequences on 64 ranks."""
+        return 1e-5 * len(self.lengths) + 4e-5 * self.num_ranks
 
     @property
     def stage_layers(self) -> int:

@@ -9,14 +9,11 @@ from itertools import groupby
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from megascale.planner.cost import CostModel
+from megascale.planner.cost import FORWARD_SHARE, CostModel
 from megascale.planner.plan import StepPlan
 
 Seconds = NDArray[np.float64]
 Integers = NDArray[np.int64]
-
-FORWARD_SHARE = 1 / 3
-"""Part of a micro-batch's time that is forward; backward computes twice as much."""
 
 
 @dataclass(frozen=True)

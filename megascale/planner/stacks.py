@@ -1,0 +1,184 @@
+"""Plans for free mode: rings stacked on the least busy ranks, then short sequences on top.
+
+Ranks wait for each other in rings only. Rings are laid first, largest first, while all ranks are
+free at about the same time; what a rank must still wait for a ring is filled with short sequences,
+and the rest of them level the ranks at the end (longest processing time first, Graham 1969).
+"""
+
+from __future__ import annotations
+
+import bisect
+import heapq
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megascale.planner.bound import needed_offload
+from megascale.planner.clock import Clock
+from megascale.planner.problem import Placed, Problem
+
+Integers = NDArray[np.int64]
+
+
+@dataclass
+class Stack:
+    """What one rank runs."""
+
+    free_s: float = 0.0
+    """When it has run all it has."""
+    rooms: list[int] = field(default_factory=list)
+    """Tokens that still fit its last micro-batches of one rank, those after its last ring."""
+    batches: list[list[int]] = field(default_factory=list)
+    """Sequences of these."""
+
+
+class Stacks:
+    """The stacks of all ranks while they are being filled."""
+
+    def __init__(self, problem: Problem, tokens: list[int]) -> None:
+        self._problem, self._tokens = problem, tokens
+        self._clock = Clock(problem.cost)
+        self._node_size = min(problem.cost.node_size, problem.num_ranks)
+        self._ranks = [Stack() for _ in range(problem.num_ranks)]
+        self._units: list[tuple[float, int, Placed]] = []
+        self._gaps: list[tuple[float, int, float]] = []
+
+    def add_rings(self, sequences: list[int], sizes: list[int], limit_s: float) -> None:
+        """A ring for each sequence, largest first and, of equals, longest first.
+
+        A ring across nodes that would end after `limit_s` grows as far as that helps.
+        """
+        order = sorted(
+            zip(sizes, sequences, strict=True), key=lambda one: (-one[0], -self._tokens[one[1]])
+        )
+        across = [one for one in order if one[0] > self._node_size]
+        for size, sequence in across:
+            self._stack(sequence, self._grown(size, self._tokens[sequence], limit_s))
+        nodes: list[tuple[float, int]] = []
+        last_size = 0
+        for size, sequence in order[len(across) :]:
+            if size != last_size:
+                nodes, last_size = self._by_ready(size), size
+            self._stack(sequence, self._least_busy_within(nodes, size))
+
+    def _grown(self, size: int, length: int, limit_s: float) -> list[int]:
+        """Ranks for a ring of at least `size`: the fewest that end in time, else the earliest."""
+        order, free_s = self._least_busy_nodes()
+        best, best_s = size, float("inf")
+        for grown in (size, size * 9 // 8, size * 5 // 4, size * 3 // 2, size * 2, size * 3):
+            if grown > len(order) and grown > size:
+                break
+            ring_s = self._clock.ring_s(length, grown, False)
+            end_s = float(free_s[order[:grown]].max()) + ring_s
+            if end_s < best_s - 1e-12:
+                best, best_s = grown, end_s
+            if end_s <= limit_s:
+                break
+        return sorted(order[:best].tolist())
+
+    def _least_busy_nodes(self) -> tuple[Integers, NDArray[np.float64]]:
+        """All ranks, node by node, nodes that are free first before others; when each is free."""
+        free_s = np.array([one.free_s for one in self._ranks])
+        node = np.arange(len(free_s)) // self._node_size
+        node_s = np.zeros(int(node[-1]) + 1)
+        np.maximum.at(node_s, node, free_s)
+        return np.lexsort((free_s, node, node_s[node])), free_s
+
+    def _by_ready(self, size: int) -> list[tuple[float, int]]:
+        """Heap of (when `size` of its ranks are free, first rank) of all nodes large enough."""
+        begins = range(0, len(self._ranks) - size + 1, self._node_size)
+        heap = [(self._ready(begin, size)[0], begin) for begin in begins]
+        heapq.heapify(heap)
+        return heap
+
+    def _ready(self, begin: int, size: int) -> tuple[float, list[int]]:
+        """When the `size` ranks of a node that are free first are, and which they are."""
+        end = min(begin + self._node_size, len(self._ranks))
+        order = sorted((self._ranks[rank].free_s, rank) for rank in range(begin, end))[:size]
+        return order[-1][0], [rank for _, rank in order]
+
+    def _least_busy_within(self, heap: list[tuple[float, int]], size: int) -> list[int]:
+        while True:
+            known_s, begin = heap[0]
+            ready_s, ranks = self._ready(begin, size)
+            if ready_s <= known_s:
+                return sorted(ranks)
+            heapq.heapreplace(heap, (ready_s, begin))
+
+    def _stack(self, sequence: int, ranks: list[int]) -> None:
+        length, node_size = self._tokens[sequence], self._problem.cost.node_size
+        one_node = ranks[0] // node_size == ranks[-1] // node_size
+        begin_s = max(self._ranks[rank].free_s for rank in ranks)
+        end_s = begin_s + self._clock.ring_s(length, len(ranks), one_node)
+        for rank in ranks:
+            stack = self._ranks[rank]
+            if begin_s > stack.free_s:
+                self._gaps.append((begin_s - stack.free_s, rank, stack.free_s))
+            stack.free_s = end_s
+        offload = needed_offload(self._problem, length, len(ranks))
+        self._units.append((begin_s, len(self._units), Placed(ranks, [sequence], offload)))
+
+    def fill_gaps(self, sequences: list[int]) -> list[int]:
+        """Put what fits of `sequences`, longest first, into waits for rings; return the rest."""
+        left = sequences[::-1]
+        lengths = [self._tokens[one] for one in left]
+        for gap_s, rank, begin_s in sorted(self._gaps, reverse=True):
+            while left:
+                batch, seconds = self._fill(gap_s, left, lengths)
+                if not batch:
+                    break
+                self._units.append((begin_s, len(self._units), Placed((rank,), batch)))
+                begin_s, gap_s = begin_s + seconds, gap_s - seconds
+        return left[::-1]
+
+    def _fill(self, gap_s: float, left: list[int], lengths: list[int]) -> tuple[list[int], float]:
+        """One micro-batch of at most `gap_s` seconds, always the longest that fits; its seconds."""
+        batch: list[int] = []
+        seconds, room = self._problem.cost.fixed, self._problem.capacity
+        while left:
+            longest = self._clock.tokens_in(gap_s - seconds, room)
+            at = bisect.bisect_right(lengths, longest) - 1
+            if at < 0:
+                break
+            batch.append(left.pop(at))
+            length = lengths.pop(at)
+            seconds, room = seconds + self._clock.alone_s(length), room - length
+        return batch, seconds
+
+    def level(self, sequences: list[int]) -> None:
+        """Each of `sequences`, longest first, onto the rank that is free first."""
+        heap = [(stack.free_s, rank) for rank, stack in enumerate(self._ranks)]
+        heapq.heapify(heap)
+        capacity = self._problem.capacity
+        for sequence in sequences:
+            length = self._tokens[sequence]
+            rank = heap[0][1]
+            stack = self._ranks[rank]
+            seconds = self._clock.alone_s(length)
+            for place, room in enumerate(stack.rooms):
+                if room >= length:
+                    stack.rooms[place] = room - length
+                    stack.batches[place].append(sequence)
+                    break
+            else:
+                stack.rooms.append(capacity - length)
+                stack.batches.append([sequence])
+                seconds += self._problem.cost.fixed
+            stack.free_s += seconds
+            heapq.heapreplace(heap, (stack.free_s, rank))
+
+    @property
+    def seconds(self) -> float:
+        """When the last rank is done."""
+        return max(stack.free_s for stack in self._ranks)
+
+    def placed(self) -> list[Placed]:
+        """Micro-batches in execution order."""
+        rings = [unit for _, _, unit in sorted(self._units, key=lambda unit: unit[:2])]
+        tails = [
+            Placed((rank,), batch)
+            for rank, stack in enumerate(self._ranks)
+            for batch in stack.batches
+        ]
+        return rings + tails
