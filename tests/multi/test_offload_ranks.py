@@ -4,8 +4,10 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from tiny_corpus import tiny_config
 
 from megascale.config import finalize, parse_config
+from megascale.monitor.metrics import METRICS_FILE, read_rows
 
 BASE = """
 model: {num_layers: 4, hidden_size: 64, num_heads: 4, num_kv_heads: 2}
@@ -109,3 +111,34 @@ def test_a_step_reports_what_moved_on_all_ranks_and_evaluation_moves_nothing(ran
     assert alone > 0 and none == 0 and evaluated == 0
     for both, none, evaluated in ranks(2, step_and_evaluate, ()):
         assert both == pytest.approx(2 * alone, rel=0.05) and none == 0 and evaluated == 0
+
+
+def train_with_offload(offload, config, run_dir):
+    """Exit status of `megascale train` with this ratio in all micro-batches."""
+    from megascale.cli import main
+    from megascale.planner import StepPlan
+
+    planned = StepPlan.rings_of
+
+    def rings_of(plan, rank):
+        return tuple(replace(ring, offload=offload) for ring in planned(plan, rank))
+
+    StepPlan.rings_of = rings_of
+    try:
+        words = ("model.num_layers=4", "train.tokens=3000", f"run_dir={run_dir}")
+        return main(["train", str(config), *words])
+    finally:
+        StepPlan.rings_of = planned
+
+
+def test_a_run_writes_how_much_it_moved(ranks, tmp_path):
+    config, rows = tiny_config(tmp_path), []
+    for offload in (0.0, 1.0):
+        run_dir = tmp_path / str(offload)
+        assert ranks(2, train_with_offload, offload, config, run_dir) == [0, 0]
+        rows.append(read_rows(run_dir / METRICS_FILE))
+    for without, moved in zip(*rows):
+        assert without.get("loss") == moved.get("loss")
+        assert without.get("eval") == moved.get("eval")
+        assert "offload_gib" not in without
+        assert moved["offload_gib"] > 0 if "loss" in moved else "offload_gib" not in moved
