@@ -1,7 +1,8 @@
 """Planners of others that are not part of the package, behind the same interface as ours.
 
-`verl_kk` and `lpt` are written from their descriptions, `megatron_core` runs the scheduler of the
-installed megatron-core. They know no modes: what they decide is completed for the mode asked.
+`verl_kk`, `lpt` and `lpt_best` are written from their descriptions, `megatron_core` runs the
+scheduler of the installed megatron-core. But for `lpt_best` they know no modes: what they decide is
+completed for the mode asked.
 """
 
 from __future__ import annotations
@@ -18,16 +19,13 @@ VERL_LINEAR = 24576
 """verl's workload of s tokens is 24576 s + s^2."""
 
 
-def static_size(problem: Problem) -> int:
-    """Smallest ring size that divides the ranks and holds the longest sequence."""
+def static_sizes(problem: Problem) -> list[int]:
+    """Ring sizes that divide the ranks and hold the longest sequence, smallest first."""
     problem.require_fit()
     longest = int(problem.lengths.max(initial=1))
-    sizes = range(1, problem.num_ranks + 1)
-    return next(
-        size
-        for size in sizes
-        if problem.num_ranks % size == 0 and size * problem.capacity >= longest
-    )
+    fewest = -(-longest // problem.capacity)
+    sizes = range(fewest, problem.num_ranks + 1)
+    return [size for size in sizes if problem.num_ranks % size == 0]
 
 
 def _in_step(groups: Sequence[Sequence[list[int]]], size: int) -> Iterator[Placed]:
@@ -44,7 +42,20 @@ def plan_lpt(problem: Problem) -> StepPlan:
     A sequence goes to the least busy ring, there into the first micro-batch with room.
     """
     began = time.perf_counter()
-    size = static_size(problem)
+    size = static_sizes(problem)[0]
+    return complete(problem, _longest_first(problem, size), began)
+
+
+def plan_lpt_best(problem: Problem) -> StepPlan:
+    """`plan_lpt` with the static ring size that proves best for this batch, mode and cost."""
+    began = time.perf_counter()
+    plans = [
+        complete(problem, _longest_first(problem, size), began) for size in static_sizes(problem)
+    ]
+    return min(plans, key=lambda plan: plan.predicted_s)
+
+
+def _longest_first(problem: Problem, size: int) -> list[Placed]:
     lengths, room = problem.lengths.tolist(), size * problem.capacity
     seconds = (problem.cost.compute_s(problem.lengths) / size).tolist()
     groups: list[list[list[int]]] = [[] for _ in range(problem.num_ranks // size)]
@@ -62,7 +73,7 @@ def plan_lpt(problem: Problem) -> StepPlan:
         own[place] -= lengths[sequence]
         groups[group][place].append(sequence)
         heapq.heapreplace(heap, (busy_s + seconds[sequence], group))
-    return complete(problem, list(_in_step(groups, size)), began)
+    return list(_in_step(groups, size))
 
 
 def plan_verl_kk(problem: Problem) -> StepPlan:
@@ -73,7 +84,7 @@ def plan_verl_kk(problem: Problem) -> StepPlan:
     the rings do not divide their number.
     """
     began = time.perf_counter()
-    size = static_size(problem)
+    size = static_sizes(problem)[0]
     lengths, num_groups = problem.lengths.tolist(), problem.num_ranks // size
     work = [VERL_LINEAR * s + s * s for s in lengths]
     work += [0] * (-len(work) % num_groups)
@@ -182,6 +193,7 @@ def _require_communicator(ranks: Sequence[int], num_ranks: int) -> None:
 
 PEERS: dict[str, Planner] = {
     "lpt": plan_lpt,
+    "lpt_best": plan_lpt_best,
     "verl_kk": plan_verl_kk,
     "megatron_core": plan_megatron_core,
 }

@@ -14,7 +14,7 @@ from bench_planner import Job, Row, Scenario, corpus_lengths, in_process
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from judge import judge
-from peers import karmarkar_karp, plan_lpt, plan_megatron_core, plan_verl_kk, static_size
+from peers import karmarkar_karp, plan_lpt, plan_lpt_best, plan_megatron_core, plan_verl_kk
 
 from megascale.errors import UserError
 from megascale.planner import CostModel, Problem
@@ -43,15 +43,17 @@ def test_static_peers_keep_all_rules_but_verl_the_capacity(lengths, num_ranks, c
         with pytest.raises(UserError):
             plan_lpt(problem)
         return
-    size = static_size(problem)
-    assert num_ranks % size == 0 and size * capacity >= max(lengths)
+    divisors = [size for size in range(1, num_ranks + 1) if num_ranks % size == 0]
+    size = next(size for size in divisors if size * capacity >= max(lengths))
     for plan in (plan_lpt(problem), plan_verl_kk(problem)):
         assert {len(ring.ranks) for ring in plan.rings if ring.sequences} == {size}
         problems = verdict_on(plan, lengths).problems
         kept = [line for line in problems if "capacity" not in line]
         assert kept == []
         assert plan.rings[0].ranks and math.isfinite(plan.predicted_s)
-    assert verdict_on(plan_lpt(problem), lengths).problems == ()
+    smallest, best = plan_lpt(problem), plan_lpt_best(problem)
+    assert verdict_on(smallest, lengths).problems == verdict_on(best, lengths).problems == ()
+    assert best.predicted_s <= smallest.predicted_s
 
 
 def test_verl_breaks_the_capacity_and_the_judge_says_so():
