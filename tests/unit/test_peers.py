@@ -71,12 +71,14 @@ def test_differencing_by_hand():
     assert sorted(itertools.chain(*parts)) == [0, 1, 2, 3, 4]
 
 
+@settings(deadline=None)
 @given(
-    weights=st.lists(st.integers(0, 100), max_size=8),
+    weights=st.lists(st.integers(0, 100), max_size=6),
     num_parts=st.integers(1, 4),
     equal=st.booleans(),
 )
 def test_differencing_is_near_the_best_partition(weights, num_parts, equal):
+    """At most 4/3 - 1/(3 m) of the best (Michiels et al., 2003); equal counts differ little."""
     weights += [0] * (-len(weights) % num_parts) * equal
     parts = karmarkar_karp(weights, num_parts, equal)
     assert len(parts) == num_parts
@@ -86,8 +88,11 @@ def test_differencing_is_near_the_best_partition(weights, num_parts, equal):
         assert len({len(part) for part in parts}) == 1
         assert max(sums) - min(sums) <= max(weights, default=0)
     else:
-        least = max(max(weights, default=0), -(-sum(weights) // num_parts))
-        assert max(sums) <= least * (4 / 3 - 1 / (3 * num_parts)) * 1.01 + 1
+        best = min(
+            max(np.bincount(where, weights, num_parts)) if where else 0
+            for where in itertools.product(range(num_parts), repeat=len(weights))
+        )
+        assert max(sums) <= best * (4 / 3 - 1 / (3 * num_parts)) + 1e-9
 
 
 def test_megatron_core_plans_powers_of_two():
