@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -26,6 +26,9 @@ from megascale.planner.simulate import Entrant, plan_static_mesh, replay, replay
 from megascale.planner.static import plan_static_best
 from megascale.train.cluster import MODELS, Cluster
 
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
 RESULTS = Path(__file__).parents[1] / "configs/results"
 CAPACITY, BATCH_TOKENS, STEPS = 8 << 10, 32 << 20, 3
 CONTEXTS = (256 << 10, 512 << 10, 1 << 20, 2 << 20)
@@ -33,10 +36,12 @@ LENGTHS = ("github", "bytescale_byted")
 DEVICES_OF = {"7b": 1024, "13b": 1024, "30b": 1024, "70b": 8192, "8x7b": 4096, "8x22b": 16384}
 STAGES = ("static", "+ dynamic", "+ offload", "+ balance", "hybrid")
 COLOURS = ("#b0b0b0", "#92c5de", "#4393c3", "#2166ac", "#d6604d")
-PAPER_GITHUB, PAPER_BYTED = (6.21, 7.89), (4.26, 4.26)
+PAPER_STAGES = (1.00, 1.59, 2.01, 3.69)
+PAPER_AT_2M = {"github": ((6.21, 7.89), (3.42, 4.28)), "bytescale_byted": ((4.26, 4.26),) * 2}
+"""Speed-ups that the paper reports for models without and with pipelines."""
 KEPT = (
-    "planner step_s speedup over_lower_bound idle_share passing_share offloaded_share peak_bytes "
-    "least_busy_s most_busy_s plan_s problem"
+    "planner step_s speedup over_lower_bound idle_share passing_share least_busy_s most_busy_s "
+    "plan_s problem"
 ).split()
 
 
@@ -144,7 +149,7 @@ def _run(cell: Cell) -> dict[str, Any]:
 
 
 def _rounded(value: Any) -> Any:
-    return float(f"{value:.4g}") if isinstance(value, float) else value
+    return float(f"{value:.3g}") if isinstance(value, float) else value
 
 
 def _print(cell: dict[str, Any]) -> None:
@@ -223,35 +228,57 @@ def _is_in_order(row: dict[str, Any]) -> bool:
 
 
 def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
-    """Draw the speed-ups over context for 7b, and over models at the longest context."""
+    """Draw the speed-ups over context, over models, and stage by stage beside the paper's."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(12, 7.5), layout="constrained")
+    figure = Figure(figsize=(15, 7.5), layout="constrained")
     FigureCanvasAgg(figure)
-    panels = figure.subplots(2, 2, width_ratios=(1, 1.6))
-    table = [row for row in rows if row["network_gbps"] == 400]
-    table = [row for row in table if DEVICES_OF[row["model"]] == row["devices"]]
-    for (left, right), lengths in zip(panels, LENGTHS, strict=True):
-        of_7b = [row for row in table if row["lengths"] == lengths and row["model"] == "7b"]
-        at_2m = [row for row in table if row["lengths"] == lengths and row["context"] == 2 << 20]
-        for position, (stage, colour) in enumerate(zip(STAGES, COLOURS, strict=True)):
-            label = "static context parallelism" if stage == "static" else stage
-            speedups = [_speedup(row, stage) for row in of_7b]
-            left.plot([f"{row['context'] >> 10}K" for row in of_7b], speedups, "o-", color=colour)
-            at = np.arange(len(at_2m)) + 0.17 * (position - 2)
-            heights = [_speedup(row, stage) for row in at_2m]
-            right.bar(at, heights, 0.16, color=colour, label=label)
-        low, high = PAPER_GITHUB if lengths == "github" else PAPER_BYTED
-        right.axhspan(low - 0.02, high + 0.02, color="#f4a582", alpha=0.35, zorder=0)
-        right.text(5.5, high, "ByteScale reports", ha="right", va="bottom", fontsize=9)
-        names = [f"{row['model']}\n{row['devices']:,}" for row in at_2m]
-        right.set_xticks(range(len(at_2m)), names)
-        left.set_ylabel(f"{lengths}: speed-up over static")
-        left.set_title("7b on 1,024 devices, by context", loc="left", fontsize=10)
-        right.set_title("context 2048K, by model and devices", loc="left", fontsize=10)
-        for axes in (left, right):
+    panels = figure.subplots(2, 3, width_ratios=(1, 1.6, 1.1))
+    for line, lengths in zip(panels, LENGTHS, strict=True):
+        here = [row for row in rows if row["lengths"] == lengths]
+        table = [row for row in here if row["network_gbps"] == 400]
+        table = [row for row in table if DEVICES_OF[row["model"]] == row["devices"]]
+        _draw_contexts(line[0], [row for row in table if row["model"] == "7b"])
+        _draw_models(line[1], [row for row in table if row["context"] == 2 << 20], lengths)
+        of_7b = [row for row in here if (row["model"], row["devices"]) == ("7b", 1024)]
+        _draw_stages(line[2], [row for row in of_7b if row["context"] == 2 << 20])
+        line[0].set_ylabel(f"{lengths}: speed-up over static")
+        for axes in line:
             axes.spines[["top", "right"]].set_visible(False)
             axes.set_ylim(bottom=0)
-    panels[0][1].legend(frameon=False, fontsize=9)
+    handles, labels = panels[0][1].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=6, frameon=False)
     figure.savefig(path, dpi=120)
+
+
+def _draw_contexts(axes: Axes, rows: Sequence[dict[str, Any]]) -> None:
+    for stage, colour in zip(STAGES, COLOURS, strict=True):
+        speedups = [_speedup(row, stage) for row in rows]
+        axes.plot([f"{row['context'] >> 10}K" for row in rows], speedups, "o-", color=colour)
+    axes.set_title("7b on 1,024 devices, by context", loc="left", fontsize=10)
+
+
+def _draw_models(axes: Axes, rows: Sequence[dict[str, Any]], lengths: str) -> None:
+    for position, (stage, colour) in enumerate(zip(STAGES, COLOURS, strict=True)):
+        label = "static context parallelism" if stage == "static" else stage
+        at = np.arange(len(rows)) + 0.17 * (position - 2)
+        axes.bar(at, [_speedup(row, stage) for row in rows], 0.16, color=colour, label=label)
+    for begin, (low, high) in zip((-0.5, 2.5), PAPER_AT_2M[lengths], strict=True):
+        label = "ByteScale reports (of Byted: at most)" if begin < 0 else None
+        bar = axes.bar(begin + 1.5, high - low + 0.06, 3, bottom=low - 0.03, label=label)
+        bar.patches[0].set(color="#f4a582", alpha=0.45, zorder=0)
+    axes.set_xticks(range(len(rows)), [f"{row['model']}\n{row['devices']:,}" for row in rows])
+    axes.set_title("context 2048K, by model and devices", loc="left", fontsize=10)
+
+
+def _draw_stages(axes: Axes, rows: Sequence[dict[str, Any]]) -> None:
+    """The 7b stage by stage: each network here, and the paper's ablation."""
+    names = ["paper's ablation", *(f"here, {row['network_gbps']} Gbit/s" for row in rows)]
+    for position, (stage, colour) in enumerate(zip(STAGES, COLOURS, strict=True)):
+        paper = PAPER_STAGES[position] if position < len(PAPER_STAGES) else float("nan")
+        heights = [paper, *(_speedup(row, stage) for row in rows)]
+        bars = axes.bar(np.arange(3) + 0.17 * (position - 2), heights, 0.16, color=colour)
+        axes.bar_label(bars, fmt=lambda value: f"{value:.1f}" if value == value else "", fontsize=7)
+    axes.set_xticks(range(3), names)
+    axes.set_title("7b, 1,024 devices, 2048K, stage by stage", loc="left", fontsize=10)

@@ -352,12 +352,24 @@ def test_progress_tells_the_time_left_on_a_terminal_only():
     assert file.getvalue() == ""
 
 
-def test_the_benchmark_runs_a_place_of_its_table(monkeypatch):
+def test_the_benchmark_runs_draws_and_compares_its_table(monkeypatch, tmp_path):
     monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "tools"))
     bench = __import__("bench_simulate")
     monkeypatch.setattr(bench, "STEPS", 1)
     monkeypatch.setattr(bench, "BATCH_TOKENS", 1 << 20)
-    row = bench._run(bench.Cell("7b", 64, "github", 256 << 10))
-    assert [one["planner"] for one in row["planners"]][:4] == list(bench.STAGES[:4])
-    assert bench._speedup(row, "static") == 1.0
-    assert "bench_simulate" in sys.modules
+    monkeypatch.setattr(bench, "DEVICES_OF", {"7b": 1024})
+    rows = []
+    for lengths in bench.LENGTHS:
+        rows.append(bench._run(bench.Cell("7b", 1024, lengths, 2 << 20)))
+        rows.append({**rows[-1], "network_gbps": 200})
+    assert [one["planner"] for one in rows[0]["planners"]][:4] == list(bench.STAGES[:4])
+    assert bench._speedup(rows[0], "static") == 1.0
+    bench.plot(rows, tmp_path / "table.png")
+    assert (tmp_path / "table.png").stat().st_size > 10_000
+    said = "\n".join(bench.differences(rows))
+    assert f"+ balance: up to 4.26x; 7b {bench._speedup(rows[2], '+ balance'):.2f}x" in said
+    assert "of 4 places" in said
+    swapped = {"planners": [{"planner": name, "speedup": 1.0} for name in bench.STAGES]}
+    assert bench._is_in_order(swapped)
+    swapped["planners"][1]["speedup"] = 1.2
+    assert not bench._is_in_order(swapped)
