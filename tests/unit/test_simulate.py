@@ -2,7 +2,6 @@
 
 import io
 import json
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
