@@ -1,0 +1,351 @@
+"""The planner process: same plans as in this process, and every way in which it can fail."""
+
+import dataclasses
+import io
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import planners
+import psutil
+import pytest
+
+from megascale.config import finalize, parse_config
+from megascale.errors import UserError
+from megascale.planner import PLANNERS, CostModel, OffloadModel, Problem, plan_longest_first
+from megascale.planner import ahead as ahead_module
+from megascale.planner.ahead import MAX_RESTARTS, PlansAhead
+from megascale.planner.worker import (
+    FrameError,
+    pack_problem,
+    planner_path,
+    read_frame,
+    unpack_problem,
+    write_frame,
+)
+
+COST = CostModel(a=1e-10, b=1e-7, fixed=1e-5)
+
+
+def problem(num_sequences=3, seed=0, num_ranks=2):
+    lengths = np.random.default_rng(seed).integers(1, 100, num_sequences)
+    return Problem.of(lengths, num_ranks, 100, "free", COST)
+
+
+@pytest.fixture
+def start():
+    """`start(planner, timeout_s=30)`: PlansAhead, ended with the test."""
+    started = []
+
+    def start_one(planner, timeout_s=30.0, log=None):
+        started.append(PlansAhead(planner, timeout_s, log))
+        return started[-1]
+
+    yield start_one
+    for plans in started:
+        plans.close()
+
+
+def process_of(plans):
+    return psutil.Process(plans._maker._process.pid)
+
+
+def wait_until(happens, timeout_s=20):
+    deadline = time.monotonic() + timeout_s
+    while not happens():
+        assert time.monotonic() < deadline, "it did not happen in time"
+        time.sleep(0.01)
+
+
+def is_gone(process):
+    return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
+
+
+# ------------------------------------------------------------------------------------- frames
+
+
+def test_a_problem_survives_the_pipe():
+    offload = OffloadModel(stage_layers=12, bytes_per_token=34.5, copy_bytes_per_s=2.5e10)
+    cost = CostModel(**{field.name: 2 + i for i, field in enumerate(dataclasses.fields(CostModel))})
+    whole = Problem.of(
+        [3, 4_000_000_000, 1],
+        8,
+        99,
+        "lockstep",
+        cost,
+        pipeline=3,
+        expert_group=4,
+        offload=offload,
+        budget_s=1 / 3,
+    )
+    for field in dataclasses.fields(Problem):
+        if field.default is not dataclasses.MISSING:
+            assert getattr(whole, field.name) != field.default, f"{field.name} is not tested"
+    stream = io.BytesIO()
+    fields, lengths = pack_problem(whole)
+    write_frame(stream, fields, lengths)
+    stream.seek(0)
+    back = unpack_problem(*read_frame(stream))
+    assert back.lengths.dtype == np.int64 and back.lengths.tolist() == whole.lengths.tolist()
+    for field in dataclasses.fields(Problem)[1:]:
+        assert getattr(back, field.name) == getattr(whole, field.name)
+    assert read_frame(stream) is None
+
+
+def test_any_damage_to_a_frame_is_noticed():
+    import hashlib
+
+    stream, body = io.BytesIO(), b"the plan"
+    write_frame(stream, {"kind": "plan", "sha256": hashlib.sha256(body).hexdigest()}, body)
+    whole = stream.getvalue()
+    assert read_frame(io.BytesIO(whole))[1] == body
+    for position in range(len(whole)):
+        damaged = bytearray(whole)
+        damaged[position] ^= 0x5A
+        try:
+            head, found = read_frame(io.BytesIO(bytes(damaged)))
+        except FrameError:
+            continue
+        # a name in the head: whoever reads it misses the name
+        assert found == body and not {"kind", "sha256"} <= head.keys() or head["kind"] != "plan"
+    for size in range(1, len(whole)):
+        with pytest.raises(FrameError):
+            read_frame(io.BytesIO(whole[:size]))
+
+
+def test_a_planner_is_found_by_its_path():
+    assert planner_path(planners.plan_slowly) == "planners:plan_slowly"
+    for planner in PLANNERS.values():
+        module, name = planner_path(planner).split(":")
+        assert getattr(sys.modules[module], name) is planner
+    with pytest.raises(ValueError, match="not a function at the top of a module"):
+        planner_path(lambda problem: None)
+
+
+# --------------------------------------------------------------------------- what it is there for
+
+
+def test_plans_are_those_of_this_process_in_order(start):
+    plans = start(plan_longest_first)
+    problems = [problem(n % 40 + 1, seed=n) for n in range(60)]
+    requests = [plans.request(one) for one in problems]
+    for request, one in zip(requests, problems):
+        planned = plans.result(request)
+        assert planned.trouble is None
+        assert planned.plan.digest() == plan_longest_first(one).digest()
+        assert planned.plan.to_bytes() == planned.payload
+
+
+def test_plans_are_made_while_others_work(start):
+    plans = start(planners.plan_slowly)
+    plans.result(plans.request(problem()))
+    request = plans.request(problem())
+    assert not plans.ready(request)
+    time.sleep(0.3)
+    assert plans.ready(request)
+    began = time.perf_counter()
+    plans.result(request)
+    assert time.perf_counter() - began < 0.02
+
+
+def test_a_large_problem_does_not_wait_for_the_pipe(start):
+    plans = start(planners.plan_on_and_on)
+    large = Problem.of(np.ones(1_000_000, np.int64), 2, 100, "free", COST)
+    began = time.perf_counter()
+    for _ in range(3):
+        plans.request(large)
+    assert time.perf_counter() - began < 0.5
+
+
+def test_what_a_solver_prints_is_no_plan(start, tmp_path):
+    plans = start(planners.plan_loudly, log=tmp_path / "planner.log")
+    assert plans.result(plans.request(problem())).trouble is None
+    assert (tmp_path / "planner.log").read_text().startswith("Solver 1.0\n")
+
+
+def test_a_request_can_be_forgotten(start):
+    plans = start(planners.plan_slowly)
+    forgotten, kept = plans.request(problem(4)), plans.request(problem(5))
+    plans.forget(forgotten)
+    assert plans.result(kept).plan.digest() == plan_longest_first(problem(5)).digest()
+    assert not plans._maker._answers and not plans._maker._problems
+
+
+def test_it_is_a_light_and_polite_process(start):
+    plans = start(plan_longest_first)
+    plans.result(plans.request(problem()))
+    process = process_of(plans)
+    mapped = [one.path for one in process.memory_maps()]
+    assert any("/numpy/" in path for path in mapped)
+    assert not any("/torch/" in path or "/scipy/" in path for path in mapped), mapped
+    assert process.nice() > psutil.Process().nice()
+    assert process.environ()["OMP_NUM_THREADS"] == "1"
+    assert process.num_threads() <= 2
+
+
+# ------------------------------------------------------------------------------------- signals
+
+
+@pytest.mark.parametrize("after_s", [0.0, 0.02, 1.0])
+def test_a_ctrl_c_of_the_run_does_not_reach_it(start, after_s):
+    """Also while Python starts."""
+    plans = start(plan_longest_first)
+    time.sleep(after_s)
+    process = process_of(plans)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        process.send_signal(number)
+    assert plans.result(plans.request(problem())).trouble is None
+    assert process.is_running()
+
+
+def test_it_ends_with_its_stdin_in_the_midst_of_a_plan(start):
+    plans = start(planners.plan_on_and_on)
+    plans.request(problem())
+    process = process_of(plans)
+    wait_until(lambda: process.cpu_times().user > 0.5)
+    plans._maker._outbox.put(None)  # its stdin is closed once all is said
+    wait_until(lambda: is_gone(process), timeout_s=5)
+
+
+PARENT = """
+import os, sys, time
+from megascale.planner.ahead import PlansAhead
+import planners
+from test_planner_worker import problem
+plans = PlansAhead(planners.plan_on_and_on, 30.0)
+plans.request(problem())
+if sys.argv[1] == "fork" and os.fork() == 0:
+    time.sleep(20)  # as a writer of checkpoints does, with the pipe still open
+    os._exit(0)
+print(plans._maker._process.pid, flush=True)
+time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize("how", ["alone", "fork"])
+def test_no_orphan_stays_when_the_parent_is_killed(how):
+    path = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
+    parent = subprocess.Popen(
+        [sys.executable, "-c", PARENT, how],
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": path + os.pathsep + os.path.dirname(__file__)},
+        start_new_session=True,
+    )
+    try:
+        worker = psutil.Process(int(parent.stdout.readline()))
+        wait_until(lambda: worker.cpu_times().user > 0.5)
+        parent.kill()
+        parent.wait()
+        wait_until(lambda: is_gone(worker), timeout_s=10)
+    finally:
+        os.killpg(parent.pid, signal.SIGKILL)
+
+
+# ------------------------------------------------------------------------------------ failures
+
+
+@pytest.mark.parametrize(
+    "planner, message",
+    [
+        (planners.plan_or_die, "the planner was killed by SIGKILL"),
+        (planners.plan_or_hang, "the planner took longer than planner.timeout_s = 0.5"),
+        (planners.plan_or_raise, "the planner failed (ZeroDivisionError: a mistake)"),
+        (planners.plan_or_lose, "the planner made a plan that is none (6 sequences are placed"),
+        (planners.plan_or_mistake, "the planner made a plan that is none (a plan for (3, 'free'"),
+        (planners.plan_or_babble, "the planner sent what is no plan (not a frame: b'\\x00 some"),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_a_failure_costs_one_line_and_no_plan(start, planner, message):
+    plans = start(planner, timeout_s=0.5)
+    sizes = [3, planners.TROUBLE, 5, 6]
+    requests = [plans.request(problem(size)) for size in sizes]
+    found = [plans.result(request) for request in requests]
+    for size, planned in zip(sizes, found):
+        assert planned.plan.digest() == plan_longest_first(problem(size)).digest()
+    assert [planned.trouble is None for planned in found] == [True, False, True, True]
+    trouble = found[1].trouble
+    assert trouble.startswith(message) and "\n" not in trouble
+    assert "longest_first made this plan" in trouble and "started again (1 of 3 times)" in trouble
+
+
+def test_a_process_that_is_killed_between_plans_is_started_again(start):
+    plans = start(plan_longest_first)
+    plans.result(plans.request(problem()))
+    first = process_of(plans)
+    first.kill()
+    assert "killed by SIGKILL" in plans.result(plans.request(problem(4))).trouble
+    assert plans.result(plans.request(problem(5))).trouble is None
+    assert process_of(plans).pid != first.pid and is_gone(first)
+
+
+def test_after_enough_restarts_the_fast_planner_stays(start):
+    plans = start(planners.plan_or_raise)
+    bad = problem(planners.TROUBLE)
+    found = [plans.result(plans.request(bad)) for _ in range(MAX_RESTARTS + 3)]
+    said = [planned.trouble for planned in found]
+    assert ["of 3 times" in (line or "") for line in said] == [True] * 3 + [False] * 3
+    assert "the fast planner makes all further plans" in said[MAX_RESTARTS]
+    assert said[MAX_RESTARTS + 1 :] == [None, None]
+    expected = plan_longest_first(bad).digest()
+    assert all(planned.plan.digest() == expected for planned in found)
+    assert plans.result(plans.request(problem(9))).trouble is None
+
+
+def test_failures_that_are_long_ago_do_not_count(start, monkeypatch):
+    monkeypatch.setattr(ahead_module, "RESTART_WINDOW", 4)
+    plans = start(planners.plan_or_raise)
+    said = []
+    for size in [planners.TROUBLE, 3, 3] * 5:
+        said.append(plans.result(plans.request(problem(size))).trouble)
+    assert sum(line is not None for line in said) == 5
+    assert "2 of 3 times" in said[-3]
+
+
+def test_a_planner_that_cannot_start_is_no_end(start, monkeypatch):
+    monkeypatch.setattr(sys, "executable", "/nowhere/python")
+    plans = start(plan_longest_first)
+    found = [plans.result(plans.request(problem(n))) for n in range(1, 7)]
+    assert all("does not start" in planned.trouble for planned in found[:4])
+    assert [planned.trouble for planned in found[4:]] == [None, None]
+
+
+def test_a_module_that_is_gone_is_named(start, monkeypatch):
+    monkeypatch.setattr(ahead_module, "planner_path", lambda planner: "nowhere:plan")
+    plans = start(plan_longest_first)
+    assert "ended with status 1" in plans.result(plans.request(problem())).trouble
+
+
+def test_the_mistake_of_a_user_comes_through(start):
+    plans = start(planners.plan_or_refuse)
+    bad, good = plans.request(problem(planners.TROUBLE)), plans.request(problem())
+    with pytest.raises(UserError, match="^a sequence does not fit; set planner.capacity"):
+        plans.result(bad)
+    assert plans.result(good).trouble is None
+
+
+@pytest.mark.skipif("bytescale" not in PLANNERS, reason="no planner here shares sequences fast")
+def test_sequences_that_are_too_long_for_a_rank_are_shared(start):
+    plans = start(planners.plan_or_raise)
+    lengths = [150, 20, 30, 1, 2, 3, 4]
+    assert len(lengths) == planners.TROUBLE
+    planned = plans.result(plans.request(Problem.of(lengths, 2, 100, "free", COST)))
+    assert "bytescale made this plan" in planned.trouble
+
+
+@pytest.mark.parametrize(
+    "word, message",
+    [
+        ("ahead_steps=0", "planner.ahead_steps = 0 must be at least 1"),
+        ("timeout_s=0", "planner.timeout_s = 0.0 must be a finite number above 0, such as 30"),
+        ("timeout_s=.inf", "planner.timeout_s = inf must be a finite number above 0"),
+    ],
+)
+def test_options_that_cannot_work(word, message):
+    config = parse_config("data: {sources: {a: {path: b}}}", [f"planner.{word}"])
+    with pytest.raises(UserError, match=message):
+        finalize(config, {"a": 1}, 257)
