@@ -81,10 +81,8 @@ class RingShare:
 
     def spans(self, sequence: int) -> list[tuple[int, int]]:
         """(start, tokens) of the contiguous parts of one sequence on this rank."""
-        (first, second), (front, back) = (
-            self.starts(self.place)[sequence],
-            self.sizes(self.place)[sequence],
-        )
+        first, second = self.starts(self.place)[sequence]
+        front, back = self.sizes(self.place)[sequence]
         if first + front == second:
             parts = [(first, front + back)]
         else:

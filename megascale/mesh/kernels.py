@@ -102,10 +102,9 @@ def _varlen_forward(q, k, v, call):  # type: ignore[no-untyped-def]
         *call.cu_seqlens,
         *call.longest,
         0.0,
-        call.causal,
+        call.causal and call.left is None,
         False,
-        window_size_left=-1 if call.left is None else call.left,
-        window_size_right=0 if call.causal else -1,
+        **_flash_window(call),
     )
     return out, lse_HQ.transpose(0, 1)
 
@@ -123,12 +122,18 @@ def _varlen_backward(grad, q, k, v, out, lse, call):  # type: ignore[no-untyped-
         *call.cu_seqlens,
         *call.longest,
         0.0,
-        call.causal,
+        call.causal and call.left is None,
         torch.zeros(2, dtype=torch.uint64, device=q.device),
         torch.empty(0, device=q.device),
-        window_size_left=-1 if call.left is None else call.left,
-        window_size_right=0 if call.causal else -1,
+        **_flash_window(call),
     )
+
+
+def _flash_window(call: Call) -> dict[str, int]:
+    return {
+        "window_size_left": -1 if call.left is None else call.left,
+        "window_size_right": 0 if call.causal else -1,
+    }
 
 
 FLASH_CPU = Kernel(_flash_cpu_forward, _flash_cpu_backward, grouped=False)

@@ -12,7 +12,7 @@ head size.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from itertools import pairwise
+from itertools import pairwise, product
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -173,8 +173,8 @@ class _Block(NamedTuple):
     keys: tuple[int, int]
     causal: bool
     left: int | None
-    chunk: int
-    """The key chunk (0 or 1 of the share): blocks of one chunk have different queries."""
+    chunks: tuple[int, int] = (0, 0)
+    """Which chunks of their shares: blocks of equal `chunks` have no row in common."""
 
 
 def _calls(
@@ -199,19 +199,20 @@ def _blocks(share: RingShare, source: int, window: int | None) -> Iterator[_Bloc
     place both chunks are, but only of my second.
     """
     mine, theirs = _pieces(share, share.place), _pieces(share, source)
+    longest = share.bounds[:, -1].max(initial=0)
     for queries, keys in zip(mine, theirs, strict=True):
-        if window is not None:
+        if window is not None and window < longest:
             yield from _windowed(queries, keys, window)
             continue
         (row, _, front), (_, _, back) = queries
         (column, _, first), (_, _, second) = keys
         rows, columns = (row, row + front + back), (column, column + first + second)
         if source == share.place:
-            block = _Block(rows, columns, True, None, 0)
+            block = _Block(rows, columns, True, None)
         elif source < share.place:
-            block = _Block(rows, (column, column + first), False, None, 0)
+            block = _Block(rows, (column, column + first), False, None)
         else:
-            block = _Block((row + front, row + front + back), columns, False, None, 0)
+            block = _Block((row + front, row + front + back), columns, False, None)
         if block.queries[0] < block.queries[1] and block.keys[0] < block.keys[1]:
             yield block
 
@@ -228,28 +229,26 @@ def _pieces(share: RingShare, place: int) -> list[tuple[Piece, Piece]]:
 
 
 def _windowed(queries: Sequence[Piece], keys: Sequence[Piece], window: int) -> Iterator[_Block]:
-    for row, q_start, q_tokens in queries:
-        for chunk, (column, k_start, k_tokens) in enumerate(keys):
-            if not q_tokens or not k_tokens or k_start > q_start:
-                continue
-            if k_start == q_start:
-                left = window - 1 if window < q_tokens else None
-                yield _Block((row, row + q_tokens), (column, column + k_tokens), True, left, chunk)
-                continue
-            k_stop = k_start + k_tokens
-            seeing = min(q_tokens, k_stop + window - 1 - q_start)
-            unseen = max(0, q_start - window + 1 - k_start)
-            if seeing <= 0:
-                continue
-            left = window - 1 - (q_start + seeing - k_stop)
-            everything = q_start + seeing - k_start - unseen <= window
-            yield _Block(
-                (row, row + seeing),
-                (column + unseen, column + k_tokens),
-                False,
-                None if everything else left,
-                chunk,
+    """The visible parts, chunk by chunk, less the rows and columns that are hidden throughout."""
+    for (i, (row, q_start, q_tokens)), (j, (column, k_start, k_tokens)) in product(
+        enumerate(queries), enumerate(keys)
+    ):
+        if not q_tokens or not k_tokens or k_start > q_start:
+            continue
+        if k_start == q_start:
+            rows, columns = (row, row + q_tokens), (column, column + k_tokens)
+            yield _Block(rows, columns, True, window - 1 if window < q_tokens else None, (i, j))
+            continue
+        k_stop = k_start + k_tokens
+        q_stop = min(q_start + q_tokens, k_stop + window - 1)
+        k_start = max(k_start, q_start - window + 1)
+        if q_start < q_stop:
+            left = window - 1 - (q_stop - k_stop) if q_stop - k_start > window else None
+            rows, columns = (
+                (row, row + q_stop - q_start),
+                (column + k_tokens - (k_stop - k_start), column + k_tokens),
             )
+            yield _Block(rows, columns, False, left, (i, j))
 
 
 def _bands(block: _Block) -> Iterator[_Block]:
@@ -262,7 +261,7 @@ def _bands(block: _Block) -> Iterator[_Block]:
     for start in range(0, row_stop - row, window):
         stop, first = min(start + window, row_stop - row), max(0, start - window + 1)
         rows, columns = (row + start, row + stop), (column + first, column + stop)
-        yield _Block(rows, columns, True, block.left, block.chunk)
+        yield _Block(rows, columns, True, block.left, block.chunks)
 
 
 def _single(block: _Block) -> Call:
@@ -274,7 +273,7 @@ def _grouped(blocks: list[_Block], device: torch.device) -> list[Call]:
     """All blocks with the same mask in one call; without a window that is one call a hop."""
     groups: dict[Any, list[_Block]] = {}
     for block in blocks:
-        groups.setdefault((block.causal, block.left, block.chunk), []).append(block)
+        groups.setdefault((block.causal, block.left, block.chunks), []).append(block)
     return [
         Call(
             _rows([block.queries for block in group], device),
