@@ -149,7 +149,7 @@ def _run(cell: Cell) -> dict[str, Any]:
 
 
 def _rounded(value: Any) -> Any:
-    return float(f"{value:.3g}") if isinstance(value, float) else value
+    return float(f"{value:.4g}") if isinstance(value, float) else value
 
 
 def _print(cell: dict[str, Any]) -> None:
