@@ -3,6 +3,7 @@
 from megascale.planner.bound import lower_bound_s
 from megascale.planner.bytescale import plan_bytescale, plan_bytescale_naive
 from megascale.planner.cost import CostModel
+from megascale.planner.flexsp import plan_flexsp
 from megascale.planner.hybrid import plan_hybrid
 from megascale.planner.longest_first import plan_longest_first
 from megascale.planner.plan import PlanError, Ring, StepPlan
@@ -15,6 +16,7 @@ PLANNERS: dict[str, Planner] = {
     "longest_first": plan_longest_first,
     "bytescale": plan_bytescale,
     "bytescale_naive": plan_bytescale_naive,
+    "flexsp": plan_flexsp,
     "static": plan_static,
     "static_balanced": plan_static_balanced,
     "static_best": plan_static_best,
