@@ -6,6 +6,8 @@ import pytest
 import torch
 
 from megascale.mesh.attend import attend
+from megascale.mesh.chunks import RingShare, chunk_bounds
+from megascale.mesh.kernels import DENSE, FLASH_CPU, Call
 from megascale.mesh.packing import Segments
 
 LENGTHS = (5, 1, 20, 3)
@@ -62,3 +64,45 @@ def test_a_window_needs_causality():
     x = torch.randn(4, 1, 8)
     with pytest.raises(ValueError, match="causal"):
         attend(x, x, x, Segments.of([4], torch.device("cpu")), causal=False, window=2)
+
+
+def test_a_ring_needs_causality():
+    x, cpu = torch.randn(2, 1, 8), torch.device("cpu")
+    share = RingShare((0, 1), 0, chunk_bounds([4], 2), None)
+    with pytest.raises(ValueError, match="causal"):
+        attend(x, x, x, Segments.of_share(share, 0, cpu), causal=False)
+
+
+@pytest.mark.parametrize(
+    "num_queries, num_keys, causal, left",
+    [(7, 7, True, None), (7, 7, True, 2), (4, 9, True, 4), (5, 6, False, None), (6, 4, False, 0)],
+)
+def test_kernels_agree_and_are_right(num_queries, num_keys, causal, left):
+    """The dense one by autograd, the flash one by the dense; tests/gpu holds the third to it."""
+    torch.manual_seed(2)
+    q = torch.randn(num_queries, 4, 8, dtype=torch.float64, requires_grad=True)
+    k, v = (torch.randn(num_keys, 2, 8, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    grad = torch.randn_like(q)
+    call = Call(slice(None), slice(None), causal, left, (num_queries, num_keys))
+    out, lse = DENSE.forward(q, k, v, call)
+    expected = torch.autograd.grad(out, (q, k, v), grad)
+    q, k, v, out, lse = (x.detach() for x in (q, k, v, out, lse))
+    seen = [
+        [
+            (not causal or j - (num_keys - num_queries) <= r)
+            and (left is None or j - (num_keys - num_queries) >= r - left)
+            for j in range(num_keys)
+        ]
+        for r in range(num_queries)
+    ]
+    scores = torch.einsum("qhd,khd->hqk", q, k.repeat_interleave(2, 1)) / math.sqrt(8)
+    weights = scores.masked_fill(~torch.tensor(seen), float("-inf")).softmax(-1)
+    torch.testing.assert_close(
+        out, torch.einsum("hqk,khd->qhd", weights, v.repeat_interleave(2, 1))
+    )
+    for actual, right in zip(DENSE.backward(grad, q, k, v, out, lse, call), expected):
+        torch.testing.assert_close(actual, right)
+    for actual, right in zip(FLASH_CPU.forward(q, k, v, call), (out, lse)):
+        torch.testing.assert_close(actual, right)
+    for actual, right in zip(FLASH_CPU.backward(grad, q, k, v, out, lse, call), expected):
+        torch.testing.assert_close(actual, right)
