@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 from numpy.typing import NDArray
 
-from megascale.planner.cost import FORWARD_SHARE
+from megascale.planner.cost import FORWARD_SHARE, CostModel
 from megascale.planner.plan import kept_share
 from megascale.planner.problem import Problem
 
@@ -129,6 +131,7 @@ def lower_bound_s(problem: Problem) -> float:
     lengths = np.unique(problem.lengths)
     if not len(lengths):
         return problem.cost.fixed
+    problem = replace(problem, cost=_cheapest_inside(problem.cost))
     gain = problem.offload.gain(1.0) if problem.offload else 1.0
     times = np.bincount(np.searchsorted(lengths, problem.lengths)).astype(np.float64)
     fewest = np.minimum(memory_sizes(problem, lengths, gain), problem.num_ranks)
@@ -145,6 +148,15 @@ def lower_bound_s(problem: Problem) -> float:
         else:
             low = middle
     return low
+
+
+def _cheapest_inside(cost: CostModel) -> CostModel:
+    """A ring that fits a node may lie across nodes, should that be the faster way."""
+    return replace(
+        cost,
+        transfer_intra=min(cost.transfer_intra, cost.transfer_inter),
+        pass_intra=min(cost.pass_intra, cost.pass_inter),
+    )
 
 
 def _even_s(

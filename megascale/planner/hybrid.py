@@ -13,7 +13,6 @@ from megascale.planner.bound import (
     alone_s,
     fastest_sizes,
     fewest_ranks,
-    lower_bound_s,
     smallest_sizes,
 )
 from megascale.planner.plan import StepPlan
@@ -23,16 +22,16 @@ from megascale.planner.waves import Sheet, even_level
 
 Integers = NDArray[np.int64]
 
-STACK_LIMITS = ((1.0, False), (0.5, False), (1.0, True))
-"""Rings may last this part of the lower bound in a plan of stacks, and may grow to end by it."""
+STACK_LIMITS = (1.0, 0.5)
+"""Rings may last this part of an even share in a plan of stacks."""
 SPARSE_BATCHES = 1.5
 """Micro-batches per rank below which free plans are tried in waves too."""
 GOOD_ENOUGH = 1.002
 """Time over that of perfectly even waves at which no better way to fill them is looked for."""
 MORE_WAVES = 3
 """Numbers of waves looked at beyond the first that leaves memory where there is time."""
-MORE_WAVES_OF_PIPELINES = 14
-"""The same with pipeline stages; each is larger by one more than the last."""
+MORE_WAVES_OF_PIPELINES = 9
+"""The same with pipeline stages; each is larger by a third than the last."""
 
 
 def plan_hybrid(problem: Problem) -> StepPlan:
@@ -56,7 +55,8 @@ def plan_hybrid(problem: Problem) -> StepPlan:
     return complete(problem, best.placed() if best else [], began)
 
 
-Fill = Callable[[Sheet, list[int], float], bool]
+Way = tuple[float, Callable[[Sheet, list[int], float], bool]]
+"""How many times an even wave rings may last, and how the rest is filled in."""
 
 
 @dataclass(frozen=True)
@@ -76,14 +76,15 @@ class Batch:
         order = np.argsort(-problem.lengths, kind="stable")
         return Batch(order.tolist(), problem.lengths[order], problem.lengths.tolist())
 
-    def split(self, sizes: Integers) -> tuple[list[int], list[int], list[int]]:
-        """Sequences that share ranks, their ring sizes, and sequences that do not.
+    def split(self, sizes: Integers, capacity: int) -> tuple[list[int], list[int], list[int]]:
+        """Sequences with a ring of their own, the sizes of these, and sequences to pack.
 
-        `sizes` are those of the last sequences in order.
+        `sizes` are those of the last sequences in order. A ring may be one rank that offloads.
         """
         order, first = self.order, len(self.order) - len(sizes)
-        shared = np.flatnonzero(sizes > 1).tolist()
-        single = np.flatnonzero(sizes == 1).tolist()
+        has_ring = (sizes > 1) | (self.lengths[first:] > capacity)
+        shared = np.flatnonzero(has_ring).tolist()
+        single = np.flatnonzero(~has_ring).tolist()
         rings = [order[first + position] for position in shared]
         return rings, sizes[shared].tolist(), [order[first + position] for position in single]
 
@@ -102,20 +103,20 @@ def _candidates(problem: Problem, batch: Batch) -> Iterator[Candidate]:
     if problem.mode != "free":
         yield from _waves(problem, batch)
         return
-    bound_s = lower_bound_s(problem)
-    for part, grow in STACK_LIMITS:
-        yield _stacks(problem, batch, bound_s * part, bound_s if grow else float("inf"))
     if problem.lengths.sum() < SPARSE_BATCHES * problem.num_ranks * problem.capacity:
         yield from _waves(problem, batch)
+    even_s, _ = even_level(problem, batch.lengths, 1)
+    for part in STACK_LIMITS:
+        yield _stacks(problem, batch, even_s * part)
 
 
-def _stacks(problem: Problem, batch: Batch, limit_s: float, end_s: float) -> Candidate:
+def _stacks(problem: Problem, batch: Batch, limit_s: float) -> Candidate:
     fewest = fewest_ranks(problem, batch.lengths)
     sizes = smallest_sizes(problem, batch.lengths, fewest, limit_s)
     sizes = np.where(sizes == 0, fastest_sizes(problem, batch.lengths, fewest), sizes)
-    rings, ring_sizes, singles = batch.split(sizes)
+    rings, ring_sizes, singles = batch.split(sizes, problem.capacity)
     stacks = Stacks(problem, batch.tokens)
-    stacks.add_rings(rings, ring_sizes, end_s)
+    stacks.add_rings(rings, ring_sizes)
     stacks.level(stacks.fill_gaps(singles))
     return Candidate(stacks.seconds, stacks.placed)
 
@@ -167,17 +168,42 @@ def _waves(problem: Problem, batch: Batch) -> Iterator[Candidate]:
     best_s = float("inf")
     for ways in WAYS:
         for level in levels:
-            even_s = level.step_s(problem.pipeline)
-            for stretch, fill in ways:
-                if best_s <= even_s * GOOD_ENOUGH:
+            for way in ways:
+                if best_s <= level.step_s(problem.pipeline) * GOOD_ENOUGH:
                     break
-                sheet = _sheet(problem, batch, level, stretch, fill)
-                if sheet is None:
+                candidate = _filled(problem, batch, level, way)
+                if candidate is None:
                     break
-                waves = sheet.waves()
-                seconds = sum(waves.seconds) + (problem.pipeline - 1) * max(waves.seconds)
-                best_s = min(best_s, seconds)
-                yield Candidate(seconds, waves.placed)
+                best_s = min(best_s, candidate.seconds)
+                yield candidate
+    number = max(level.num_waves for level in levels)
+    candidate = None
+    while best_s == float("inf") and candidate is None:
+        number *= 2  # with a wave for each sequence there is room
+        candidate = _filled(problem, batch, _level(problem, batch, number), WAYS[0][0])
+    if candidate is not None:
+        yield candidate
+
+
+def _filled(problem: Problem, batch: Batch, level: Level, way: Way) -> Candidate | None:
+    """A plan with rings of at most the level times a stretch; None where memory is too tight."""
+    stretch, fill = way
+    giants, limit_s = len(level.sizes), level.seconds * stretch
+    rest = batch.lengths[giants:]
+    fewest = fewest_ranks(problem, rest)
+    sizes = smallest_sizes(problem, rest, fewest, limit_s)
+    sizes = np.where(sizes == 0, fastest_sizes(problem, rest, fewest), sizes)
+    rings, ring_sizes, singles = batch.split(sizes, problem.capacity)
+    sheet = Sheet(problem, batch.tokens, level.num_waves + giants)
+    rings, ring_sizes = batch.order[:giants] + rings, level.sizes.tolist() + ring_sizes
+    if not sheet.add_rings(rings, ring_sizes):
+        return None
+    sheet.open_rest()
+    if not fill(sheet, singles, limit_s):
+        return None
+    waves = sheet.waves()
+    seconds = sum(waves.seconds) + (problem.pipeline - 1) * max(waves.seconds)
+    return Candidate(seconds, waves.placed)
 
 
 def _levels(problem: Problem, batch: Batch) -> list[Level]:
@@ -194,41 +220,22 @@ def _levels(problem: Problem, batch: Batch) -> list[Level]:
     while len(roomy) < (MORE_WAVES if problem.pipeline == 1 else MORE_WAVES_OF_PIPELINES):
         level = _level(problem, batch, number)
         (roomy if level.crowding <= 1 else tight).append(level)
-        number += 1 if problem.pipeline == 1 or not roomy else len(roomy)
+        number += 1 if problem.pipeline == 1 or not roomy else -(-number // 3)
     roomy.sort(key=lambda level: level.step_s(problem.pipeline))
     return roomy[:2] + tight[-1:] + roomy[2:4]
 
 
-def _crowding(problem: Problem, lengths: Integers, num_waves: int, limit_s: float) -> float:
-    sizes = smallest_sizes(
-        problem, lengths, fewest_ranks(problem, lengths), limit_s * WAYS[0][0][0]
-    )
-    is_ring = sizes > 1
-    rings, sizes = lengths[is_ring], sizes[is_ring]
+def _crowding(problem: Problem, lengths: Integers, num_waves: int, level_s: float) -> float:
+    limit_s, capacity = level_s * WAYS[0][0][0], problem.capacity
+    sizes = smallest_sizes(problem, lengths, fewest_ranks(problem, lengths), limit_s)
+    has_ring = (sizes > 1) | (lengths > capacity)
+    rings, sizes = lengths[has_ring], np.maximum(sizes[has_ring], 1)
     free = num_waves * problem.num_ranks - int(sizes.sum())
-    memory = problem.capacity * sizes - rings
-    work_s = (limit_s - alone_s(problem, rings, sizes)) * sizes
-    room = problem.capacity * free + float(np.minimum(memory, work_s / problem.cost.b).sum())
-    tokens = int(lengths[~is_ring].sum())
+    memory = np.maximum(0, capacity * sizes - rings)
+    work_s = np.maximum(0.0, limit_s - alone_s(problem, rings, sizes)) * sizes
+    room = capacity * free + float(np.minimum(memory, work_s / max(problem.cost.b, 1e-12)).sum())
+    tokens = int(lengths[~has_ring].sum())
     return tokens / room if room > 0 else float("inf")
-
-
-def _sheet(
-    problem: Problem, batch: Batch, level: Level, stretch: float, fill: Fill
-) -> Sheet | None:
-    """Waves with rings of at most `stretch` times their level; None where memory is too tight."""
-    giants, limit_s = len(level.sizes), level.seconds * stretch
-    rest = batch.lengths[giants:]
-    fewest = fewest_ranks(problem, rest)
-    sizes = smallest_sizes(problem, rest, fewest, limit_s)
-    sizes = np.where(sizes == 0, fastest_sizes(problem, rest, fewest), sizes)
-    rings, ring_sizes, singles = batch.split(sizes)
-    sheet = Sheet(problem, batch.tokens, level.num_waves + giants)
-    rings, ring_sizes = batch.order[:giants] + rings, level.sizes.tolist() + ring_sizes
-    if not sheet.add_rings(rings, ring_sizes):
-        return None
-    sheet.open_rest()
-    return sheet if fill(sheet, singles, limit_s) else None
 
 
 def _by_level(sheet: Sheet, singles: list[int], limit_s: float) -> bool:
@@ -239,9 +246,9 @@ def _by_best_fit(sheet: Sheet, singles: list[int], limit_s: float) -> bool:
     return sheet.level(sheet.best_fit(singles, limit_s))
 
 
-WAYS: tuple[tuple[tuple[float, Fill], ...], ...] = (
+WAYS: tuple[tuple[Way, ...], ...] = (
     ((1.01, _by_level), (1.01, _by_best_fit)),
     ((1.005, _by_best_fit), (1.02, _by_level), (1.02, _by_best_fit), (1.0, _by_level)),
     ((1.04, _by_level), (1.015, _by_best_fit), (1.0, _by_best_fit)),
 )
-"""Ways to fill waves: how many times an even wave rings may last, and where the rest goes."""
+"""Ways to fill waves, the most promising first; all numbers of waves have their turn with each."""

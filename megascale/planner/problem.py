@@ -129,19 +129,18 @@ def complete(problem: Problem, placed: Sequence[Placed], began: float) -> StepPl
     from megascale.planner.bound import lower_bound_s
     from megascale.planner.timeline import step_s
 
-    rings: list[Ring] = []
+    done: list[Indexed] = []
     counts = [0] * problem.num_ranks
-    for ranks, sequences, offload in placed:
+    for one in placed:
         if problem.mode != "free":
-            _catch_up(rings, counts, ranks, max(counts[rank] for rank in ranks))
-        _add(rings, counts, tuple(ranks), tuple(sequences), offload)
+            _catch_up(done, counts, one.ranks, max(counts[rank] for rank in one.ranks))
+        _add(done, counts, one)
     group = problem.expert_group
     for first in range(0, problem.num_ranks, group):
         ranks = range(first, first + group)
-        _catch_up(rings, counts, ranks, max(1, *(counts[rank] for rank in ranks)))
+        _catch_up(done, counts, ranks, max(1, *(counts[rank] for rank in ranks)))
     if problem.mode != "free":
-        rings.sort(key=lambda ring: ring.index)
-    rings = [replace(ring, id=position) for position, ring in enumerate(rings)]
+        done.sort(key=lambda one: one[0])
     plan = StepPlan(
         num_ranks=problem.num_ranks,
         mode=problem.mode,
@@ -149,7 +148,10 @@ def complete(problem: Problem, placed: Sequence[Placed], began: float) -> StepPl
         predicted_s=0.0,
         lower_bound_s=lower_bound_s(problem),
         plan_s=0.0,
-        rings=tuple(rings),
+        rings=tuple(
+            Ring(id_, tuple(one.ranks), tuple(one.sequences), one.offload, index)
+            for id_, (index, one) in enumerate(done)
+        ),
         expert_group=group,
         stage_layers=problem.stage_layers,
     )
@@ -157,20 +159,17 @@ def complete(problem: Problem, placed: Sequence[Placed], began: float) -> StepPl
     return replace(plan, predicted_s=predicted_s, plan_s=time.perf_counter() - began)
 
 
-def _catch_up(rings: list[Ring], counts: list[int], ranks: Sequence[int], index: int) -> None:
+Indexed = tuple[int, Placed]
+
+
+def _catch_up(done: list[Indexed], counts: list[int], ranks: Sequence[int], index: int) -> None:
     for rank in ranks:
         while counts[rank] < index:
-            _add(rings, counts, (rank,), (), 0.0)
+            _add(done, counts, Placed((rank,), ()))
 
 
-def _add(
-    rings: list[Ring],
-    counts: list[int],
-    ranks: tuple[int, ...],
-    sequences: tuple[int, ...],
-    offload: float,
-) -> None:
-    index = max(counts[rank] for rank in ranks)
-    rings.append(Ring(len(rings), ranks, sequences, offload, index))
-    for rank in ranks:
+def _add(done: list[Indexed], counts: list[int], one: Placed) -> None:
+    index = max(counts[rank] for rank in one.ranks)
+    done.append((index, one))
+    for rank in one.ranks:
         counts[rank] = index + 1

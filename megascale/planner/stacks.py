@@ -44,46 +44,24 @@ class Stacks:
         self._units: list[tuple[float, int, Placed]] = []
         self._gaps: list[tuple[float, int, float]] = []
 
-    def add_rings(self, sequences: list[int], sizes: list[int], limit_s: float) -> None:
-        """A ring for each sequence, largest first and, of equals, longest first.
-
-        A ring across nodes that would end after `limit_s` grows as far as that helps.
-        """
+    def add_rings(self, sequences: list[int], sizes: list[int]) -> None:
+        """A ring for each sequence, largest first and, of equals, longest first."""
         order = sorted(
             zip(sizes, sequences, strict=True), key=lambda one: (-one[0], -self._tokens[one[1]])
         )
-        across = [one for one in order if one[0] > self._node_size]
-        for size, sequence in across:
-            self._stack(sequence, self._grown(size, self._tokens[sequence], limit_s))
         nodes: list[tuple[float, int]] = []
         last_size = 0
-        for size, sequence in order[len(across) :]:
+        for size, sequence in order:
+            if size > self._node_size:
+                self._stack(sequence, self._least_busy(size))
+                continue
             if size != last_size:
                 nodes, last_size = self._by_ready(size), size
             self._stack(sequence, self._least_busy_within(nodes, size))
 
-    def _grown(self, size: int, length: int, limit_s: float) -> list[int]:
-        """Ranks for a ring of at least `size`: the fewest that end in time, else the earliest."""
-        order, free_s = self._least_busy_nodes()
-        best, best_s = size, float("inf")
-        for grown in (size, size * 9 // 8, size * 5 // 4, size * 3 // 2, size * 2, size * 3):
-            if grown > len(order) and grown > size:
-                break
-            ring_s = self._clock.ring_s(length, grown, False)
-            end_s = float(free_s[order[:grown]].max()) + ring_s
-            if end_s < best_s - 1e-12:
-                best, best_s = grown, end_s
-            if end_s <= limit_s:
-                break
-        return sorted(order[:best].tolist())
-
-    def _least_busy_nodes(self) -> tuple[Integers, NDArray[np.float64]]:
-        """All ranks, node by node, nodes that are free first before others; when each is free."""
+    def _least_busy(self, size: int) -> list[int]:
         free_s = np.array([one.free_s for one in self._ranks])
-        node = np.arange(len(free_s)) // self._node_size
-        node_s = np.zeros(int(node[-1]) + 1)
-        np.maximum.at(node_s, node, free_s)
-        return np.lexsort((free_s, node, node_s[node])), free_s
+        return sorted(np.argsort(free_s, kind="stable")[:size].tolist())
 
     def _by_ready(self, size: int) -> list[tuple[float, int]]:
         """Heap of (when `size` of its ranks are free, first rank) of all nodes large enough."""

@@ -20,6 +20,8 @@ from megascale.planner.problem import Placed, Problem
 
 Integers = NDArray[np.int64]
 
+LEVEL_PRECISION = 1.003
+"""How exactly the length of even waves is found."""
 BEST_FIT_TRIES = 64
 """Micro-batches looked at for one with enough memory, of those with enough time."""
 
@@ -246,19 +248,27 @@ class Sheet:
 def even_level(problem: Problem, lengths: Integers, num_waves: int) -> tuple[float, Integers]:
     """Seconds of each of `num_waves` equal waves if work could be cut as finely as one likes.
 
-    Also the ring sizes that this takes; 0 for sequences that are slower on any ring.
+    Also the ring sizes that this takes; 0 for sequences that are slower on any ring, which are
+    not counted.
     """
     fewest = fewest_ranks(problem, lengths)
     seconds, sizes = alone_s(problem, lengths, fewest), fewest.copy()
-    slots, fixed = num_waves * problem.num_ranks, problem.cost.fixed
-    level_s = 0.0
-    for _ in range(4):
-        known = sizes > 0
-        work = float(((seconds - fixed) * sizes)[known].sum())
-        before, level_s = level_s, fixed + work / slots
-        slow = np.flatnonzero(seconds > level_s)
-        if level_s <= before * 1.001 or not len(slow):
-            break
-        sizes[slow] = smallest_sizes(problem, lengths[slow], fewest[slow], level_s)
+    fixed, slots = problem.cost.fixed, num_waves * problem.num_ranks
+
+    def even_s() -> float:
+        return fixed + float(((seconds - fixed) * sizes).sum()) / slots
+
+    low = even_s()
+    slow = np.flatnonzero(seconds > low)
+    high = float(seconds.max(initial=low))
+    while len(slow) and high > low * LEVEL_PRECISION:
+        # work falls where rings may last longer, so the level is where both meet
+        limit_s = min((low + high) / 2, low * 1.02)
+        sizes[slow] = smallest_sizes(problem, lengths[slow], fewest[slow], limit_s)
         seconds[slow] = alone_s(problem, lengths[slow], np.maximum(sizes[slow], 1))
-    return level_s, sizes
+        even = even_s()
+        if even <= limit_s:
+            low, high = max(low, even), limit_s
+        else:
+            low, high = limit_s, min(high, even)
+    return high, sizes
