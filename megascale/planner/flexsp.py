@@ -33,9 +33,9 @@ SOLVER_S = 10.0
 COUNTS_TRIED = 5
 """Numbers of micro-batches that are tried, from the fewest that can hold the tokens (M')."""
 
-MOST_PRESOLVED = 8000
-"""Variables up to which HiGHS may presolve a program; with more it forgets its time limit there
-(29 s instead of 2 s were seen for 10,000)."""
+MOST_STUDIED = 8000
+"""Variables up to which HiGHS may presolve a program and look for symmetry: these forget the time
+limit (of 2 s, presolve took 29 s for 10,000; of 6 s, symmetry took 169 s for 190,000)."""
 
 
 class Group(NamedTuple):
@@ -382,18 +382,17 @@ class Program:
         solver.setOptionValue("output_flag", False)
         solver.setOptionValue("threads", 1)
         solver.setOptionValue("time_limit", limit_s)
-        if len(slot) > MOST_PRESOLVED:
+        if len(slot) > MOST_STUDIED:
             solver.setOptionValue("presolve", "off")
+            solver.setOptionValue("mip_detect_symmetry", False)
         solver.passModel(self._model(slot, bucket))
         if start is not None:
             solution = library.HighsSolution()
             solution.col_value = self._columns(self._taken(start), slot, bucket)
             solver.setSolution(solution)
         solver.run()
-        if (
-            solver.getInfo().primal_solution_status
-            != library.SolutionStatus.kSolutionStatusFeasible
-        ):
+        status = solver.getInfo().primal_solution_status
+        if status != library.SolutionStatus.kSolutionStatusFeasible:
             return None
         values = np.array(solver.getSolution().col_value)[1 + len(self.degrees) :]
         held = np.zeros((len(self.degrees), len(self.lengths)), dtype=np.int64)

@@ -69,6 +69,7 @@ def test_bucketing_of_the_known_example(num_buckets: int, least: int) -> None:
     assert error(lengths, bucket_ends(lengths, num_buckets)) == least
 
 
+@settings(deadline=None)
 @given(lengths=SHORT_LIST, num_buckets=st.integers(1, 9))
 def test_bucketing_is_optimal(lengths: list[int], num_buckets: int) -> None:
     ends = bucket_ends(lengths, num_buckets)
@@ -126,6 +127,7 @@ def test_blaster_on_known_examples(lengths: list[int], count: int, least: int) -
     assert len(ends) == count and largest_sum(lengths, ends) == least
 
 
+@settings(deadline=None)
 @given(lengths=SHORT_LIST, data=st.data())
 def test_blaster_is_optimal(lengths: list[int], data: st.DataObject) -> None:
     first = data.draw(st.integers(1, len(lengths)))
