@@ -328,7 +328,6 @@ def test_the_mistake_of_a_user_comes_through(start):
     assert plans.result(good).trouble is None
 
 
-@pytest.mark.skipif("bytescale" not in PLANNERS, reason="no planner here shares sequences fast")
 def test_sequences_that_are_too_long_for_a_rank_are_shared(start):
     plans = start(planners.plan_or_raise)
     lengths = [150, 20, 30, 1, 2, 3, 4]
