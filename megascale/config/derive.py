@@ -45,7 +45,24 @@ class Layout:
                 f"({world} ranks / tensor {cut.tensor} / pipeline {cut.pipeline}); "
                 f"start {cut.expert * model_ranks} ranks, or set parallel.expert=1"
             )
+        _require_room(config, hdp)
         return Layout(world, cut.tensor, cut.pipeline, cut.expert, hdp)
+
+
+def _require_room(config: RunConfig, hdp: int) -> None:
+    """The longest sequence must fit all ranks together, offload included."""
+    context, capacity = config.data.context_tokens, config.planner.capacity_tokens
+    if capacity is None or context <= capacity * hdp:
+        return
+    if config.planner.host_copy_bytes_per_s is not None:
+        layers = max(2, config.model.num_layers // config.parallel.pipeline)
+        capacity = capacity * layers // 2
+    if context > capacity * hdp:
+        raise UserError(
+            f"data.context_tokens = {context} does not fit the {hdp} ranks of the HDP axis, "
+            f"which hold {capacity} tokens each; set planner.capacity_tokens="
+            f"{-(-context // hdp)} or above, or start more ranks"
+        )
 
 
 def finalize(config: RunConfig, source_tokens: Mapping[str, int], vocab_size: int) -> RunConfig:
@@ -220,12 +237,15 @@ def _divides(small_name: str, small: int, big_name: str, big: int) -> None:
 def _validate_data(config: RunConfig) -> None:
     data, capacity = config.data, config.planner.capacity_tokens
     assert capacity is not None
-    if capacity < data.context_tokens:
+    if capacity < data.context_tokens and config.planner.name == "longest_first":
         raise UserError(
             f"planner.capacity_tokens = {capacity} is below data.context_tokens = "
-            f"{data.context_tokens}, and a sequence cannot yet be spread over ranks; "
-            f"set planner.capacity_tokens={data.context_tokens}"
+            f"{data.context_tokens}, and planner.name = longest_first shares no sequence; "
+            f"set planner.capacity_tokens={data.context_tokens} or planner.name=hybrid"
         )
+    budget_s = config.planner.budget_s
+    if budget_s is not None and not 0 <= budget_s < float("inf"):
+        raise UserError(f"planner.budget_s = {budget_s} must be at least 0, such as 0.5")
     if not data.sources:
         raise UserError("data.sources is empty; name at least one prepared corpus")
     for index, stage in enumerate(data.stages):

@@ -135,10 +135,26 @@ class DataConfig:
 class PlannerConfig:
     """How each step's sequences are laid out on ranks."""
 
-    name: Literal["longest_first"] = "longest_first"
-    """`longest_first`: whole sequences to the least busy rank, by predicted time."""
+    name: Literal[
+        "hybrid",
+        "bytescale",
+        "bytescale_naive",
+        "flexsp",
+        "longest_first",
+        "static",
+        "static_balanced",
+        "static_best",
+    ] = "hybrid"
+    """`hybrid`: rings of any size, by time and memory; nothing else is as near to the lower
+    bound. `longest_first`: whole sequences to the least busy rank. The others are baselines:
+    ByteScale's and FlexSP's planners, and static context parallelism."""
     capacity_tokens: int | None = None
-    """Most tokens one rank holds in one micro-batch. Default: `context_tokens`."""
+    """Most tokens one rank holds in one micro-batch; longer sequences are spread over ranks.
+    Default: `context_tokens`."""
+    budget_s: float | None = None
+    """Seconds that a planner may spend on improving a plan. None: a fixed number of tries, so
+    that equal inputs give equal plans; with a number, plans depend on the machine's speed, and
+    a resumed run is no longer bit-equal."""
     host_copy_bytes_per_s: float | None = None
     """Bytes per second that a rank copies between device and host memory while it computes, the
     slower direction. Plans may then keep part of the activations of long sequences in host

@@ -138,8 +138,10 @@ def default_cost(model: ModelConfig, tensor: int = 1) -> CostModel:
     per_token, per_token_squared = flops_per_token(model, tensor) + pair / 2, pair / 2
     if window is not None:
         per_token, per_token_squared = flops_per_token(model, tensor) + pair * window, 0.0
+    # keys and values, forward; they and their gradients, backward; bf16
+    passed = 3 * 2 * _known(model.num_kv_heads) * _known(model.head_dim) * 2 * model.num_layers
     return CostModel.from_flops(
-        BACKWARD_AND_FORWARD * per_token, BACKWARD_AND_FORWARD * per_token_squared
+        BACKWARD_AND_FORWARD * per_token, BACKWARD_AND_FORWARD * per_token_squared, passed / tensor
     )
 
 

@@ -17,6 +17,9 @@ FORWARD_SHARE = 1 / 3
 """Part of a micro-batch's time that is forward; backward computes twice as much."""
 ASSUMED_FLOPS_PER_S = 1e14
 ASSUMED_FIXED_TOKENS = 256
+ASSUMED_LATENCY_TOKENS = 64
+ASSUMED_INTRA_BYTES_PER_S = 75e9
+ASSUMED_INTER_BYTES_PER_S = 10e9
 
 
 @dataclass(frozen=True)
@@ -54,17 +57,23 @@ class CostModel:
     """False where the rate is assumed: then only ratios of times mean anything."""
 
     @staticmethod
-    def from_flops(flops_per_token: float, flops_per_token_squared: float) -> CostModel:
-        """A model of ring size 1 from operation counts, forward and backward, of one sequence.
+    def from_flops(
+        flops_per_token: float, flops_per_token_squared: float, passed_bytes: float = 0.0
+    ) -> CostModel:
+        """A model from operation counts, forward and backward, of one sequence.
 
-        The rate is assumed, and so is that a micro-batch costs what 256 more tokens would
-        (kernel launches), so times are uncalibrated.
+        `passed_bytes` are those of one token's keys and values, and of their gradients, that a
+        rank passes on. All rates are assumed, and so is what starting a micro-batch or a ring
+        takes (in tokens that could be computed meanwhile), so times are uncalibrated.
         """
         b = flops_per_token / ASSUMED_FLOPS_PER_S
         return CostModel(
             a=flops_per_token_squared / ASSUMED_FLOPS_PER_S,
             b=b,
             fixed=ASSUMED_FIXED_TOKENS * b,
+            latency=ASSUMED_LATENCY_TOKENS * b,
+            pass_intra=passed_bytes / ASSUMED_INTRA_BYTES_PER_S,
+            pass_inter=passed_bytes / ASSUMED_INTER_BYTES_PER_S,
             calibrated=False,
         )
 

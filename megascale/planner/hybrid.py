@@ -22,6 +22,8 @@ from megascale.planner.waves import Sheet, even_level
 
 Integers = NDArray[np.int64]
 
+TRIES = 6
+"""Plans that are made, of which the best is taken, where no budget of seconds says."""
 STACK_LIMITS = (1.0, 0.5)
 """Rings may last this part of an even share in a plan of stacks."""
 SPARSE_BATCHES = 1.5
@@ -39,18 +41,18 @@ def plan_hybrid(problem: Problem) -> StepPlan:
 
     Free mode: rings stacked on the least busy ranks, the rest leveled with short sequences
     (`planner.stacks`). Aligned and lockstep mode: waves of equal length (`planner.waves`).
-    Several ring sizes and numbers of waves are tried, one at least and more while `budget_s`
-    lasts; the plan with the least predicted time is taken.
+    Several ring sizes and numbers of waves are tried, `TRIES` of them or as many as `budget_s`
+    allows; the plan with the least predicted time is taken.
     """
     began = time.perf_counter()
     problem.require_fit()
     batch = Batch.of(problem)
-    budget_s = problem.default_budget_s if problem.budget_s is None else problem.budget_s
     best: Candidate | None = None
-    for candidate in _candidates(problem, batch):
+    for number, candidate in enumerate(_candidates(problem, batch), start=1):
         if best is None or candidate.seconds < best.seconds:
             best = candidate
-        if time.perf_counter() - began > budget_s:
+        spent_s = time.perf_counter() - began
+        if number == TRIES if problem.budget_s is None else spent_s > problem.budget_s:
             break
     return complete(problem, best.placed() if best else [], began)
 
@@ -103,11 +105,11 @@ def _candidates(problem: Problem, batch: Batch) -> Iterator[Candidate]:
     if problem.mode != "free":
         yield from _waves(problem, batch)
         return
-    if problem.lengths.sum() < SPARSE_BATCHES * problem.num_ranks * problem.capacity:
-        yield from _waves(problem, batch)
     even_s, _ = even_level(problem, batch.lengths, 1)
     for part in STACK_LIMITS:
         yield _stacks(problem, batch, even_s * part)
+    if problem.lengths.sum() < SPARSE_BATCHES * problem.num_ranks * problem.capacity:
+        yield from _waves(problem, batch)
 
 
 def _stacks(problem: Problem, batch: Batch, limit_s: float) -> Candidate:

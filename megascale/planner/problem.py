@@ -52,7 +52,8 @@ class Problem:
     offload: OffloadModel | None = None
     """None: activations stay on the device."""
     budget_s: float | None = None
-    """Seconds to spend on improving a plan; None: `default_budget_s`."""
+    """Seconds to spend on improving a plan; None: a fixed number of tries, so that equal problems
+    have equal plans."""
 
     @staticmethod
     def of(
@@ -80,11 +81,6 @@ class Problem:
         if num_ranks < 1 or capacity < 1 or group < 1 or num_ranks % group:
             raise ValueError(f"{num_ranks} ranks of {capacity} tokens in expert groups of {group}")
         return problem
-
-    @property
-    def default_budget_s(self) -> float:
-        """What a step of this size should cost at most: 8 ms for 512 sequences on 64 ranks."""
-        return 1e-5 * len(self.lengths) + 4e-5 * self.num_ranks
 
     @property
     def stage_layers(self) -> int:

@@ -118,6 +118,7 @@ def step_problem(config: RunConfig, layout: Layout, lengths: ArrayLike) -> Probl
         pipeline=layout.pipeline,
         expert_group=layout.expert,
         offload=offload_model(config, layout),
+        budget_s=config.planner.budget_s,
     )
 
 
@@ -162,7 +163,7 @@ def describe_run(
         _memory(config, layout),
         _data(config, sources, epochs),
         _learning_rate(config),
-        _step(config, first),
+        _step(config, layout, first),
         _files(config),
         [f"warning: {warning}" for warning in warnings],
     ]
@@ -262,7 +263,7 @@ def _learning_rate(config: RunConfig) -> list[str]:
     return lines
 
 
-def _step(config: RunConfig, first: FirstStep) -> list[str]:
+def _step(config: RunConfig, layout: Layout, first: FirstStep) -> list[str]:
     batch, plan, cost = first.batch, first.plan, cost_model(config)
     length, times = batch.length, timeline(plan, batch.length, cost)
     over = plan.predicted_s / plan.lower_bound_s
@@ -273,10 +274,21 @@ def _step(config: RunConfig, first: FirstStep) -> list[str]:
         f"  planned by            {config.planner.name} in {plan.plan_s * 1e3:.1f} ms, "
         f"{over:.3f} x the lower bound (uncalibrated cost)",
         f"  imbalance             {times.imbalance:.3f} (step time over mean busy time)",
+        f"  {static_line(step_problem(config, layout, length), plan)}",
         *_pipeline(config.parallel.pipeline, plan),
         f"  {LEGEND}",
         *(f"  {row}" for row in text_gantt(plan, length, cost).splitlines()),
     ]
+
+
+def static_line(problem: Problem, plan: StepPlan) -> str:
+    """How static context parallelism compares: one ring size for all, packed in order."""
+    try:
+        static_s = PLANNERS["static"](problem).predicted_s
+    except UserError as error:
+        return f"static CP             cannot run this: {error}"
+    faster = static_s / plan.predicted_s if plan.predicted_s else 1.0
+    return f"static CP             {faster:.2f} x the time of this plan (predicted)"
 
 
 def _pipeline(num_stages: int, plan: StepPlan) -> list[str]:

@@ -1,46 +1,161 @@
-"""`megascale plan`: print the whole derived run without starting it."""
+"""`megascale plan`: print the whole derived run without starting it, or plan a list of lengths."""
 
 from __future__ import annotations
 
 import argparse
 import json
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from typing import cast
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
 
 from megascale.config import Layout
 from megascale.errors import UserError
-from megascale.planner.gantt import plot_gantt
-from megascale.train.describe import cost_model, describe_run, first_step, load_run
+from megascale.planner import PLANNERS, CostModel, Problem, StepPlan, timeline
+from megascale.planner.gantt import LEGEND, plot_gantt, text_gantt
+from megascale.planner.plan import Mode
+from megascale.train.cluster import MODELS
+from megascale.train.describe import cost_model, describe_run, first_step, load_run, static_line
+
+DEFAULT_MODEL = "7b"
+LENGTHS_ONLY = ("capacity", "mode", "pp", "cost", "planner", "budget_s")
 
 
 def add_plan_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of `megascale plan`."""
-    parser.add_argument("config", metavar="CONFIG", help="YAML file of the run")
-    parser.add_argument(
-        "overrides", nargs="*", metavar="a.b=c", help="options that replace those of the file"
-    )
-    parser.add_argument(
-        "--ranks", type=int, metavar="N", help="ranks of the run; default: the fewest that fit"
-    )
-    parser.add_argument("--json", metavar="OUT", help="write the plan of step 0 to this file")
-    parser.add_argument("--gantt", metavar="PNG", help="draw the plan of step 0 into this file")
+    add = parser.add_argument
+    add("config", nargs="?", metavar="CONFIG", help="YAML file of the run")
+    change = "options that replace those of the file"
+    add("overrides", nargs="*", metavar="a.b=c", help=change)
+    add("--ranks", type=int, metavar="N", help="ranks of the run; default: the fewest that fit")
+    add("--json", metavar="OUT", help="write the plan (of step 0) to this file")
+    add("--gantt", metavar="PNG", help="draw the plan (of step 0) into this file")
+    group = parser.add_argument_group("without a config: plan one batch of lengths")
+    add = group.add_argument
+    add("--lengths", metavar="FILE", help="tokens of the sequences, one integer a line")
+    add("--capacity", type=int, metavar="TOKENS", help="tokens that a rank holds in a micro-batch")
+    add("--mode", choices=("free", "aligned", "lockstep"), help="default: free")
+    add("--pp", type=int, metavar="P", help="pipeline stages, in aligned mode; default: 1")
+    add("--cost", metavar="COST.json", help=f"default: that of a {DEFAULT_MODEL} model, assumed")
+    add("--planner", choices=tuple(PLANNERS), help="default: hybrid")
+    improve = "seconds to spend on improving the plan; default: a fixed number of tries"
+    add("--budget-s", type=float, metavar="S", help=improve)
 
 
 def run_plan(args: argparse.Namespace) -> int:
     """Print what the run will be; returns the exit status. Raises UserError for bad input."""
+    if args.lengths is not None:
+        return _run_lengths(args)
+    for name in LENGTHS_ONLY:
+        if getattr(args, name) is not None:
+            option = name.replace("_", "-")
+            raise UserError(f"--{option} goes with --lengths FILE; a config sets planner.* itself")
+    if args.config is None:
+        raise UserError(
+            "megascale plan: give CONFIG, or --lengths FILE --ranks N --capacity TOKENS"
+        )
     config, sources = load_run(args.config, args.overrides)
     cut = config.parallel
     fewest = cut.tensor * cut.pipeline * cut.expert
     layout = Layout.of(config, fewest if args.ranks is None else args.ranks)
     first = first_step(config, layout, sources)
     print(describe_run(config, layout, sources, first), end="")
+    _write_plan(args, first.plan, first.batch.length, cost_model(config))
+    return 0
+
+
+def _run_lengths(args: argparse.Namespace) -> int:
+    problem = _problem(args)
+    plan = PLANNERS[args.planner or "hybrid"](problem)
+    plan.check(problem.lengths)
+    times = timeline(plan, problem.lengths, problem.cost)
+    sizes = Counter(len(ring.ranks) for ring in plan.rings if ring.sequences)
+    shared = sum(count for size, count in sizes.items() if size > 1)
+    tokens = int(problem.lengths.sum())
+    print(f"{len(problem.lengths):,} sequences of {tokens:,} tokens on {plan.num_ranks:,} ranks")
+    print(f"  planned by            {args.planner or 'hybrid'} in {plan.plan_s * 1e3:.1f} ms")
+    print(f"  predicted             {plan.predicted_s:.6g} s, {_over(plan)} the lower bound")
+    print(f"  micro-batches         {len(plan.rings):,}, {shared:,} on rings of 2 ranks or more")
+    print(f"  imbalance             {times.imbalance:.3f} (time over mean busy time)")
+    print(f"  {static_line(problem, plan)}")
+    print(f"  {LEGEND}")
+    print(
+        "\n".join(
+            f"  {row}" for row in text_gantt(plan, problem.lengths, problem.cost).splitlines()
+        )
+    )
+    _write_plan(args, plan, problem.lengths, problem.cost)
+    return 0
+
+
+def _over(plan: StepPlan) -> str:
+    return f"{plan.predicted_s / plan.lower_bound_s:.3f} x" if plan.lower_bound_s else "equal to"
+
+
+def _problem(args: argparse.Namespace) -> Problem:
+    if args.config is not None:
+        raise UserError(f"--lengths plans without a config; leave out {args.config}")
+    for option, value in (("--ranks N", args.ranks), ("--capacity TOKENS", args.capacity)):
+        if value is None:
+            raise UserError(f"--lengths {args.lengths}: needs {option} too")
+        if value < 1:
+            raise UserError(f"{option.split()[0]} {value}: must be at least 1")
+    mode, pipeline = args.mode or "free", 1 if args.pp is None else args.pp
+    if pipeline < 1 or (pipeline > 1 and mode == "free"):
+        raise UserError(f"--pp {pipeline}: must be at least 1, and above it needs --mode aligned")
+    if args.budget_s is not None and not 0 <= args.budget_s < float("inf"):
+        raise UserError(f"--budget-s {args.budget_s:g}: must be at least 0, such as 0.5")
+    cost = CostModel.load(args.cost) if args.cost else _default_cost()
+    return Problem.of(
+        _read_lengths(args.lengths),
+        args.ranks,
+        args.capacity,
+        cast(Mode, mode),
+        cost,
+        pipeline=pipeline,
+        budget_s=args.budget_s,
+    )
+
+
+def _default_cost() -> CostModel:
+    from megascale.model.counts import default_cost
+
+    return default_cost(MODELS[DEFAULT_MODEL].model)
+
+
+def _read_lengths(path: str) -> NDArray[np.int64]:
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or "not text"
+        raise UserError(f"--lengths {path}: {reason}") from None
+    lengths = []
+    for number, line in enumerate(lines, start=1):
+        text = line.strip()
+        if not text:
+            continue
+        if not (text.isascii() and text.isdigit()) or not 0 < int(text) < 2**40:
+            raise UserError(
+                f"--lengths {path}: line {number} is {text[:40]!r}, not a whole number "
+                "of tokens of at least 1"
+            )
+        lengths.append(int(text))
+    if not lengths:
+        raise UserError(f"--lengths {path}: holds no length; write one integer a line")
+    return np.array(lengths, dtype=np.int64)
+
+
+def _write_plan(
+    args: argparse.Namespace, plan: StepPlan, lengths: ArrayLike, cost: CostModel
+) -> None:
     if args.json:
-        text = json.dumps(first.plan.to_json()) + "\n"
+        text = json.dumps(plan.to_json()) + "\n"
         _write("--json", args.json, lambda path: path.write_text(text, encoding="utf-8"))
     if args.gantt:
-        cost, lengths = cost_model(config), first.batch.length
-        _write("--gantt", args.gantt, lambda path: plot_gantt(first.plan, lengths, cost, path))
-    return 0
+        _write("--gantt", args.gantt, lambda path: plot_gantt(plan, lengths, cost, path))
 
 
 def _write(option: str, name: str, write: Callable[[Path], object]) -> None:
