@@ -24,8 +24,9 @@ Integers = NDArray[np.int64]
 
 TRIES = 6
 """Plans that are made, of which the best is taken, where no budget of seconds says."""
-STACK_LIMITS = (1.0, 0.5)
-"""Rings may last this part of an even share in a plan of stacks."""
+STACKS = ((1.0, False), (1.0, True), (0.5, False))
+"""Ways to stack rings: how long they may last, as part of an even share, and whether sizes within
+a node are rounded up to powers of two, which nest."""
 SPARSE_BATCHES = 1.5
 """Micro-batches per rank below which free plans are tried in waves too."""
 GOOD_ENOUGH = 1.002
@@ -106,16 +107,20 @@ def _candidates(problem: Problem, batch: Batch) -> Iterator[Candidate]:
         yield from _waves(problem, batch)
         return
     even_s, _ = even_level(problem, batch.lengths, 1)
-    for part in STACK_LIMITS:
-        yield _stacks(problem, batch, even_s * part)
+    for part, nest in STACKS:
+        yield _stacks(problem, batch, even_s * part, nest)
     if problem.lengths.sum() < SPARSE_BATCHES * problem.num_ranks * problem.capacity:
         yield from _waves(problem, batch)
 
 
-def _stacks(problem: Problem, batch: Batch, limit_s: float) -> Candidate:
+def _stacks(problem: Problem, batch: Batch, limit_s: float, nest: bool) -> Candidate:
     fewest = fewest_ranks(problem, batch.lengths)
     sizes = smallest_sizes(problem, batch.lengths, fewest, limit_s)
     sizes = np.where(sizes == 0, fastest_sizes(problem, batch.lengths, fewest), sizes)
+    if nest:
+        node = min(problem.cost.node_size, problem.num_ranks)
+        nested = np.minimum(node, 2 ** np.ceil(np.log2(sizes))).astype(np.int64)
+        sizes = np.where(sizes <= node, nested, sizes)
     rings, ring_sizes, singles = batch.split(sizes, problem.capacity)
     stacks = Stacks(problem, batch.tokens)
     stacks.add_rings(rings, ring_sizes)

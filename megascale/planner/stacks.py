@@ -18,7 +18,8 @@ from megascale.planner.bound import needed_offload
 from megascale.planner.clock import Clock
 from megascale.planner.problem import Placed, Problem
 
-Integers = NDArray[np.int64]
+WAITING = 2.0
+"""How bad a second of waiting of all ranks of a ring is, beside a second of starting later."""
 
 
 @dataclass
@@ -49,40 +50,45 @@ class Stacks:
         order = sorted(
             zip(sizes, sequences, strict=True), key=lambda one: (-one[0], -self._tokens[one[1]])
         )
-        nodes: list[tuple[float, int]] = []
+        nodes: list[tuple[float, list[int], int]] = []
         last_size = 0
         for size, sequence in order:
             if size > self._node_size:
                 self._stack(sequence, self._least_busy(size))
                 continue
             if size != last_size:
-                nodes, last_size = self._by_ready(size), size
-            self._stack(sequence, self._least_busy_within(nodes, size))
+                nodes, last_size = self._by_place(size), size
+            _, ranks, begin = nodes[0]
+            self._stack(sequence, sorted(ranks))
+            heapq.heapreplace(nodes, self._place(begin, size))
 
     def _least_busy(self, size: int) -> list[int]:
         free_s = np.array([one.free_s for one in self._ranks])
-        return sorted(np.argsort(free_s, kind="stable")[:size].tolist())
+        ready_s = np.partition(free_s, size - 1)[size - 1]
+        waiting = np.where(free_s <= ready_s, ready_s - free_s, np.inf)
+        return sorted(np.argsort(waiting, kind="stable")[:size].tolist())
 
-    def _by_ready(self, size: int) -> list[tuple[float, int]]:
-        """Heap of (when `size` of its ranks are free, first rank) of all nodes large enough."""
+    def _by_place(self, size: int) -> list[tuple[float, list[int], int]]:
+        """Heap of the best places of all nodes that are large enough."""
         begins = range(0, len(self._ranks) - size + 1, self._node_size)
-        heap = [(self._ready(begin, size)[0], begin) for begin in begins]
+        heap = [self._place(begin, size) for begin in begins]
         heapq.heapify(heap)
         return heap
 
-    def _ready(self, begin: int, size: int) -> tuple[float, list[int]]:
-        """When the `size` ranks of a node that are free first are, and which they are."""
+    def _place(self, begin: int, size: int) -> tuple[float, list[int], int]:
+        """(badness, ranks, `begin`) of the best place in a node: early, and with little waiting."""
         end = min(begin + self._node_size, len(self._ranks))
-        order = sorted((self._ranks[rank].free_s, rank) for rank in range(begin, end))[:size]
-        return order[-1][0], [rank for _, rank in order]
-
-    def _least_busy_within(self, heap: list[tuple[float, int]], size: int) -> list[int]:
-        while True:
-            known_s, begin = heap[0]
-            ready_s, ranks = self._ready(begin, size)
-            if ready_s <= known_s:
-                return sorted(ranks)
-            heapq.heapreplace(heap, (ready_s, begin))
+        order = sorted((self._ranks[rank].free_s, rank) for rank in range(begin, end))
+        best, best_at = float("inf"), 0
+        waited = sum(free_s for free_s, _ in order[: size - 1])
+        for at in range(len(order) - size + 1):
+            ready_s = order[at + size - 1][0]
+            waited += ready_s
+            badness = ready_s + WAITING * (ready_s - waited / size)
+            waited -= order[at][0]
+            if badness <= best:
+                best, best_at = badness, at
+        return best, [rank for _, rank in order[best_at : best_at + size]], begin
 
     def _stack(self, sequence: int, ranks: list[int]) -> None:
         length, node_size = self._tokens[sequence], self._problem.cost.node_size
