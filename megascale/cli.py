@@ -33,6 +33,11 @@ VERBS = {
         "replay steps at cluster scale on paper, planner beside planner",
         "megascale simulate --ranks 12288 --context 2048Ki --lengths github --model 7b",
     ),
+    "calibrate": (
+        "megascale.train.calibrate_command:calibrate",
+        "measure what micro-batches take on this machine, for the planner",
+        "torchrun --nproc-per-node 2 -m megascale calibrate configs/quickstart.yaml --minutes 1",
+    ),
     "train": (
         "megascale.train.command:train",
         "train one rank; under torchrun, many",

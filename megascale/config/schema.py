@@ -151,6 +151,9 @@ class PlannerConfig:
     capacity_tokens: int | None = None
     """Most tokens one rank holds in one micro-batch; longer sequences are spread over ranks.
     Default: `context_tokens`."""
+    cost: str | None = None
+    """Path of a COST.json as `megascale calibrate` writes it: times of micro-batches measured on
+    the machine that trains. None: estimated from the model's shape at an assumed speed."""
     budget_s: float | None = None
     """Seconds that a planner may spend on improving a plan. None: a fixed number of tries, so
     that equal inputs give equal plans; with a number, plans depend on the machine's speed, and

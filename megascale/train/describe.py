@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -81,16 +82,28 @@ def _check_epochs(config: RunConfig, tokens: Mapping[str, int]) -> None:
 
 
 def cost_model(config: RunConfig) -> CostModel:
-    """The cost model that steps of this run are planned with; uncalibrated.
+    """The cost model that steps of this run are planned with.
 
-    The allgather dispatcher of experts pads every micro-batch to the full capacity, so there
-    the part of the cost that grows with tokens is paid per micro-batch.
+    Measured where `planner.cost` names a file (UserError where that cannot be used), else
+    uncalibrated. The allgather dispatcher of experts pads every micro-batch to the full
+    capacity, so there the part of the cost that grows with tokens is paid per micro-batch.
     """
+    if config.planner.cost is not None:
+        return _measured_cost(config.planner.cost)
     cost = counts.default_cost(config.model, config.parallel.tensor)
     if config.model.moe is None or config.model.moe.dispatcher != "allgather":
         return cost
     padded_s = cost.b * (config.planner.capacity_tokens or 0)
     return replace(cost, b=0.0, fixed=cost.fixed + padded_s)
+
+
+@cache
+def _measured_cost(path: str) -> CostModel:
+    """Read once: a run plans all its steps with the same costs."""
+    try:
+        return CostModel.load(path)
+    except UserError as error:
+        raise UserError(f"planner.cost: {error}; megascale calibrate writes one") from None
 
 
 def offload_model(config: RunConfig, layout: Layout) -> OffloadModel | None:
@@ -267,12 +280,13 @@ def _step(config: RunConfig, layout: Layout, first: FirstStep) -> list[str]:
     batch, plan, cost = first.batch, first.plan, cost_model(config)
     length, times = batch.length, timeline(plan, batch.length, cost)
     over = plan.predicted_s / plan.lower_bound_s
+    how = f"{plan.predicted_s:.4g} s, calibrated cost" if cost.calibrated else "uncalibrated cost"
     return [
         f"step 0                  {batch.num_tokens:,} tokens in {batch.num_sequences:,} "
         f"sequences of {int(length.min()):,} to {int(length.max()):,} (median "
         f"{int(np.median(length)):,}), {len(plan.rings):,} micro-batches",
         f"  planned by            {config.planner.name} in {plan.plan_s * 1e3:.1f} ms, "
-        f"{over:.3f} x the lower bound (uncalibrated cost)",
+        f"{over:.3f} x the lower bound ({how})",
         f"  imbalance             {times.imbalance:.3f} (step time over mean busy time)",
         f"  {static_line(step_problem(config, layout, length), plan)}",
         *_pipeline(config.parallel.pipeline, plan),

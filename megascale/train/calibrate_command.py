@@ -1,0 +1,247 @@
+"""`megascale calibrate`: measure what micro-batches take on this machine, for the planner."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from megascale.config import RunConfig, dump_config, finalize, load_config
+from megascale.errors import UserError
+from megascale.planner.fit import GOOD_ERROR, Fit, fit_cost, fit_table, write_cost
+
+if TYPE_CHECKING:
+    from megascale.runtime.distributed import Ranks
+    from megascale.train.calibrate import Calibration
+
+
+def add_calibrate_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments of `megascale calibrate`."""
+    add = parser.add_argument
+    add("config", metavar="CONFIG", help="YAML file of the run")
+    change = "options that replace those of the file"
+    add("overrides", nargs="*", metavar="a.b=c", help=change)
+    out = "where the cost model goes; OUT.report.json beside it tells what was measured"
+    add("--out", metavar="COST.json", default="COST.json", help=out)
+    lengths = "tokens of the sequences to measure; default: the context and its halves"
+    add("--lengths", metavar="L1,L2,...", help=lengths)
+    add("--repeats", type=int, default=3, metavar="N", help="default: 3; medians count")
+    minutes = "about how long it may take; the grid is thinned to that (default: 3)"
+    add("--minutes", type=float, default=3.0, metavar="M", help=minutes)
+    add("--plot", metavar="PNG", help="draw predicted against measured times")
+
+
+def run_calibrate(args: argparse.Namespace) -> int:
+    """Measure, fit and write; returns the exit status. Raises UserError for bad input."""
+    lengths = _lengths(args.lengths)
+    if args.repeats < 1:
+        raise UserError(f"--repeats {args.repeats}: must be at least 1")
+    if not 0 < args.minutes < math.inf:
+        raise UserError(f"--minutes {args.minutes:g}: must be above 0, such as 3")
+    config = _load(args.config, args.overrides)
+    from megascale.runtime import distributed
+
+    distributed.prepare_device(config.device)
+    ranks = distributed.start(config)
+    try:
+        _run(args, config, ranks, lengths)
+    finally:
+        distributed.stop()
+    return 0
+
+
+def _lengths(text: str | None) -> list[int] | None:
+    if text is None:
+        return None
+    words = text.split(",")
+    if not all(word.isascii() and word.isdigit() and 0 < int(word) < 2**31 for word in words):
+        raise UserError(f"--lengths {text}: give whole numbers of tokens, such as 256,1024,4096")
+    return [int(word) for word in words]
+
+
+def _load(path: str, overrides: Sequence[str]) -> RunConfig:
+    """The finalized config; its corpora are looked at only where they give the vocabulary."""
+    config = load_config(path, overrides)
+    if config.model.vocab_size is None:
+        from megascale.train.describe import load_run
+
+        try:
+            return load_run(path, overrides)[0]
+        except UserError as error:
+            raise UserError(f"{error} (or set model.vocab_size, which needs no corpus)") from None
+    return finalize(config, dict.fromkeys(config.data.sources, 1), config.model.vocab_size)
+
+
+def _run(
+    args: argparse.Namespace, config: RunConfig, ranks: Ranks, lengths: list[int] | None
+) -> None:
+    from megascale.train.calibrate import calibrate
+    from megascale.train.folder import on_first_rank
+
+    def say(line: str) -> None:
+        if ranks.rank == 0:
+            print(line, flush=True)
+
+    on_first_rank(ranks, lambda: _check_writable(args))
+    layout = ranks.layout
+    say(
+        f"calibrate on {layout.world} ranks = tensor {layout.tensor} x pipeline {layout.pipeline} "
+        f"x HDP {layout.hdp}, {_device(ranks)}, {config.train.precision}"
+    )
+    done = calibrate(config, ranks, lengths, args.repeats, args.minutes * 60, say)
+    fit = fit_cost(done.measurements, done.node_size)
+    for line in [*fit_table(done.measurements, fit), *_summary(done, fit)]:
+        say(line)
+    on_first_rank(ranks, lambda: _write(args, config, ranks, done, fit))
+
+
+def _report_path(out: str) -> Path:
+    return Path(out).with_suffix(".report.json")
+
+
+def _check_writable(args: argparse.Namespace) -> None:
+    """Before minutes are spent on what cannot be kept."""
+    for option, name in (("--out", args.out), ("--plot", args.plot)):
+        if name is not None and (not Path(name).parent.is_dir() or Path(name).is_dir()):
+            raise UserError(f"{option} {name}: is a folder, or lies in one that does not exist")
+    if args.plot is not None and Path(args.plot).suffix.lower() not in (".png", ".svg", ".pdf"):
+        raise UserError(f"--plot {args.plot}: must end in .png, .svg or .pdf")
+
+
+def _summary(done: Calibration, fit: Fit) -> list[str]:
+    """The coefficients, the errors and everything the user should know of them."""
+    values = {name: value for name, value in asdict(fit.cost).items() if name != "calibrated"}
+    noise = float(np.median([one.noise for one in done.measurements]))
+    lines = [
+        f"{len(done.measurements)} micro-batches, median of {done.repeats}, in "
+        f"{done.seconds:.0f} s" + f"; no time for {done.left_out} more" * bool(done.left_out),
+        "  " + ", ".join(f"{name} {value:.4g}" for name, value in values.items()),
+        f"  error                 median {_median(fit.errors):.1%}, largest "
+        f"{np.abs(fit.errors).max():.1%}",
+        f"  error, left out       median {_median(fit.left_out_errors):.1%}, largest "
+        f"{np.abs(fit.left_out_errors).max():.1%} (each predicted from the others)",
+        f"  noise                 median {noise:.1%} between repeats",
+    ]
+    if fit.unidentified:
+        lines.append(f"  not told by this grid, so 0: {', '.join(fit.unidentified)}")
+    if fit.copied:
+        lines.append(f"  no ring crossed nodes, so as within a node: {', '.join(fit.copied)}")
+    if not fit.is_good:
+        lines.append(
+            f"warning: the median error is above {GOOD_ERROR:.0%}; calibrate on a machine that "
+            "does nothing else, or with more --repeats and --minutes"
+        )
+    return lines
+
+
+def _median(errors: Any) -> float:
+    return float(np.median(np.abs(errors)))
+
+
+def _write(
+    args: argparse.Namespace, config: RunConfig, ranks: Ranks, done: Calibration, fit: Fit
+) -> None:
+    report = _report_path(args.out)
+    write_cost(fit.cost, args.out)
+    value = _report(config, ranks, done, fit)
+    report.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+    written = [args.out, str(report)]
+    if args.plot is not None:
+        plot_fit(done, fit, args.plot)
+        written.append(args.plot)
+    print(f"wrote {', '.join(written)}; use it with planner.cost={args.out}")
+
+
+def _report(config: RunConfig, ranks: Ranks, done: Calibration, fit: Fit) -> dict[str, Any]:
+    import torch
+
+    layout, text = ranks.layout, json.dumps(dump_config(config), sort_keys=True, default=str)
+    return {
+        "machine": {
+            "device": _device(ranks),
+            "threads_per_rank": torch.get_num_threads(),
+            "ranks": layout.world,
+            "tensor": layout.tensor,
+            "pipeline": layout.pipeline,
+            "hdp": layout.hdp,
+        },
+        "precision": config.train.precision,
+        "config_sha256": hashlib.sha256(text.encode()).hexdigest(),
+        "cost": asdict(fit.cost),
+        "median_error": _median(fit.errors),
+        "median_left_out_error": _median(fit.left_out_errors),
+        "unidentified": fit.unidentified,
+        "copied": fit.copied,
+        "repeats": done.repeats,
+        "measurements": [
+            {
+                **asdict(one),
+                "measured_s": one.median_s,
+                "predicted_s": float(predicted),
+                "left_out_s": float(left_out),
+            }
+            for one, predicted, left_out in zip(
+                done.measurements, fit.predicted_s, fit.left_out_s, strict=True
+            )
+        ],
+    }
+
+
+def _device(ranks: Ranks) -> str:
+    if ranks.device.type == "cuda":
+        import torch
+
+        return torch.cuda.get_device_name(ranks.device)
+    return processor_name()
+
+
+def processor_name() -> str:
+    """The model of this machine's CPU, as Linux tells it; else what Python knows."""
+    import platform
+
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def plot_fit(done: Calibration, fit: Fit, path: str) -> None:
+    """Draw predicted against measured seconds, a colour for each ring size."""
+    from matplotlib import rc_context
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    from megascale.monitor.plots import COLOURS, MARKERS, STYLE
+
+    sizes = np.array([one.size for one in done.measurements])
+    with rc_context(STYLE):
+        figure = Figure(figsize=(6.4, 6.0), layout="constrained")
+        FigureCanvasAgg(figure)
+        axes = figure.subplots()
+        ends = [fit.measured_s.min() / 1.3 * 1e3, fit.measured_s.max() * 1.3 * 1e3]
+        axes.plot(ends, ends, color="#9a9a9a", linewidth=1.0, zorder=1)
+        for index, size in enumerate(np.unique(sizes)):
+            chosen = sizes == size
+            axes.loglog(
+                fit.measured_s[chosen] * 1e3,
+                fit.predicted_s[chosen] * 1e3,
+                linestyle="none",
+                marker=MARKERS[index % len(MARKERS)],
+                color=COLOURS[index % len(COLOURS)],
+                alpha=0.8,
+                label=f"ring of {size}",
+            )
+        axes.set_xlabel("measured, ms")
+        axes.set_ylabel("predicted, ms")
+        axes.set_title(f"Micro-batches: median error {_median(fit.errors):.1%}")
+        axes.legend()
+        figure.savefig(path)
