@@ -24,8 +24,8 @@ def main() -> int:
     parser.add_argument("name", choices=BENCHMARKS)
     parser.add_argument("options", nargs=argparse.REMAINDER, help="try: bench.py planner --help")
     arguments = parser.parse_args()
-    if arguments.name == "planner":
-        planner(arguments.options)
+    if arguments.name in WITH_OPTIONS:
+        WITH_OPTIONS[arguments.name](arguments.options)
     elif arguments.options:
         parser.error(f"{arguments.name} takes no options, got {' '.join(arguments.options)}")
     else:
@@ -38,6 +38,13 @@ def planner(options: Sequence[str] = ()) -> None:
     from bench_planner import bench_planner
 
     bench_planner(options)
+
+
+def hdp(options: Sequence[str] = ()) -> None:
+    """Training under our plans and under static ones on CPU ranks, end to end; has options."""
+    from bench_hdp import bench_hdp
+
+    bench_hdp(options)
 
 
 def step() -> None:
@@ -99,7 +106,9 @@ BENCHMARKS: dict[str, Callable[[], None]] = {
     "planner": planner,
     "resume": resume,
     "simulate": simulate,
+    "hdp": hdp,
 }
+WITH_OPTIONS = {"planner": planner, "hdp": hdp}
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import numpy as np
@@ -94,21 +95,25 @@ def _first_fast(
 
 
 def _fastest(problem: Problem, lengths: Integers, high: int) -> Integers:
-    """Ring size beyond which a sequence gets slower.
+    """Ring size, up to `high`, beyond which a sequence gets slower.
 
-    There latency grows faster than work shrinks, or attention no longer hides what is passed on.
+    There latency grows faster than work shrinks; where attention no longer hides what is passed
+    on, only the work beyond passing still shrinks.
     """
     cost, tokens = problem.cost, lengths.astype(np.float64)
     one_node = high <= cost.node_size
     transfer = cost.transfer_intra if one_node else cost.transfer_inter
     passing = cost.pass_intra if one_node else cost.pass_inter
-    best = np.full(len(lengths), float(high))
-    if cost.latency > 0:
-        best = tokens * (cost.a * tokens + cost.b + transfer) * np.log(2.0) / cost.latency
-    if passing > cost.b + transfer:
-        best = np.minimum(best, cost.a * tokens / passing + 1)
-    sizes: Integers = np.clip(best, 1, high).astype(np.int64)
-    return sizes
+    hidden = np.full(len(lengths), np.inf) if passing == 0 else cost.a * tokens / passing + 1
+    work_s, beyond_s = (cost.b + transfer) * tokens, (cost.b + transfer - passing) * tokens
+    per_rank = math.log(2) / cost.latency if cost.latency else np.inf
+    shrinking = np.where(beyond_s > 0, np.maximum(beyond_s, 1e-300) * per_rank, 0.0)
+    best = (work_s + cost.a * tokens * tokens + 1e-300) * per_rank
+    best = np.minimum(best, np.maximum(hidden, shrinking))
+    lower: Integers = np.clip(best, 1, high).astype(np.int64)
+    upper = np.minimum(lower + 1, high)
+    is_faster = alone_s(problem, lengths, upper) < alone_s(problem, lengths, lower)
+    return np.where(is_faster, upper, lower)
 
 
 def fastest_sizes(problem: Problem, lengths: Integers, fewest: Integers) -> Integers:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,7 +19,7 @@ from megascale.planner.bound import (
 from megascale.planner.plan import StepPlan
 from megascale.planner.problem import Placed, Problem, complete
 from megascale.planner.stacks import Stacks
-from megascale.planner.waves import Sheet, even_level
+from megascale.planner.waves import LongWave, Sheet, even_level, long_waves
 
 Integers = NDArray[np.int64]
 
@@ -29,6 +30,12 @@ STACKS = ((1.0, False), (1.0, True), (0.5, False))
 a node are rounded up to powers of two, which nest."""
 SPARSE_BATCHES = 1.5
 """Micro-batches per rank below which free plans are tried in waves too."""
+SPREAD_COSTS = 1.04
+"""Time of even waves over work at least, from which long sequences are given waves of their own."""
+LONG_WAVES = (1, 2, 4, 7, 11, 16, 24, 36)
+"""How many."""
+FILLER_LENGTH, FILLER_SHARE = 0.5, 0.8
+"""Sequences of at most this part of the capacity fill long waves; this part of them is counted."""
 GOOD_ENOUGH = 1.002
 """Time over that of perfectly even waves at which no better way to fill them is looked for."""
 MORE_WAVES = 3
@@ -58,7 +65,7 @@ def plan_hybrid(problem: Problem) -> StepPlan:
     return complete(problem, best.placed() if best else [], began)
 
 
-Way = tuple[float, Callable[[Sheet, list[int], float], bool]]
+Way = tuple[float, Callable[[Sheet, list[int]], bool]]
 """How many times an even wave rings may last, and how the rest is filled in."""
 
 
@@ -79,17 +86,20 @@ class Batch:
         order = np.argsort(-problem.lengths, kind="stable")
         return Batch(order.tolist(), problem.lengths[order], problem.lengths.tolist())
 
-    def split(self, sizes: Integers, capacity: int) -> tuple[list[int], list[int], list[int]]:
-        """Sequences with a ring of their own, the sizes of these, and sequences to pack.
+    def at(self, positions: Integers) -> list[int]:
+        """Indices of the sequences at some positions in order."""
+        return [self.order[position] for position in positions.tolist()]
 
-        `sizes` are those of the last sequences in order. A ring may be one rank that offloads.
+    def split(
+        self, positions: Integers, sizes: Integers, capacity: int
+    ) -> tuple[list[int], list[int], list[int]]:
+        """Of the sequences at `positions`: those with a ring of their own, its size, the others.
+
+        A ring may be one rank that offloads.
         """
-        order, first = self.order, len(self.order) - len(sizes)
-        has_ring = (sizes > 1) | (self.lengths[first:] > capacity)
-        shared = np.flatnonzero(has_ring).tolist()
-        single = np.flatnonzero(~has_ring).tolist()
-        rings = [order[first + position] for position in shared]
-        return rings, sizes[shared].tolist(), [order[first + position] for position in single]
+        has_ring = (sizes > 1) | (self.lengths[positions] > capacity)
+        rings, singles = self.at(positions[has_ring]), self.at(positions[~has_ring])
+        return rings, sizes[has_ring].tolist(), singles
 
 
 @dataclass(frozen=True)
@@ -121,7 +131,8 @@ def _stacks(problem: Problem, batch: Batch, limit_s: float, nest: bool) -> Candi
         node = min(problem.cost.node_size, problem.num_ranks)
         nested = np.minimum(node, 2 ** np.ceil(np.log2(sizes))).astype(np.int64)
         sizes = np.where(sizes <= node, nested, sizes)
-    rings, ring_sizes, singles = batch.split(sizes, problem.capacity)
+    everything = np.arange(len(sizes))
+    rings, ring_sizes, singles = batch.split(everything, sizes, problem.capacity)
     stacks = Stacks(problem, batch.tokens)
     stacks.add_rings(rings, ring_sizes)
     stacks.level(stacks.fill_gaps(singles))
@@ -130,43 +141,70 @@ def _stacks(problem: Problem, batch: Batch, limit_s: float, nest: bool) -> Candi
 
 @dataclass(frozen=True)
 class Level:
-    """Even waves, as they would be if work could be cut as finely as one likes."""
+    """Waves for long sequences, and even waves for the rest, if that could be cut finely."""
 
+    long: list[LongWave]
     num_waves: int
-    """Beside those of giants."""
+    """Even ones."""
     seconds: float
     """Of each of them."""
-    sizes: Integers
-    """Ranks of each giant, longest first, that has a wave of its own."""
-    giants_s: float
-    """Seconds of the waves of giants."""
-    longest_s: float
-    """Seconds of the longest wave of all."""
+    rest: Integers
+    """Positions of the sequences that are in no long wave, longest first."""
     crowding: float
     """Tokens of sequences on one rank, over those for which there is both memory and time."""
 
     def step_s(self, pipeline: int) -> float:
         """Seconds of the step; stages wait for the longest wave while a pipeline fills."""
-        waves_s = self.num_waves * self.seconds + self.giants_s
-        return waves_s + (pipeline - 1) * self.longest_s
+        waves_s = [wave.seconds for wave in self.long]
+        longest_s = max(waves_s, default=0.0)
+        if self.num_waves:
+            longest_s = max(longest_s, self.seconds)
+        return self.num_waves * self.seconds + sum(waves_s) + (pipeline - 1) * longest_s
 
 
-def _level(problem: Problem, batch: Batch, num_waves: int) -> Level:
-    """Sequences that no ring computes within an even wave are giants."""
-    giants = 0
+def _level(
+    problem: Problem, batch: Batch, num_waves: int, long: Sequence[LongWave] = ()
+) -> Level | None:
+    """Sequences that no ring computes within an even wave get waves of their own.
+
+    None where that would be most of them.
+    """
+    long = list(long)
     while True:
-        rest = batch.lengths[giants:]
-        seconds, sizes = even_level(problem, rest, num_waves)
-        more = int((sizes == 0).sum())
-        giants += more
-        if not more:
+        rest = _without(batch, long)
+        filler_s, filler_tokens = _filler(problem, batch.lengths[rest], long)
+        seconds, sizes = even_level(problem, batch.lengths[rest], num_waves, filler_s)
+        giants = rest[sizes == 0]
+        if not len(giants):
             break
-    lengths = batch.lengths[:giants]
-    sizes = fastest_sizes(problem, lengths, fewest_ranks(problem, lengths))
-    giants_s = alone_s(problem, lengths, sizes)
-    longest_s = max(seconds, float(giants_s.max(initial=0.0)))
-    crowding = _crowding(problem, rest, num_waves, seconds)
-    return Level(num_waves, seconds, sizes, float(giants_s.sum()), longest_s, crowding)
+        if len(long) + len(giants) > LONG_WAVES[-1]:
+            return None
+        lengths = batch.lengths[giants]
+        own = fastest_sizes(problem, lengths, fewest_ranks(problem, lengths))
+        giants_s = alone_s(problem, lengths, own)
+        long += [
+            LongWave(float(giants_s[i]), giants[i : i + 1], own[i : i + 1], 0.0, 0.0)
+            for i in range(len(giants))
+        ]
+    crowding = _crowding(problem, batch.lengths[rest], num_waves, seconds, filler_tokens)
+    return Level(long, num_waves, seconds, rest, crowding)
+
+
+def _filler(problem: Problem, lengths: Integers, long: Sequence[LongWave]) -> tuple[float, float]:
+    """Work and tokens of short sequences, of the `lengths` left, that long waves can take."""
+    short = lengths[lengths <= problem.capacity * FILLER_LENGTH].astype(np.float64)
+    work_s = float(problem.cost.compute_s(short).sum()) * FILLER_SHARE
+    return (
+        min(work_s, sum(wave.filler_s for wave in long)),
+        min(float(short.sum()) * FILLER_SHARE, sum(wave.filler_tokens for wave in long)),
+    )
+
+
+def _without(batch: Batch, long: Sequence[LongWave]) -> Integers:
+    is_left = np.ones(len(batch.order), dtype=bool)
+    for wave in long:
+        is_left[wave.members] = False
+    return np.flatnonzero(is_left)
 
 
 def _waves(problem: Problem, batch: Batch) -> Iterator[Candidate]:
@@ -183,30 +221,40 @@ def _waves(problem: Problem, batch: Batch) -> Iterator[Candidate]:
                     break
                 best_s = min(best_s, candidate.seconds)
                 yield candidate
-    number = max(level.num_waves for level in levels)
-    candidate = None
-    while best_s == float("inf") and candidate is None:
+    if best_s == float("inf"):
+        yield _roomiest(problem, batch)
+
+
+def _roomiest(problem: Problem, batch: Batch) -> Candidate:
+    """Rings as small as memory allows, in as few waves as give all a place, however long."""
+    alone = alone_s(problem, batch.lengths, fewest_ranks(problem, batch.lengths))
+    everything, number = np.arange(len(batch.order)), 1
+    while True:
+        level = Level([], number, float(alone.sum()), everything, 0.0)
+        candidate = _filled(problem, batch, level, WAYS[0][0])
+        if candidate is not None:
+            return candidate
         number *= 2  # with a wave for each sequence there is room
-        candidate = _filled(problem, batch, _level(problem, batch, number), WAYS[0][0])
-    if candidate is not None:
-        yield candidate
 
 
 def _filled(problem: Problem, batch: Batch, level: Level, way: Way) -> Candidate | None:
     """A plan with rings of at most the level times a stretch; None where memory is too tight."""
     stretch, fill = way
-    giants, limit_s = len(level.sizes), level.seconds * stretch
-    rest = batch.lengths[giants:]
-    fewest = fewest_ranks(problem, rest)
-    sizes = smallest_sizes(problem, rest, fewest, limit_s)
-    sizes = np.where(sizes == 0, fastest_sizes(problem, rest, fewest), sizes)
-    rings, ring_sizes, singles = batch.split(sizes, problem.capacity)
-    sheet = Sheet(problem, batch.tokens, level.num_waves + giants)
-    rings, ring_sizes = batch.order[:giants] + rings, level.sizes.tolist() + ring_sizes
+    limit_s = level.seconds * stretch
+    lengths = batch.lengths[level.rest]
+    fewest = fewest_ranks(problem, lengths)
+    sizes = smallest_sizes(problem, lengths, fewest, limit_s)
+    sizes = np.where(sizes == 0, fastest_sizes(problem, lengths, fewest), sizes)
+    rings, ring_sizes, singles = batch.split(level.rest, sizes, problem.capacity)
+    target_s = [wave.seconds for wave in level.long] + [limit_s] * level.num_waves
+    sheet = Sheet(problem, batch.tokens, target_s)
+    for number, wave in enumerate(level.long):
+        if not sheet.add_rings(batch.at(wave.members), wave.sizes.tolist(), number):
+            return None
     if not sheet.add_rings(rings, ring_sizes):
         return None
     sheet.open_rest()
-    if not fill(sheet, singles, limit_s):
+    if not fill(sheet, singles):
         return None
     waves = sheet.waves()
     seconds = sum(waves.seconds) + (problem.pipeline - 1) * max(waves.seconds)
@@ -214,25 +262,54 @@ def _filled(problem: Problem, batch: Batch, level: Level, way: Way) -> Candidate
 
 
 def _levels(problem: Problem, batch: Batch) -> list[Level]:
-    """Numbers of waves worth trying, best first.
+    """Waves worth trying, best first.
+
+    Where even waves spread long sequences over so many ranks that it costs much, the longest get
+    waves of their own, as many as is best.
+    """
+    stages = problem.pipeline
+    levels = _even_levels(
+        problem, batch, [], MORE_WAVES if stages == 1 else MORE_WAVES_OF_PIPELINES
+    )
+    fewest = fewest_ranks(problem, batch.lengths)
+    alone = alone_s(problem, batch.lengths, fewest) - problem.cost.fixed
+    needed_s = float((alone * fewest).sum()) / problem.num_ranks
+    even_s = min((level.step_s(1) for level in levels), default=math.inf)
+    if even_s >= SPREAD_COSTS * needed_s:
+        long = long_waves(problem, batch.lengths, LONG_WAVES[-1])
+        for number in LONG_WAVES:
+            levels += _even_levels(problem, batch, long[:number], min(stages, 2))
+            if number >= len(long):
+                break
+    roomy = sorted((one for one in levels if one.crowding <= 1), key=lambda one: one.step_s(stages))
+    tight = [one for one in levels if one.crowding > 1]
+    return roomy[:2] + tight[-1:] + roomy[2:4]
+
+
+def _even_levels(problem: Problem, batch: Batch, long: list[LongWave], more: int) -> list[Level]:
+    """Numbers of even waves worth trying: `more` that are roomy, and the last that is tight.
 
     More waves cost more, if only their fixed parts, but with few of them short sequences have no
     memory where long ones leave time. With pipeline stages more waves leave less idle.
     """
     held = problem.num_ranks * problem.capacity
-    fewest = max(1, -(-int(problem.lengths.sum()) // held))
+    rest = batch.lengths[_without(batch, long)]
+    filler = _filler(problem, rest, long)[1]
+    number = max(1, math.ceil((int(rest.sum()) - filler) / held))
     tight: list[Level] = []
     roomy: list[Level] = []
-    number = fewest
-    while len(roomy) < (MORE_WAVES if problem.pipeline == 1 else MORE_WAVES_OF_PIPELINES):
-        level = _level(problem, batch, number)
+    while len(roomy) < more:
+        level = _level(problem, batch, number, long)
+        if level is None:
+            break
         (roomy if level.crowding <= 1 else tight).append(level)
         number += 1 if problem.pipeline == 1 or not roomy else -(-number // 3)
-    roomy.sort(key=lambda level: level.step_s(problem.pipeline))
-    return roomy[:2] + tight[-1:] + roomy[2:4]
+    return tight[-1:] * (not long) + roomy
 
 
-def _crowding(problem: Problem, lengths: Integers, num_waves: int, level_s: float) -> float:
+def _crowding(
+    problem: Problem, lengths: Integers, num_waves: int, level_s: float, filler: float
+) -> float:
     limit_s, capacity = level_s * WAYS[0][0][0], problem.capacity
     sizes = smallest_sizes(problem, lengths, fewest_ranks(problem, lengths), limit_s)
     has_ring = (sizes > 1) | (lengths > capacity)
@@ -242,15 +319,16 @@ def _crowding(problem: Problem, lengths: Integers, num_waves: int, level_s: floa
     work_s = np.maximum(0.0, limit_s - alone_s(problem, rings, sizes)) * sizes
     room = capacity * free + float(np.minimum(memory, work_s / max(problem.cost.b, 1e-12)).sum())
     tokens = int(lengths[~has_ring].sum())
+    room += filler
     return tokens / room if room > 0 else float("inf")
 
 
-def _by_level(sheet: Sheet, singles: list[int], limit_s: float) -> bool:
+def _by_level(sheet: Sheet, singles: list[int]) -> bool:
     return sheet.level(singles)
 
 
-def _by_best_fit(sheet: Sheet, singles: list[int], limit_s: float) -> bool:
-    return sheet.level(sheet.best_fit(singles, limit_s))
+def _by_best_fit(sheet: Sheet, singles: list[int]) -> bool:
+    return sheet.level(sheet.best_fit(singles))
 
 
 WAYS: tuple[tuple[Way, ...], ...] = (

@@ -12,7 +12,6 @@ import heapq
 from dataclasses import dataclass, field
 
 import numpy as np
-from numpy.typing import NDArray
 
 from megascale.planner.bound import needed_offload
 from megascale.planner.clock import Clock

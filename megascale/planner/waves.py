@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import bisect
 import heapq
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,6 +23,8 @@ Integers = NDArray[np.int64]
 
 LEVEL_PRECISION = 1.003
 """How exactly the length of even waves is found."""
+RING_GROWTH = (1, 1.25, 1.5, 2, 3, 4, 6, 8)
+"""Sizes tried for the longest ring of a wave, times the fewest ranks that hold its sequence."""
 BEST_FIT_TRIES = 64
 """Micro-batches looked at for one with enough memory, of those with enough time."""
 
@@ -32,6 +35,7 @@ class Bin:
     __slots__ = (
         "_attention_s",
         "_rates",
+        "_target_s",
         "_tokens",
         "offload",
         "ranks",
@@ -42,8 +46,11 @@ class Bin:
         "wave",
     )
 
-    def __init__(self, wave: int, ranks: tuple[int, ...], room: float, rates: Rates) -> None:
+    def __init__(
+        self, wave: int, ranks: tuple[int, ...], room: int, target_s: float, rates: Rates
+    ) -> None:
         self.wave, self.ranks, self.size, self.room = wave, ranks, len(ranks), room
+        self._target_s = target_s
         self.sequences: list[int] = []
         self.offload = 0.0
         self.seconds = rates.start_s
@@ -59,15 +66,22 @@ class Bin:
         self._tokens += length
         self.seconds = self._seconds(self._tokens, self._attention_s)
 
-    def takes(self, length: int, attention_s: float, limit_s: float) -> bool:
-        """Whether a sequence fits in memory and in `limit_s`."""
+    def takes(self, length: int, attention_s: float) -> bool:
+        """Whether a sequence fits in memory and in the time of the wave."""
         if self.room < length:
             return False
-        return self._seconds(self._tokens + length, self._attention_s + attention_s) <= limit_s
+        seconds = self._seconds(self._tokens + length, self._attention_s + attention_s)
+        return seconds <= self._target_s
 
-    def spare_s(self, limit_s: float) -> float:
-        """Seconds of work on one rank that fit until `limit_s`; a little less for rings."""
-        return (limit_s - self.seconds) * self.size
+    @property
+    def late_s(self) -> float:
+        """Seconds beyond those of the wave; below 0 where there is time left."""
+        return self.seconds - self._target_s
+
+    @property
+    def spare_s(self) -> float:
+        """Seconds of work on one rank that fit into the wave; a little less for rings."""
+        return (self._target_s - self.seconds) * self.size
 
     def _seconds(self, tokens: int, attention_s: float) -> float:
         start_s, rate, passing = self._rates
@@ -102,15 +116,15 @@ class FreeRanks:
         self._free = np.tile(self._sizes, (num_waves, 1))
         self._by_free: list[list[tuple[int, int]]] | None = None
 
-    def take_across(self, size: int) -> tuple[int, tuple[int, ...]] | None:
-        """(wave, ranks) for a ring that spans nodes: of the fullest wave with room for it.
+    def take_across(self, size: int, wave: int | None) -> tuple[int, tuple[int, ...]] | None:
+        """(wave, ranks) for a ring that spans nodes: of the fullest wave with room unless given.
 
         Whole nodes are taken first, so that what is left serves rings within a node. To be
         called before `take_within`, or where that found nothing.
         """
         totals = self._free.sum(axis=1)
-        waves = np.flatnonzero(totals >= size)
-        if not len(waves):
+        waves = np.flatnonzero(totals >= size) if wave is None else np.array([wave])
+        if not len(waves) or totals[waves[0]] < size:
             return None
         wave = int(waves[totals[waves].argmin()])
         ranks: list[int] = []
@@ -124,6 +138,16 @@ class FreeRanks:
             ranks += self._cut(wave, int(fits.argmin()), size - len(ranks))
         self._by_free = None
         return wave, tuple(ranks)
+
+    def take_in_wave(self, size: int, wave: int) -> tuple[int, tuple[int, ...]] | None:
+        """(wave, ranks) for a ring within one node of a wave, the fullest that has room."""
+        free = self._free[wave]
+        fits = np.where(free >= size, free, self._node_size + 1)
+        node = int(fits.argmin())
+        if fits[node] > self._node_size:
+            return None
+        self._by_free = None
+        return wave, tuple(self._cut(wave, node, size))
 
     def take_within(self, size: int) -> tuple[int, tuple[int, ...]] | None:
         """(wave, ranks) for a ring within one node, the fullest that has room for it."""
@@ -156,20 +180,26 @@ class FreeRanks:
 class Sheet:
     """The waves of one plan while they are being filled."""
 
-    def __init__(self, problem: Problem, tokens: list[int], num_waves: int) -> None:
-        self._problem, self._tokens = problem, tokens
+    def __init__(self, problem: Problem, tokens: list[int], target_s: Sequence[float]) -> None:
+        """`target_s` are the seconds that each wave shall last."""
+        self._problem, self._tokens, self._target_s = problem, tokens, target_s
         self._clock, self._a = Clock(problem.cost), problem.cost.a
         self._node_size = problem.cost.node_size
-        self._free = FreeRanks(num_waves, problem.num_ranks, self._node_size)
-        self._num_waves = num_waves
+        self._free = FreeRanks(len(target_s), problem.num_ranks, self._node_size)
         self.bins: list[Bin] = []
 
-    def add_rings(self, sequences: list[int], sizes: list[int]) -> bool:
-        """Give each sequence, largest ring first, a ring of its own; False if one has no room."""
+    def add_rings(self, sequences: list[int], sizes: list[int], wave: int | None = None) -> bool:
+        """Give each sequence, largest ring first, a ring of its own; False if one has no room.
+
+        In any wave, or in the given one.
+        """
         order = sorted(zip(sizes, sequences, strict=True), key=lambda one: (-one[0], one[1]))
         for size, sequence in order:
-            taken = self._free.take_within(size) if size <= self._node_size else None
-            taken = taken or self._free.take_across(size)
+            taken = None
+            if size <= self._node_size:
+                free = self._free
+                taken = free.take_within(size) if wave is None else free.take_in_wave(size, wave)
+            taken = taken or self._free.take_across(size, wave)
             if taken is None:
                 return False
             self._open(*taken, sequence)
@@ -183,7 +213,8 @@ class Sheet:
     def _open(self, wave: int, ranks: tuple[int, ...], sequence: int | None = None) -> Bin:
         one_node = ranks[0] // self._node_size == ranks[-1] // self._node_size
         rates = self._clock.rates(len(ranks), one_node)
-        one = Bin(wave, ranks, self._problem.capacity * len(ranks), rates)
+        room = self._problem.capacity * len(ranks)
+        one = Bin(wave, ranks, room, self._target_s[wave], rates)
         if sequence is not None:
             length = self._tokens[sequence]
             one.offload = needed_offload(self._problem, length, one.size)
@@ -192,19 +223,19 @@ class Sheet:
         return one
 
     def level(self, sequences: list[int]) -> bool:
-        """Each of `sequences`, longest first, into the micro-batch that ends first and has room.
+        """Each of `sequences`, longest first, where most time of a wave is left and has room.
 
         False where none has.
         """
         bins, a = self.bins, self._a
-        ready = [(one.seconds, position) for position, one in enumerate(bins)]
+        ready = [(one.late_s, position) for position, one in enumerate(bins)]
         heapq.heapify(ready)
         full: list[tuple[float, int]] = []  # with too little room, most room first
         for sequence in sequences:
             length = self._tokens[sequence]
             while full and -full[0][0] >= length:
                 position = heapq.heappop(full)[1]
-                heapq.heappush(ready, (bins[position].seconds, position))
+                heapq.heappush(ready, (bins[position].late_s, position))
             while ready and bins[ready[0][1]].room < length:
                 position = heapq.heappop(ready)[1]
                 heapq.heappush(full, (-bins[position].room, position))
@@ -212,51 +243,54 @@ class Sheet:
                 return False
             position = ready[0][1]
             bins[position].put(sequence, length, a * length * length)
-            heapq.heapreplace(ready, (bins[position].seconds, position))
+            heapq.heapreplace(ready, (bins[position].late_s, position))
         return True
 
-    def best_fit(self, sequences: list[int], limit_s: float) -> list[int]:
-        """Each of `sequences`, longest first, where it leaves least time up to `limit_s`.
+    def best_fit(self, sequences: list[int]) -> list[int]:
+        """Each of `sequences`, longest first, where it leaves least time of a wave.
 
         Returns those that fit nowhere.
         """
         bins, left = self.bins, []
-        spare = sorted((one.spare_s(limit_s), position) for position, one in enumerate(bins))
+        spare = sorted((one.spare_s, position) for position, one in enumerate(bins))
         for sequence in sequences:
             length = self._tokens[sequence]
             attention_s = self._a * length * length
             at = bisect.bisect_left(spare, (self._clock.alone_s(length), -1))
             end = min(len(spare), at + BEST_FIT_TRIES)
-            while at < end and not bins[spare[at][1]].takes(length, attention_s, limit_s):
+            while at < end and not bins[spare[at][1]].takes(length, attention_s):
                 at += 1
             if at == end:
                 left.append(sequence)
                 continue
             position = spare.pop(at)[1]
             bins[position].put(sequence, length, attention_s)
-            bisect.insort(spare, (bins[position].spare_s(limit_s), position))
+            bisect.insort(spare, (bins[position].spare_s, position))
         return left
 
     def waves(self) -> Waves:
         """What has been decided."""
-        seconds = [0.0] * self._num_waves
+        seconds = [0.0] * len(self._target_s)
         for one in self.bins:
             seconds[one.wave] = max(seconds[one.wave], one.seconds)
         return Waves(self.bins, seconds)
 
 
-def even_level(problem: Problem, lengths: Integers, num_waves: int) -> tuple[float, Integers]:
+def even_level(
+    problem: Problem, lengths: Integers, num_waves: int, done_s: float = 0.0
+) -> tuple[float, Integers]:
     """Seconds of each of `num_waves` equal waves if work could be cut as finely as one likes.
 
     Also the ring sizes that this takes; 0 for sequences that are slower on any ring, which are
-    not counted.
+    not counted. `done_s` is work, in seconds of one rank, that is done elsewhere.
     """
     fewest = fewest_ranks(problem, lengths)
     seconds, sizes = alone_s(problem, lengths, fewest), fewest.copy()
     fixed, slots = problem.cost.fixed, num_waves * problem.num_ranks
 
     def even_s() -> float:
-        return fixed + float(((seconds - fixed) * sizes).sum()) / slots
+        work_s = float(((seconds - fixed) * sizes).sum()) - done_s
+        return fixed + max(0.0, work_s) / slots
 
     low = even_s()
     slow = np.flatnonzero(seconds > low)
@@ -272,3 +306,64 @@ def even_level(problem: Problem, lengths: Integers, num_waves: int) -> tuple[flo
         else:
             low, high = limit_s, min(high, even)
     return high, sizes
+
+
+@dataclass(frozen=True)
+class LongWave:
+    """A wave made for long sequences, on rings that suit them."""
+
+    seconds: float
+    members: Integers
+    """Positions of its sequences among all, longest first."""
+    sizes: Integers
+    """Ranks of each."""
+    filler_s: float
+    """Seconds of work on one rank for which it has time and memory left."""
+    filler_tokens: float
+    """Tokens for which it has time and memory left."""
+
+
+def long_waves(problem: Problem, lengths: Integers, most: int) -> list[LongWave]:
+    """Waves for the longest of `lengths`, which fall, one after another, `most` of them at most.
+
+    Each lasts as long as its longest sequence on the ring that leaves least of the wave unused.
+    """
+    waves: list[LongWave] = []
+    left = np.arange(len(lengths))
+    while len(waves) < most and len(left) and lengths[left[0]] > problem.capacity:
+        head = left[: 4 * problem.num_ranks]
+        fewest = int(fewest_ranks(problem, lengths[head[:1]])[0])
+        node = problem.cost.node_size
+        sizes = {min(problem.num_ranks, int(fewest * grow)) for grow in RING_GROWTH}
+        sizes |= {min(node, problem.num_ranks), problem.num_ranks}
+        tried = [_long_wave(problem, lengths, head, d) for d in sorted(sizes) if d >= fewest]
+        used, best = max(tried, key=lambda one: one[0])
+        waves.append(best)
+        left = left[~np.isin(left, best.members)]
+    return waves
+
+
+def _long_wave(
+    problem: Problem, lengths: Integers, head: Integers, first_size: int
+) -> tuple[float, LongWave]:
+    """(part of the wave that is used well, wave) with the longest on `first_size` ranks."""
+    tokens = lengths[head]
+    seconds = float(alone_s(problem, tokens[:1], np.array([first_size]))[0])
+    fewest = fewest_ranks(problem, tokens)
+    sizes = smallest_sizes(problem, tokens, fewest, seconds)
+    sizes[0] = first_size
+    fits = (sizes > 0) & (np.cumsum(sizes) <= problem.num_ranks)
+    free = problem.num_ranks - int(sizes[fits].sum())
+    for place in np.flatnonzero(~fits & (sizes > 0) & (sizes <= free)).tolist():
+        if sizes[place] <= free:
+            fits[place] = True
+            free -= int(sizes[place])
+    tokens, sizes = tokens[fits], sizes[fits]
+    fixed, all_s = problem.cost.fixed, seconds * problem.num_ranks
+    needed_s = float(((alone_s(problem, tokens, fewest[fits]) - fixed) * fewest[fits]).sum())
+    busy_s = float((alone_s(problem, tokens, sizes) * sizes).sum()) + fixed * free
+    room = max(0.0, problem.capacity * problem.num_ranks - float(tokens.sum()))
+    filler_s = min(max(0.0, all_s - busy_s), room * problem.cost.b)
+    filler_tokens = filler_s / problem.cost.b if problem.cost.b else room
+    wave = LongWave(seconds, head[fits], sizes, filler_s, filler_tokens)
+    return (needed_s + filler_s) / all_s if all_s else 0.0, wave
