@@ -237,7 +237,7 @@ def _solve(table: _Table, ratios: tuple[float, float]) -> tuple[Floats, float]:
     known = _identified(columns)
     found, weight = np.zeros(columns.shape[1]), np.ones(len(columns))
     loss = np.inf
-    for _ in range(_ROUNDS):
+    for _ in range(_ROUNDS if len(columns) else 0):
         root = np.sqrt(weight)
         found[known] = least_squares_not_negative(columns[:, known] * root[:, None], root)
         error = np.abs(columns @ found - 1)

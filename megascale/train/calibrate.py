@@ -149,10 +149,15 @@ def calibrate(
     samples = rounds.measure(kept)
     measurements = tuple(
         Measurement(cell.lengths, cell.size, one_node, tuple(seconds))
-        for (cell, one_node), seconds in samples.items()
+        for (cell, one_node), seconds in sorted(samples.items(), key=_by_size)
     )
     left_out = len(cells) - len(kept)
     return Calibration(measurements, bench.node_size, left_out, rounds.done, bench.elapsed_s)
+
+
+def _by_size(item: tuple[tuple[Cell, bool], object]) -> tuple[int, bool, int, int]:
+    (cell, one_node), _ = item
+    return cell.size, not one_node, sum(cell.lengths), len(cell.lengths)
 
 
 class _Bench:

@@ -180,6 +180,7 @@ def _report(config: RunConfig, ranks: Ranks, done: Calibration, fit: Fit) -> dic
         "unidentified": fit.unidentified,
         "copied": fit.copied,
         "repeats": done.repeats,
+        "seconds": done.seconds,
         "measurements": [
             {
                 **asdict(one),
