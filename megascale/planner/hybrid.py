@@ -23,7 +23,7 @@ from megascale.planner.waves import LongWave, Sheet, even_level, long_waves
 
 Integers = NDArray[np.int64]
 
-TRIES = 6
+TRIES = 8
 """Plans that are made, of which the best is taken, where no budget of seconds says."""
 STACKS = ((1.0, False), (1.0, True), (0.5, False))
 """Ways to stack rings: how long they may last, as part of an even share, and whether sizes within
@@ -36,6 +36,8 @@ LONG_WAVES = (1, 2, 4, 7, 11, 16, 24, 36)
 """How many."""
 FILLER_LENGTH, FILLER_SHARE = 0.5, 0.8
 """Sequences of at most this part of the capacity fill long waves; this part of them is counted."""
+SHARED_ROOM = (0.0, 0.06)
+"""Memory that is left free in waves of shared rings, where sequences fit less neatly."""
 GOOD_ENOUGH = 1.002
 """Time over that of perfectly even waves at which no better way to fill them is looked for."""
 MORE_WAVES = 3
@@ -124,9 +126,7 @@ def _candidates(problem: Problem, batch: Batch) -> Iterator[Candidate]:
 
 
 def _stacks(problem: Problem, batch: Batch, limit_s: float, nest: bool) -> Candidate:
-    fewest = fewest_ranks(problem, batch.lengths)
-    sizes = smallest_sizes(problem, batch.lengths, fewest, limit_s)
-    sizes = np.where(sizes == 0, fastest_sizes(problem, batch.lengths, fewest), sizes)
+    sizes = _own_sizes(problem, batch.lengths, limit_s)
     if nest:
         node = min(problem.cost.node_size, problem.num_ranks)
         nested = np.minimum(node, 2 ** np.ceil(np.log2(sizes))).astype(np.int64)
@@ -152,6 +152,8 @@ class Level:
     """Positions of the sequences that are in no long wave, longest first."""
     crowding: float
     """Tokens of sequences on one rank, over those for which there is both memory and time."""
+    shared: int = 0
+    """Ranks of the rings that sequences of even waves share; 0: long ones have their own."""
 
     def step_s(self, pipeline: int) -> float:
         """Seconds of the step; stages wait for the longest wave while a pipeline fills."""
@@ -188,6 +190,34 @@ def _level(
         ]
     crowding = _crowding(problem, batch.lengths[rest], num_waves, seconds, filler_tokens)
     return Level(long, num_waves, seconds, rest, crowding)
+
+
+def _shared_level(
+    problem: Problem, batch: Batch, long: list[LongWave], more: float
+) -> Level | None:
+    """Even waves in which all ranks form rings that just hold the longest sequence left.
+
+    Sizes are powers of two within a node, and whole nodes. There is one wave more than memory
+    needs, and this part `more`. None where a ring would be more than all ranks.
+    """
+    rest = _without(batch, long)
+    lengths = batch.lengths[rest].astype(np.float64)
+    if not len(rest):
+        return None
+    node = min(problem.cost.node_size, problem.num_ranks)
+    size = int(fewest_ranks(problem, batch.lengths[rest[:1]])[0])
+    size = min(node, 1 << (size - 1).bit_length()) if size <= node else -(-size // node) * node
+    if size > problem.num_ranks:
+        return None
+    filler_s, filler_tokens = _filler(problem, batch.lengths[rest], long)
+    tokens, held = float(lengths.sum()), problem.num_ranks * problem.capacity
+    number = 1 + math.ceil(max(0.0, tokens - filler_tokens) / held * (1 + more))
+    squares = float((lengths * lengths).sum())
+    start_s = float(problem.cost.seconds(0.0, 0.0, size, size <= node))
+    work_s = float(problem.cost.seconds(squares, tokens, size, size <= node)) - start_s
+    per_wave = number * problem.num_ranks / size
+    seconds = start_s + max(0.0, work_s - filler_s / size) / per_wave
+    return Level(long, number, seconds, rest, 0.0, size)
 
 
 def _filler(problem: Problem, lengths: Integers, long: Sequence[LongWave]) -> tuple[float, float]:
@@ -241,11 +271,10 @@ def _filled(problem: Problem, batch: Batch, level: Level, way: Way) -> Candidate
     """A plan with rings of at most the level times a stretch; None where memory is too tight."""
     stretch, fill = way
     limit_s = level.seconds * stretch
-    lengths = batch.lengths[level.rest]
-    fewest = fewest_ranks(problem, lengths)
-    sizes = smallest_sizes(problem, lengths, fewest, limit_s)
-    sizes = np.where(sizes == 0, fastest_sizes(problem, lengths, fewest), sizes)
+    sizes = _own_sizes(problem, batch.lengths[level.rest], limit_s)
     rings, ring_sizes, singles = batch.split(level.rest, sizes, problem.capacity)
+    if level.shared:
+        rings, ring_sizes, singles = [], [], batch.at(level.rest)
     target_s = [wave.seconds for wave in level.long] + [limit_s] * level.num_waves
     sheet = Sheet(problem, batch.tokens, target_s)
     for number, wave in enumerate(level.long):
@@ -253,12 +282,19 @@ def _filled(problem: Problem, batch: Batch, level: Level, way: Way) -> Candidate
             return None
     if not sheet.add_rings(rings, ring_sizes):
         return None
-    sheet.open_rest()
+    sheet.open_rest(max(1, level.shared))
     if not fill(sheet, singles):
         return None
     waves = sheet.waves()
     seconds = sum(waves.seconds) + (problem.pipeline - 1) * max(waves.seconds)
     return Candidate(seconds, waves.placed)
+
+
+def _own_sizes(problem: Problem, lengths: Integers, limit_s: float) -> Integers:
+    """The smallest ring on which each sequence takes at most `limit_s`, else the fastest."""
+    fewest = fewest_ranks(problem, lengths)
+    sizes = smallest_sizes(problem, lengths, fewest, limit_s)
+    return np.where(sizes == 0, fastest_sizes(problem, lengths, fewest), sizes)
 
 
 def _levels(problem: Problem, batch: Batch) -> list[Level]:
@@ -281,9 +317,18 @@ def _levels(problem: Problem, batch: Batch) -> list[Level]:
             levels += _even_levels(problem, batch, long[:number], min(stages, 2))
             if number >= len(long):
                 break
+    else:
+        long = []
     roomy = sorted((one for one in levels if one.crowding <= 1), key=lambda one: one.step_s(stages))
     tight = [one for one in levels if one.crowding > 1]
-    return roomy[:2] + tight[-1:] + roomy[2:4]
+    shared = [
+        level
+        for number in (0, *LONG_WAVES)
+        for more in SHARED_ROOM
+        if number <= len(long) and (level := _shared_level(problem, batch, long[:number], more))
+    ]
+    shared.sort(key=lambda level: level.step_s(stages))
+    return roomy[:1] + shared[:2] + roomy[1:2] + tight[-1:] + roomy[2:4]
 
 
 def _even_levels(problem: Problem, batch: Batch, long: list[LongWave], more: int) -> list[Level]:

@@ -205,8 +205,14 @@ class Sheet:
             self._open(*taken, sequence)
         return True
 
-    def open_rest(self) -> None:
-        """Open a micro-batch on every rank of every wave that has none."""
+    def open_rest(self, size: int) -> None:
+        """Open micro-batches on rings of `size` ranks while there is room, then on single ranks."""
+        while size > 1:
+            taken = self._free.take_within(size) if size <= self._node_size else None
+            taken = taken or self._free.take_across(size, None)
+            if taken is None:
+                break
+            self._open(*taken)
         for wave, rank in self._free.rest():
             self._open(wave, (rank,))
 
