@@ -42,14 +42,9 @@ class Measurement:
     """Time of the slowest rank of the ring, once per repeat."""
 
     @property
-    def median_s(self) -> float:
-        """What the fit aims at."""
-        return float(np.median(self.seconds))
-
-    @property
     def noise(self) -> float:
-        """Median distance of a repeat from the median, relative: below it no fit can get."""
-        return float(np.median(np.abs(np.array(self.seconds) / self.median_s - 1)))
+        """Median distance of a repeat from the median, relative."""
+        return float(np.median(np.abs(np.array(self.seconds) / np.median(self.seconds) - 1)))
 
 
 @dataclass(frozen=True)
@@ -82,15 +77,16 @@ class Fit:
         return bool(np.median(np.abs(self.left_out_errors)) < GOOD_ERROR)
 
 
-def fit_cost(measurements: Sequence[Measurement], node_size: int) -> Fit:
+def fit_cost(measurements: Sequence[Measurement], node_size: int, quantile: float = 0.5) -> Fit:
     """The cost model, with no coefficient below 0, of the least relative error.
 
-    Single measurements that are far off, as other programs cause them, count less than by their
-    square. For a given ratio of `pass` to `a` the time is linear in what is left, so the ratios
-    are tried one by one. A coefficient that the measurements cannot tell is 0 and named. Raises
-    ValueError without a measurement that took time.
+    What it aims at is the `quantile` of the repeats: 0.5 their median, 0 the fastest. Single
+    measurements that are far off, as other programs cause them, count less than by their square.
+    For a given ratio of `pass` to `a` the time is linear in what is left, so the ratios are tried
+    one by one. A coefficient that the measurements cannot tell is 0 and named. Raises ValueError
+    without a measurement that took time.
     """
-    table = _Table.of(measurements)
+    table = _Table.of(measurements, quantile)
     ratios = min(
         _candidates(table), key=lambda pair: _solve(table, pair)[1] / (1 if any(pair) else _PAYS)
     )
@@ -163,8 +159,9 @@ class _Table:
     seconds: Floats
 
     @staticmethod
-    def of(measurements: Sequence[Measurement]) -> _Table:
-        seconds = np.array([one.median_s for one in measurements], np.float64)
+    def of(measurements: Sequence[Measurement], quantile: float) -> _Table:
+        repeats = [one.seconds for one in measurements]
+        seconds = np.array([np.quantile(one, quantile) for one in repeats], np.float64)
         if not len(seconds) or not (np.isfinite(seconds) & (seconds > 0)).all():
             raise ValueError("a fit needs measurements of more than 0 s")
         lengths = [np.array(one.lengths, np.float64) for one in measurements]
@@ -282,10 +279,15 @@ def write_cost(cost: CostModel, path: str | Path) -> None:
 def fit_table(measurements: Sequence[Measurement], fit: Fit) -> list[str]:
     """Measured against predicted, a line for each measurement."""
     rows = ["  ring  sequences              measured   noise  predicted   error  left out"]
-    for one, predicted, error, left_out in zip(
-        measurements, fit.predicted_s, fit.errors, fit.left_out_errors, strict=True
+    for one, seconds, predicted, error, left_out in zip(
+        measurements,
+        fit.measured_s,
+        fit.predicted_s,
+        fit.errors,
+        fit.left_out_errors,
+        strict=True,
     ):
-        what = f"{one.size:>4}  {_words(one.lengths):<20} {one.median_s * 1e3:>8.2f} ms"
+        what = f"{one.size:>4}  {_words(one.lengths):<20} {seconds * 1e3:>8.2f} ms"
         found = f"{one.noise:>6.1%} {predicted * 1e3:>7.2f} ms {error:>+7.1%}  {left_out:>+7.1%}"
         rows.append(f"  {what} {found}{'' if one.one_node else '  across nodes'}")
     return rows

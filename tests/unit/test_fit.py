@@ -109,6 +109,14 @@ def test_a_single_disturbed_measurement_changes_little():
     assert fit.errors[7] == pytest.approx(1 / 3 - 1, abs=0.02)
 
 
+def test_on_a_busy_machine_the_fastest_repeats_tell():
+    generator = np.random.default_rng(0)
+    grid = measured_grid(TRUE, noise=lambda: (0.0, *generator.exponential(1.0, 4)))
+    fit = fit_cost(grid, node_size=4, quantile=0.0)
+    assert fit.cost.a == pytest.approx(TRUE.a, rel=1e-6) and np.abs(fit.errors).max() < 1e-6
+    assert np.abs(fit_cost(grid, node_size=4).errors).max() > 0.1
+
+
 def test_passing_that_attention_does_not_hide_is_found():
     true = replace(TRUE, transfer_intra=0.0, pass_intra=2e-5)
     fit = fit_cost(measured_grid(true), node_size=4)
