@@ -23,17 +23,17 @@ from megascale.planner.waves import LongWave, Sheet, even_level, long_waves
 
 Integers = NDArray[np.int64]
 
-TRIES = 8
+TRIES = 10
 """Plans that are made, of which the best is taken, where no budget of seconds says."""
 STACKS = ((1.0, False), (1.0, True), (0.5, False))
 """Ways to stack rings: how long they may last, as part of an even share, and whether sizes within
 a node are rounded up to powers of two, which nest."""
 SPARSE_BATCHES = 1.5
 """Micro-batches per rank below which free plans are tried in waves too."""
-SPREAD_COSTS = 1.04
-"""Time of even waves over work at least, from which long sequences are given waves of their own."""
+LONG_PAYS = 1.045
+"""Time of even waves over the work there is, above which long sequences get their own waves."""
 LONG_WAVES = (1, 2, 4, 7, 11, 16, 24, 36)
-"""How many."""
+"""How many waves are given to the longest sequences."""
 FILLER_LENGTH, FILLER_SHARE = 0.5, 0.8
 """Sequences of at most this part of the capacity fill long waves; this part of them is counted."""
 SHARED_ROOM = (0.0, 0.06)
@@ -128,9 +128,7 @@ def _candidates(problem: Problem, batch: Batch) -> Iterator[Candidate]:
 def _stacks(problem: Problem, batch: Batch, limit_s: float, nest: bool) -> Candidate:
     sizes = _own_sizes(problem, batch.lengths, limit_s)
     if nest:
-        node = min(problem.cost.node_size, problem.num_ranks)
-        nested = np.minimum(node, 2 ** np.ceil(np.log2(sizes))).astype(np.int64)
-        sizes = np.where(sizes <= node, nested, sizes)
+        sizes = _nested(problem, sizes)
     everything = np.arange(len(sizes))
     rings, ring_sizes, singles = batch.split(everything, sizes, problem.capacity)
     stacks = Stacks(problem, batch.tokens)
@@ -238,21 +236,47 @@ def _without(batch: Batch, long: Sequence[LongWave]) -> Integers:
 
 
 def _waves(problem: Problem, batch: Batch) -> Iterator[Candidate]:
-    """Plans in waves: the most promising numbers of waves and ways to fill them first."""
+    """Plans in waves: the most promising numbers of waves and ways to fill them first.
+
+    Where even waves spread long sequences over so many ranks that it costs much, or have no room
+    for large rings beside each other, the longest get waves of their own.
+    """
     levels = _levels(problem, batch)
-    best_s = float("inf")
-    for ways in WAYS:
-        for level in levels:
-            for way in ways:
-                if best_s <= level.step_s(problem.pipeline) * GOOD_ENOUGH:
-                    break
-                candidate = _filled(problem, batch, level, way)
-                if candidate is None:
-                    break
+    best_s, needed_s = math.inf, _needed_s(problem, batch)
+    for number, ways in enumerate(WAYS):
+        for candidate in _by_ways(problem, batch, levels, ways, best_s):
+            best_s = min(best_s, candidate.seconds)
+            yield candidate
+        if number == 0 and best_s > LONG_PAYS * needed_s:
+            long = _long_levels(problem, batch)
+            for candidate in _by_ways(problem, batch, long, ways, best_s):
                 best_s = min(best_s, candidate.seconds)
                 yield candidate
-    if best_s == float("inf"):
+            levels = sorted(levels + long, key=lambda level: level.step_s(problem.pipeline))[:5]
+    if best_s == math.inf:
         yield _roomiest(problem, batch)
+
+
+def _by_ways(
+    problem: Problem, batch: Batch, levels: list[Level], ways: tuple[Way, ...], best_s: float
+) -> Iterator[Candidate]:
+    """Every level filled in all ways, unless it cannot be better than `best_s`."""
+    for level in levels:
+        for way in ways:
+            if best_s <= level.step_s(problem.pipeline) * GOOD_ENOUGH:
+                break
+            candidate = _filled(problem, batch, level, way)
+            if candidate is None:
+                break
+            best_s = min(best_s, candidate.seconds)
+            yield candidate
+
+
+def _needed_s(problem: Problem, batch: Batch) -> float:
+    """Seconds of all work spread evenly, every sequence on as few ranks as hold it."""
+    fewest = fewest_ranks(problem, batch.lengths)
+    alone = alone_s(problem, batch.lengths, fewest) - problem.cost.fixed
+    return float((alone * fewest).sum()) / problem.num_ranks
 
 
 def _roomiest(problem: Problem, batch: Batch) -> Candidate:
@@ -272,22 +296,44 @@ def _filled(problem: Problem, batch: Batch, level: Level, way: Way) -> Candidate
     stretch, fill = way
     limit_s = level.seconds * stretch
     sizes = _own_sizes(problem, batch.lengths[level.rest], limit_s)
-    rings, ring_sizes, singles = batch.split(level.rest, sizes, problem.capacity)
     if level.shared:
-        rings, ring_sizes, singles = [], [], batch.at(level.rest)
+        sizes = np.ones_like(sizes)
+    for own in (sizes, _nested(problem, sizes)):
+        rings, ring_sizes, singles = batch.split(level.rest, own, problem.capacity)
+        if level.shared:
+            rings, ring_sizes, singles = [], [], batch.at(level.rest)
+        sheet = _with_rings(problem, batch, level, limit_s, rings, ring_sizes)
+        if sheet is not None:
+            sheet.open_rest(max(1, level.shared))
+            if fill(sheet, singles):
+                waves = sheet.waves()
+                seconds = sum(waves.seconds) + (problem.pipeline - 1) * max(waves.seconds)
+                return Candidate(seconds, waves.placed)
+    return None
+
+
+def _with_rings(
+    problem: Problem,
+    batch: Batch,
+    level: Level,
+    limit_s: float,
+    rings: list[int],
+    sizes: list[int],
+) -> Sheet | None:
+    """The waves of a level with nothing but rings; None where these find no room."""
     target_s = [wave.seconds for wave in level.long] + [limit_s] * level.num_waves
     sheet = Sheet(problem, batch.tokens, target_s)
     for number, wave in enumerate(level.long):
         if not sheet.add_rings(batch.at(wave.members), wave.sizes.tolist(), number):
             return None
-    if not sheet.add_rings(rings, ring_sizes):
-        return None
-    sheet.open_rest(max(1, level.shared))
-    if not fill(sheet, singles):
-        return None
-    waves = sheet.waves()
-    seconds = sum(waves.seconds) + (problem.pipeline - 1) * max(waves.seconds)
-    return Candidate(seconds, waves.placed)
+    return sheet if sheet.add_rings(rings, sizes) else None
+
+
+def _nested(problem: Problem, sizes: Integers) -> Integers:
+    """Sizes within a node rounded up to powers of two: these fill nodes without rest."""
+    node = min(problem.cost.node_size, problem.num_ranks)
+    rounded = np.minimum(node, 2 ** np.ceil(np.log2(sizes))).astype(np.int64)
+    return np.where(sizes <= node, rounded, sizes)
 
 
 def _own_sizes(problem: Problem, lengths: Integers, limit_s: float) -> Integers:
@@ -298,37 +344,31 @@ def _own_sizes(problem: Problem, lengths: Integers, limit_s: float) -> Integers:
 
 
 def _levels(problem: Problem, batch: Batch) -> list[Level]:
-    """Waves worth trying, best first.
-
-    Where even waves spread long sequences over so many ranks that it costs much, the longest get
-    waves of their own, as many as is best.
-    """
+    """Even waves worth trying, best first."""
     stages = problem.pipeline
-    levels = _even_levels(
-        problem, batch, [], MORE_WAVES if stages == 1 else MORE_WAVES_OF_PIPELINES
-    )
-    fewest = fewest_ranks(problem, batch.lengths)
-    alone = alone_s(problem, batch.lengths, fewest) - problem.cost.fixed
-    needed_s = float((alone * fewest).sum()) / problem.num_ranks
-    even_s = min((level.step_s(1) for level in levels), default=math.inf)
-    if even_s >= SPREAD_COSTS * needed_s:
-        long = long_waves(problem, batch.lengths, LONG_WAVES[-1])
-        for number in LONG_WAVES:
-            levels += _even_levels(problem, batch, long[:number], min(stages, 2))
-            if number >= len(long):
-                break
-    else:
-        long = []
+    more = MORE_WAVES if stages == 1 else MORE_WAVES_OF_PIPELINES
+    levels = _even_levels(problem, batch, [], more)
     roomy = sorted((one for one in levels if one.crowding <= 1), key=lambda one: one.step_s(stages))
     tight = [one for one in levels if one.crowding > 1]
-    shared = [
-        level
-        for number in (0, *LONG_WAVES)
-        for more in SHARED_ROOM
-        if number <= len(long) and (level := _shared_level(problem, batch, long[:number], more))
-    ]
-    shared.sort(key=lambda level: level.step_s(stages))
-    return roomy[:1] + shared[:2] + roomy[1:2] + tight[-1:] + roomy[2:4]
+    shared = _shared_levels(problem, batch, [])
+    return roomy[:1] + shared[:1] + roomy[1:2] + tight[-1:] + shared[1:] + roomy[2:4]
+
+
+def _long_levels(problem: Problem, batch: Batch) -> list[Level]:
+    """Waves of their own for the longest sequences and even ones for the rest, best first."""
+    long = long_waves(problem, batch.lengths, LONG_WAVES[-1])
+    levels: list[Level] = []
+    for number in LONG_WAVES:
+        even = _even_levels(problem, batch, long[:number], min(problem.pipeline, 2))
+        levels += even + _shared_levels(problem, batch, long[:number])
+        if number >= len(long):
+            break
+    return sorted(levels, key=lambda level: level.step_s(problem.pipeline))[:5]
+
+
+def _shared_levels(problem: Problem, batch: Batch, long: list[LongWave]) -> list[Level]:
+    levels = (_shared_level(problem, batch, long, more) for more in SHARED_ROOM)
+    return [level for level in levels if level is not None]
 
 
 def _even_levels(problem: Problem, batch: Batch, long: list[LongWave], more: int) -> list[Level]:
