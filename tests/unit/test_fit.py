@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny_corpus import tiny_config
 
 from megascale import cli
 from megascale.planner import CostModel
@@ -220,3 +221,27 @@ def test_bad_input_of_calibrate_is_one_line(words, problem, tmp_path, monkeypatc
     shown = capfd.readouterr().err
     assert problem in shown and shown.count("\n") == 1
     assert not (tmp_path / "COST.json").exists()
+
+
+def test_a_run_is_planned_with_measured_costs(tmp_path, capsys):
+    config, cost = str(tiny_config(tmp_path)), tmp_path / "COST.json"
+    slow, out = replace(TRUE, b=1.0), tmp_path / "plan.json"
+    write_cost(slow, cost)
+    words = ["plan", config, f"planner.cost={cost}", "planner.name=static", "--json", str(out)]
+    assert cli.main(words) == 0
+    seconds = json.loads(out.read_text())["predicted_s"]
+    assert seconds > 1024 * slow.b
+    assert f"({seconds:.4g} s, calibrated cost)" in capsys.readouterr().out
+    assert cli.main([*words[:2], *words[3:]]) == 0
+    assert "(uncalibrated cost)" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("text", [None, "{", '{"a": 1}'])
+def test_a_bad_cost_file_of_a_run_is_one_line(text, tmp_path, capsys):
+    config, cost = str(tiny_config(tmp_path)), tmp_path / "COST.json"
+    if text is not None:
+        cost.write_text(text)
+    assert cli.main(["plan", config, f"planner.cost={cost}"]) == 2
+    shown = capsys.readouterr().err
+    assert f"planner.cost: cost file {cost}" in shown and shown.count("\n") == 1
+    assert "megascale calibrate writes one" in shown
