@@ -137,7 +137,7 @@ def _stacks(problem: Problem, batch: Batch, limit_s: float, nest: bool) -> Candi
     return Candidate(stacks.seconds, stacks.placed)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Level:
     """Waves for long sequences, and even waves for the rest, if that could be cut finely."""
 
@@ -252,7 +252,7 @@ def _waves(problem: Problem, batch: Batch) -> Iterator[Candidate]:
             for candidate in _by_ways(problem, batch, long, ways, best_s):
                 best_s = min(best_s, candidate.seconds)
                 yield candidate
-            levels = sorted(levels + long, key=lambda level: level.step_s(problem.pipeline))[:5]
+            levels = sorted(levels + long, key=lambda level: level.step_s(problem.pipeline))
     if best_s == math.inf:
         yield _roomiest(problem, batch)
 
@@ -260,13 +260,17 @@ def _waves(problem: Problem, batch: Batch) -> Iterator[Candidate]:
 def _by_ways(
     problem: Problem, batch: Batch, levels: list[Level], ways: tuple[Way, ...], best_s: float
 ) -> Iterator[Candidate]:
-    """Every level filled in all ways, unless it cannot be better than `best_s`."""
-    for level in levels:
+    """Every level filled in all ways, unless it cannot be better than `best_s`.
+
+    Levels for which memory is too tight are taken from the list.
+    """
+    for level in list(levels):
         for way in ways:
             if best_s <= level.step_s(problem.pipeline) * GOOD_ENOUGH:
                 break
             candidate = _filled(problem, batch, level, way)
             if candidate is None:
+                levels.remove(level)
                 break
             best_s = min(best_s, candidate.seconds)
             yield candidate
@@ -363,7 +367,7 @@ def _long_levels(problem: Problem, batch: Batch) -> list[Level]:
         levels += even + _shared_levels(problem, batch, long[:number])
         if number >= len(long):
             break
-    return sorted(levels, key=lambda level: level.step_s(problem.pipeline))[:5]
+    return sorted(levels, key=lambda level: level.step_s(problem.pipeline))
 
 
 def _shared_levels(problem: Problem, batch: Batch, long: list[LongWave]) -> list[Level]:
