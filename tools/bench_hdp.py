@@ -15,6 +15,7 @@ import argparse
 import json
 import os
 import platform
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -241,9 +242,12 @@ class Calibration:
 def compare(bench: Bench, name: str, rounds: int, show: Callable[[str], None]) -> dict[str, Any]:
     """Rounds of one kind of batch, a new draw in each, under every planner in turn."""
     times: dict[str, list[tuple[float, ...]]] = {planner: [] for planner in COMPARED}
+    expected: list[tuple[float, float]] = []
     for turn in range(rounds + 1):
         lengths = BATCHES[name].draw(turn)
         plans = {planner: PLANNERS[planner](bench.problem(lengths)) for planner in COMPARED}
+        static_s, ours = plans["static"].predicted_s, plans["hybrid"]
+        expected.append((static_s / ours.predicted_s, static_s / ours.lower_bound_s))
         first = turn % len(COMPARED)
         for planner in COMPARED[first:] + COMPARED[:first]:
             show(f"{name} {planner}")
@@ -257,6 +261,8 @@ def compare(bench: Bench, name: str, rounds: int, show: Callable[[str], None]) -
         "batch": name,
         "rounds": rounds,
         "loss_difference": float((np.ptp(losses, axis=0) / losses[0]).max()),
+        "predicted_over_static": statistics.median(ratio for ratio, _ in expected),
+        "most_possible_over_static": statistics.median(ratio for _, ratio in expected),
         "planners": {planner: _row(of[planner], of["static"]) for planner in COMPARED},
     }
 
@@ -402,7 +408,9 @@ def report(results: dict[str, Any]) -> Iterator[str]:
         reached = one["planners"]["hybrid"]["over_static"]
         word = "reached" if reached >= goal else "NOT reached"
         yield (
-            f"      {one['batch']}: {reached:.2f}x, goal {goal}x {word}; losses differ by "
+            f"      {one['batch']}: {reached:.2f}x, goal {goal}x {word}; predicted "
+            f"{one['predicted_over_static']:.2f}x, of at most "
+            f"{one['most_possible_over_static']:.2f}x by the lower bound; losses differ by "
             f"{one['loss_difference']:.1e} (goal: at most {LOSS_GOAL})"
         )
     for one in results["profiles"]:

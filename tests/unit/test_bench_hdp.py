@@ -51,6 +51,7 @@ def results():
     same = bench_hdp._row(static, static)
     planners = {"static": same, "static_best": same, "hybrid": row}
     compared = {"ranks": 2, "batch": "tail", "rounds": 3, "loss_difference": 1e-5}
+    compared |= {"predicted_over_static": 1.9, "most_possible_over_static": 2.1}
     truth = {"ranks": 2, "passes": 1, "median_error": 0.05, "max_error": 0.2, "spread": 0.1}
     truth |= {"fit_error": 0.04, "predicted_s": [1.0, 2.0], "measured_s": [1.1, 2.0]}
     profile = {"ranks": 2, "batch": "tail", "planner": "static", "seconds": {"x": 1.0, "y": 3.0}}
