@@ -125,6 +125,20 @@ def fastest_sizes(problem: Problem, lengths: Integers, fewest: Integers) -> Inte
     return np.where(is_faster, across, within)
 
 
+def sizes_within(problem: Problem, lengths: Integers, limit_s: float) -> Integers:
+    """The smallest ring on which each sequence takes at most `limit_s`, else the fastest."""
+    fewest = fewest_ranks(problem, lengths)
+    sizes = smallest_sizes(problem, lengths, fewest, limit_s)
+    return np.where(sizes == 0, fastest_sizes(problem, lengths, fewest), sizes)
+
+
+def nested_sizes(problem: Problem, sizes: Integers) -> Integers:
+    """Sizes within a node rounded up to powers of two: these fill nodes without rest."""
+    node = min(problem.cost.node_size, problem.num_ranks)
+    rounded = np.minimum(node, 2 ** np.ceil(np.log2(sizes))).astype(np.int64)
+    return np.where(sizes <= node, rounded, sizes)
+
+
 def lower_bound_s(problem: Problem) -> float:
     """Seconds that no plan can beat, by the cost model.
 
