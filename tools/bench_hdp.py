@@ -231,11 +231,11 @@ class Calibration:
         """The cost model, seconds of a step beside its micro-batches, and the median error of
         samples that the fit has not seen. The same on all ranks."""
         measured = [
-            Measurement(tuple(lengths), size, True, (min(seconds),))
+            Measurement(tuple(lengths), size, True, tuple(seconds))
             for (size, lengths), seconds in zip(self.samples, self._seconds, strict=True)
         ]
         fit = fit_cost(measured, node_size=8)
-        step_s = min(self._tiny) - fit.cost.ring_s([16], [0])
+        step_s = statistics.median(self._tiny) - fit.cost.ring_s([16], [0])
         return fit.cost, max(0.0, step_s), float(np.median(np.abs(fit.left_out_errors)))
 
 
@@ -301,9 +301,9 @@ def truth(
 ) -> dict[str, Any]:
     """Predicted and measured steps of mixed batches.
 
-    Each pass measures the batches and the calibration's samples, so that both stem from the same
-    minutes of a machine that others use too. Of both the least of the passes counts, since what
-    others do only adds. Planned is with the first calibration.
+    Each pass measures the batches and the calibration's samples, so that both are medians over
+    the same minutes of a machine that others use too (the least time would flatter the short
+    samples, which slip between what others do). Planned is with the first calibration.
     """
     drawn = [_mixed(seed) for seed in range(number)]
     plans = [PLANNERS["hybrid"](bench.problem(lengths)) for lengths in drawn]
@@ -317,7 +317,7 @@ def truth(
     predicted = [
         step_s(plan, lengths, cost) + beside_s for plan, lengths in zip(plans, drawn, strict=True)
     ]
-    taken = [min(seconds) for seconds in measured]
+    taken = [statistics.median(seconds) for seconds in measured]
     errors = np.abs(np.array(predicted) / np.array(taken) - 1)
     spread = [max(seconds) / min(seconds) - 1 for seconds in measured]
     return {
@@ -424,8 +424,8 @@ def report(results: dict[str, Any]) -> Iterator[str]:
         f"predicted against measured, {found['ranks']} ranks, {len(found['measured_s'])} mixed "
         f"batches: median error {found['median_error']:.1%} (goal: {TRUTH_GOAL:.0%}), max "
         f"{found['max_error']:.1%}; fit on samples left out "
-        f"{found['fit_error']:.1%}; the slowest of {found['passes']} passes over the fastest, "
-        f"which counts: {1 + found['spread']:.2f}x"
+        f"{found['fit_error']:.1%}; the slowest of {found['passes']} passes over the "
+        f"fastest: {1 + found['spread']:.2f}x"
     )
 
 
