@@ -48,6 +48,7 @@ def build_model(config: RunConfig, ranks: Ranks) -> DistributedDataParallel:
     if config.train.precision == "bf16":
         model = Float16Module(core, model)
     wrapped = DistributedDataParallel(core, _reduction(config, ranks), model)
+    core.no_sync_func = wrapped.no_sync  # gradients are reduced after the last micro-batch only
     wrapped.offloader = Offloader(layers, ranks.device)
     return wrapped
 
@@ -153,10 +154,15 @@ def _block_spec(config: RunConfig, core: TransformerConfig) -> ModuleSpec | Any:
 
 
 def _reduction(config: RunConfig, ranks: Ranks) -> DistributedDataParallelConfig:
-    """Overlap with the backward pass pays on CUDA; experts without tokens have no gradient to
-    announce, so a MoE model without grouped experts reduces at the end."""
+    """Overlap with the backward pass pays on CUDA, where nothing else is on the way.
+
+    Experts without tokens have no gradient to announce, so a MoE model without grouped experts
+    reduces at the end. So do ranks that share sequences: a reduction that waits for ranks with
+    more micro-batches would stand in the GPU's queues before messages of rings that these need.
+    """
     whole = config.model.moe is None or use_transformer_engine(config.model)
-    overlap = ranks.device.type == "cuda" and whole
+    rings = config.planner.name != "longest_first"
+    overlap = ranks.device.type == "cuda" and whole and not rings
     return DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
         overlap_grad_reduce=overlap,

@@ -27,6 +27,8 @@ def compare_with_plain(overrides):
     ranks = distributed.start(config)
     model = build_model(config, ranks)
     assert sum(p.numel() for p in model.parameters()) == count_parameters(config.model).total
+    # else a rank would reduce gradients after each of its micro-batches
+    assert model.config.no_sync_func == model.no_sync
     plain = PlainGpt(config.model, padded_vocab_size(config.model))
     plain.load_megatron(model.module.state_dict())
     generator = np.random.default_rng(0)

@@ -116,7 +116,8 @@ def test_bad_overrides(override):
         ("model.num_kv_heads=3", "does not divide model.num_heads"),
         ("parallel.expert=2", "needs model.moe"),
         ("model.head_dim=15", "must be even"),
-        ("planner.capacity_tokens=8", "set planner.capacity_tokens=1024"),
+        ("planner={name: longest_first, capacity_tokens: 8}", "set planner.capacity_tokens=1024"),
+        ("planner.budget_s=-1", "planner.budget_s = -1.0 must be at least 0"),
         ("data.sources={}", "data.sources is empty"),
         ("data.stages=[{blend: {wb: 1}}]", "data.sources has: web"),
         ("data.stages=[{blend: {web: -1}}]", "at least 0"),
@@ -135,6 +136,19 @@ def test_impossible_combinations_name_what_works(override, message):
     with pytest.raises(UserError) as caught:
         final(override)
     assert message in str(caught.value)
+
+
+def test_all_ranks_together_hold_the_longest_sequence():
+    config = final("planner.capacity_tokens=256")
+    assert Layout.of(config, 4).hdp == 4
+    with pytest.raises(UserError, match="data.context_tokens = 1024 does not fit the 3 ranks"):
+        Layout.of(config, 3)
+    offload = final(
+        "planner={capacity_tokens: 256, host_copy_bytes_per_s: 1e9}", "model.num_layers=8"
+    )
+    assert Layout.of(offload, 1).hdp == 1
+    with pytest.raises(UserError, match="planner.capacity_tokens=512 or above"):
+        Layout.of(config, 2)
 
 
 def test_experts_must_divide():
