@@ -181,7 +181,7 @@ def _name(key: Any, where: str) -> str:
 
 def _scalar(kind: type, value: Any, where: str) -> Any:
     if kind is int and isinstance(value, str):
-        value = _whole_number(value, where)
+        value = whole_number(value, where)
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
     right_kind = isinstance(value, kind) and not (kind is not bool and isinstance(value, bool))
@@ -191,7 +191,11 @@ def _scalar(kind: type, value: Any, where: str) -> Any:
     return value
 
 
-def _whole_number(text: str, where: str) -> int:
+def whole_number(text: str, where: str, least: int = 0) -> int:
+    """The number that `text` writes, with the suffixes that a config knows.
+
+    Raises UserError, which begins with `where`.
+    """
     match = re.fullmatch(r"\s*([0-9][0-9_]*(?:\.[0-9]+)?)\s*([KMBGT]|[KMG]i)?\s*", text)
     if match is None:
         raise UserError(f"{where} must be a whole number such as 4096, 20M or 8Ki, not '{text}'")
@@ -199,6 +203,8 @@ def _whole_number(text: str, where: str) -> int:
     number = float(digits) * (SUFFIXES | BINARY_SUFFIXES)[suffix]
     if number != int(number):
         raise UserError(f"{where} must be a whole number; '{text}' is {number}")
+    if number < least:
+        raise UserError(f"{where} must be at least {least}, not {text}")
     return int(number)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -115,3 +116,30 @@ def _first_tokens(lengths: Integers, num_tokens: int) -> Integers:
     first = lengths[:count].copy()
     first[-1] -= ends[count - 1] - num_tokens
     return first
+
+
+def read_lengths(path: str, where: str) -> Integers:
+    """Tokens of sequences from a text file, one integer a line; empty lines do not count.
+
+    Raises UserError, which begins with `where` and the path.
+    """
+    where += path
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or "not text"
+        raise UserError(f"{where}: {reason}") from None
+    lengths = []
+    for number, line in enumerate(lines, start=1):
+        text = line.strip()
+        if not text:
+            continue
+        if not (text.isascii() and text.isdigit()) or not 0 < int(text) < 2**40:
+            raise UserError(
+                f"{where}: line {number} is {text[:40]!r}, not a whole number "
+                "of tokens of at least 1"
+            )
+        lengths.append(int(text))
+    if not lengths:
+        raise UserError(f"{where}: holds no length; write one integer a line")
+    return np.array(lengths, dtype=np.int64)

@@ -9,13 +9,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import cast
 
-import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
 from megascale.config import Layout
+from megascale.config.load import whole_number
 from megascale.errors import UserError
 from megascale.planner import PLANNERS, CostModel, Problem, StepPlan, timeline
 from megascale.planner.gantt import LEGEND, plot_gantt, text_gantt
+from megascale.planner.lengths import read_lengths
 from megascale.planner.plan import Mode
 from megascale.train.cluster import MODELS
 from megascale.train.describe import cost_model, describe_run, first_step, load_run, static_line
@@ -30,13 +31,13 @@ def add_plan_arguments(parser: argparse.ArgumentParser) -> None:
     add("config", nargs="?", metavar="CONFIG", help="YAML file of the run")
     change = "options that replace those of the file"
     add("overrides", nargs="*", metavar="a.b=c", help=change)
-    add("--ranks", type=int, metavar="N", help="ranks of the run; default: the fewest that fit")
+    add("--ranks", metavar="N", help="ranks of the run; default: the fewest that fit")
     add("--json", metavar="OUT", help="write the plan (of step 0) to this file")
     add("--gantt", metavar="PNG", help="draw the plan (of step 0) into this file")
     group = parser.add_argument_group("without a config: plan one batch of lengths")
     add = group.add_argument
     add("--lengths", metavar="FILE", help="tokens of the sequences, one integer a line")
-    add("--capacity", type=int, metavar="TOKENS", help="tokens that a rank holds in a micro-batch")
+    add("--capacity", metavar="TOKENS", help="tokens that a rank holds in a micro-batch")
     add("--mode", choices=("free", "aligned", "lockstep"), help="default: free")
     add("--pp", type=int, metavar="P", help="pipeline stages, in aligned mode; default: 1")
     add("--cost", metavar="COST.json", help=f"default: that of a {DEFAULT_MODEL} model, assumed")
@@ -60,7 +61,8 @@ def run_plan(args: argparse.Namespace) -> int:
     config, sources = load_run(args.config, args.overrides)
     cut = config.parallel
     fewest = cut.tensor * cut.pipeline * cut.expert
-    layout = Layout.of(config, fewest if args.ranks is None else args.ranks)
+    ranks = fewest if args.ranks is None else whole_number(args.ranks, "--ranks", 1)
+    layout = Layout.of(config, ranks)
     first = first_step(config, layout, sources)
     print(describe_run(config, layout, sources, first), end="")
     _write_plan(args, first.plan, first.batch.length, cost_model(config))
@@ -101,8 +103,6 @@ def _problem(args: argparse.Namespace) -> Problem:
     for option, value in (("--ranks N", args.ranks), ("--capacity TOKENS", args.capacity)):
         if value is None:
             raise UserError(f"--lengths {args.lengths}: needs {option} too")
-        if value < 1:
-            raise UserError(f"{option.split()[0]} {value}: must be at least 1")
     mode, pipeline = args.mode or "free", 1 if args.pp is None else args.pp
     if pipeline < 1 or (pipeline > 1 and mode == "free"):
         raise UserError(f"--pp {pipeline}: must be at least 1, and above it needs --mode aligned")
@@ -110,9 +110,9 @@ def _problem(args: argparse.Namespace) -> Problem:
         raise UserError(f"--budget-s {args.budget_s:g}: must be at least 0, such as 0.5")
     cost = CostModel.load(args.cost) if args.cost else _default_cost()
     return Problem.of(
-        _read_lengths(args.lengths),
-        args.ranks,
-        args.capacity,
+        read_lengths(args.lengths, "--lengths "),
+        whole_number(args.ranks, "--ranks", 1),
+        whole_number(args.capacity, "--capacity", 1),
         cast(Mode, mode),
         cost,
         pipeline=pipeline,
@@ -124,28 +124,6 @@ def _default_cost() -> CostModel:
     from megascale.model.counts import default_cost
 
     return default_cost(MODELS[DEFAULT_MODEL].model)
-
-
-def _read_lengths(path: str) -> NDArray[np.int64]:
-    try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or "not text"
-        raise UserError(f"--lengths {path}: {reason}") from None
-    lengths = []
-    for number, line in enumerate(lines, start=1):
-        text = line.strip()
-        if not text:
-            continue
-        if not (text.isascii() and text.isdigit()) or not 0 < int(text) < 2**40:
-            raise UserError(
-                f"--lengths {path}: line {number} is {text[:40]!r}, not a whole number "
-                "of tokens of at least 1"
-            )
-        lengths.append(int(text))
-    if not lengths:
-        raise UserError(f"--lengths {path}: holds no length; write one integer a line")
-    return np.array(lengths, dtype=np.int64)
 
 
 def _write_plan(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -16,13 +15,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megascale.config import Layout, ModelConfig
-from megascale.config.load import BINARY_SUFFIXES, SUFFIXES
+from megascale.config.load import whole_number
 from megascale.corpus.describe import describe
 from megascale.corpus.shards import Shard
 from megascale.errors import UserError
 from megascale.planner import PLANNERS
 from megascale.planner.devices import DEVICES, device_of
-from megascale.planner.lengths import DISTRIBUTIONS, draw_lengths, sample_lengths
+from megascale.planner.lengths import DISTRIBUTIONS, draw_lengths, read_lengths, sample_lengths
 from megascale.planner.plan import Mode
 from megascale.planner.simulate import (
     Entrant,
@@ -69,9 +68,9 @@ def cluster_of(args: argparse.Namespace) -> Cluster:
     if args.model not in MODELS:
         raise UserError(f"--model {args.model}: not in the table, which has {', '.join(MODELS)}")
     preset = MODELS[args.model]
-    tensor = _whole("--tensor", args.tensor or str(preset.tensor))
-    pipeline = _whole("--pipeline", args.pipeline or str(preset.pipeline))
-    layout = _layout(preset.model, _whole("--ranks", args.ranks), tensor, pipeline, args)
+    tensor = whole_number(args.tensor or str(preset.tensor), "--tensor", 1)
+    pipeline = whole_number(args.pipeline or str(preset.pipeline), "--pipeline", 1)
+    layout = _layout(preset.model, whole_number(args.ranks, "--ranks", 1), tensor, pipeline, args)
     if not 0 <= args.budget_s < float("inf"):
         raise UserError(f"--budget-s {args.budget_s:g}: must be at least 0, such as 0.5")
     return Cluster(
@@ -80,30 +79,19 @@ def cluster_of(args: argparse.Namespace) -> Cluster:
         layout=layout,
         device_name=args.device,
         device=device_of(args.device, args.network_gbps),
-        context=_whole("--context", args.context),
-        capacity=_whole("--capacity", args.capacity),
-        batch_tokens=_whole("--batch-tokens", args.batch_tokens),
+        context=whole_number(args.context, "--context", 1),
+        capacity=whole_number(args.capacity, "--capacity", 1),
+        batch_tokens=whole_number(args.batch_tokens, "--batch-tokens", 1),
         mode=_mode(args.mode, layout),
         offload=_offload(args.offload),
         budget_s=args.budget_s,
     )
 
 
-def _whole(option: str, text: str, least: int = 1) -> int:
-    """A whole number, with the suffixes that a config knows."""
-    match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)([A-Z]i?)?", text)
-    factor = (SUFFIXES | BINARY_SUFFIXES).get(match.group(2) or "") if match else None
-    number = float(match.group(1)) * factor if match and factor else 0.5
-    if number != int(number) or number < least:
-        kind = f"whole number of at least {least}"
-        raise UserError(f"{option} {text}: must be a {kind}, such as 8, 32M or 8Ki")
-    return int(number)
-
-
 def _layout(
     model: ModelConfig, ranks: int, tensor: int, pipeline: int, args: argparse.Namespace
 ) -> Layout:
-    expert = _whole("--expert", args.expert)
+    expert = whole_number(args.expert, "--expert", 1)
     if model.num_heads % tensor or (model.num_kv_heads or 1) % tensor:
         raise UserError(f"--tensor {tensor}: must divide the {model.num_kv_heads} key-value heads")
     if model.num_layers % pipeline:
@@ -160,24 +148,13 @@ def _batches(spec: str, cluster: Cluster, steps: int, seed: int) -> list[NDArray
     seeds = [seed * 1_000_003 + step for step in range(steps)]
     if kind not in ("corpus", "file"):
         return [draw_lengths(spec, tokens, context, one) for one in seeds]
-    documents = _corpus_lengths(path) if kind == "corpus" else _file_lengths(path)
+    documents = _corpus_lengths(path) if kind == "corpus" else read_lengths(path, "--lengths file:")
     return [sample_lengths(documents, tokens, context, one) for one in seeds]
 
 
 def _corpus_lengths(path: str) -> NDArray[np.int64]:
     lengths = Shard.open(describe(path).train).lengths
     return np.asarray(lengths, dtype=np.int64)
-
-
-def _file_lengths(path: str) -> NDArray[np.int64]:
-    try:
-        lines = Path(path).read_text(encoding="utf-8").split()
-        lengths = np.array([int(line) for line in lines], dtype=np.int64)
-    except (OSError, ValueError, OverflowError):
-        raise UserError(f"--lengths file:{path}: not a readable file of whole numbers") from None
-    if not len(lengths) or lengths.min() < 1:
-        raise UserError(f"--lengths file:{path}: needs lengths of at least 1, one a line")
-    return lengths
 
 
 class Progress:
@@ -206,7 +183,7 @@ class Progress:
 def run_simulate(args: argparse.Namespace) -> int:
     """Replay steps and print what each planner makes of them. Raises UserError for bad input."""
     cluster = cluster_of(args)
-    steps, seed = _whole("--steps", args.steps), _whole("--seed", args.seed, least=0)
+    steps, seed = whole_number(args.steps, "--steps", 1), whole_number(args.seed, "--seed")
     entrants = _entrants(args.planners, cluster.context)
     batches = _batches(args.lengths, cluster, steps, seed)
     print(_title(args.lengths, cluster, batches))

@@ -122,8 +122,8 @@ def test_bad_lengths_are_one_clear_line(tmp_path: Path, content: str, problem: s
     [
         (("--ranks", 4), "needs --capacity TOKENS too"),
         (("--capacity", 4), "needs --ranks N too"),
-        (("--ranks", 0, "--capacity", 4), "--ranks 0: must be at least 1"),
-        (("--ranks", 4, "--capacity", -1), "--capacity -1: must be at least 1"),
+        (("--ranks", 0, "--capacity", 4), "--ranks must be at least 1, not 0"),
+        (("--ranks", 4, "--capacity", -1), "--capacity must be a whole number"),
         (("--ranks", 4, "--capacity", 99999, "--pp", 2), "--pp 2: .* needs --mode aligned"),
         (("--ranks", 4, "--capacity", 99999, "--pp", 0, "--mode", "aligned"), "--pp 0"),
         (("--ranks", 4, "--capacity", 99999, "--budget-s", "nan"), "--budget-s nan: must be"),
