@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import faulthandler
+import gc
 import multiprocessing as mp
 import os
 import signal
@@ -133,6 +134,7 @@ def _call(module: str, name: str, args: tuple[Any, ...]) -> tuple[bool, Any]:
     finally:
         with contextlib.suppress(Exception):
             distributed.stop()
+        gc.collect()  # models are cycles, and hold the groups: three threads each that stay awake
 
 
 def _free_port() -> int:
