@@ -121,8 +121,10 @@ def fastest_sizes(problem: Problem, lengths: Integers, fewest: Integers) -> Inte
     node = min(problem.cost.node_size, problem.num_ranks)
     within = np.maximum(fewest, _fastest(problem, lengths, node))
     across = np.maximum(fewest, _fastest(problem, lengths, problem.num_ranks))
-    is_faster = alone_s(problem, lengths, across) < alone_s(problem, lengths, within)
-    return np.where(is_faster, across, within)
+    sizes = np.stack([fewest, within, across])  # one rank alone passes nothing on
+    best = alone_s(problem, np.broadcast_to(lengths, sizes.shape), sizes).argmin(axis=0)
+    chosen: Integers = np.take_along_axis(sizes, best[None], axis=0)[0]
+    return chosen
 
 
 def sizes_within(problem: Problem, lengths: Integers, limit_s: float) -> Integers:

@@ -9,7 +9,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from megascale.planner.bound import alone_s, fewest_ranks, nested_sizes, sizes_within
+from megascale.planner.bound import (
+    Integers,
+    alone_s,
+    fewest_ranks,
+    nested_sizes,
+    sizes_within,
+)
 from megascale.planner.levels import STRETCH, Batch, Level, even_levels, long_levels
 from megascale.planner.plan import StepPlan
 from megascale.planner.problem import Placed, Problem, complete
@@ -25,6 +31,8 @@ SPARSE_BATCHES = 1.5
 """Micro-batches per rank below which free plans are tried in waves too."""
 LONG_PAYS = 1.045
 """Time of even waves over the work there is, above which long sequences get their own waves."""
+NEAR = 1.003
+"""How exactly the level of a free plan is found."""
 GOOD_ENOUGH = 1.002
 """Time over that of perfectly even waves at which no better way to fill them is looked for."""
 
@@ -68,11 +76,37 @@ def _candidates(problem: Problem, batch: Batch) -> Iterator[Candidate]:
     if problem.mode != "free":
         yield from _waves(problem, batch)
         return
-    even_s, _ = even_level(problem, batch.lengths, 1)
+    level_s = _reachable_s(problem, batch.lengths)
     for part, nest in STACKS:
-        yield _stacks(problem, batch, even_s * part, nest)
+        yield _stacks(problem, batch, level_s * part, nest)
     if problem.lengths.sum() < SPARSE_BATCHES * problem.num_ranks * problem.capacity:
         yield from _waves(problem, batch)
+
+
+def _reachable_s(problem: Problem, lengths: Integers) -> float:
+    """Seconds of the most even plan: about the least in which all ranks can do all rings that
+    last no longer.
+
+    Above what even work takes where large rings cost more than they save, since keys and values
+    are passed on more slowly than attention needs them.
+    """
+    even_s, _ = even_level(problem, lengths, 1)
+    fixed = problem.cost.fixed
+
+    def needed_s(limit_s: float) -> float:
+        sizes = sizes_within(problem, lengths, limit_s)
+        seconds = alone_s(problem, lengths, sizes)
+        work_s = float(((seconds - fixed) * sizes).sum())
+        return max(float(seconds.max()), fixed + work_s / problem.num_ranks)
+
+    low, high = even_s, needed_s(even_s)
+    if high <= low * NEAR:
+        return low
+    high = min(high, needed_s(math.inf))
+    while high > low * NEAR:
+        middle = math.sqrt(low * high)
+        low, high = (low, middle) if needed_s(middle) <= middle else (middle, high)
+    return high
 
 
 def _stacks(problem: Problem, batch: Batch, limit_s: float, nest: bool) -> Candidate:

@@ -12,6 +12,7 @@ import heapq
 from dataclasses import dataclass, field
 
 import numpy as np
+from numpy.typing import NDArray
 
 from megascale.planner.bound import needed_offload
 from megascale.planner.clock import Clock
@@ -51,21 +52,17 @@ class Stacks:
         )
         nodes: list[tuple[float, list[int], int]] = []
         last_size = 0
+        free_s = np.array([one.free_s for one in self._ranks])
         for size, sequence in order:
             if size > self._node_size:
-                self._stack(sequence, self._least_busy(size))
+                ranks = _least_busy(free_s, size)
+                free_s[ranks] = self._stack(sequence, ranks)
                 continue
             if size != last_size:
                 nodes, last_size = self._by_place(size), size
             _, ranks, begin = nodes[0]
             self._stack(sequence, sorted(ranks))
             heapq.heapreplace(nodes, self._place(begin, size))
-
-    def _least_busy(self, size: int) -> list[int]:
-        free_s = np.array([one.free_s for one in self._ranks])
-        ready_s = np.partition(free_s, size - 1)[size - 1]
-        waiting = np.where(free_s <= ready_s, ready_s - free_s, np.inf)
-        return sorted(np.argsort(waiting, kind="stable")[:size].tolist())
 
     def _by_place(self, size: int) -> list[tuple[float, list[int], int]]:
         """Heap of the best places of all nodes that are large enough."""
@@ -89,7 +86,8 @@ class Stacks:
                 best, best_at = badness, at
         return best, [rank for _, rank in order[best_at : best_at + size]], begin
 
-    def _stack(self, sequence: int, ranks: list[int]) -> None:
+    def _stack(self, sequence: int, ranks: list[int]) -> float:
+        """Add a ring; when it is done."""
         length, node_size = self._tokens[sequence], self._problem.cost.node_size
         one_node = ranks[0] // node_size == ranks[-1] // node_size
         begin_s = max(self._ranks[rank].free_s for rank in ranks)
@@ -101,6 +99,7 @@ class Stacks:
             stack.free_s = end_s
         offload = needed_offload(self._problem, length, len(ranks))
         self._units.append((begin_s, len(self._units), Placed(ranks, [sequence], offload)))
+        return end_s
 
     def fill_gaps(self, sequences: list[int]) -> list[int]:
         """Put what fits of `sequences`, longest first, into waits for rings; return the rest."""
@@ -165,3 +164,10 @@ class Stacks:
             for batch in stack.batches
         ]
         return rings + tails
+
+
+def _least_busy(free_s: NDArray[np.float64], size: int) -> list[int]:
+    """The `size` ranks that can begin together first, and of these those that wait least."""
+    ready_s = np.partition(free_s, size - 1)[size - 1]
+    waiting = np.where(free_s <= ready_s, ready_s - free_s, np.inf)
+    return sorted(np.argsort(waiting, kind="stable")[:size].tolist())
