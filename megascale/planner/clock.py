@@ -41,6 +41,11 @@ class Clock:
         start_s, rate, passing = self.rates(size, one_node)
         return start_s + length * (rate + max(self._cost.a * length, passing)) / size
 
+    def shared_s(self, squares: int, tokens: int, size: int, one_node: bool) -> float:
+        """Seconds of sequences that share a ring, by their squared tokens and their tokens."""
+        start_s, rate, passing = self.rates(size, one_node)
+        return start_s + (tokens * rate + max(self._cost.a * squares, passing * tokens)) / size
+
     def alone_s(self, tokens: int) -> float:
         """Seconds that a sequence adds to a micro-batch of one rank."""
         return tokens * (self._cost.a * tokens + self._cost.b)

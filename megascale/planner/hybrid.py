@@ -19,7 +19,9 @@ from megascale.planner.bound import (
 from megascale.planner.levels import STRETCH, Batch, Level, even_levels, long_levels
 from megascale.planner.plan import StepPlan
 from megascale.planner.problem import Placed, Problem, complete
+from megascale.planner.shelves import LONGEST, has_few_short, shelve
 from megascale.planner.stacks import Stacks
+from megascale.planner.static import plan_static_best
 from megascale.planner.waves import Sheet, even_level
 
 TRIES = 10
@@ -41,7 +43,8 @@ def plan_hybrid(problem: Problem) -> StepPlan:
     """Plan a step as near to the lower bound as its mode allows.
 
     Free mode: rings stacked on the least busy ranks, the rest leveled with short sequences
-    (`planner.stacks`). Aligned and lockstep mode: waves of equal length (`planner.waves`).
+    (`planner.stacks`). Aligned and lockstep mode: waves of equal length (`planner.waves`), or of
+    rings of like length where a pipeline gets hardly a short sequence (`planner.shelves`).
     Several ring sizes and numbers of waves are tried, `TRIES` of them or as many as `budget_s`
     allows; the plan with the least predicted time is taken.
     """
@@ -74,6 +77,10 @@ def _candidates(problem: Problem, batch: Batch) -> Iterator[Candidate]:
     if not batch.order:
         return
     if problem.mode != "free":
+        if problem.pipeline > 1 and has_few_short(problem):
+            shelved = (shelve(problem, batch, part) for part in LONGEST)
+            yield from (Candidate(*one) for one in shelved if one is not None)
+            yield _static(problem)
         yield from _waves(problem, batch)
         return
     level_s = _reachable_s(problem, batch.lengths)
@@ -81,6 +88,15 @@ def _candidates(problem: Problem, batch: Batch) -> Iterator[Candidate]:
         yield _stacks(problem, batch, level_s * part, nest)
     if problem.lengths.sum() < SPARSE_BATCHES * problem.num_ranks * problem.capacity:
         yield from _waves(problem, batch)
+
+
+def _static(problem: Problem) -> Candidate:
+    """One ring size for all, which is hard to beat where all sequences are of like length."""
+    plan = plan_static_best(problem)
+    rings = [ring for ring in plan.rings if ring.sequences]
+    return Candidate(
+        plan.predicted_s, lambda: [Placed(one.ranks, one.sequences, one.offload) for one in rings]
+    )
 
 
 def _reachable_s(problem: Problem, lengths: Integers) -> float:

@@ -2,6 +2,7 @@
 
 import itertools
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,7 +10,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megascale.errors import UserError
-from megascale.planner import CostModel, OffloadModel, Problem, StepPlan, plan_hybrid
+from megascale.planner import (
+    CostModel,
+    OffloadModel,
+    Problem,
+    StepPlan,
+    plan_bytescale,
+    plan_hybrid,
+    plan_static_best,
+)
 from megascale.planner.bound import (
     fastest_sizes,
     fewest_ranks,
@@ -138,8 +147,16 @@ def test_ring_sizes_are_those_of_a_search_through_all(problem: Problem, limit: f
         assert seconds[int(best)] <= min(seconds.values()) * (1 + 1e-9)
 
 
-@given(cost=costs, length=st.integers(1, 10**6), size=st.integers(1, 100))
-def test_clock_is_the_cost_model(cost: CostModel, length: int, size: int) -> None:
+@given(
+    cost=costs,
+    length=st.integers(1, 10**6),
+    size=st.integers(1, 100),
+    other=st.integers(0, 10**6),
+)
+def test_clock_is_the_cost_model(cost: CostModel, length: int, size: int, other: int) -> None:
+    squares, tokens = length**2 + other**2, length + other
+    ours = Clock(cost).shared_s(squares, tokens, size, size <= cost.node_size)
+    assert ours == pytest.approx(cost.ring_s([length, other], range(size)), rel=1e-9)
     one_node = size <= cost.node_size
     expected = cost.seconds(length * length, length, size, one_node)
     assert Clock(cost).ring_s(length, size, one_node) == pytest.approx(float(expected), rel=1e-9)
@@ -214,6 +231,33 @@ def test_short_sequences_get_no_rings() -> None:
     plan = plan_hybrid(Problem.of([1000] * 64, 8, 8192, "free", FLEXSP))
     assert {len(ring.ranks) for ring in plan.rings} == {1}
     assert plan.predicted_s == pytest.approx(plan.lower_bound_s)
+
+
+def test_rings_grow_no_more_than_a_slow_network_bears() -> None:
+    """Where attention does not hide what is passed on, small rings beat an even level."""
+    slow = replace(FLEXSP, fixed=0.01, transfer_intra=0.0, transfer_inter=0.0, pass_inter=2e-4)
+    lengths = draw_lengths("byted", 2**23, 2**21, seed=3)
+    problem = Problem.of(lengths, 256, 8192, "free", slow, offload=OffloadModel(32, 1e5, 1e12))
+    plan, peer = plan_hybrid(problem), plan_bytescale(problem)
+    assert plan.predicted_s <= peer.predicted_s * 1.001
+    assert plan.predicted_s <= 1.1 * plan.lower_bound_s
+
+
+@pytest.mark.parametrize("num_ranks", [64, 60])
+def test_pipelines_with_hardly_a_short_sequence_share_rings(num_ranks: int) -> None:
+    lengths = np.random.default_rng(0).lognormal(9.5, 1.0, 300).clip(4097, 131_072).astype(int)
+    problem = Problem.of(lengths, num_ranks, 8192, "aligned", FLEXSP, pipeline=4)
+    plan = plan_hybrid(problem)
+    plan.check(lengths)
+    assert max(len(ring.sequences) for ring in plan.rings if len(ring.ranks) > 1) > 1
+    assert plan.predicted_s < 0.97 * plan_static_best(problem).predicted_s
+
+
+def test_pipelines_do_no_worse_than_one_ring_size_for_sequences_of_like_length() -> None:
+    lengths = np.random.default_rng(0).integers(6_000, 60_000, 300)
+    problem = Problem.of(lengths, 64, 8192, "aligned", FLEXSP, pipeline=4)
+    best = plan_static_best(problem).predicted_s
+    assert plan_hybrid(problem).predicted_s <= best * (1 + 1e-9)
 
 
 def test_rings_stay_within_a_node_where_they_fit_one() -> None:

@@ -1,0 +1,117 @@
+"""Waves for batches with hardly a short sequence: rings of many sizes, shared by what fits.
+
+Where nothing is left to level waves with, equal waves waste memory. So sequences are packed into
+rings as small as memory and a time allow (best fit, longest first), and rings of like duration
+stand in one wave, whose time is then that of its longest.
+"""
+
+from __future__ import annotations
+
+import bisect
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+
+import numpy as np
+
+from megascale.planner.bound import alone_s, fewest_ranks, needed_offload, sizes_within
+from megascale.planner.clock import Clock
+from megascale.planner.levels import Batch
+from megascale.planner.problem import Placed, Problem
+
+LONGEST = (0.25, 0.4, 0.3, 0.2)
+"""How long a ring may last, in parts of the longest sequence on as few ranks as hold it."""
+LONG_SHARE = 0.85
+"""Part of a batch's tokens in sequences above half a rank's capacity, from which on it pays."""
+
+
+@dataclass
+class Shelf:
+    """A ring that several sequences share, without a place yet."""
+
+    size: int
+    tokens: int = 0
+    squares: int = 0
+    seconds: float = 0.0
+    sequences: list[int] = field(default_factory=list)
+
+
+def has_few_short(problem: Problem) -> bool:
+    """Whether shelves are worth trying."""
+    lengths = problem.lengths
+    return bool(lengths[lengths > problem.capacity / 2].sum() >= LONG_SHARE * lengths.sum())
+
+
+def shelve(
+    problem: Problem, batch: Batch, part: float
+) -> tuple[float, Callable[[], list[Placed]]] | None:
+    """(seconds of a step, its micro-batches) with rings that last at most `part` of the longest.
+
+    None where a ring would be larger than all ranks.
+    """
+    fewest = fewest_ranks(problem, batch.lengths)
+    limit_s = part * float(alone_s(problem, batch.lengths, fewest).max())
+    sizes = _rounded(problem, sizes_within(problem, batch.lengths, limit_s))
+    if sizes.max() > problem.num_ranks:
+        return None
+    shelves = _filled(problem, batch, sizes, limit_s)
+    waves: list[tuple[list[Shelf], int]] = []
+    for shelf in sorted(shelves, key=lambda one: -one.seconds):
+        for at, (members, free) in enumerate(waves):
+            if free >= shelf.size:
+                members.append(shelf)
+                waves[at] = (members, free - shelf.size)
+                break
+        else:
+            waves.append(([shelf], problem.num_ranks - shelf.size))
+    seconds = [members[0].seconds for members, _ in waves]
+    step_s = sum(seconds) + (problem.pipeline - 1) * max(seconds)
+    return step_s, partial(_placed, problem, [members for members, _ in waves])
+
+
+def _rounded(problem: Problem, sizes: np.ndarray) -> np.ndarray:
+    """Powers of two within a node, whole nodes beyond: these stand side by side without rest."""
+    node = min(problem.cost.node_size, problem.num_ranks)
+    within = np.minimum(node, 2 ** np.ceil(np.log2(sizes))).astype(np.int64)
+    return np.where(sizes <= node, within, -(-sizes // node) * node)
+
+
+def _filled(problem: Problem, batch: Batch, sizes: np.ndarray, limit_s: float) -> list[Shelf]:
+    clock, node_size = Clock(problem.cost), problem.cost.node_size
+    shelves: list[Shelf] = []
+    rooms: list[tuple[int, int]] = []
+    """(tokens that still fit, which shelf), sorted."""
+    for position in np.lexsort((-batch.lengths, -sizes)).tolist():
+        length = int(batch.lengths[position])
+        for at in range(bisect.bisect_left(rooms, (length, -1)), len(rooms)):
+            shelf = shelves[rooms[at][1]]
+            seconds = _seconds(clock, node_size, shelf, length)
+            if seconds <= limit_s:
+                place = rooms.pop(at)[1]
+                break
+        else:
+            shelf, place = Shelf(int(sizes[position])), len(shelves)
+            seconds = _seconds(clock, node_size, shelf, length)
+            shelves.append(shelf)
+        shelf.tokens, shelf.squares = shelf.tokens + length, shelf.squares + length * length
+        shelf.seconds = seconds
+        shelf.sequences.append(batch.order[position])
+        bisect.insort(rooms, (shelf.size * problem.capacity - shelf.tokens, place))
+    return shelves
+
+
+def _seconds(clock: Clock, node_size: int, shelf: Shelf, more: int) -> float:
+    squares, tokens = shelf.squares + more * more, shelf.tokens + more
+    return clock.shared_s(squares, tokens, shelf.size, shelf.size <= node_size)
+
+
+def _placed(problem: Problem, waves: list[list[Shelf]]) -> list[Placed]:
+    placed = []
+    for members in waves:
+        begin = 0
+        for shelf in sorted(members, key=lambda one: -one.size):
+            offload = needed_offload(problem, shelf.tokens, shelf.size)
+            ranks = range(begin, begin + shelf.size)
+            placed.append(Placed(ranks, shelf.sequences, offload))
+            begin += shelf.size
+    return placed
