@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from megascale.config.schema import ModelConfig, OptimConfig, RunConfig, SegmentConfig, StageConfig
+from megascale.config.schema import (
+    ModelConfig,
+    MoeConfig,
+    OptimConfig,
+    RunConfig,
+    SegmentConfig,
+    StageConfig,
+)
 from megascale.errors import UserError
 
 
@@ -224,6 +232,32 @@ def _validate_model(config: RunConfig) -> None:
         raise UserError(
             f"model.moe.top_k = {model.moe.top_k} must be from 1 to model.moe.num_experts = "
             f"{model.moe.num_experts}"
+        )
+    _validate_balance(model.moe, model.num_layers)
+
+
+def _validate_balance(moe: MoeConfig, num_layers: int) -> None:
+    weights = moe.balance_weights
+    if weights is not None and len(weights) != num_layers:
+        raise UserError(
+            f"model.moe.balance_weights has {len(weights)} values; give one for each of the "
+            f"{num_layers} layers, or model.moe.balance_weight for all"
+        )
+    names = ("balance_weight", "micro_share", "bias_rate", "z_loss_coeff")
+    values = [(f"model.moe.{name}", getattr(moe, name)) for name in names]
+    values += [(f"model.moe.balance_weights[{i}]", one) for i, one in enumerate(weights or ())]
+    for name, value in values:
+        if not 0 <= value < math.inf:
+            raise UserError(f"{name} = {value} must be at least 0")
+    if moe.micro_share and moe.balance != "global":
+        raise UserError(
+            f"model.moe.micro_share = {moe.micro_share} goes with model.moe.balance=global, "
+            f"not {moe.balance}"
+        )
+    if moe.estimate != "previous" and moe.balance != "global":
+        raise UserError(
+            f"model.moe.estimate = {moe.estimate} goes with model.moe.balance=global, "
+            f"not {moe.balance}"
         )
 
 

@@ -26,11 +26,36 @@ class MoeConfig:
     """Hidden size of the expert that every token visits; 0 means none."""
     dispatcher: Literal["allgather", "alltoall"] = "alltoall"
     """How tokens reach their experts: `alltoall` moves only what is routed."""
-    aux_loss_coeff: float = 0.0
-    """Weight of megatron-core's balance loss over one micro-batch. 0 switches it off: its value
-    depends on how a batch was cut into micro-batches."""
+    balance: Literal["global", "micro", "sequence", "loss_free", "none"] = "global"
+    """What is balanced over the experts: the use that the `global` batch makes of them (experts
+    may specialise, and the result does not depend on how the batch was cut), that of every
+    `micro`-batch, or of every `sequence`. `loss_free` steers the choice by a bias of each expert
+    instead of a loss."""
+    balance_weight: float = 0.008
+    """Weight of the balance loss, which is 1 where use is even (the paper's weight)."""
+    balance_weights: tuple[float, ...] | None = None
+    """The same for every layer. None: `balance_weight` in all of them."""
+    micro_share: float = 0.0
+    """With `balance: global`, the weight of a balance loss over every micro-batch beside it, as
+    part of the other (the paper: 0.01, which evens out the time that experts take)."""
+    estimate: Literal["previous", "previous_corrected", "buffer", "buffer_corrected", "exact"] = (
+        "previous"
+    )
+    """How the use that the whole global batch makes is known while it is trained on: as it was in
+    the batch before; or from this rank's micro-batches so far (the paper's buffer, without the
+    message per micro-batch that ranks of unequal numbers of these cannot exchange). `corrected`:
+    the last micro-batch makes up for what the earlier ones did not know. `exact`: from a pass
+    without gradients before, which costs about a third more."""
+    bias_rate: float = 1e-3
+    """With `balance: loss_free`, by how much a bias moves in a step."""
     z_loss_coeff: float = 0.0
     """Weight of the router z-loss, which keeps router logits small."""
+
+    def layer_weight(self, layer: int) -> float:
+        """Weight of the balance loss in a layer, which are numbered from 1."""
+        if self.balance_weights is None:
+            return self.balance_weight
+        return self.balance_weights[layer - 1]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -31,10 +31,30 @@ class Segments:
     ring: RingShare | None = None
     """The ring that shares the sequences; None when this rank holds them whole. Its tokens come
     first in the pack, and the rest is padding."""
+    num_tokens: int = 0
+    """Tokens that count; they come first in the pack, and the rest is padding."""
+    sources: tuple[int, ...] = ()
+    """The source of each sequence, padding aside; a number in the order of the sources."""
     rotary: tuple[torch.Tensor, torch.Tensor] | None = field(default=None, repr=False)
     """Cosines and sines at the positions, filled by the first layer that needs them."""
+    _owners: tuple[torch.Tensor, torch.Tensor] | None = field(default=None, repr=False)
     qkv_format: str = "thd"
     """megatron-core's word for [tokens, heads, head_dim]."""
+
+    def owners(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Of each token that counts its sequence, by place in the pack, and the source of that."""
+        if self._owners is None:
+            number = len(self.sources)
+            owner_T = np.repeat(
+                np.arange(number), np.asarray(self.lengths[:number], dtype=np.int64)
+            )
+            source_T = np.asarray(self.sources, dtype=np.int64)[owner_T]
+            device = self.cu_seqlens.device
+            self._owners = (
+                torch.from_numpy(owner_T).to(device),
+                torch.from_numpy(source_T).to(device),
+            )
+        return self._owners
 
     @staticmethod
     def of(lengths: Sequence[int], device: torch.device) -> Segments:
@@ -90,10 +110,12 @@ def pack(
     multiple: int,
     device: torch.device,
     ring: RingShare | None = None,
+    sources: Sequence[int] = (),
 ) -> MicroBatch:
     """Join sequences into one micro-batch, padded to a `multiple` of tokens.
 
-    With `ring`, `sequences` are this rank's parts of the ring's. Padding is a sequence of its
+    With `ring`, `sequences` are this rank's parts of the ring's. `sources` number the source of
+    each sequence; all 0 where they are not given. Padding is a sequence of its
     own whose targets do not count, so it changes no gradient; without tokens the whole
     micro-batch is padding.
     """
@@ -107,6 +129,8 @@ def pack(
     mask = torch.zeros(num_tokens + padding, device=device)
     mask[:num_tokens] = 1.0
     segments = Segments.of_share(ring, padding, device) if ring else Segments.of(lengths, device)
+    segments.num_tokens = num_tokens
+    segments.sources = tuple(sources) or (0,) * (len(lengths) - bool(padding))
     return MicroBatch(
         tokens_T=_join([s.inputs for s in sequences], device),
         targets_T=_join([s.targets for s in sequences], device),

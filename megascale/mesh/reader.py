@@ -69,7 +69,8 @@ class MicroBatchReader:
                 for place, i in enumerate(ring.sequences)
             ]
             pad_id = self.sources[0].eod_id
-            packed = pack(sequences, pad_id, self.multiple, self.device, share)
+            sources = [int(batch.source[i]) for i in ring.sequences]
+            packed = pack(sequences, pad_id, self.multiple, self.device, share, sources)
             yield replace(packed, offload=ring.offload)
 
     def _share(self, ring: Ring, batch: GlobalBatch) -> RingShare:

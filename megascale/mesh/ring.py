@@ -40,6 +40,22 @@ def ring_attend(
     return out, lse
 
 
+def ring_sum(values: torch.Tensor, share: RingShare) -> torch.Tensor:
+    """The sum of `values` over the ranks of a ring, all of which must call it.
+
+    Added in ring order from the first place on, so that it is the same on all of them.
+    """
+    parts = {share.place: values}
+    here = values
+    for hop in range(1, share.size):
+        exchange = _Exchange(share)
+        here = exchange.hand_on(here)
+        exchange.begin()
+        exchange.finish()
+        parts[(share.place - hop) % share.size] = here
+    return torch.stack([parts[place] for place in range(share.size)]).sum(dim=0)
+
+
 class _RingAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, share, window):  # type: ignore[no-untyped-def]
@@ -139,6 +155,10 @@ class _Exchange:
             return here
         held = share.num_tokens((share.place - hop - 1) % share.size)
         return self._add(here, here.new_empty(2, held, *here.shape[2:]))
+
+    def hand_on(self, going: torch.Tensor) -> torch.Tensor:
+        """Hand on numbers of which every rank has equally many; returns where more will be."""
+        return self._add(going, torch.empty_like(going))
 
     def gradients(self, going: torch.Tensor, shape: torch.Size) -> torch.Tensor:
         """Hand on the gradients of the keys before; returns where those of `shape` will be."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megascale.config import MoeConfig, RunConfig
 from megascale.mesh.offload import Offloader
+from megascale.model.balance import Balance
 from megascale.model.counts import padded_vocab_size
 from megascale.model.initialise import initialise
 from megascale.model.layers import final_norm, layer_spec, use_transformer_engine
@@ -28,7 +30,8 @@ def build_model(config: RunConfig, ranks: Ranks) -> DistributedDataParallel:
 
     The weights depend on `seed` and their name alone, not on the layout of the ranks.
     Gradients are summed, never averaged (design, decision 3). Its attribute `offloader` runs the
-    micro-batches that keep activations in host memory.
+    micro-batches that keep activations in host memory, and `balance` counts what its routers
+    choose (None without experts).
     """
     core = transformer_config(config, ranks)
     model = GPTModel(
@@ -50,7 +53,15 @@ def build_model(config: RunConfig, ranks: Ranks) -> DistributedDataParallel:
     wrapped = DistributedDataParallel(core, _reduction(config, ranks), model)
     core.no_sync_func = wrapped.no_sync  # gradients are reduced after the last micro-batch only
     wrapped.offloader = Offloader(layers, ranks.device)
+    wrapped.balance = _balance(config, layers)
     return wrapped
+
+
+def _balance(config: RunConfig, layers: Sequence[Any]) -> Balance | None:
+    if config.model.moe is None:
+        return None
+    routers = {layer.layer_number: layer.mlp.router for layer in layers}
+    return Balance(routers, config.model.moe, config.model.num_layers, len(config.data.sources))
 
 
 def transformer_config(config: RunConfig, ranks: Ranks) -> TransformerConfig:
@@ -137,9 +148,7 @@ def _moe_options(moe: MoeConfig | None, grouped: bool) -> dict[str, Any]:
         "moe_ffn_hidden_size": moe.ffn_hidden_size,
         "moe_shared_expert_intermediate_size": moe.shared_ffn_hidden_size or None,
         "moe_token_dispatcher_type": moe.dispatcher,
-        "moe_router_load_balancing_type": "aux_loss" if moe.aux_loss_coeff else "none",
-        "moe_aux_loss_coeff": moe.aux_loss_coeff,
-        "moe_z_loss_coeff": moe.z_loss_coeff or None,
+        "moe_router_load_balancing_type": "none",  # our router has losses of its own
         "moe_router_dtype": "fp32",
         "moe_grouped_gemm": grouped,
     }

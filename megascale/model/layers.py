@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 from megascale.config import ModelConfig
 from megascale.errors import UserError
 from megascale.model.attention import PackedAttention
+from megascale.model.balance import BalancedRouter
 
 
 class RMSNorm(torch.nn.Module):
@@ -36,6 +38,23 @@ class RMSNorm(torch.nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(..., hidden) -> (..., hidden)."""
         return torch.nn.functional.rms_norm(x, self.weight.shape, self.weight, self.eps)
+
+
+class RoutedLayer(TransformerLayer):  # type: ignore[misc]
+    """megatron-core's layer, whose router knows which tokens of the pack count and whose they are.
+
+    It is told anew in every pass, since recomputation and pipelines mix micro-batches.
+    """
+
+    def forward(
+        self, *args: Any, packed_seq_params: Any = None, **kwargs: Any
+    ) -> tuple[torch.Tensor, Any]:
+        """What megatron-core's layer does."""
+        self.mlp.router.segments = packed_seq_params
+        output: tuple[torch.Tensor, Any] = super().forward(
+            *args, packed_seq_params=packed_seq_params, **kwargs
+        )
+        return output
 
 
 class ParallelBlockLayer(TransformerLayer):  # type: ignore[misc]
@@ -83,7 +102,7 @@ def layer_spec(model: ModelConfig) -> ModuleSpec:
         spec = get_gpt_layer_with_transformer_engine_spec(
             num_experts=num_experts, moe_grouped_gemm=True, qk_layernorm=model.qk_norm
         )
-        return _with(spec, _attention(model, spec))
+        return _routed(model, _with(spec, _attention(model, spec)))
     spec = get_gpt_layer_local_spec(
         num_experts=num_experts, qk_layernorm=model.qk_norm, normalization="RMSNorm"
     )
@@ -91,7 +110,21 @@ def layer_spec(model: ModelConfig) -> ModuleSpec:
     attention = _attention(model, spec, q_layernorm=qk_norm, k_layernorm=qk_norm)
     pre_mlp_norm = IdentityOp if model.parallel_block else RMSNorm
     spec = _with(spec, attention, input_layernorm=RMSNorm, pre_mlp_layernorm=pre_mlp_norm)
+    spec = _routed(model, spec)
     return replace(spec, module=ParallelBlockLayer) if model.parallel_block else spec
+
+
+def _routed(model: ModelConfig, spec: ModuleSpec) -> ModuleSpec:
+    """With our router, where there are experts."""
+    if model.moe is None:
+        return spec
+    mlp, router = spec.submodules.mlp, partial(BalancedRouter, moe=model.moe)
+    if isinstance(mlp, partial):  # megatron-core 0.19
+        parts = replace(mlp.keywords["submodules"], router=router)
+        mlp = partial(mlp.func, **{**mlp.keywords, "submodules": parts})
+    else:
+        mlp = replace(mlp, submodules=replace(mlp.submodules, router=router))
+    return replace(spec, module=RoutedLayer, submodules=replace(spec.submodules, mlp=mlp))
 
 
 def final_norm(model: ModelConfig) -> type | None:

@@ -43,7 +43,7 @@ class MetricsWriter:
         config: Mapping[str, Any],
     ) -> None:
         path = run_dir / METRICS_FILE
-        _rewind(path, resume_step)
+        rewind(path, resume_step)
         self._trackers: list[Tracker] = []
         if tensorboard:
             self._trackers.append(_TensorBoard(run_dir, resume_step))
@@ -93,8 +93,11 @@ def _parse(content: bytes) -> Iterator[dict[str, Any]]:
             yield row
 
 
-def _rewind(path: Path, resume_step: int | None) -> None:
-    """Drop rows after `resume_step` and broken lines; the file is replaced whole or not at all."""
+def rewind(path: Path, resume_step: int | None) -> None:
+    """Drop rows after `resume_step` and broken lines; the file is replaced whole or not at all.
+
+    None keeps every row, and a file that is not there stays so.
+    """
     if not path.exists():
         return
     kept = [row for row in read_rows(path) if resume_step is None or row["step"] <= resume_step]

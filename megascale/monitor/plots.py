@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megascale.errors import UserError
+from megascale.monitor.experts import plot_shares, read_shares
 from megascale.monitor.metrics import METRICS_FILE, read_rows
 
 if TYPE_CHECKING:
@@ -61,9 +62,10 @@ class Curves:
 def plot_run(run_dirs: Sequence[Path], out: Path) -> list[Path]:
     """Draw loss, bits per byte, learning rate, speed and gradient norm into the folder `out`.
 
-    Several runs share the axes of each picture. Returns the files written; bits_per_byte.png is
-    left out where no held-out text was scored. Raises UserError for a folder that holds no run
-    and for a run with fewer than two recorded steps; OSError where `out` cannot be written.
+    And the use of experts, a picture for each run that has them. Several runs share the axes of
+    each other picture. Returns the files written; bits_per_byte.png is left out where no held-out
+    text was scored. Raises UserError for a folder that holds no run and for a run with fewer than
+    two recorded steps; OSError where `out` cannot be written.
     """
     import matplotlib
 
@@ -81,11 +83,19 @@ def plot_run(run_dirs: Sequence[Path], out: Path) -> list[Path]:
         ("grad_norm", "Gradient norm before clipping", _draw_grad_norm),
     ]
     with matplotlib.rc_context(STYLE):
-        return [
+        written = [
             _save(out / f"{name}.png", title, draw, runs)
             for name, title, draw in pictures
             if name != "bits_per_byte" or any(_has_bits(run) for run in runs)
         ]
+    for run_dir, run in zip(run_dirs, runs, strict=True):
+        found = read_shares(run_dir)
+        if found is not None:
+            suffix = f"_{run.name.replace('/', '_')}" if len(runs) > 1 else ""
+            path = out / f"experts{suffix}.png"
+            plot_shares(*found[1:], f"Use of experts at step {found[0]}", path)
+            written.append(path)
+    return written
 
 
 def load_curves(run_dir: Path, name: str) -> Curves:

@@ -12,10 +12,12 @@ from megascale.checkpoint.save import SaveResult
 from megascale.config import RunConfig, dump_config
 from megascale.corpus.batches import Cursor, num_steps
 from megascale.corpus.describe import SourceInfo
+from megascale.model.balance import ExpertUse
 from megascale.model.counts import batch_flops
 from megascale.monitor.console import Console
 from megascale.monitor.device import mfu, peak_flops
 from megascale.monitor.events import EventLog
+from megascale.monitor.experts import CollapseWatch, ExpertLog
 from megascale.monitor.metrics import MetricsWriter
 from megascale.optim.schedule import joints, lr_at
 from megascale.runtime.distributed import Ranks
@@ -48,6 +50,9 @@ class Report:
         self._metrics = MetricsWriter(
             folder.path, monitor.tensorboard, monitor.trackers, cursor.step, asdict(config)
         )
+        if config.model.moe is not None:
+            self._expert_log = ExpertLog(folder.path, cursor.step)
+            self._collapse = CollapseWatch(config.model.moe.top_k)
         self._plan_waits_s: list[float] = []
         steps = num_steps(config.data, config.train.tokens)
         self._console = Console(min(steps, config.train.stop_after_steps or steps), cursor.step)
@@ -91,6 +96,8 @@ class Report:
         }
         if result.offload_gib:
             row["offload_gib"] = result.offload_gib
+        if result.experts is not None:
+            self._experts(cursor.step, result.experts, row)
         self._metrics.write(row)
         self._plan_waits_s.append(planned.plan_wait_s)
         if planned.trouble is not None:
@@ -108,6 +115,20 @@ class Report:
             self._say(self._console.line(row))
         else:
             self._console.tick(cursor.step)
+
+    def _experts(self, step: int, use: ExpertUse, row: dict[str, Any]) -> None:
+        """Add how the experts were used to a row of metrics, and to the record of its own."""
+        row["balance_loss"] = float(use.loss_L.mean())
+        row["max_violation"] = float(use.max_violation_L.max())
+        row["dead_experts"] = int(use.dead_L.sum())
+        warning = self._collapse.see(use.load_LE.numpy())
+        if warning is not None:
+            self._event("routing", step=step, problem=warning)
+            self._say(f"warning: step {step}: {warning}")
+        last = step == self._console.total_steps
+        if step % self._config.monitor.log_every_steps == 0 or last:
+            sources = tuple(self._config.data.sources)
+            self._expert_log.write(step, sources, use.counts_SLE.numpy())
 
     def evaluation(self, cursor: Cursor, scores: Mapping[str, HeldoutScore]) -> None:
         """Record held-out scores."""
@@ -150,6 +171,8 @@ class Report:
         """Flush and close the files."""
         if self._speaks:
             self._metrics.close()
+            if self._config.model.moe is not None:
+                self._expert_log.close()
 
     def _say(self, text: str) -> None:
         if self._speaks:

@@ -15,6 +15,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from megascale.config import RunConfig
 from megascale.mesh.packing import MicroBatch
+from megascale.model.balance import ExpertUse
 from megascale.model.build import pack_multiple
 from megascale.optim.build import apply_gradients, set_rates
 from megascale.optim.schedule import lr_at
@@ -43,6 +44,8 @@ class StepResult:
     """Wall time of the step on this rank."""
     offload_gib: float
     """Activations that were copied to host memory, all ranks together."""
+    experts: ExpertUse | None
+    """What the routers chose; None without experts."""
 
 
 @dataclass
@@ -75,7 +78,15 @@ def train_step(
     set_rates(optimizer, lr, config.optim.weight_decay)
     model.zero_grad_buffer()
     optimizer.zero_grad()
+    balance = model.balance
+    if balance is not None:
+        if balance.looks_first:
+            micro_batches = list(micro_batches)
+            balance.adopt(look(learner, micro_batches, count))
+        balance.begin(count, loss_tokens)
     loss_sum, ran = run_micro_batches(learner, micro_batches, count)
+    if balance is not None:
+        balance.begin_sum()
     finalize_model_grads([model])
     moved_gib = model.offloader.take_traffic().moved_bytes / 2**30
     loss_sum, ran, stops, writing, moved_gib = _sum_over_ranks(
@@ -86,6 +97,9 @@ def train_step(
     norm, stepped = apply_gradients(
         model, optimizer, loss_tokens, config.optim.clip_grad_norm, math.isfinite(loss_sum)
     )
+    experts = balance.finish_sum() if balance is not None else None
+    if experts is not None and stepped:
+        balance.adopt(experts)
     return StepResult(
         loss=loss_sum / loss_tokens,
         num_tokens=loss_tokens,
@@ -96,7 +110,17 @@ def train_step(
         writes_done=writing == 0,
         seconds=time.perf_counter() - began,
         offload_gib=moved_gib,
+        experts=experts,
     )
+
+
+def look(learner: Learner, micro_batches: Iterable[MicroBatch], count: int) -> ExpertUse:
+    """What the routers choose over all ranks' micro-batches, without gradients."""
+    balance = learner.model.balance
+    with balance.looking(), torch.no_grad():
+        run_micro_batches(learner, micro_batches, count, forward_only=True)
+    balance.begin_sum()
+    return balance.finish_sum()
 
 
 def evaluate(

@@ -72,12 +72,16 @@ def random_plan(seed, lengths, num_ranks, mode):
 def bare(core, reduction, model):
     """The model without gradient buffers, which have no fp64."""
     model.no_sync = nullcontext
+    core.moe_router_dtype = "fp64"
     return model
 
 
-def gradients(overrides, plans, exact=False):
+def gradients(overrides, plans, exact=False, loads=None):
     """For each plan this rank's (loss sum, gradients by global name, place of its tensor part),
-    summed over the HDP axis, and how many groups were made after start-up."""
+    summed over the HDP axis, and how many groups were made after start-up.
+
+    `loads` are those of the experts of all layers in the batch before.
+    """
     import torch
     import torch.distributed as dist
     from megatron.core.distributed import finalize_model_grads
@@ -85,7 +89,7 @@ def gradients(overrides, plans, exact=False):
     from megascale.mesh.reader import MicroBatchReader, TokenSource
     from megascale.model import build
     from megascale.runtime import distributed
-    from megascale.train.step import Learner, run_micro_batches
+    from megascale.train.step import Learner, look, run_micro_batches
 
     config = finalize(parse_config(BASE, overrides), {"random": 10000}, VOCAB)
     ranks = distributed.start(config)
@@ -104,6 +108,9 @@ def gradients(overrides, plans, exact=False):
     made, new_group = [], dist.new_group
     dist.new_group = lambda *args, **kwargs: made.append(1) or new_group(*args, **kwargs)
     results = []
+    for layer in model.modules() if loads is not None else ():
+        if hasattr(layer, "load_E"):
+            layer.load_E.copy_(torch.tensor(loads[layer.layer_number - 1]))
     for plan in plans:
         if exact:
             model.zero_grad()
@@ -112,6 +119,11 @@ def gradients(overrides, plans, exact=False):
         micro_batches = reader.read(plan, whole_batch(LENGTHS))
         count = len(plan.rings_of(ranks.hdp_rank))
         learner = Learner(config, ranks, model, None)
+        if model.balance is not None:
+            if model.balance.looks_first:
+                micro_batches = list(micro_batches)
+                model.balance.adopt(look(learner, micro_batches, count))
+            model.balance.begin(count, sum(LENGTHS))
         sums = torch.tensor(run_micro_batches(learner, micro_batches, count))
         dist.all_reduce(sums)
         if not exact:
@@ -168,6 +180,11 @@ def oracle(ranks, overrides, exact):
 def check(ranks, world, overrides, plans, tolerance=1e-4, exact=False):
     expected_sums, expected = oracle(ranks, overrides, exact)
     answers = ranks(world, gradients, tuple(overrides), plans, exact, timeout_s=60)
+    agree(answers, expected_sums, expected, tolerance)
+
+
+def agree(answers, expected_sums, expected, tolerance):
+    """Whether what all ranks found is what one process did."""
     seen = set()
     for results, groups_made in answers:
         assert groups_made == 0

@@ -158,6 +158,32 @@ def test_experts_must_divide():
         final("model.moe.num_experts=2", "model.moe.top_k=3")
 
 
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        ("balance_weight: -1", "model.moe.balance_weight = -1.0 must be at least 0"),
+        ("balance_weight: .inf", "must be at least 0"),
+        ("balance_weights: [0.1]", "has 1 values; give one for each of the 2 layers"),
+        ("balance_weights: [0.1, -0.1]", "balance_weights[1] = -0.1 must be at least 0"),
+        ("balance: even", "must be one of global, micro"),
+        ("balance: micro, micro_share: 0.1", "goes with model.moe.balance=global, not micro"),
+        ("balance: sequence, estimate: exact", "goes with model.moe.balance=global, not sequence"),
+        ("z_loss_coeff: -0.1", "model.moe.z_loss_coeff = -0.1 must be at least 0"),
+    ],
+)
+def test_balances_that_cannot_be(words, message):
+    with pytest.raises(UserError) as caught:
+        final(f"model.moe={{num_experts: 4, {words}}}")
+    assert message in str(caught.value)
+
+
+def test_layers_may_have_balance_weights_of_their_own():
+    moe = final("model.moe={num_experts: 4, balance_weights: [0.1, 0.2]}").model.moe
+    assert [moe.layer_weight(layer) for layer in (1, 2)] == [0.1, 0.2]
+    moe = final("model.moe={num_experts: 4, balance_weight: 0.3}").model.moe
+    assert [moe.layer_weight(layer) for layer in (1, 2)] == [0.3, 0.3]
+
+
 def test_a_schedule_and_a_peak_are_one_too_many():
     with pytest.raises(UserError, match="both set"):
         final("optim.lr=1e-3", "optim.schedule=[{lr: 1.0}]")

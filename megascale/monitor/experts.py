@@ -1,0 +1,150 @@
+"""How experts are used: rows in `experts.jsonl`, a warning when routing collapses, heat maps.
+
+Shape suffixes: L layers, E experts, S sources.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megascale.monitor.metrics import read_rows, rewind
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+Floats = NDArray[np.float64]
+
+EXPERTS_FILE = "experts.jsonl"
+COLLAPSED_PART, COLLAPSED_STEPS = 0.8, 10
+"""A layer has collapsed where one expert gets this part of all it could, or this part of the
+experts gets nothing, in so many steps in a row."""
+
+
+class CollapseWatch:
+    """Notices when a router sends (nearly) everything to few experts."""
+
+    def __init__(self, top_k: int) -> None:
+        self._top_k = top_k
+        self._steps: NDArray[np.int64] | None = None
+
+    def see(self, load_LE: Floats) -> str | None:
+        """Take the loads of a step; a warning when a layer has just collapsed, else None."""
+        num_experts = load_LE.shape[1]
+        most = num_experts / self._top_k  # all tokens choose the expert
+        busy = load_LE.max(axis=1) >= COLLAPSED_PART * most
+        idle = (load_LE == 0).mean(axis=1) >= COLLAPSED_PART
+        collapsed = (busy | idle) & (num_experts > self._top_k)
+        before = self._steps if self._steps is not None else np.zeros(len(load_LE), np.int64)
+        self._steps = np.where(collapsed, before + 1, 0)
+        layers = np.flatnonzero(self._steps == COLLAPSED_STEPS) + 1
+        if not len(layers):
+            return None
+        worst = int(layers[0]) - 1
+        share = load_LE[worst].max() / most
+        return (
+            f"routing has collapsed in layer {', '.join(map(str, layers))}: for {COLLAPSED_STEPS} "
+            f"steps one expert got {share:.0%} of the tokens and {(load_LE[worst] == 0).sum()} of "
+            f"{num_experts} experts nothing; raise model.moe.balance_weight or lower optim.lr"
+        )
+
+
+class ExpertLog:
+    """Writes `experts.jsonl`; on resume after step `resume_step` later rows are dropped."""
+
+    def __init__(self, run_dir: Path, resume_step: int | None) -> None:
+        rewind(run_dir / EXPERTS_FILE, resume_step)
+        self._file = open(run_dir / EXPERTS_FILE, "a", encoding="utf-8")
+
+    def write(self, step: int, sources: Sequence[str], counts_SLE: Floats) -> None:
+        """Add a row: the choices of each source, and the share of each expert in them by layer."""
+        totals = counts_SLE.sum(axis=2, keepdims=True)
+        shares = np.divide(counts_SLE, totals, out=np.zeros_like(counts_SLE), where=totals > 0)
+        row = {
+            "step": step,
+            "choices": [int(total) for total in totals[:, 0, 0]],
+            "share": {
+                name: np.round(one, 5).tolist() for name, one in zip(sources, shares, strict=True)
+            },
+        }
+        self._file.write(json.dumps(row) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+def divergence_L(shares_SLE: Floats, weights_S: Floats | None = None) -> Floats:
+    """How far sources differ in the experts they use, per layer: the Jensen-Shannon divergence.
+
+    In bits; 0 where all use the same, at most log2 of the number of sources. Sources count
+    alike unless `weights_S` says otherwise.
+    """
+    weights = np.ones(len(shares_SLE)) if weights_S is None else weights_S
+    weights = weights / weights.sum()
+    pooled = np.tensordot(weights, shares_SLE, axes=1)
+    return _entropy(pooled) - np.tensordot(weights, _entropy(shares_SLE), axes=1)
+
+
+def _entropy(shares: Floats) -> Floats:
+    logs = np.log2(shares, out=np.zeros_like(shares), where=shares > 0)
+    entropy: Floats = -(shares * logs).sum(axis=-1)
+    return entropy
+
+
+def read_shares(run_dir: Path) -> tuple[int, list[str], Floats] | None:
+    """(step, sources, shares) of the last row of a run, [S, L, E]; None where there is none.
+
+    Sources without a token in that step are left out.
+    """
+    path = run_dir / EXPERTS_FILE
+    rows = read_rows(path) if path.exists() else []
+    if not rows:
+        return None
+    last = rows[-1]
+    seen = [name for name, choices in zip(last["share"], last["choices"], strict=True) if choices]
+    return last["step"], seen, np.array([last["share"][name] for name in seen])
+
+
+def plot_shares(sources: Sequence[str], shares_SLE: Floats, title: str, path: Path) -> None:
+    """Heat maps of layers over experts: load of all, then what each source uses more or less.
+
+    Experts stand in the order of the source that uses them most, so that specialists of a
+    source lie side by side.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    num_sources, num_layers, num_experts = shares_SLE.shape
+    columns = 1 + (num_sources if num_sources > 1 else 0)
+    size = (1.2 + 2.6 * columns, 1.6 + 0.28 * max(4, num_layers))
+    figure = Figure(figsize=size, layout="constrained", dpi=150)
+    FigureCanvasAgg(figure)
+    pooled = shares_SLE.mean(axis=0)
+    order = np.argsort(shares_SLE.argmax(axis=0), axis=1, kind="stable")
+    panels = figure.subplots(1, columns, squeeze=False)[0]
+    _heat(panels[0], np.take_along_axis(pooled, order, 1) * num_experts, "all sources")
+    for axes, name, shares in zip(panels[1:], sources, shares_SLE, strict=False):
+        over = np.divide(shares, pooled, out=np.zeros_like(shares), where=pooled > 0)
+        _heat(axes, np.take_along_axis(over, order, 1), name)
+    panels[0].set_ylabel("layer")
+    image = panels[0].images[0]
+    bar = figure.colorbar(image, ax=panels.tolist(), shrink=0.8, extend="max")
+    bar.set_label("left: over even use; right: over all sources'")
+    figure.suptitle(title, fontsize=11, x=0.01, ha="left")
+    figure.savefig(path)
+
+
+def _heat(axes: Axes, values_LE: Floats, title: str) -> None:
+    num_layers, num_experts = values_LE.shape
+    extent = (0.5, num_experts + 0.5, num_layers + 0.5, 0.5)
+    axes.imshow(values_LE, cmap="RdBu_r", vmin=0, vmax=2, aspect="auto", extent=extent)
+    axes.set_title(title, fontsize=10)
+    axes.set_xlabel("expert, sorted")
+    axes.yaxis.get_major_locator().set_params(integer=True)

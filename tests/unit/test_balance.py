@@ -1,0 +1,223 @@
+"""Balance losses on one process: the paper's facts, who counts, when routing has collapsed."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from megascale.config import MoeConfig
+from megascale.mesh.packing import TokenSequence, pack
+from megascale.monitor.experts import (
+    COLLAPSED_STEPS,
+    CollapseWatch,
+    ExpertLog,
+    divergence_L,
+    plot_shares,
+    read_shares,
+)
+from megascale.runtime import distributed
+
+distributed.prepare_device("auto")  # before megatron-core is imported
+
+from megascale.model import balance  # noqa: E402
+
+CPU = torch.device("cpu")
+
+
+def part_of(lengths, padding=0):
+    """A rank that holds whole sequences, and says so itself."""
+    ids = np.zeros(max(lengths), dtype=np.int64)
+    sequences = [TokenSequence(ids[:n], ids[:n]) for n in lengths]
+    multiple = sum(lengths) + padding if padding else 1
+    batch = pack(sequences, 0, multiple, CPU, sources=[i % 2 for i in range(len(lengths))])
+    alone = type("Alone", (), {"rank": lambda self: 0, "size": lambda self: 1})()
+    return balance._Part.of(batch.segments, sum(lengths) + padding, alone)
+
+
+def grouped(chosen, scores, groups, lengths):
+    part = part_of(lengths)
+    scores = torch.tensor(scores, dtype=torch.float64, requires_grad=True)
+    chosen = torch.tensor(chosen, dtype=torch.float64)
+    loss = balance._grouped(scores, chosen, groups(part), part)
+    (grad,) = torch.autograd.grad(loss, scores)
+    return float(loss.detach()), grad
+
+
+def everything(part):
+    return torch.ones(1, part.num_tokens)
+
+
+def by_sequence(part):
+    return part.by_sequence_GT
+
+
+OPPOSITE = [[1.0, 0.0]] * 3 + [[0.0, 1.0]] * 3
+
+
+def test_two_opposite_groups_have_loss_2_apart_and_1_together():
+    """The paper's fact, with three tokens each; losses are sums over tokens."""
+    apart, _ = grouped(OPPOSITE, OPPOSITE, by_sequence, [3, 3])
+    together, _ = grouped(OPPOSITE, OPPOSITE, everything, [3, 3])
+    assert apart / 6 == pytest.approx(2.0) and together / 6 == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("top_k", [1, 2, 3])
+def test_even_use_has_loss_1_whatever_is_chosen_at_once(top_k):
+    chosen = [[float((e - t) % 4 < top_k) for e in range(4)] for t in range(8)]
+    loss, grad = grouped(chosen, [[0.25] * 4] * 8, everything, [8])
+    assert loss / 8 == pytest.approx(1.0)
+    assert grad.numpy() == pytest.approx(1.0)  # and no expert is preferred
+
+
+def test_all_tokens_to_one_expert_is_the_number_of_experts():
+    loss, grad = grouped([[1.0, 0, 0, 0]] * 5, [[1.0, 0, 0, 0]] * 5, everything, [5])
+    assert loss / 5 == pytest.approx(4.0)
+    assert grad.tolist() == [[4.0, 0, 0, 0]] * 5
+
+
+def test_the_loss_of_groups_is_weighted_by_their_tokens():
+    """One long and one short sequence: as each alone, times its tokens."""
+    generator = np.random.default_rng(0)
+    scores = generator.dirichlet([1.0] * 4, 7)
+    chosen = np.eye(4)[scores.argmax(axis=1)]
+    loss, _ = grouped(chosen, scores, by_sequence, [5, 2])
+    expected = sum(
+        len(rows) * 4 * (chosen[rows].mean(axis=0) * scores[rows].mean(axis=0)).sum()
+        for rows in (range(5), range(5, 7))
+    )
+    assert loss == pytest.approx(expected)
+
+
+def test_padding_is_no_token():
+    part = part_of([3, 2], padding=3)
+    assert part.num_tokens == 5
+    assert part.sequence_T.tolist() == [0, 0, 0, 1, 1] and part.source_T.tolist() == [0, 0, 0, 1, 1]
+    beyond = type("Second", (), {"rank": lambda self: 1, "size": lambda self: 1})()
+    ids = np.zeros(3, dtype=np.int64)
+    batch = pack([TokenSequence(ids, ids)], 0, 8, CPU)
+    assert balance._Part.of(batch.segments, 4, beyond).num_tokens == 0
+    empty = pack([], 0, 4, CPU)
+    assert balance._Part.of(empty.segments, 4, beyond).num_tokens == 0
+
+
+# --------------------------------------------------------------------------- estimates of the load
+
+
+def tally_of(estimate, batches, before=(1.0, 1.0), loss_tokens=None):
+    """The loads taken for micro-batches of a top-1 choice among two experts, by their counts."""
+    moe = MoeConfig(num_experts=2, top_k=1, estimate=estimate)
+    tally = balance.Tally(moe, 1, CPU)
+    everything = sum(map(sum, batches))
+    tally.begin(len(batches), everything if loss_tokens is None else loss_tokens)
+    found = []
+    for first, second in batches:
+        chosen = torch.tensor([[1, 0]] * first + [[0, 1]] * second).reshape(-1, 2)
+        part = part_of([max(1, first + second)])
+        part = balance._Part(
+            first + second,
+            torch.zeros(first + second, dtype=torch.int64),
+            torch.zeros(first + second, dtype=torch.int64),
+            1,
+            part.over_tensor,
+            part.over_ranks,
+        )
+        tally.add(chosen, torch.full((first + second, 2), 0.5), part)
+        found.append(tally.estimate(torch.tensor(before), part).tolist())
+    return found
+
+
+def test_the_buffer_is_the_running_mean_and_ends_with_the_whole():
+    loads = tally_of("buffer", [(4, 0), (0, 2), (0, 6)])
+    assert loads[0] == [2.0, 0.0]
+    assert loads[1] == pytest.approx([2 * 4 / 6, 2 * 2 / 6])
+    assert loads[2] == pytest.approx([2 * 4 / 12, 2 * 8 / 12])
+
+
+@pytest.mark.parametrize("estimate", ["buffer_corrected", "previous_corrected"])
+def test_a_corrected_estimate_is_right_on_the_mean_of_all_tokens(estimate):
+    """One rank that has the whole batch: its last micro-batch makes up for all."""
+    batches = [(4, 1), (0, 3), (2, 6)]
+    loads = np.array(tally_of(estimate, batches, before=(0.4, 1.6)))
+    tokens = np.array([sum(one) for one in batches])
+    mean = (loads * tokens[:, None]).sum(axis=0) / tokens.sum()
+    assert mean == pytest.approx([2 * 6 / 16, 2 * 10 / 16])
+
+
+def test_a_rank_of_many_corrects_its_part_only():
+    """Of a batch four times as large the rest is taken to be as it was."""
+    loads = tally_of("previous_corrected", [(4, 0)], before=(0.5, 1.5), loss_tokens=16)
+    assert loads == [pytest.approx([0.5 + (2 - 0.5) / 4, 1.5 - 1.5 / 4])]
+
+
+def test_a_last_micro_batch_without_tokens_corrects_nothing():
+    loads = tally_of("buffer_corrected", [(4, 0), (0, 0)])
+    assert loads[1] == [2.0, 0.0]
+
+
+def test_the_batch_before_is_taken_as_it_was():
+    assert tally_of("previous", [(4, 0), (0, 1)], before=(0.5, 1.5)) == [[0.5, 1.5]] * 2
+
+
+def test_loads_without_a_choice_are_even():
+    assert balance.load_of(torch.zeros(3)).tolist() == [1.0] * 3
+
+
+# -------------------------------------------------------------------------------------- loss-free
+
+
+def test_a_bias_changes_the_choice_and_not_the_weights():
+    logits = torch.tensor([[2.0, 1.0, 0.0]])
+    probs, chosen = balance._choose(logits, torch.zeros(3), 1)
+    assert chosen.tolist() == [[True, False, False]] and probs.tolist() == [[1.0, 0.0, 0.0]]
+    _, chosen = balance._choose(logits, torch.tensor([0.0, 0.0, 0.9]), 1)
+    assert chosen.tolist() == [[False, False, True]]
+    probs, chosen = balance._choose(logits, torch.tensor([0.0, 0.0, 0.9]), 2)
+    assert chosen.tolist() == [[True, False, True]]
+    expected = [1 / (1 + math.exp(-2)), 0.0, 1 / (1 + math.exp(2))]
+    assert probs.tolist() == [pytest.approx(expected)]
+
+
+# ------------------------------------------------------------------------------------ observation
+
+
+def test_use_of_experts_in_numbers():
+    counts = torch.tensor([[[4.0, 0.0], [1.0, 3.0]], [[0.0, 4.0], [4.0, 0.0]]])  # S, L, E
+    use = balance.ExpertUse(counts.double(), torch.tensor([[0.5, 0.5], [0.25, 0.75]]).double())
+    assert use.load_LE.tolist() == [[1.0, 1.0], [1.25, 0.75]]
+    assert use.loss_L.tolist() == [1.0, 1.25 * 0.25 + 0.75 * 0.75]
+    assert use.max_violation_L.tolist() == [0.0, 0.25]
+    assert use.dead_L.tolist() == [0, 0]
+
+
+def test_collapse_is_said_once_and_only_when_it_lasts():
+    even, collapsed = np.ones((2, 4)), np.array([[1.0] * 4, [2.0, 2.0, 0.0, 0.0]])
+    watch = CollapseWatch(top_k=2)
+    said = [watch.see(collapsed) for _ in range(COLLAPSED_STEPS + 5)]
+    assert [bool(one) for one in said].index(True) == COLLAPSED_STEPS - 1
+    assert sum(map(bool, said)) == 1 and "in layer 2:" in said[COLLAPSED_STEPS - 1]
+    watch = CollapseWatch(top_k=2)
+    assert not any(watch.see(one) for one in [collapsed] * (COLLAPSED_STEPS - 1) + [even] * 20)
+    assert not any(CollapseWatch(top_k=4).see(even) for _ in range(20))  # all experts always
+
+
+def test_divergence_of_sources():
+    same, apart = np.full((2, 1, 4), 0.25), np.array([[[0.5, 0.5, 0, 0]], [[0, 0, 0.5, 0.5]]])
+    assert divergence_L(same) == pytest.approx([0.0])
+    assert divergence_L(apart) == pytest.approx([1.0])
+
+
+def test_the_record_is_read_and_drawn(tmp_path):
+    log = ExpertLog(tmp_path, 0)
+    log.write(2, ["a", "b", "c"], np.array([[[3.0, 1.0]], [[0.0, 4.0]], [[0.0, 0.0]]]))
+    log.write(4, ["a", "b", "c"], np.array([[[1.0, 1.0]], [[0.0, 4.0]], [[0.0, 0.0]]]))
+    log.close()
+    step, sources, shares = read_shares(tmp_path)
+    assert (step, sources) == (4, ["a", "b"]) and shares.tolist() == [[[0.5, 0.5]], [[0.0, 1.0]]]
+    plot_shares(sources, shares, "two", tmp_path / "experts.png")
+    assert (tmp_path / "experts.png").read_bytes().startswith(b"\x89PNG")
+    ExpertLog(tmp_path, 2).close()  # a resume goes back to step 2
+    assert read_shares(tmp_path)[0] == 2
+    rows = (tmp_path / "experts.jsonl").read_text().splitlines()
+    assert [json.loads(row)["choices"] for row in rows] == [[4, 4, 0]]
