@@ -191,7 +191,7 @@ def _scalar(kind: type, value: Any, where: str) -> Any:
     return value
 
 
-def whole_number(text: str, where: str, least: int = 0) -> int:
+def whole_number(text: str, where: str, least: int = 0, most: int = 2**62) -> int:
     """The number that `text` writes, with the suffixes that a config knows.
 
     Raises UserError, which begins with `where`.
@@ -202,9 +202,11 @@ def whole_number(text: str, where: str, least: int = 0) -> int:
     digits, suffix = match.group(1).replace("_", ""), match.group(2) or ""
     number = float(digits) * (SUFFIXES | BINARY_SUFFIXES)[suffix]
     if number != int(number):
-        raise UserError(f"{where} must be a whole number; '{text}' is {number}")
+        raise UserError(f"{where} must be a whole number, not {text}")
     if number < least:
         raise UserError(f"{where} must be at least {least}, not {text}")
+    if number > most:
+        raise UserError(f"{where} must be at most {most}, not {text}")
     return int(number)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -20,6 +19,9 @@ ASSUMED_FIXED_TOKENS = 256
 ASSUMED_LATENCY_TOKENS = 64
 ASSUMED_INTRA_BYTES_PER_S = 75e9
 ASSUMED_INTER_BYTES_PER_S = 10e9
+
+LARGEST = 1_000_000
+"""Of any value in a COST.json: seconds beyond it would be days, and overflow."""
 
 
 @dataclass(frozen=True)
@@ -84,20 +86,31 @@ class CostModel:
         The two `pass_` fields may be left out.
 
         Raises UserError for an unreadable file, a key that is unknown or missing, and a value
-        that is not a number of at least 0.
+        that is no number from 0 to 1e6 (of `node_size`: no whole number from 1 to 1e6).
         """
         names = [one.name for one in fields(CostModel) if one.name != "calibrated"]
         needed = [name for name in names if not name.startswith("pass_")]
         try:
             value = json.loads(Path(path).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            raise UserError(f"cost file {path}: not a readable JSON file") from None
-        if not isinstance(value, dict) or not set(needed) <= set(value) <= set(names):
+        except OSError as error:
+            raise UserError(f"cost file {path}: {error.strerror}") from None
+        except ValueError:
+            raise UserError(f"cost file {path}: not JSON") from None
+        if not isinstance(value, dict):
             raise UserError(f"cost file {path}: must be an object with keys {', '.join(needed)}")
+        unknown, missing = sorted(set(value) - set(names)), sorted(set(needed) - set(value))
+        if unknown:
+            raise UserError(f"cost file {path}: unknown key {unknown[0]}; keys: {', '.join(names)}")
+        if missing:
+            raise UserError(f"cost file {path}: {', '.join(missing)} missing")
         for name, number in value.items():
-            is_number = type(number) in (int, float) and math.isfinite(number)
-            if not is_number or number < 0 or (name == "node_size" and type(number) is not int):
-                raise UserError(f"cost file {path}: {name} = {number!r} must be a number >= 0")
+            whole = name == "node_size"
+            if (
+                type(number) not in ((int,) if whole else (int, float))
+                or not 0 <= number <= LARGEST
+            ):
+                kind = "whole number from 1 to" if whole else "number from 0 to"
+                raise UserError(f"cost file {path}: {name} = {number!r:.40} must be a {kind} 1e6")
         if value["node_size"] < 1:
             raise UserError(f"cost file {path}: node_size must be at least 1")
         return CostModel(**value)

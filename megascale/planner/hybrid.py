@@ -16,16 +16,21 @@ from megascale.planner.bound import (
     nested_sizes,
     sizes_within,
 )
+from megascale.planner.bytescale import plan_bytescale
 from megascale.planner.levels import STRETCH, Batch, Level, even_levels, long_levels
+from megascale.planner.longest_first import plan_longest_first
 from megascale.planner.plan import StepPlan
 from megascale.planner.problem import Placed, Problem, complete
-from megascale.planner.shelves import LONGEST, has_few_short, shelve
+from megascale.planner.shelves import LONGEST, has_few_short, longest_s, shelve
 from megascale.planner.stacks import Stacks
-from megascale.planner.static import plan_static_best
+from megascale.planner.static import plan_static_balanced, plan_static_best
 from megascale.planner.waves import Sheet, even_level
 
 TRIES = 10
 """Plans that are made, of which the best is taken, where no budget of seconds says."""
+FEW, FEW_TIMES_RANKS, LIMITS = 1024, 16384, 12
+"""Up to so many sequences, if there are few for a rank or few ranks too, other planners' plans are
+tried; up to a quarter of it, so many limits for how long a ring may last."""
 STACKS = ((1.0, False), (1.0, True), (0.5, False))
 """Ways to stack rings: how long they may last, as part of an even share, and whether sizes within
 a node are rounded up to powers of two, which nest."""
@@ -46,7 +51,7 @@ def plan_hybrid(problem: Problem) -> StepPlan:
     (`planner.stacks`). Aligned and lockstep mode: waves of equal length (`planner.waves`), or of
     rings of like length where a pipeline gets hardly a short sequence (`planner.shelves`).
     Several ring sizes and numbers of waves are tried, `TRIES` of them or as many as `budget_s`
-    allows; the plan with the least predicted time is taken.
+    allows, and more where there are few sequences; the plan with the least predicted time is taken.
     """
     began = time.perf_counter()
     problem.require_fit()
@@ -58,6 +63,9 @@ def plan_hybrid(problem: Problem) -> StepPlan:
         spent_s = time.perf_counter() - began
         if number == TRIES if problem.budget_s is None else spent_s > problem.budget_s:
             break
+    for candidate in _of_few(problem, batch):
+        if best is None or candidate.seconds < best.seconds:
+            best = candidate
     return complete(problem, best.placed() if best else [], began)
 
 
@@ -78,9 +86,10 @@ def _candidates(problem: Problem, batch: Batch) -> Iterator[Candidate]:
         return
     if problem.mode != "free":
         if problem.pipeline > 1 and has_few_short(problem):
-            shelved = (shelve(problem, batch, part) for part in LONGEST)
+            limit_s = longest_s(problem, batch)
+            shelved = (shelve(problem, batch, limit_s * part) for part in LONGEST)
             yield from (Candidate(*one) for one in shelved if one is not None)
-            yield _static(problem)
+            yield _of_peer(plan_static_best(problem))
         yield from _waves(problem, batch)
         return
     level_s = _reachable_s(problem, batch.lengths)
@@ -90,13 +99,31 @@ def _candidates(problem: Problem, batch: Batch) -> Iterator[Candidate]:
         yield from _waves(problem, batch)
 
 
-def _static(problem: Problem) -> Candidate:
-    """One ring size for all, which is hard to beat where all sequences are of like length."""
-    plan = plan_static_best(problem)
+def _of_peer(plan: StepPlan) -> Candidate:
     rings = [ring for ring in plan.rings if ring.sequences]
     return Candidate(
         plan.predicted_s, lambda: [Placed(one.ranks, one.sequences, one.offload) for one in rings]
     )
+
+
+def _of_few(problem: Problem, batch: Batch) -> Iterator[Candidate]:
+    """Plans for so few sequences that nothing evens them out: each decides, and much is tried."""
+    number, ranks = len(batch.order), problem.num_ranks
+    if not 0 < number <= FEW or number > 4 * ranks and number * ranks > FEW_TIMES_RANKS:
+        return
+    for planner in (plan_static_best, plan_static_balanced, plan_bytescale):
+        yield _of_peer(planner(problem))
+    if problem.lengths.max() <= problem.capacity:
+        yield _of_peer(plan_longest_first(problem))
+    if number > min(FEW // 4, 2 * ranks):
+        return
+    low, _ = even_level(problem, batch.lengths, 1)
+    high = max(longest_s(problem, batch), 4 * low, 1e-12)
+    for limit_s in np.geomspace(max(low, high * 1e-3), high, LIMITS).tolist():
+        for rounded in (True, False):
+            found = shelve(problem, batch, limit_s, rounded)
+            if found is not None:
+                yield _of_peer(complete(problem, found[1](), 0.0))
 
 
 def _reachable_s(problem: Problem, lengths: Integers) -> float:

@@ -14,6 +14,8 @@ from megascale.errors import UserError
 Floats = NDArray[np.float64]
 Integers = NDArray[np.int64]
 
+LONGEST = 2**40
+"""Tokens that a line of a lengths file may say."""
 BLOCK = 4096
 """Documents are drawn in blocks of so many, so that more tokens only add documents."""
 
@@ -125,7 +127,7 @@ def read_lengths(path: str, where: str) -> Integers:
     """
     where += path
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or "not text"
         raise UserError(f"{where}: {reason}") from None
@@ -134,10 +136,10 @@ def read_lengths(path: str, where: str) -> Integers:
         text = line.strip()
         if not text:
             continue
-        if not (text.isascii() and text.isdigit()) or not 0 < int(text) < 2**40:
+        if not (text.isascii() and text.isdigit()) or not 0 < int(text) <= LONGEST:
             raise UserError(
                 f"{where}: line {number} is {text[:40]!r}, not a whole number "
-                "of tokens of at least 1"
+                f"of tokens from 1 to {LONGEST}"
             )
         lengths.append(int(text))
     if not lengths:

@@ -96,8 +96,9 @@ class Problem:
             per_rank = -(-longest * self.capacity // most)
             raise UserError(
                 f"a sequence of {longest} tokens does not fit {self.num_ranks} ranks of "
-                f"{self.capacity} tokens, offload included: set data.context_tokens={most} or "
-                f"below, planner.capacity_tokens={per_rank}, or start more ranks"
+                f"{self.capacity} tokens, offload included: cut sequences at {most} tokens "
+                f"(data.context_tokens), let a rank hold {per_rank} (planner.capacity_tokens, or "
+                "--capacity), or start more ranks"
             )
 
 

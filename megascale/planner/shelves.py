@@ -42,16 +42,23 @@ def has_few_short(problem: Problem) -> bool:
     return bool(lengths[lengths > problem.capacity / 2].sum() >= LONG_SHARE * lengths.sum())
 
 
-def shelve(
-    problem: Problem, batch: Batch, part: float
-) -> tuple[float, Callable[[], list[Placed]]] | None:
-    """(seconds of a step, its micro-batches) with rings that last at most `part` of the longest.
+def longest_s(problem: Problem, batch: Batch) -> float:
+    """Seconds of the slowest sequence on as few ranks as hold it."""
+    fewest = fewest_ranks(problem, batch.lengths)
+    return float(alone_s(problem, batch.lengths, fewest).max())
 
+
+def shelve(
+    problem: Problem, batch: Batch, limit_s: float, rounded: bool = True
+) -> tuple[float, Callable[[], list[Placed]]] | None:
+    """(seconds of a step, its micro-batches) with rings that last at most `limit_s`.
+
+    Sizes are `rounded` to powers of two and whole nodes, which stand side by side without rest;
+    others may lie across nodes though they would fit one, and then the seconds are too few.
     None where a ring would be larger than all ranks.
     """
-    fewest = fewest_ranks(problem, batch.lengths)
-    limit_s = part * float(alone_s(problem, batch.lengths, fewest).max())
-    sizes = _rounded(problem, sizes_within(problem, batch.lengths, limit_s))
+    sizes = sizes_within(problem, batch.lengths, limit_s)
+    sizes = _rounded(problem, sizes) if rounded else sizes
     if sizes.max() > problem.num_ranks:
         return None
     shelves = _filled(problem, batch, sizes, limit_s)
@@ -70,7 +77,6 @@ def shelve(
 
 
 def _rounded(problem: Problem, sizes: np.ndarray) -> np.ndarray:
-    """Powers of two within a node, whole nodes beyond: these stand side by side without rest."""
     node = min(problem.cost.node_size, problem.num_ranks)
     within = np.minimum(node, 2 ** np.ceil(np.log2(sizes))).astype(np.int64)
     return np.where(sizes <= node, within, -(-sizes // node) * node)

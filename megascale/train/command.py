@@ -28,9 +28,10 @@ def run_train(args: argparse.Namespace) -> int:
     resume = args.resume
     if resume not in (None, "auto", "latest") and not resume.isdigit():
         raise UserError(f"--resume {resume}: give auto, latest or the number of a step")
-    from megascale.train.describe import load_run
+    from megascale.train.describe import cost_model, load_run
 
     config, sources = load_run(args.config, args.overrides)
+    cost_model(config)  # a bad cost file is found before there is a run folder
     from megascale.runtime import distributed
 
     distributed.prepare_device(config.device)

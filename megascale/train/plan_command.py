@@ -22,6 +22,8 @@ from megascale.train.cluster import MODELS
 from megascale.train.describe import cost_model, describe_run, first_step, load_run, static_line
 
 DEFAULT_MODEL = "7b"
+MOST_RANKS, MOST_STAGES = 131_072, 1024
+"""More than any cluster has, and as much as is planned in seconds."""
 LENGTHS_ONLY = ("capacity", "mode", "pp", "cost", "planner", "budget_s")
 
 
@@ -39,7 +41,7 @@ def add_plan_arguments(parser: argparse.ArgumentParser) -> None:
     add("--lengths", metavar="FILE", help="tokens of the sequences, one integer a line")
     add("--capacity", metavar="TOKENS", help="tokens that a rank holds in a micro-batch")
     add("--mode", choices=("free", "aligned", "lockstep"), help="default: free")
-    add("--pp", type=int, metavar="P", help="pipeline stages, in aligned mode; default: 1")
+    add("--pp", metavar="P", help="pipeline stages, in aligned or lockstep mode; default: 1")
     add("--cost", metavar="COST.json", help=f"default: that of a {DEFAULT_MODEL} model, assumed")
     add("--planner", choices=tuple(PLANNERS), help="default: hybrid")
     improve = "seconds to spend on improving the plan; default: a fixed number of tries"
@@ -55,13 +57,11 @@ def run_plan(args: argparse.Namespace) -> int:
             option = name.replace("_", "-")
             raise UserError(f"--{option} goes with --lengths FILE; a config sets planner.* itself")
     if args.config is None:
-        raise UserError(
-            "megascale plan: give CONFIG, or --lengths FILE --ranks N --capacity TOKENS"
-        )
+        raise UserError("plan: give CONFIG, or --lengths FILE --ranks N --capacity TOKENS")
     config, sources = load_run(args.config, args.overrides)
     cut = config.parallel
     fewest = cut.tensor * cut.pipeline * cut.expert
-    ranks = fewest if args.ranks is None else whole_number(args.ranks, "--ranks", 1)
+    ranks = fewest if args.ranks is None else whole_number(args.ranks, "--ranks", 1, MOST_RANKS)
     layout = Layout.of(config, ranks)
     first = first_step(config, layout, sources)
     print(describe_run(config, layout, sources, first), end="")
@@ -103,15 +103,15 @@ def _problem(args: argparse.Namespace) -> Problem:
     for option, value in (("--ranks N", args.ranks), ("--capacity TOKENS", args.capacity)):
         if value is None:
             raise UserError(f"--lengths {args.lengths}: needs {option} too")
-    mode, pipeline = args.mode or "free", 1 if args.pp is None else args.pp
-    if pipeline < 1 or (pipeline > 1 and mode == "free"):
-        raise UserError(f"--pp {pipeline}: must be at least 1, and above it needs --mode aligned")
+    mode, pipeline = args.mode or "free", whole_number(args.pp or "1", "--pp", 1, MOST_STAGES)
+    if pipeline > 1 and mode == "free":
+        raise UserError(f"--pp {pipeline}: needs --mode aligned, or lockstep")
     if args.budget_s is not None and not 0 <= args.budget_s < float("inf"):
         raise UserError(f"--budget-s {args.budget_s:g}: must be at least 0, such as 0.5")
     cost = CostModel.load(args.cost) if args.cost else _default_cost()
     return Problem.of(
         read_lengths(args.lengths, "--lengths "),
-        whole_number(args.ranks, "--ranks", 1),
+        whole_number(args.ranks, "--ranks", 1, MOST_RANKS),
         whole_number(args.capacity, "--capacity", 1),
         cast(Mode, mode),
         cost,
@@ -133,6 +133,8 @@ def _write_plan(
         text = json.dumps(plan.to_json()) + "\n"
         _write("--json", args.json, lambda path: path.write_text(text, encoding="utf-8"))
     if args.gantt:
+        if Path(args.gantt).suffix.lower() != ".png":
+            raise UserError(f"--gantt {args.gantt}: must end in .png")
         _write("--gantt", args.gantt, lambda path: plot_gantt(plan, lengths, cost, path))
 
 

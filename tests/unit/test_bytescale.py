@@ -364,7 +364,7 @@ def test_odd_cases_in_all_modes(planner, lengths: list[int], num_ranks: int) -> 
 
 @BOTH
 def test_too_long_a_sequence_says_what_would_fit(planner) -> None:
-    with pytest.raises(UserError, match="data.context_tokens=30"):
+    with pytest.raises(UserError, match="cut sequences at 30 tokens"):
         planner(Problem.of([31], 3, 10, "free", COST))
 
 

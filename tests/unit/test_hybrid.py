@@ -17,6 +17,7 @@ from megascale.planner import (
     StepPlan,
     plan_bytescale,
     plan_hybrid,
+    plan_longest_first,
     plan_static_best,
 )
 from megascale.planner.bound import (
@@ -291,9 +292,39 @@ def test_offload_holds_what_no_rank_could() -> None:
 
 
 def test_too_long_a_sequence_names_what_would_fit() -> None:
-    with pytest.raises(UserError, match="planner.capacity_tokens=25"):
+    with pytest.raises(UserError, match="let a rank hold 25"):
         plan_hybrid(Problem.of([5, 100], 4, 20, "lockstep", FLEXSP))
     plan_hybrid(Problem.of([5, 100], 4, 25, "lockstep", FLEXSP)).check([5, 100])
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(
+    "lengths, num_ranks, capacity",
+    [
+        ([4171, 3277, 3080, 2347, 1816], 64, 4096),
+        ([205, 465, 14106, 225], 16, 8192),
+        ([1279, 1560, 670, 1617], 16, 8192),
+        ([3215] * 175, 64, 1000),
+        ([700, 700, 700, 300, 300, 300], 1, 1000),
+        ([16_000] * 300, 3, 16_384),
+    ],
+)
+def test_few_sequences_are_planned_no_worse_than_by_simpler_planners(
+    lengths: list[int], num_ranks: int, capacity: int, mode: str
+) -> None:
+    problem = Problem.of(lengths, num_ranks, capacity, mode, FLEXSP)
+    peers = [plan_static_best, plan_bytescale]
+    if max(lengths) <= capacity:
+        peers.append(plan_longest_first)
+    best = min(planner(problem).predicted_s for planner in peers)
+    plan = plan_hybrid(problem)
+    plan.check(problem.lengths)
+    assert plan.predicted_s <= best * (1 + 1e-9)
+
+
+def test_a_ring_for_each_of_five_sequences_shares_out_all_ranks() -> None:
+    problem = Problem.of([4171, 3277, 3080, 2347, 1816], 64, 4096, "lockstep", FLEXSP)
+    assert plan_hybrid(problem).predicted_s <= 1.25 * lower_bound_s(problem)
 
 
 def test_a_budget_never_makes_a_plan_worse() -> None:

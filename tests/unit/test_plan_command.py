@@ -180,10 +180,10 @@ def test_describing_does_not_touch_the_run_folder(config: Path, tmp_path: Path) 
     [
         (["model.vocab_size=100"], "model.vocab_size = 100 is below .* set model.vocab_size=257"),
         (["data.max_epochs=1"], "'code' would be read .* set data.max_epochs=2"),
-        (["--ranks", "0"], "must divide the 0 ranks"),
+        (["--ranks", "0"], "--ranks must be at least 1, not 0"),
         (["parallel.tensor=2", "--ranks", "3"], "must divide the 3 ranks started; start 2"),
         (["--json", "/nonexistent/plan.json"], "--json /nonexistent/plan.json: No such file"),
-        (["--gantt", "plan.nonsense"], "--gantt plan.nonsense: Format 'nonsense'"),
+        (["--gantt", "plan.nonsense"], "--gantt plan.nonsense: must end in .png"),
         (["data.sources.web.path=/nonexistent/web"], "/nonexistent/web"),
     ],
 )

@@ -241,15 +241,18 @@ def test_cost_file_is_read(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "problem"),
     [
-        ("", "not a readable JSON file"),
+        ("", "not JSON"),
         ("[1]", "must be an object with keys a, b, fixed"),
-        (json.dumps({**FULL_COST, "c": 1}), "must be an object with keys"),
-        (json.dumps({k: v for k, v in FULL_COST.items() if k != "b"}), "with keys a, b"),
-        (json.dumps({**FULL_COST, "a": "1"}), "a = '1' must be a number >= 0"),
+        (json.dumps({**FULL_COST, "c": 1}), "unknown key c; keys: a, b, fixed"),
+        (json.dumps({k: v for k, v in FULL_COST.items() if k != "b"}), "b missing"),
+        (json.dumps({**FULL_COST, "a": "1"}), "a = '1' must be a number from 0 to 1e6"),
         (json.dumps({**FULL_COST, "b": -1}), "b = -1 must be"),
         (json.dumps({**FULL_COST, "b": float("nan")}), "b = nan must be"),
         (json.dumps({**FULL_COST, "node_size": 0}), "node_size must be at least 1"),
-        (json.dumps({**FULL_COST, "node_size": 1.5}), "node_size = 1.5 must be"),
+        (json.dumps({**FULL_COST, "node_size": 1.5}), "node_size = 1.5 must be a whole number"),
+        (json.dumps({**FULL_COST, "a": 10**400}), "a = 1000"),
+        (json.dumps({**FULL_COST, "a": 1e308}), "a = 1e.308 must be"),
+        (json.dumps({**FULL_COST, "node_size": 10**30}), "node_size = 1000"),
     ],
 )
 def test_bad_cost_file_is_one_clear_line(tmp_path: Path, content: str, problem: str) -> None:
