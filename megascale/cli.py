@@ -43,6 +43,11 @@ VERBS = {
         "train one rank; under torchrun, many",
         "torchrun --nproc-per-node 2 -m megascale train configs/quickstart.yaml --resume auto",
     ),
+    "experts": (
+        "megascale.train.experts_command:experts",
+        "show which experts a checkpoint uses for the held-out text of each source",
+        "megascale experts runs/moe",
+    ),
     "doctor": (
         "megascale.runtime.doctor:doctor",
         "say what this machine has, and what is wrong with it",

@@ -13,10 +13,11 @@ from megascale.corpus.describe import SourceInfo
 from megascale.corpus.shards import Shard
 from megascale.errors import UserError
 from megascale.mesh.reader import MicroBatchReader, TokenSource
+from megascale.model.balance import ExpertUse
 from megascale.model.build import pack_multiple
 from megascale.planner.plan import StepPlan
 from megascale.runtime.distributed import broadcast_bytes
-from megascale.train.step import Learner, evaluate
+from megascale.train.step import Learner, evaluate, look
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,14 @@ class HeldoutSet:
             bits_per_byte=bits / self.num_bytes if self.num_bytes else None,
             tokens=tokens,
         )
+
+    def experts(self, learner: Learner) -> ExpertUse:
+        """Which experts the whole set uses, over all ranks; of a model that has some."""
+        count = len(self.plan.rings_of(self.reader.hdp_rank))
+        learner.model.eval()
+        use = look(learner, self.reader.read(self.plan, self.batch), count)
+        learner.model.train()
+        return use
 
 
 def heldout_sets(
