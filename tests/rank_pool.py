@@ -18,6 +18,11 @@ from pathlib import Path
 from typing import Any
 
 
+MOST_THREADS = 250
+"""Of a worker, which is replaced then: process groups that something still holds leave three threads
+each behind, which wake a hundred times a second."""
+
+
 class RankPools:
     """Pools of 1 to 4 ranks, started when first asked for and used again."""
 
@@ -47,6 +52,10 @@ class RankPools:
             problem = f"ranks {silent} did not answer in {timeout_s} s; of them died: {dead}"
             stacks = self._dump_and_kill()
             raise AssertionError("\n".join([problem, *raised, *stacks]))
+        for rank, worker in enumerate(workers):
+            if worker.num_threads() > MOST_THREADS:
+                worker.kill()
+                self._workers[rank] = Worker()
         errors = [f"rank {rank}: {text}" for rank, (ok, text) in enumerate(answers) if not ok]
         if errors:
             raise AssertionError("\n".join(errors))
@@ -85,6 +94,13 @@ class Worker:
         except (EOFError, OSError):
             self.process.join(5)  # the pipe of a dead process closes before it is gone
         return None
+
+    def num_threads(self) -> int:
+        """Threads of the process; 0 where that cannot be told."""
+        try:
+            return len(os.listdir(f"/proc/{self.process.pid}/task"))
+        except OSError:
+            return 0
 
     def stacks(self) -> str:
         """What every thread of the process does now; empty when it is dead."""

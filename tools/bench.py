@@ -47,6 +47,13 @@ def hdp(options: Sequence[str] = ()) -> None:
     bench_hdp(options)
 
 
+def balance(options: Sequence[str] = ()) -> None:
+    """Ways to know the whole batch's use of experts: how near to exact, and what they cost."""
+    from bench_balance import bench_balance
+
+    bench_balance(options)
+
+
 def step() -> None:
     """Our whole step against a bare megatron-core loop and a plain PyTorch GPT."""
     from megascale.runtime import distributed
@@ -107,8 +114,9 @@ BENCHMARKS: dict[str, Callable[[], None]] = {
     "resume": resume,
     "simulate": simulate,
     "hdp": hdp,
+    "balance": balance,
 }
-WITH_OPTIONS = {"planner": planner, "hdp": hdp}
+WITH_OPTIONS = {"planner": planner, "hdp": hdp, "balance": balance}
 
 if __name__ == "__main__":
     sys.exit(main())

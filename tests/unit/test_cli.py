@@ -113,7 +113,10 @@ def test_the_overview_is_quick():
     [
         (["trian"], "did you mean 'train'?"),
         (["prepair", "x"], "did you mean 'prepare'?"),
-        (["zzz"], "verbs: prepare, data check, plan, simulate, calibrate, train, experts, doctor, plot"),
+        (
+            ["zzz"],
+            "verbs: prepare, data check, plan, simulate, calibrate, train, experts, doctor, plot",
+        ),
         (["data"], "'megascale data check CORPUS'"),
         (["data", "chekc"], "'megascale data check CORPUS'"),
     ],
