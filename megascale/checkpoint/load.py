@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from megascale.checkpoint import folder as folders
-from megascale.checkpoint.manifest import Manifest, verify
+from megascale.checkpoint.manifest import MANIFEST, Manifest, verify
 from megascale.errors import UserError
 
 if TYPE_CHECKING:
@@ -57,6 +57,23 @@ def find(
     raise UserError(f"{warnings[0]}; other checkpoints: {listed}")
 
 
+def find_at(path: str | Path, ranks: Ranks | None = None) -> Found:
+    """The checkpoint at `path`, verified: a checkpoint's own folder, or a run_dir, of which it is
+    the latest good one. Every rank gets the same answer. Raises UserError when there is none.
+    """
+    folder = Path(path)
+    (is_one,) = _on_rank_0(ranks, lambda: [int((folder / MANIFEST).exists())])
+    if not is_one:
+        found = find(folder, "auto", ranks)
+        if found is None:
+            raise UserError(f"{folder} holds no checkpoint; give a run_dir or a checkpoint in it")
+        return found
+    manifest, faults = _inspect(folder, None, ranks)
+    if manifest is None or faults:
+        raise UserError(f"checkpoint {folder} is damaged: {faults[0]}")
+    return Found(folder, manifest, ())
+
+
 def _candidates(checkpoints: Path, which: str | int) -> list[int]:
     steps = folders.steps_in(checkpoints)
     if isinstance(which, int):
@@ -64,12 +81,14 @@ def _candidates(checkpoints: Path, which: str | int) -> list[int]:
     return folders.by_preference(steps, folders.read_latest(checkpoints))
 
 
-def _inspect(folder: Path, step: int, ranks: Ranks | None) -> tuple[Manifest | None, list[str]]:
+def _inspect(
+    folder: Path, step: int | None, ranks: Ranks | None
+) -> tuple[Manifest | None, list[str]]:
     """The manifest and what is wrong with the files, as all ranks together see it."""
     manifest: Manifest | None = None
     try:
         manifest = Manifest.read(folder)
-        if manifest.position.step != step:
+        if step is not None and manifest.position.step != step:
             raise UserError(f"its manifest is of step {manifest.position.step}")
         names = sorted(manifest.files)
         share = names[ranks.rank :: ranks.world] if ranks else names

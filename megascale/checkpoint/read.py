@@ -14,6 +14,7 @@ from torch.distributed.checkpoint.metadata import ChunkStorageMetadata
 from torch.distributed.checkpoint.planner import LoadPlan, ReadItem
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
+from megascale.checkpoint.ranges import Shape
 from megascale.checkpoint.shards import OPTIMIZER_PREFIX, Box
 from megascale.checkpoint.storage import Index, one_line, read_index
 from megascale.errors import UserError
@@ -37,12 +38,32 @@ def load_boxes(folder: Path, wanted: list[Box], with_optimizer: bool, ranks: Ran
     _raise_together(error, ranks)
     _check_same_tensors(folder, index, wanted, with_optimizer, ranks)
     try:
+        _read(folder, index, plan, wanted)
+    except UserError as refused:
+        error = str(refused)
+    _raise_together(error, ranks)
+
+
+def read_piece(folder: Path, index: Index, key: str, offset: Shape, shape: Shape) -> torch.Tensor:
+    """A box of one tensor of a checkpoint, in host memory.
+
+    Raises KeyError when there is no such tensor, and UserError when it has a hole there or its
+    file is refused.
+    """
+    stored = index.tensors[key]
+    piece = torch.empty(shape, dtype=stored.properties.dtype)
+    wanted = [Box(key, tuple(stored.size), offset, shape, lambda: piece, 0)]
+    _read(folder, index, _plan(index, wanted), wanted)
+    return piece
+
+
+def _read(folder: Path, index: Index, plan: LoadPlan, wanted: list[Box]) -> None:
+    try:
         reader = FileSystemReader(folder)
         reader.set_up_storage_reader(index.metadata, is_coordinator=True)
         reader.read_data(plan, _IntoBoxes(wanted))
     except Exception as refused:  # a forged file can raise anything
-        error = f"{folder} is refused: {one_line(refused)}"
-    _raise_together(error, ranks)
+        raise UserError(f"{folder} is refused: {one_line(refused)}") from None
 
 
 class _IntoBoxes(DefaultLoadPlanner):

@@ -13,8 +13,8 @@ ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "megascale"
 FILES = sorted(PACKAGE.rglob("*.py"))
 ORDER = (
-    "errors config runtime corpus infowindow planner mesh model growth optim checkpoint monitor "
-    "resilience train cli"
+    "errors config runtime corpus infowindow planner mesh model optim checkpoint growth "
+    "monitor resilience train cli"
 ).split()
 
 

@@ -1,0 +1,116 @@
+"""Checkpoints as global tensors: read and written a piece at a time, with no ranks and no model.
+
+What makes a checkpoint from others (growth, other formats) streams pieces, so that a model need
+not fit in the memory of the host.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import torch
+
+from megascale.checkpoint import folder as folders
+from megascale.checkpoint.load import Found
+from megascale.checkpoint.manifest import Manifest, Position, current_versions
+from megascale.checkpoint.ranges import Shape
+from megascale.checkpoint.read import read_piece
+from megascale.checkpoint.shards import OPTIMIZER_PREFIX
+from megascale.checkpoint.storage import (
+    Entry,
+    Index,
+    check_cover,
+    read_index,
+    write_index,
+    write_tensors,
+)
+from megascale.errors import UserError
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A box of a global tensor, and what is in it."""
+
+    key: str
+    """Name of the global tensor, as megatron-core's distributed checkpoints name it. Layers
+    stand along the first axis of `decoder.layers.*`, experts along the second."""
+    global_shape: Shape
+    offset: Shape
+    """Where the box begins in the global tensor."""
+    tensor: torch.Tensor
+
+    @staticmethod
+    def whole(key: str, tensor: torch.Tensor) -> Piece:
+        """A tensor in one piece."""
+        return Piece(key, tuple(tensor.shape), (0,) * tensor.dim(), tensor)
+
+
+@dataclass(frozen=True)
+class Tensors:
+    """The global tensors of a verified checkpoint."""
+
+    found: Found
+
+    @cached_property
+    def _index(self) -> Index:
+        return read_index(self.found.folder)
+
+    @property
+    def shapes(self) -> Mapping[str, Shape]:
+        """Global shapes of the weights by key, in order of key, without the optimizer's state.
+
+        Raises UserError where the index is refused.
+        """
+        stored = sorted(self._index.tensors.items())
+        return {k: tuple(t.size) for k, t in stored if not k.startswith(OPTIMIZER_PREFIX)}
+
+    def read(self, key: str, offset: Shape = (), shape: Shape | None = None) -> torch.Tensor:
+        """A box of a tensor, all of it by default; leading axes suffice: `read(key, (3,), (1,))`
+        is layer 3 alone, with that axis.
+
+        Raises KeyError for an unknown key, UserError where the file is refused.
+        """
+        whole = tuple(self._index.tensors[key].size)
+        offset += (0,) * (len(whole) - len(offset))
+        shape = shape or ()
+        shape += tuple(n - o for n, o in zip(whole, offset, strict=True))[len(shape) :]
+        return read_piece(self.found.folder, self._index, key, offset, shape)
+
+
+def write_checkpoint(out: Path, pieces: Iterable[Piece], position: Position) -> Manifest:
+    """Write weights, without any optimizer's state, as the checkpoint folder `out`.
+
+    Pieces are written as they come and none is kept. The folder appears when it is complete.
+    Raises UserError where `out` exists or cannot be written, RuntimeError where the pieces do not
+    cover every tensor once.
+    """
+    if out.exists():
+        raise UserError(f"{out} exists; choose another folder or remove it")
+    unfinished = out.with_name(f"{folders.UNFINISHED}{out.name}")
+    entries: list[Entry] = []
+
+    def contents() -> Iterator[torch.Tensor]:
+        for one in pieces:
+            tensor = one.tensor.clone(memory_format=torch.contiguous_format)
+            shape = tuple(tensor.shape)
+            entries.append(Entry(one.key, one.global_shape, tensor.dtype, one.offset, shape))
+            yield tensor
+
+    try:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        written = write_tensors(unfinished, 0, contents())
+        check_cover([entries])
+        files = write_index(unfinished, [entries], [written])
+        manifest = Manifest(position, 0, {}, current_versions(), files)
+        manifest.write(unfinished)
+        unfinished.rename(out)
+        folders.sync_folder(out.parent)
+    except OSError as error:
+        raise UserError(f"{out}: {error.strerror}; choose another folder") from None
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+    return manifest
