@@ -33,6 +33,16 @@ VERBS = {
         "replay steps at cluster scale on paper, planner beside planner",
         "megascale simulate --ranks 12288 --context 2048Ki --lengths github --model 7b",
     ),
+    "hparams steplaw": (
+        "megascale.optim.hparams_command:steplaw",
+        "learning rate and batch size by the Step Law",
+        "megascale hparams steplaw --params 1B --tokens 100B",
+    ),
+    "hparams growth": (
+        "megascale.optim.hparams_command:growth",
+        "which smaller model to train first and stack, and for how long",
+        "megascale hparams growth --target-params 7B --tokens 2T --layers 32",
+    ),
     "calibrate": (
         "megascale.train.calibrate_command:calibrate",
         "measure what micro-batches take on this machine, for the planner",
@@ -92,8 +102,9 @@ def _split(words: list[str]) -> tuple[str, list[str]]:
         verb = " ".join(words[:count])
         if verb in VERBS:
             return verb, words[count:]
-    if words[0] == "data":
-        raise UserError("data: the one thing to do is 'megascale data check CORPUS'")
+    examples = [VERBS[verb][2] for verb in VERBS if verb.split()[0] == words[0]]
+    if examples:
+        raise UserError(f"{words[0]}: write it as '" + "' or '".join(examples) + "'")
     near = difflib.get_close_matches(words[0], VERBS, n=1, cutoff=0.4)
     hint = f"did you mean '{near[0]}'?" if near else f"verbs: {', '.join(VERBS)}"
     raise UserError(f"unknown verb '{words[0]}'; {hint}")

@@ -7,10 +7,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from megascale.config.curves import expand
 from megascale.config.schema import (
     ModelConfig,
     MoeConfig,
-    OptimConfig,
     RunConfig,
     SegmentConfig,
     StageConfig,
@@ -81,6 +81,11 @@ def finalize(config: RunConfig, source_tokens: Mapping[str, int], vocab_size: in
     ranks, so that a run can be resumed on another one; finalizing twice changes nothing.
     Raises UserError with the option and a value that works.
     """
+    if isinstance(config.optim.lr, str) or isinstance(config.data.global_batch_tokens, str):
+        raise UserError(
+            "optim.lr or data.global_batch_tokens is steplaw where a number is needed; "
+            "megascale hparams steplaw prints it"
+        )
     model = _finalize_model(config.model, vocab_size)
     parallel = config.parallel
     if parallel.sequence_parallel is None:
@@ -97,7 +102,7 @@ def finalize(config: RunConfig, source_tokens: Mapping[str, int], vocab_size: in
         parallel=parallel,
         data=data,
         planner=planner,
-        optim=_finalize_optim(config.optim, config.train.tokens),
+        optim=expand(config.optim, config.train.tokens),
     )
     validate(config)
     return config
@@ -116,21 +121,6 @@ def _finalize_model(model: ModelConfig, vocab_size: int) -> ModelConfig:
         vocab_size=vocab_size if model.vocab_size is None else model.vocab_size,
         moe=moe,
     )
-
-
-def _finalize_optim(optim: OptimConfig, tokens: int) -> OptimConfig:
-    if optim.schedule:
-        for name in ("lr", "min_lr", "warmup_tokens"):
-            if getattr(optim, name) is not None:
-                raise UserError(f"optim.{name} and optim.schedule are both set; remove one")
-        return optim
-    lr = 3e-4 if optim.lr is None else optim.lr
-    warmup = max(1, tokens // 100) if optim.warmup_tokens is None else optim.warmup_tokens
-    min_lr = lr / 10 if optim.min_lr is None else optim.min_lr
-    rise = SegmentConfig(shape="linear", tokens=max(1, warmup), lr=lr)
-    fall = SegmentConfig(shape="cosine", tokens=max(1, tokens - warmup), lr=min_lr)
-    hold = SegmentConfig(shape="constant", lr=min_lr)
-    return replace(optim, schedule=(rise, fall, hold), lr=None, min_lr=None, warmup_tokens=None)
 
 
 def validate(config: RunConfig) -> None:
@@ -302,12 +292,10 @@ def _validate_stage(config: RunConfig, index: int, stage: StageConfig) -> None:
 
 def _validate_schedule(config: RunConfig) -> None:
     *body, last = config.optim.schedule
+    begin_lr = 0.0
     for index, segment in enumerate(config.optim.schedule):
-        where = f"optim.schedule[{index}]"
-        if not 0 <= segment.lr < float("inf"):
-            raise UserError(f"{where}.lr = {segment.lr} must be a finite number, at least 0")
-        if segment.tokens is not None and segment.tokens < 1:
-            raise UserError(f"{where}.tokens = {segment.tokens} must be at least 1")
+        _validate_segment(f"optim.schedule[{index}]", segment, begin_lr)
+        begin_lr = segment.lr
     if any(segment.tokens is None for segment in body):
         raise UserError("optim.schedule: only the last segment may leave out tokens")
     if last.tokens is None and last.shape != "constant":
@@ -318,3 +306,19 @@ def _validate_schedule(config: RunConfig) -> None:
             f"optim.schedule covers {covered} tokens but train.tokens = {config.train.tokens}; "
             "lengthen the last segment or end with one that has no tokens"
         )
+
+
+def _validate_segment(where: str, segment: SegmentConfig, begin_lr: float) -> None:
+    if not 0 <= segment.lr < float("inf"):
+        raise UserError(f"{where}.lr = {segment.lr} must be a finite number, at least 0")
+    if segment.tokens is not None and segment.tokens < 1:
+        raise UserError(f"{where}.tokens = {segment.tokens} must be at least 1")
+    if segment.shape == "exponential" and not (begin_lr and segment.lr):
+        raise UserError(
+            f"{where}: an exponential segment cannot go from {begin_lr:g} to lr = {segment.lr:g}; "
+            "let both be above 0, such as 1e-5, or use shape: linear"
+        )
+    if segment.shape == "inverse_sqrt" and not 1e-3 <= segment.timescale <= 1e6:
+        raise UserError(f"{where}.timescale = {segment.timescale:g} must be from 0.001 to 1e6")
+    if segment.shape != "inverse_sqrt" and segment.timescale != SegmentConfig.timescale:
+        raise UserError(f"{where}.timescale goes with shape: inverse_sqrt, not {segment.shape}")

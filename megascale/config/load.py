@@ -9,7 +9,7 @@ import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, asdict, fields, is_dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 import yaml
 
@@ -121,6 +121,8 @@ def _build(kind: Any, value: Any, where: str) -> Any:
             return None
         (kind,) = (arg for arg in args if arg is not type(None))
         return _build(kind, value, where)
+    if origin is Annotated:
+        return value if value in args[1:] else _build(args[0], value, where)
     if origin is Literal:
         return _choice(args, value, where)
     if origin is tuple:
@@ -137,7 +139,7 @@ def _build(kind: Any, value: Any, where: str) -> Any:
 def _build_dataclass(kind: Any, value: Any, where: str) -> Any:
     if not isinstance(value, dict):
         raise UserError(f"{where or 'config'} must be a mapping, not {_kind(value)}")
-    hints = typing.get_type_hints(kind)
+    hints = typing.get_type_hints(kind, include_extras=True)
     prefix = f"{where}." if where else ""
     for key in value:
         if key not in hints:

@@ -8,7 +8,11 @@ that None switches something off.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, Literal
+
+ByLawFloat = Annotated[float, "steplaw"]
+ByLawInt = Annotated[int, "steplaw"]
+"""A number, or the word `steplaw` for it until `optim.steplaw.resolve` has put the number there."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,8 +154,9 @@ class DataConfig:
     """Blends in order. Default: one stage with all sources in proportion to their tokens."""
     context_tokens: int = 1024
     """Longest sequence the model sees; longer documents are split, never dropped."""
-    global_batch_tokens: int = 32768
-    """Loss tokens of one optimizer step, to within one sequence per source."""
+    global_batch_tokens: ByLawInt = 32768
+    """Loss tokens of one optimizer step, to within one sequence per source. `steplaw`: what the
+    Step Law gives for `train.tokens`."""
     max_epochs: int | None = None
     """Passes allowed over any source; needing more is an error. None: no limit."""
 
@@ -198,27 +203,51 @@ class PlannerConfig:
 class SegmentConfig:
     """One segment of the learning-rate curve."""
 
-    shape: Literal["linear", "cosine", "constant"] = "constant"
+    shape: Literal["linear", "cosine", "inverse_sqrt", "exponential", "constant"] = "constant"
     """How the rate gets from the previous segment's end (0 at first) to `lr`."""
     tokens: int | None = None
     """Loss tokens this segment lasts; None, allowed in the last segment only: to the end."""
     lr: float = 0.0
     """Rate at the end of the segment; a `constant` segment holds it throughout."""
+    timescale: float = 10.0
+    """The a of an `inverse_sqrt` segment, which moves as 1/sqrt(1 + a x) over its part x, 0 to 1:
+    the larger, the more of the way it goes early. 10 as in the paper."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class OptimConfig:
     """AdamW and its learning rate."""
 
-    lr: float | None = None
-    """Peak learning rate of the default schedule. Default: 3e-4."""
+    curve: Literal["cosine", "infinite", "wsd", "constant", "anneal"] | None = None
+    """The learning rate over tokens seen, by name. `cosine`, the default: warm-up, then half a wave
+    to `min_lr`; in a new run that starts from trained weights this re-warms them. `infinite`:
+    warm-up, cooldown to `constant_lr`, constant, anneal at the end; a checkpoint of the constant
+    phase can go on to any length, or to other data. `wsd`: warm-up, stable at `lr`, anneal at the
+    end. `constant`: warm-up, then `lr` for ever. `anneal`: from `lr` straight to `min_lr`, for a
+    run that starts from a checkpoint of a constant phase."""
+    lr: ByLawFloat | None = None
+    """Peak learning rate of the curve. `steplaw`: what the Step Law gives for the model and
+    `train.tokens`. Default: 3e-4; an `anneal` needs it said, as the rate that it goes on from."""
     min_lr: float | None = None
-    """Last learning rate of the default schedule. Default: a tenth of `lr`."""
+    """Last learning rate of the curve. Default: a tenth of `lr`, or 1e-5 where `lr` is
+    `steplaw`, whose authors held it fixed."""
     warmup_tokens: int | None = None
-    """Linear warm-up of the default schedule. Default: 1 % of `train.tokens`."""
+    """Linear warm-up of the curve from 0. Default: 1 % of `train.tokens`."""
+    constant_lr: float | None = None
+    """Rate of the constant phase of `infinite`. Default: midway between `lr` and `min_lr`."""
+    cooldown_tokens: int | None = None
+    """Tokens in which `infinite` goes from `lr` to `constant_lr`. Default: 60 % of `train.tokens`;
+    a run that may be lengthened should say a number, and one for `warmup_tokens`."""
+    cooldown_shape: Literal["cosine", "inverse_sqrt"] | None = None
+    """How it goes there. Default: `cosine`."""
+    anneal_tokens: int | None = None
+    """Last tokens of `train.tokens`, in which `infinite` and `wsd` go to `min_lr`; 0: they stay
+    constant. Default: 14 % of `train.tokens` for `infinite`, 10 % for `wsd`."""
+    anneal_shape: Literal["exponential", "linear", "cosine"] | None = None
+    """How they go there, and `anneal`. Default: `exponential`, for `wsd` `linear`."""
     schedule: tuple[SegmentConfig, ...] = ()
-    """The curve as segments over tokens seen. Default: linear warm-up to `lr`, cosine to `min_lr`,
-    constant after. Give either this or `lr`, `min_lr`, `warmup_tokens`."""
+    """The learning rate as segments over tokens seen, in place of `curve` and its options. Default:
+    those of the curve."""
     beta1: float = 0.9
     """Decay of the mean of gradients."""
     beta2: float = 0.95

@@ -27,6 +27,7 @@ from megascale.corpus.describe import SourceInfo, describe
 from megascale.corpus.shards import Shard
 from megascale.errors import UserError
 from megascale.model import counts
+from megascale.optim import steplaw
 from megascale.optim.schedule import joints, lr_at
 from megascale.planner import PLANNERS, CostModel, OffloadModel, Problem, StepPlan, timeline
 from megascale.planner.gantt import LEGEND, text_gantt
@@ -41,7 +42,7 @@ def load_run(
     Raises UserError for everything that is wrong with either, among it a model vocabulary
     smaller than a corpus's and sources that would be read more than `data.max_epochs` times.
     """
-    config = load_config(config_path, overrides)
+    config = steplaw.resolve(load_config(config_path, overrides))
     sources = {
         name: describe(source.path, source.heldout, source.vocab_size, source.eod_id)
         for name, source in config.data.sources.items()
