@@ -154,8 +154,8 @@ def _hold(rate: float, begin: int, anneal: int, tokens: int) -> Segments:
     if begin + anneal > tokens:
         raise UserError(
             f"train.tokens = {tokens} is too short for {begin} tokens of warm-up and cooldown and "
-            f"an anneal of {anneal}; set train.tokens={begin + anneal} or above, or lower "
-            "optim.warmup_tokens, optim.cooldown_tokens or optim.anneal_tokens"
+            f"an anneal of {anneal}; set optim.anneal_tokens={max(0, tokens - begin)}, or lengthen "
+            "the run"
         )
     length = tokens - begin - anneal
     return (SegmentConfig(tokens=length, lr=rate),) if length else ()

@@ -77,7 +77,9 @@ def _draw_rate(axes: Axes, segments: Sequence[SegmentConfig], tokens: int) -> No
     units = _token_units()
     for end, lr in joints(segments):
         if 0 < end < tokens:
-            _mark(axes, end, lr, f"{short_rate(lr)} at {units.format_data(end)}", (3, 8))
+            rises = lr_at(end + tokens // 50, segments) > lr  # the curve would cross the label
+            label = f"{short_rate(lr)} at {units.format_data(end)}"
+            _mark(axes, end, lr, label, (-3, 8) if rises else (3, 8))
     end_lr = lr_at(tokens, segments)
     _mark(axes, tokens, end_lr, short_rate(end_lr), (8, -3))
     axes.set_ylim(0, 1.16 * (rates.max() or 1.0))
@@ -99,7 +101,13 @@ def _mark(axes: Axes, tokens: int, lr: float, label: str, offset: tuple[int, int
         tokens, lr, "o", color=CURVE_COLOUR, markeredgecolor="white", markersize=7, clip_on=False
     )
     axes.annotate(
-        label, (tokens, lr), xytext=offset, textcoords="offset points", fontsize=9.5, color=INK
+        label,
+        (tokens, lr),
+        xytext=offset,
+        textcoords="offset points",
+        ha="left" if offset[0] > 0 else "right",
+        fontsize=9.5,
+        color=INK,
     )
 
 
