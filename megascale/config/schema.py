@@ -227,7 +227,8 @@ class OptimConfig:
     run that starts from a checkpoint of a constant phase."""
     lr: ByLawFloat | None = None
     """Peak learning rate of the curve. `steplaw`: what the Step Law gives for the model and
-    `train.tokens`. Default: 3e-4; an `anneal` needs it said, as the rate that it goes on from."""
+    `train.tokens`, so a run to be lengthened should say a number. Default: 3e-4; an `anneal` needs
+    it said, as the rate that it goes on from."""
     min_lr: float | None = None
     """Last learning rate of the curve. Default: a tenth of `lr`, or 1e-5 where `lr` is
     `steplaw`, whose authors held it fixed."""

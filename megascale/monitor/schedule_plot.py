@@ -45,7 +45,7 @@ def plot_schedule(config: RunConfig, stages: Sequence[StageConfig], title: str, 
         panels[0].set_title(title)
         if stages:
             _draw_stages(panels[1], stages, config.train.tokens)
-            figure.legend(loc="outside lower center", ncols=min(len(BANDS), 6))
+            figure.legend(loc="outside lower center", ncols=6)
             figure.align_ylabels()
         _label_tokens(panels[-1], config.train.tokens)
         figure.savefig(path, format="png")
@@ -77,9 +77,9 @@ def _draw_rate(axes: Axes, segments: Sequence[SegmentConfig], tokens: int) -> No
     units = _token_units()
     for end, lr in joints(segments):
         if 0 < end < tokens:
-            rises = lr_at(end + tokens // 50, segments) > lr  # the curve would cross the label
+            rises = lr_at(end + tokens // 50, segments) > lr  # and would cross a label above
             label = f"{short_rate(lr)} at {units.format_data(end)}"
-            _mark(axes, end, lr, label, (-3, 8) if rises else (3, 8))
+            _mark(axes, end, lr, label, (14, -3) if rises else (3, 8))
     end_lr = lr_at(tokens, segments)
     _mark(axes, tokens, end_lr, short_rate(end_lr), (8, -3))
     axes.set_ylim(0, 1.16 * (rates.max() or 1.0))
@@ -95,19 +95,13 @@ def short_rate(lr: float) -> str:
 
 
 def _mark(axes: Axes, tokens: int, lr: float, label: str, offset: tuple[int, int]) -> None:
-    """A point of the curve, its place on the axis, and a label `offset` points away."""
+    """A point of the curve, its place on the axis, and a label `offset` points right of and above."""
     axes.plot([tokens, tokens], [0, lr], color="#9a9a9a", linewidth=0.9, linestyle=(0, (3, 3)))
     axes.plot(
         tokens, lr, "o", color=CURVE_COLOUR, markeredgecolor="white", markersize=7, clip_on=False
     )
     axes.annotate(
-        label,
-        (tokens, lr),
-        xytext=offset,
-        textcoords="offset points",
-        ha="left" if offset[0] > 0 else "right",
-        fontsize=9.5,
-        color=INK,
+        label, (tokens, lr), xytext=offset, textcoords="offset points", fontsize=9.5, color=INK
     )
 
 
