@@ -95,7 +95,7 @@ def short_rate(lr: float) -> str:
 
 
 def _mark(axes: Axes, tokens: int, lr: float, label: str, offset: tuple[int, int]) -> None:
-    """A point of the curve, its place on the axis, and a label `offset` points right of and above."""
+    """A point of the curve, its place on the axis, and a label `offset` points away from it."""
     axes.plot([tokens, tokens], [0, lr], color="#9a9a9a", linewidth=0.9, linestyle=(0, (3, 3)))
     axes.plot(
         tokens, lr, "o", color=CURVE_COLOUR, markeredgecolor="white", markersize=7, clip_on=False
