@@ -53,6 +53,16 @@ VERBS = {
         "train one rank; under torchrun, many",
         "torchrun --nproc-per-node 2 -m megascale train configs/quickstart.yaml --resume auto",
     ),
+    "branch": (
+        "megascale.train.command:branch",
+        "train a new run that begins with the weights of a checkpoint",
+        "torchrun --nproc-per-node 2 -m megascale branch runs/base configs/more.yaml",
+    ),
+    "lineage": (
+        "megascale.train.lineage_command:lineage",
+        "show which runs a run comes from, and which come from it",
+        "megascale lineage runs/more",
+    ),
     "experts": (
         "megascale.train.experts_command:experts",
         "show which experts a checkpoint uses for the held-out text of each source",

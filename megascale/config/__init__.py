@@ -16,6 +16,7 @@ from megascale.config.schema import (
     SegmentConfig,
     SourceConfig,
     StageConfig,
+    StartConfig,
     TrainConfig,
 )
 
@@ -34,6 +35,7 @@ __all__ = [
     "SegmentConfig",
     "SourceConfig",
     "StageConfig",
+    "StartConfig",
     "TrainConfig",
     "dump_config",
     "finalize",

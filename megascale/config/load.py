@@ -42,8 +42,12 @@ _Loader.add_implicit_resolver(
 )
 
 
-def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+def load_config(
+    path: str | Path, overrides: Sequence[str] = (), under: Mapping[str, Any] | None = None
+) -> RunConfig:
     """Read a YAML file, apply `a.b=c` overrides, and type-check every key.
+
+    `under` gives values, as nested mappings, for keys that neither of them sets.
 
     Raises UserError, in one line, for an unreadable file, an unknown key (with the nearest
     valid one), a wrong type or an override that is not of the form a.b=c.
@@ -53,7 +57,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "is not UTF-8 text"
         raise UserError(f"config {path}: {reason}; give the path of a YAML file") from None
-    return parse_config(text, overrides, where=str(path))
+    return parse_as(RunConfig, text, overrides, str(path), under)
 
 
 def parse_config(text: str, overrides: Sequence[str] = (), where: str = "config") -> RunConfig:
@@ -61,7 +65,13 @@ def parse_config(text: str, overrides: Sequence[str] = (), where: str = "config"
     return parse_as(RunConfig, text, overrides, where)
 
 
-def parse_as(kind: type[T], text: str, overrides: Sequence[str] = (), where: str = "config") -> T:
+def parse_as(
+    kind: type[T],
+    text: str,
+    overrides: Sequence[str] = (),
+    where: str = "config",
+    under: Mapping[str, Any] | None = None,
+) -> T:
     """YAML text with `a.b=c` overrides as the frozen dataclass `kind`, every key type-checked.
 
     Raises UserError, in one line that begins with `where`, for anything that does not fit.
@@ -72,6 +82,7 @@ def parse_as(kind: type[T], text: str, overrides: Sequence[str] = (), where: str
         raise UserError(f"{where}: a config is a YAML mapping such as 'seed: 1', not {_kind(tree)}")
     for override in overrides:
         _apply_override(tree, override)
+    _fill_in(tree, under or {})
     try:
         built: T = _build(kind, tree, "")
     except UserError as error:
@@ -111,6 +122,13 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
             raise UserError(f"override '{override}': '{part}' is {_kind(child)}, it has no keys")
         node = child
     node[last] = _parse_yaml(value, f"override '{override}'")
+
+
+def _fill_in(tree: dict[str, Any], under: Mapping[str, Any]) -> None:
+    """Give `tree` the values of `under` that it lacks; a key set to null stays so."""
+    for key, value in under.items():
+        if isinstance(tree.setdefault(key, value), dict) and isinstance(value, dict):
+            _fill_in(tree[key], value)
 
 
 def _build(kind: Any, value: Any, where: str) -> Any:

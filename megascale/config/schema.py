@@ -328,6 +328,22 @@ class MonitorConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class StartConfig:
+    """What a new run begins with. A resumed one goes on from its own checkpoint instead."""
+
+    checkpoint: str | None = None
+    """A run_dir (its latest good checkpoint) or the folder of one checkpoint, as `megascale grow`
+    and `megascale import` write them. The run begins with its weights, in any layout and
+    precision, and where `model` leaves a value out, with its value. None: random weights."""
+    optimizer: Literal["reset", "keep"] = "reset"
+    """The state of the optimizer there: left behind, as continual pretraining does between data
+    sets (arXiv 2403.08763), or kept, where the same data and a smooth schedule go on."""
+    data: Literal["continue", "restart"] = "continue"
+    """Sources that the checkpoint's run has read too go on where it stopped, so that nothing is
+    read twice (as long as seed and context_tokens are the same), or start anew."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class RunConfig:
     """A whole run."""
 
@@ -337,6 +353,8 @@ class RunConfig:
     """Seed of the initial weights and of the order of the data."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """`auto` takes CUDA where a device exists."""
+    start: StartConfig = field(default_factory=StartConfig)
+    """What it begins with."""
     model: ModelConfig = field(default_factory=ModelConfig)
     """The network."""
     parallel: ParallelConfig = field(default_factory=ParallelConfig)

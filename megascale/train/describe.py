@@ -31,6 +31,7 @@ from megascale.optim import steplaw
 from megascale.optim.schedule import joints, lr_at
 from megascale.planner import PLANNERS, CostModel, OffloadModel, Problem, StepPlan, timeline
 from megascale.planner.gantt import LEGEND, text_gantt
+from megascale.train.start import model_of_start
 from megascale.train.warnings import warnings_of
 
 
@@ -42,7 +43,10 @@ def load_run(
     Raises UserError for everything that is wrong with either, among it a model vocabulary
     smaller than a corpus's and sources that would be read more than `data.max_epochs` times.
     """
-    config = steplaw.resolve(load_config(config_path, overrides))
+    config = load_config(config_path, overrides)
+    if config.start.checkpoint is not None:
+        config = load_config(config_path, overrides, under={"model": model_of_start(config)})
+    config = steplaw.resolve(config)
     sources = {
         name: describe(source.path, source.heldout, source.vocab_size, source.eod_id)
         for name, source in config.data.sources.items()

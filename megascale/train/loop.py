@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 
 from megascale.checkpoint.folder import checkpoints_dir, name_latest
-from megascale.checkpoint.load import find, restore
+from megascale.checkpoint.load import begin_from, find, find_at, restore
 from megascale.checkpoint.manifest import Position
 from megascale.checkpoint.save import Saver
 from megascale.config import RunConfig, dump_config
@@ -32,6 +33,7 @@ from megascale.train.folder import RunFolder, on_first_rank
 from megascale.train.report import Report
 from megascale.train.resume import compare_configs, compare_sources
 from megascale.train.sample import sample_tokens
+from megascale.train.start import LINEAGE, Origin, Parent, continued, taken_over
 from megascale.train.step import Learner, StepResult, train_step
 
 
@@ -221,11 +223,11 @@ def _restore(
 ) -> tuple[Cursor, list[str]]:
     """Load the checkpoint to continue from; (its cursor, what the user should know)."""
     if resume is None:
-        return Cursor(), []
+        return _start(learner, sources, folder)
     which = resume if resume in ("auto", "latest") else int(resume)
     found = find(folder.path, which, learner.ranks)
     if found is None:
-        return Cursor(), []
+        return _start(learner, sources, folder)
     position = found.manifest.position
     changed = compare_configs(position.config, learner.config)
     compare_sources(position.cursor["sources"], _identity(sources))
@@ -235,3 +237,20 @@ def _restore(
     on_first_rank(learner.ranks, lambda: name_latest(checkpoints, position.step))
     notes = [*found.warnings, *(f"changed since the checkpoint: {line}" for line in changed)]
     return Cursor.from_json(position.cursor["data"]), notes
+
+
+def _start(
+    learner: Learner, sources: Mapping[str, SourceInfo], folder: RunFolder
+) -> tuple[Cursor, list[str]]:
+    """Begin with initial weights, or with those of another run."""
+    config = learner.config
+    if config.start.checkpoint is None:
+        return Cursor(), []
+    found = find_at(config.start.checkpoint, learner.ranks)
+    keep = config.start.optimizer == "keep"
+    begin_from(found, learner.model, learner.optimizer, keep, learner.ranks)
+    parent = found.manifest.position
+    cursor, notes = continued(parent, config, _identity(sources))
+    origin = json.dumps(Origin("start.checkpoint", (Parent.of(found),)).to_json(), indent=1)
+    on_first_rank(learner.ranks, lambda: folder.write(LINEAGE, f"{origin}\n"))
+    return cursor, [*found.warnings, *taken_over(parent, config), *notes]
