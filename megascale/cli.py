@@ -58,6 +58,11 @@ VERBS = {
         "train a new run that begins with the weights of a checkpoint",
         "torchrun --nproc-per-node 2 -m megascale branch runs/base configs/more.yaml",
     ),
+    "grow": (
+        "megascale.train.grow_command:grow",
+        "make a larger model's checkpoint from the checkpoints of smaller ones",
+        "megascale grow runs/base --operator stack --factor 4 --out grown/base4x",
+    ),
     "lineage": (
         "megascale.train.lineage_command:lineage",
         "show which runs a run comes from, and which come from it",

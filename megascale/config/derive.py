@@ -174,6 +174,9 @@ def _validate_numbers(config: RunConfig) -> None:
     for name, number in not_negative.items():
         if not 0 <= number < float("inf"):
             raise UserError(f"{name} = {number} must be a finite number, at least 0")
+    alarm = config.eval.forgetting_alarm
+    if alarm is not None and not 0 <= alarm < float("inf"):
+        raise UserError(f"eval.forgetting_alarm = {alarm} must be at least 0, such as 0.05")
     copy = config.planner.host_copy_bytes_per_s
     if copy is not None and not 0 < copy < float("inf"):
         raise UserError(
@@ -223,6 +226,10 @@ def _validate_model(config: RunConfig) -> None:
             f"model.moe.top_k = {model.moe.top_k} must be from 1 to model.moe.num_experts = "
             f"{model.moe.num_experts}"
         )
+    if model.moe.attention_experts < 1:
+        raise UserError(
+            f"model.moe.attention_experts = {model.moe.attention_experts} must be at least 1"
+        )
     _validate_balance(model.moe, model.num_layers)
 
 
@@ -270,6 +277,15 @@ def _validate_data(config: RunConfig) -> None:
     budget_s = config.planner.budget_s
     if budget_s is not None and not 0 <= budget_s < float("inf"):
         raise UserError(f"planner.budget_s = {budget_s} must be at least 0, such as 0.5")
+    if not 0 <= data.replay_fraction < 1:
+        raise UserError(
+            f"data.replay_fraction = {data.replay_fraction} must be from 0 to below 1, such as 0.05"
+        )
+    if data.replay_fraction and config.start.checkpoint is None:
+        raise UserError(
+            f"data.replay_fraction = {data.replay_fraction} needs start.checkpoint, whose run has "
+            "read what is replayed"
+        )
     if not data.sources:
         raise UserError("data.sources is empty; name at least one prepared corpus")
     for index, stage in enumerate(data.stages):

@@ -28,6 +28,9 @@ class MoeConfig:
     token costs what it costs in the dense model."""
     shared_ffn_hidden_size: int = 0
     """Hidden size of the expert that every token visits; 0 means none."""
+    attention_experts: int = 1
+    """Attentions per layer, all of which see every token; their outputs are mixed by a router
+    (BAM, arXiv 2408.08274). 1 is plain attention."""
     dispatcher: Literal["allgather", "alltoall"] = "alltoall"
     """How tokens reach their experts: `alltoall` moves only what is routed."""
     balance: Literal["global", "micro", "sequence", "loss_free", "none"] = "global"
@@ -120,6 +123,22 @@ class ParallelConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class SeenConfig:
+    """The part of a source that an earlier run has read. Written by megascale, not by hand."""
+
+    name: str
+    """What the earlier run called the source; the order in which it was read depends on it."""
+    seed: int
+    """Seed of the earlier run."""
+    context_tokens: int
+    """`data.context_tokens` of the earlier run, which decides where documents were cut."""
+    pieces: int
+    """Pieces of documents that it read."""
+    tokens: int
+    """Loss tokens of these."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class SourceConfig:
     """One prepared corpus."""
 
@@ -132,6 +151,9 @@ class SourceConfig:
     """Vocabulary of a bare Megatron prefix, which does not store one; a prepared folder does."""
     eod_id: int | None = None
     """Id of the end-of-document token of a bare Megatron prefix; a prepared folder stores it."""
+    seen: SeenConfig | None = None
+    """Only what an earlier run has read of it, for replay. None: all of it. Sources of replay are
+    added by `data.replay_fraction`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,6 +179,10 @@ class DataConfig:
     global_batch_tokens: ByLawInt = 32768
     """Loss tokens of one optimizer step, to within one sequence per source. `steplaw`: what the
     Step Law gives for `train.tokens`."""
+    replay_fraction: float = 0.0
+    """Part of every batch's tokens that is drawn again from what the runs behind
+    `start.checkpoint` have read, so that less is forgotten; the other sources give that much
+    less. 0.05 for similar data, 0.25 for another language (arXiv 2403.08763, section 5.3)."""
     max_epochs: int | None = None
     """Passes allowed over any source; needing more is an error. None: no limit."""
 
@@ -290,6 +316,9 @@ class EvalConfig:
     """Steps between evaluations; 0: only at the end."""
     tokens: int = 200_000
     """Held-out tokens read per source, in whole documents, the same ones every time; 0: none."""
+    forgetting_alarm: float | None = None
+    """Nats per token by which the held-out loss of a source may rise above that at the start of a
+    run with `start.checkpoint` before a warning. None: no warning."""
     sample_prompt: str | None = None
     """Text that the trained model continues at the end of the run; None: no sample."""
     sample_tokens: int = 200

@@ -14,7 +14,7 @@ from megascale.checkpoint.manifest import Position
 from megascale.checkpoint.save import Saver
 from megascale.config import RunConfig, dump_config
 from megascale.corpus.batches import Cursor, GlobalBatches, num_steps
-from megascale.corpus.describe import SourceInfo
+from megascale.corpus.describe import SourceInfo, identity
 from megascale.corpus.shards import Shard
 from megascale.errors import UserError
 from megascale.mesh.reader import MicroBatchReader, TokenSource
@@ -99,6 +99,8 @@ def _note_failure(kind: object, error: BaseException | None, trace: object) -> N
 def _steps(run: Run) -> None:
     """Step until the end of the run or a request to stop; save last."""
     config = run.config
+    if run.cursor.step == 0 and config.start.checkpoint is not None:
+        _evaluate(run)  # what there is to forget
     with profiler(config.monitor, config.run_dir, run.learner.ranks) as profiled_step:
         while run.cursor.step < run.num_steps and not run.stopped:
             planned = run.feed.take(run.cursor, end=run.num_steps)
@@ -111,11 +113,15 @@ def _steps(run: Run) -> None:
             _guard_skips(run, result)
             ends = run.cursor.step == run.num_steps
             if _due(run.cursor.step, config.eval.every_steps) or (ends and not run.stopped):
-                scores = {name: held.score(run.learner) for name, held in run.heldout.items()}
-                run.report.evaluation(run.cursor, scores)
+                _evaluate(run)
             if ends or run.stopped or _due(run.cursor.step, config.checkpoint.save_every_steps):
                 _save(run)
     run.report.saved(run.saver.wait())
+
+
+def _evaluate(run: Run) -> None:
+    scores = {name: held.score(run.learner) for name, held in run.heldout.items()}
+    run.report.evaluation(run.cursor, scores)
 
 
 def _step(run: Run, planned: PlannedBatch) -> StepResult:
@@ -158,11 +164,7 @@ def _save(run: Run) -> None:
 
 
 def _identity(sources: Mapping[str, SourceInfo]) -> dict[str, str]:
-    """What a source held, in words; a resumed run must find the same."""
-    return {
-        name: f"{info.train_documents} documents of {info.train_tokens} tokens"
-        for name, info in sources.items()
-    }
+    return {name: identity(info) for name, info in sources.items()}
 
 
 def _sample(run: Run, prompt: str) -> None:

@@ -46,7 +46,7 @@ def _data(
             )
     used = used_sources(data.stages)
     for name in data.sources:
-        if name not in used:
+        if name not in used and data.sources[name].seen is None:
             yield f"source '{name}' is in no blend and will not be read"
         if config.eval.tokens and not has_heldout[name]:
             yield f"source '{name}' has no held-out documents and will not be evaluated"
