@@ -129,6 +129,26 @@ def validate(config: RunConfig) -> None:
     _validate_model(config)
     _validate_data(config)
     _validate_schedule(config)
+    _validate_growth(config)
+
+
+def _validate_growth(config: RunConfig) -> None:
+    growth = config.growth
+    if growth is None:
+        return
+    if growth.at_tokens < 1:
+        raise UserError(f"growth.at_tokens = {growth.at_tokens} must be at least 1")
+    if growth.at_tokens > config.train.tokens:
+        raise UserError(
+            f"growth.at_tokens = {growth.at_tokens} is above train.tokens = "
+            f"{config.train.tokens}, whose schedule the small model follows; lower it"
+        )
+    if growth.factor < 2:
+        raise UserError(f"growth.factor = {growth.factor} must be at least 2")
+    if not 0 <= growth.noise < 1:
+        raise UserError(f"growth.noise = {growth.noise} must be from 0 to below 1")
+    if config.train.stop_after_steps is not None:
+        raise UserError("train.stop_after_steps and growth are both set; remove one")
 
 
 def _validate_numbers(config: RunConfig) -> None:

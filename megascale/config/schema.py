@@ -373,6 +373,26 @@ class StartConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class GrowthConfig:
+    """A model that begins small and grows (Stacking Your Transformers, arXiv 2405.15319).
+
+    `model` is trained in the run_dir `RUN-base` with this run's schedule, undecayed as in the
+    paper, and grown; the run proper then trains the grown model for `train.tokens`, with its
+    schedule from the beginning, a new optimizer, and the data that comes next.
+    """
+
+    at_tokens: int
+    """Loss tokens that `model` is trained on before it grows; `megascale hparams growth` gives
+    the paper's advice."""
+    operator: Literal["stack", "interpolate", "zero", "width"] = "stack"
+    """As in `megascale grow`."""
+    factor: int = 4
+    """How many times the layers, or the width."""
+    noise: float = 0.0
+    """Random part mixed into the matrices of a deepened model."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class RunConfig:
     """A whole run."""
 
@@ -384,6 +404,8 @@ class RunConfig:
     """`auto` takes CUDA where a device exists."""
     start: StartConfig = field(default_factory=StartConfig)
     """What it begins with."""
+    growth: GrowthConfig | None = None
+    """Begin with a smaller model and grow it. None: `model` from the first step."""
     model: ModelConfig = field(default_factory=ModelConfig)
     """The network."""
     parallel: ParallelConfig = field(default_factory=ParallelConfig)

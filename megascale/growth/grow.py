@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
@@ -46,20 +46,29 @@ def grow(
     """
     model, base = parents[0]
     if growth.operator == "upcycle":
-        return _upcycled(parents, growth)
-    if len(parents) > 1:
+        _check_branches(parents, growth.moe or MoeConfig())
+    elif len(parents) > 1:
         raise UserError(f"operator {growth.operator} grows one checkpoint, not {len(parents)}")
+    grown = grown_model(model, growth)
+    if growth.operator == "upcycle":
+        return grown, upcycle([tensors for _, tensors in parents], grown, growth.seed)
     if growth.operator == "width":
-        return _wider(model, growth.factor), widen(
-            base, growth.factor, model.tied_embeddings, growth.seed
-        )
-    order: Callable[[int, int], list[int]] = stacked
-    if growth.operator == "interpolate":
-        order = interpolated
+        return grown, widen(base, growth.factor, model.tied_embeddings, growth.seed)
+    order = interpolated if growth.operator == "interpolate" else stacked
     sources = order(model.num_layers, growth.factor)
     silent = range(model.num_layers, len(sources)) if growth.operator == "zero" else ()
-    deeper = replace(model, num_layers=len(sources))
-    return _weights_again(deeper, growth.factor), deepen(base, sources, silent, growth.noise)
+    return grown, deepen(base, sources, silent, growth.noise)
+
+
+def grown_model(model: ModelConfig, growth: Growth) -> ModelConfig:
+    """What `growth` makes of a finalized model."""
+    if growth.operator == "upcycle":
+        moe = growth.moe or MoeConfig()
+        return replace(model, moe=replace(moe, ffn_hidden_size=model.ffn_hidden_size))
+    if growth.operator == "width":
+        return _wider(model, growth.factor)
+    deeper = replace(model, num_layers=model.num_layers * growth.factor)
+    return _weights_again(deeper, growth.factor)
 
 
 def _weights_again(model: ModelConfig, factor: int) -> ModelConfig:
@@ -91,18 +100,16 @@ def _wider(model: ModelConfig, factor: int) -> ModelConfig:
     )
 
 
-def _upcycled(
-    parents: Sequence[tuple[ModelConfig, Tensors]], growth: Growth
-) -> tuple[ModelConfig, Iterator[Piece]]:
-    model, moe = parents[0][0], growth.moe or MoeConfig()
+def _check_branches(parents: Sequence[tuple[ModelConfig, Tensors]], moe: MoeConfig) -> None:
+    model, first = parents[0][0], parents[0][1].found.folder
     for other, tensors in parents:
         if other != model:
             raise UserError(
-                f"{tensors.found.folder} is not of the same model as {parents[0][1].found.folder}; "
+                f"{tensors.found.folder} is not of the same model as {first}; "
                 "experts come from branches of one model"
             )
     if model.moe is not None:
-        raise UserError(f"{parents[0][1].found.folder} has experts already; upcycle a dense one")
+        raise UserError(f"{first} has experts already; upcycle a dense one")
     if model.parallel_block:
         raise UserError("a model with model.parallel_block cannot have experts")
     if len(parents) > moe.num_experts:
@@ -114,5 +121,3 @@ def _upcycled(
             f"{moe.attention_experts} attention experts cannot come evenly from {len(parents)} "
             f"branches; {len(parents)} would"
         )
-    routed = replace(model, moe=replace(moe, ffn_hidden_size=model.ffn_hidden_size))
-    return routed, upcycle([tensors for _, tensors in parents], routed, growth.seed)

@@ -196,6 +196,12 @@ def _title(config: RunConfig) -> list[str]:
         f"run {config.run_dir}: {steps:,} steps of {config.data.global_batch_tokens:,} tokens to "
         f"reach {config.train.tokens:,}, {config.train.precision}, seed {config.seed}"
     ]
+    growth = config.growth
+    if growth is not None:
+        lines.append(
+            f"  before it, in {config.run_dir}-base, the model below for {growth.at_tokens:,} "
+            f"tokens; then {growth.operator} x {growth.factor}"
+        )
     stop = config.train.stop_after_steps
     if stop is not None and stop < steps:
         lines.append(f"  stops early, after step {stop:,} (train.stop_after_steps)")

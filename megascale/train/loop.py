@@ -7,12 +7,13 @@ from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 from megascale.checkpoint.folder import checkpoints_dir, name_latest
 from megascale.checkpoint.load import begin_from, find, find_at, restore
 from megascale.checkpoint.manifest import Position
 from megascale.checkpoint.save import Saver
-from megascale.config import RunConfig, dump_config
+from megascale.config import RunConfig, dump_config, validate
 from megascale.corpus.batches import Cursor, GlobalBatches, num_steps
 from megascale.corpus.describe import SourceInfo, identity
 from megascale.corpus.shards import Shard
@@ -24,12 +25,13 @@ from megascale.optim.build import build_optimizer
 from megascale.planner.ahead import PlansAhead
 from megascale.resilience.signals import StopRequest
 from megascale.runtime import distributed
-from megascale.runtime.distributed import Ranks
+from megascale.runtime.distributed import Ranks, broadcast_bytes
 from megascale.runtime.logs import log_to, note_failure
 from megascale.train.describe import describe_run, plan_lengths, step_problem
 from megascale.train.evaluate import HeldoutSet, heldout_sets
 from megascale.train.feed import Feed, PlannedBatch, start_plans
 from megascale.train.folder import RunFolder, on_first_rank
+from megascale.train.grow import small_and_grown, write_grown
 from megascale.train.report import Report
 from megascale.train.resume import compare_configs, compare_sources
 from megascale.train.sample import sample_tokens
@@ -73,12 +75,28 @@ def train(
     with ExitStack() as leave:
         ranks = distributed.start(config)
         leave.callback(distributed.stop)
+        stop = StopRequest()
+        leave.callback(stop.restore)
+        if config.growth is None:
+            _train(config, sources, resume, command, ranks, stop)
+        else:
+            _train_growing(config, sources, resume, command, ranks, stop)
+
+
+def _train(
+    config: RunConfig,
+    sources: Mapping[str, SourceInfo],
+    resume: str | None,
+    command: str,
+    ranks: Ranks,
+    stop: StopRequest,
+) -> bool:
+    """Train in one run_dir; whether it was stopped before its end."""
+    with ExitStack() as leave:
         folder = RunFolder.open(config.run_dir, resume, ranks)
         leave.callback(folder.close)
         log_to(folder.logs, ranks.rank)
         leave.push(_note_failure)
-        stop = StopRequest()
-        leave.callback(stop.restore)
         plans = start_plans(config.planner, ranks, folder.logs)  # it starts beside what follows
         if plans is not None:
             leave.callback(plans.close)
@@ -89,6 +107,31 @@ def train(
         if not run.stopped and config.eval.sample_prompt is not None:
             _sample(run, config.eval.sample_prompt)
         run.report.finished(run.cursor, run.stopped, command)
+        return run.stopped
+
+
+def _train_growing(
+    config: RunConfig,
+    sources: Mapping[str, SourceInfo],
+    resume: str | None,
+    command: str,
+    ranks: Ranks,
+    stop: StopRequest,
+) -> None:
+    """Train the small model, grow it, and train the grown one; each where that is not yet done."""
+    small, grown, growth = small_and_grown(config)
+    validate(grown)
+    folder = Path(grown.start.checkpoint or "")
+    if not _on_rank_0(ranks, folder.exists() or checkpoints_dir(grown.run_dir).exists()):
+        if _train(small, sources, None if resume is None else "auto", command, ranks, stop):
+            return
+        on_first_rank(ranks, lambda: print(write_grown([find_at(small.run_dir)], growth, folder)))
+    _train(grown, sources, resume, command, ranks, stop)
+
+
+def _on_rank_0(ranks: Ranks, answer: bool) -> bool:
+    """What rank 0 sees, on every rank."""
+    return broadcast_bytes(b"1" if answer else b"", ranks) == b"1"
 
 
 def _note_failure(kind: object, error: BaseException | None, trace: object) -> None:

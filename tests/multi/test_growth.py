@@ -1,11 +1,14 @@
 """Grown checkpoints: which tensor goes where, and what the grown model computes."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
+from crash_drill import curve
 from test_checkpoint import Run
 from test_train import command
+from tiny_corpus import tiny_config
 
 GQA = ("model.num_heads=4", "model.num_kv_heads=2", "model.qk_norm=true")
 UNTIED = ("model.tied_embeddings=false",)
@@ -270,3 +273,42 @@ def test_the_paper_connects_most_layers():
     assert connection_rate(stacked(8, 3)) == 21 / 23
     assert connection_rate(interpolated(8, 3)) == 7 / 23
     assert stacked(6, 4) == [0, 1, 2, 3, 4, 5] * 4
+
+
+@pytest.fixture(scope="module")
+def growing(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("growing")
+    config = tiny_config(folder)
+    words = ["growth.at_tokens=3000", "growth.factor=2", "train.tokens=6000", "eval.every_steps=0"]
+    return [config, *words, "parallel.pipeline=2", "checkpoint.save_every_steps=2"]
+
+
+def test_a_run_grows_by_itself(ranks, growing, tmp_path):
+    run = tmp_path / "run"
+    (status, said), _ = ranks(2, command, "train", *growing, f"run_dir={run}")
+    assert status == 0, said
+    small, grown = curve(tmp_path / "run-base"), curve(run)
+    assert list(small) == [1, 2, 3] and list(grown) == [0, 1, 2, 3, 4, 5, 6]
+    assert small[1]["lr"] == grown[1]["lr"] and small[3]["lr"] == grown[3]["lr"]
+    assert grown[1]["loss"] < small[1]["loss"] - 0.3
+    assert "source 'tiny' goes on after the" in said and "2 layers 4" in said
+    (state,) = ranks(1, tensors, run)
+    assert state["decoder.layers.mlp.linear_fc2.weight"].shape[0] == 4
+
+
+@pytest.mark.parametrize("stop_in", ["run-base", "run"])
+def test_a_growing_run_resumes_in_either_half(ranks, growing, tmp_path, stop_in):
+    whole, run = tmp_path / "whole", tmp_path / "run"
+    for folder in (whole, run):
+        (status, said), _ = ranks(2, command, "train", *growing, f"run_dir={folder}")
+        assert status == 0, said
+    expected = [row["loss"] for step, row in curve(whole).items() if step]
+    # as if killed in one half, before its last save
+    shutil.rmtree(sorted((tmp_path / stop_in / "checkpoints").glob("0*"))[-1])
+    if stop_in == "run-base":
+        shutil.rmtree(run)
+        shutil.rmtree(tmp_path / "run-base/grown")
+    answers = ranks(2, command, "train", *growing, f"run_dir={run}", "--resume", "auto")
+    assert answers[0][0] == 0, answers[0][1]
+    found = [row["loss"] for step, row in curve(run).items() if step]
+    assert found == expected
