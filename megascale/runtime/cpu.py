@@ -13,11 +13,13 @@ import functools
 import importlib.util
 import sys
 from collections.abc import Callable
+from datetime import timedelta
 from types import ModuleType
 from typing import Any
 
 import torch
 import torch.distributed
+from torch.distributed import ProcessGroupGloo, distributed_c10d
 
 CPU = torch.device("cpu")
 FACTORIES = (
@@ -84,9 +86,28 @@ def install() -> None:
     _redirect_factories()
     _answer_for_tensors()
     _answer_for_collectives()
+    distributed_c10d.ProcessGroupGloo = _GlooGroup
     torch.compile = _identity_decorator
     _patch_megatron()
     _installed = True
+
+
+@functools.cache
+def _gloo_device() -> Any:
+    return ProcessGroupGloo.create_default_device()
+
+
+class _GlooGroup(ProcessGroupGloo):  # type: ignore[misc]
+    """A group over the one device of this process.
+
+    torch gives every group a device, whose thread wakes a hundred times a second; megatron-core
+    makes some 40 groups, which on a laptop is a tenth of a core for each rank.
+    """
+
+    def __init__(self, store: Any, rank: int, size: int, timeout: timedelta) -> None:
+        options = self._Options()
+        options._devices, options._timeout = [_gloo_device()], timeout
+        super().__init__(store, rank, size, options)
 
 
 def _answer_for_devices() -> None:

@@ -2,6 +2,7 @@
 
 import importlib
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -112,6 +113,25 @@ def test_all_to_all_takes_tensors_as_split_sizes(tmp_path):
         assert out.tolist() == [0, 1, 2]
     finally:
         dist.destroy_process_group()
+
+
+def gloo_threads():
+    """How many threads of gloo's devices this rank has, with many groups made."""
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo")
+    groups = [dist.new_group([0, 1]) for _ in range(20)]
+    total = torch.ones(1)
+    for group in groups:
+        dist.all_reduce(total, group=group)
+    names = [path.read_text().strip() for path in Path("/proc/self/task").glob("*/comm")]
+    return total.item(), sum("tcp_loop" in name for name in names), len(groups)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="counts threads in /proc")
+def test_groups_share_a_device(ranks):
+    for total, loops, groups in ranks(2, gloo_threads):
+        assert total == 2**groups and loops == 1
 
 
 def test_it_is_refused_where_cuda_exists(monkeypatch):
