@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 import torch.distributed
+from torch.utils._device import _device_constructors
 
 CPU = torch.device("cpu")
 FACTORIES = (
@@ -115,6 +116,7 @@ def _answer_for_random_states() -> None:
 
 
 def _redirect_factories() -> None:
+    _device_constructors()  # remembered by torch: `with torch.device(...)` must know these, not ours
     for name in FACTORIES:
         setattr(torch, name, _on_cpu(getattr(torch, name)))
 
