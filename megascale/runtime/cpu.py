@@ -116,7 +116,7 @@ def _answer_for_random_states() -> None:
 
 
 def _redirect_factories() -> None:
-    _device_constructors()  # remembered by torch: `with torch.device(...)` must know these, not ours
+    _device_constructors()  # torch remembers them for `with torch.device(...)`, before ours come
     for name in FACTORIES:
         setattr(torch, name, _on_cpu(getattr(torch, name)))
 
