@@ -38,6 +38,8 @@ def run_eval(args: argparse.Namespace) -> int:
     from megascale.train.one_rank import open_model, run_config
     from megascale.train.score_text import TextScorer
 
+    if args.limit is not None and args.limit < 1:
+        raise UserError(f"--limit {args.limit} must be at least 1; leave it out for all questions")
     names, manager = _load_tasks(args.tasks, args.include)
     found = find_at(args.checkpoint)
     tokens = text_tokens(found, run_config(found), args.tokenizer)

@@ -109,9 +109,11 @@ def _write_configs(theirs: object, out: Path, has_tokenizer: bool) -> None:
     """Write config.json and generation_config.json, with the ids that begin and end a text."""
     from transformers import AutoTokenizer, GenerationConfig
 
+    from megascale.checkpoint.huggingface.config import write_config
+
     if has_tokenizer:
         tokenizer = AutoTokenizer.from_pretrained(out, local_files_only=True)
         theirs.bos_token_id = tokenizer.bos_token_id  # type: ignore[attr-defined]
         theirs.eos_token_id = tokenizer.eos_token_id  # type: ignore[attr-defined]
-    theirs.save_pretrained(out)  # type: ignore[attr-defined]
+    write_config(theirs, out)
     GenerationConfig.from_model_config(theirs).save_pretrained(out)

@@ -15,7 +15,7 @@ from megascale.checkpoint.huggingface.config import complete
 from megascale.checkpoint.load import Found
 from megascale.checkpoint.shards import boxes
 from megascale.checkpoint.tensors import Tensors
-from megascale.config import ModelConfig, RunConfig, TrainConfig, parse_config
+from megascale.config import RunConfig, TrainConfig, parse_config
 from megascale.errors import UserError
 from megascale.mesh.packing import TokenSequence, pack
 from megascale.model.build import build_model
@@ -71,15 +71,11 @@ def run_config(found: Found) -> RunConfig:
     return replace(config, model=complete(config).model)
 
 
-def stored_model(config: RunConfig) -> ModelConfig:
-    """The model with the padding that its run gave the vocabulary, for any number of ranks."""
-    rows = math.lcm(config.model.vocab_multiple, config.parallel.tensor)
-    return replace(config.model, vocab_multiple=rows)
-
-
 def _config(found: Found, precision: Literal["fp32", "bf16"]) -> RunConfig:
     config = run_config(found)
-    model = stored_model(config)
+    rows = math.lcm(config.model.vocab_multiple, config.parallel.tensor)
+    # the same arithmetic on every device; and the padding that the run gave its vocabulary
+    model = replace(config.model, implementation="local", vocab_multiple=rows)
     if model.moe is not None:  # the other dispatcher pads every pass to one length
         model = replace(model, moe=replace(model.moe, dispatcher="alltoall"))
     return complete(replace(config, model=model, train=TrainConfig(precision=precision)))

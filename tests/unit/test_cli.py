@@ -115,7 +115,8 @@ def test_the_overview_is_quick():
         (["prepair", "x"], "did you mean 'prepare'?"),
         (
             ["zzz"],
-            "verbs: prepare, data check, plan, simulate, calibrate, train, experts, doctor, plot",
+            "verbs: prepare, data check, plan, simulate, calibrate, train, experts, import, "
+            "export, eval, doctor, plot",
         ),
         (["data"], "'megascale data check CORPUS'"),
         (["data", "chekc"], "'megascale data check CORPUS'"),

@@ -152,12 +152,14 @@ def config_of(model: ModelConfig, context_tokens: int, dtype: str) -> Any:
 
     kind, moe, inner = family_of(model), model.moe, model.ffn_hidden_size
     options: dict[str, Any] = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
-    if kind not in ("llama", "mistral"):
+    if kind.startswith("qwen"):
         options |= {"use_sliding_window": model.sliding_window is not None, "max_window_layers": 0}
     if moe is not None:
-        inner = moe.ffn_hidden_size if kind == "mixtral" else inner
         options |= {"num_local_experts": moe.num_experts, "num_experts_per_tok": moe.top_k}
-        options |= {"moe_intermediate_size": moe.ffn_hidden_size, "norm_topk_prob": True}
+        if kind == "mixtral":
+            inner = moe.ffn_hidden_size
+        else:
+            options |= {"moe_intermediate_size": moe.ffn_hidden_size, "norm_topk_prob": True}
     return CONFIG_MAPPING[kind](
         architectures=[MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[kind]],
         dtype=dtype,
@@ -170,10 +172,21 @@ def config_of(model: ModelConfig, context_tokens: int, dtype: str) -> Any:
         vocab_size=model.vocab_size,
         tie_word_embeddings=model.tied_embeddings,
         rope_parameters={"rope_type": "default", "rope_theta": model.rope_base},
-        rope_theta=model.rope_base,  # where older versions look for it
         rms_norm_eps=model.norm_eps,
         sliding_window=model.sliding_window,
         max_position_embeddings=context_tokens,
         initializer_range=model.init_std,
         **options,
     )
+
+
+def write_config(config: Any, folder: Path) -> None:
+    """Write config.json, with the base of the rotary angles where versions before 5 look for it.
+
+    Raises OSError.
+    """
+    config.save_pretrained(folder)
+    path = folder / CONFIG
+    document = json.loads(path.read_bytes())
+    document["rope_theta"] = config.rope_parameters["rope_theta"]
+    path.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")

@@ -174,8 +174,8 @@ def check_files(files: ModelFiles, model: ModelConfig) -> torch.dtype:
                 f"{files.folder / files.file_of[name]}: {name} has no place in a model of its "
                 "config.json; copy both again from one model"
             )
-    all_bf16 = all(files.dtype(name) == torch.bfloat16 for name in wanted)
-    return torch.bfloat16 if all_bf16 else torch.float32
+    dtypes = {files.dtype(name) for name in wanted}
+    return torch.bfloat16 if dtypes == {torch.bfloat16} else torch.float32
 
 
 def _check_tied(files: ModelFiles) -> None:
