@@ -40,9 +40,9 @@ def run_eval(args: argparse.Namespace) -> int:
 
     if args.limit is not None and args.limit < 1:
         raise UserError(f"--limit {args.limit} must be at least 1; leave it out for all questions")
-    names, manager = _load_tasks(args.tasks, args.include)
     found = find_at(args.checkpoint)
     tokens = text_tokens(found, run_config(found), args.tokenizer)
+    names, manager = _load_tasks(args.tasks, args.include)
     import lm_eval
     from lm_eval.utils import make_table
 

@@ -9,7 +9,9 @@ from pathlib import Path
 from megascale.config import DataConfig, RunConfig, TrainConfig, dump_config
 from megascale.errors import UserError
 
-TOLERANCE = 1e-3
+TOLERANCE = 1e-2
+"""Rounding in fp32 reached 7e-4 with a real model of 30 layers; weights in a wrong order give more
+than 1."""
 
 
 def add_import_arguments(parser: argparse.ArgumentParser) -> None:

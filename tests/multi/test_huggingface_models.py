@@ -150,7 +150,7 @@ def test_what_fails_leaves_nothing_behind(ranks, tmp_path):
     assert "exists; choose another" in refused("import", hf, out)
     assert "--tolerance 0" in refused("export", out, tmp_path / "back", "--tolerance", "0")
     assert "no tokenizer" in refused("export", out, tmp_path / "back", "--tokenizer", tmp_path)
-    assert "names no tokenizer" in refused("eval", out, "--tasks", "x") or not has_lm_eval()
+    assert "names no tokenizer" in refused("eval", out, "--tasks", "x")
     assert {path.name for path in tmp_path.iterdir()} == {"hf", "out"}
     shard = sorted(hf.glob("*.safetensors"))[1]
     shard.write_bytes(shard.read_bytes()[:-4])
@@ -211,6 +211,30 @@ def trained(ranks, world, corpus, folder, *overrides):
     status, said = ranks(world, command, *words, timeout_s=300)[0]
     assert status == 0, said
     return run
+
+
+def make_with_tokenizer(folder, corpus):
+    from megascale.checkpoint.huggingface.tokenizer import write_tokenizer
+
+    make(folder, "llama", vocab_size=257)
+    write_tokenizer(corpus, folder, 64)
+
+
+def test_the_tokenizer_goes_along(ranks, corpus, tmp_path):
+    ranks(1, make_with_tokenizer, tmp_path / "hf", corpus)
+    ours = tmp_path / "ours"
+    status, said = ranks(1, command, "import", tmp_path / "hf", ours, "--no-check")[0]
+    assert status == 0 and f"tokenizer   {ours}/tokenizer" in said, said
+    recipe = (corpus.parent / "recipe.yaml").read_text()
+    tokenizer = f"tokenizer: {{kind: hf, path: {ours}/tokenizer}}"
+    (tmp_path / "recipe.yaml").write_text(recipe.replace("tokenizer: {kind: bytes}", tokenizer))
+    status, said = command("prepare", tmp_path / "recipe.yaml", "--out", tmp_path / "made")
+    assert status == 0 and "tokenizer hf, 257 ids" in said, said
+    assert (tmp_path / "made/train.bin").read_bytes() == (corpus / "train.bin").read_bytes()
+    status, said = ranks(1, command, "export", ours, tmp_path / "back", "--no-check")[0]
+    assert status == 0, said
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        assert (tmp_path / "back" / name).read_bytes() == (tmp_path / "hf" / name).read_bytes()
 
 
 @pytest.mark.parametrize(
