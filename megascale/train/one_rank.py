@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -54,6 +55,7 @@ def open_model(found: Found, precision: Literal["fp32", "bf16"]) -> Iterator[One
     """
     if distributed.world_from_environment()[1] != 1:
         raise UserError("this runs in one process; start it without torchrun")
+    logging.getLogger("megatron").setLevel(logging.ERROR)  # there is no log file for its notices
     config = _config(found, precision)
     ranks = distributed.start(config)
     try:
