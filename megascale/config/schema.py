@@ -95,6 +95,8 @@ class ModelConfig:
     """Added to the mean square in RMSNorm."""
     qk_norm: bool = False
     """Normalise queries and keys per head before the rotary embedding (as Qwen3 does)."""
+    qkv_bias: bool = False
+    """Add a bias to queries, keys and values (as Qwen2 does)."""
     parallel_block: bool = False
     """y = x + MLP(LN x) + Attention(LN x), one norm per layer (MegaScale section 3.1)."""
     sliding_window: int | None = None

@@ -1,7 +1,7 @@
 """Parameters, floating-point operations and memory of a model, counted without building it.
 
 All functions want a finalized config. Counts are those of megatron-core's GPT as
-`model.build` makes it: no biases, RMSNorm, SwiGLU, rotary positions.
+`model.build` makes it: RMSNorm, SwiGLU, rotary positions, no biases but `qkv_bias`.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def count_parameters(model: ModelConfig, tensor: int = 1) -> ParameterCounts:
     embedding = padded_vocab_size(model, tensor) * model.hidden_size
     embedding *= 1 if model.tied_embeddings else 2
     layer = _norm_weights(model) + _router_weights(model)
-    layer += _attention_weights(model) + _feed_forward_weights(model)
+    layer += _attention_weights(model) + _qkv_biases(model) + _feed_forward_weights(model)
     experts = model.moe.num_experts * _expert_weights(model) if model.moe else 0
     total = embedding + model.num_layers * (layer + experts) + model.hidden_size
     idle = 0
@@ -77,7 +77,8 @@ def count_rank_parameters(model: ModelConfig, layout: Layout, stage: int) -> Ran
     tensor, num_layers = layout.tensor, model.num_layers // layout.pipeline
     is_first, is_last = stage == 0, stage == layout.pipeline - 1
     whole = _norm_weights(model) + _router_weights(model)
-    layer = whole + (_attention_weights(model) + _feed_forward_weights(model)) // tensor
+    cut = _attention_weights(model) + _qkv_biases(model) + _feed_forward_weights(model)
+    layer = whole + cut // tensor
     embeddings = 1 if is_first else 0
     if is_last and not (is_first and model.tied_embeddings):
         embeddings += 1
@@ -255,6 +256,12 @@ def _attention_weights(model: ModelConfig) -> int:
 def _attentions(model: ModelConfig) -> int:
     """Attentions that every token passes in one layer."""
     return model.moe.attention_experts if model.moe else 1
+
+
+def _qkv_biases(model: ModelConfig) -> int:
+    """Biases of one layer's queries, keys and values."""
+    heads = model.num_heads + 2 * _known(model.num_kv_heads)
+    return _attentions(model) * heads * _known(model.head_dim) if model.qkv_bias else 0
 
 
 def _norm_weights(model: ModelConfig) -> int:

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 import torch.distributed
 from torch.distributed import ProcessGroupGloo, distributed_c10d
+from torch.utils._device import _device_constructors
 
 CPU = torch.device("cpu")
 FACTORIES = (
@@ -136,6 +137,7 @@ def _answer_for_random_states() -> None:
 
 
 def _redirect_factories() -> None:
+    _device_constructors()  # torch remembers them for `with torch.device(...)`, before ours come
     for name in FACTORIES:
         setattr(torch, name, _on_cpu(getattr(torch, name)))
 

@@ -170,6 +170,7 @@ BF16, UNTIED = "train.precision=bf16", "model.tied_embeddings=false"
     "common, before, after",
     [
         ([], (2, [TENSOR]), (1, [])),
+        (["model.qkv_bias=true"], (2, [TENSOR]), (1, [])),
         ([BF16, "model.num_kv_heads=2"], (1, []), (2, [TENSOR])),
         ([], (2, [PIPELINE]), (1, [])),
         ([BF16, UNTIED], (1, []), (2, [PIPELINE])),

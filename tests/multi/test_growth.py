@@ -11,7 +11,7 @@ from test_train import command
 from tiny_corpus import tiny_config
 
 GQA = ("model.num_heads=4", "model.num_kv_heads=2", "model.qk_norm=true")
-UNTIED = ("model.tied_embeddings=false",)
+UNTIED = ("model.tied_embeddings=false", "model.qkv_bias=true")
 MOE = ("model.moe.num_experts=4", "model.moe.shared_ffn_hidden_size=16")
 
 
@@ -151,7 +151,7 @@ def test_wider_units_part_in_training(ranks, tmp_path):
     ],
     ids=" ".join,
 )
-@pytest.mark.parametrize("model", [(), (*UNTIED, *GQA)], ids=["plain", "gqa"])
+@pytest.mark.parametrize("model", [UNTIED, GQA], ids=["untied", "grouped"])
 def test_equal_branches_give_the_dense_model(ranks, tmp_path, experts, model):
     ranks(1, run_and_save, tmp_path / "base", model)
     branches = [tmp_path / "base"] * (2 if "--attention-experts" in experts else 1)

@@ -167,3 +167,9 @@ def gather_and_scatter():
     mine = torch.zeros(1 + 2 * rank)
     dist.reduce_scatter(mine, [torch.full((n,), 1.0 + rank) for n in (1, 3)])
     return torch.cat(outputs).tolist(), mine.tolist()
+
+
+@pytest.mark.parametrize("name", ["arange", "empty", "zeros"])
+def test_factories_follow_the_device_of_the_context(name):
+    with torch.device("meta"):
+        assert getattr(torch, name)(3).is_meta
