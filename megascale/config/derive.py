@@ -119,12 +119,15 @@ def _finalize_model(model: ModelConfig, vocab_size: int) -> ModelConfig:
 
 
 def _finalize_optim(optim: OptimConfig, tokens: int) -> OptimConfig:
+    is_soap = optim.name == "soap"
+    if optim.beta1 is None:
+        optim = replace(optim, beta1=0.95 if is_soap else 0.9)
     if optim.schedule:
         for name in ("lr", "min_lr", "warmup_tokens"):
             if getattr(optim, name) is not None:
                 raise UserError(f"optim.{name} and optim.schedule are both set; remove one")
         return optim
-    lr = 3e-4 if optim.lr is None else optim.lr
+    lr = (3e-3 if is_soap else 3e-4) if optim.lr is None else optim.lr
     warmup = max(1, tokens // 100) if optim.warmup_tokens is None else optim.warmup_tokens
     min_lr = lr / 10 if optim.min_lr is None else optim.min_lr
     rise = SegmentConfig(shape="linear", tokens=max(1, warmup), lr=lr)
@@ -162,6 +165,7 @@ def _validate_numbers(config: RunConfig) -> None:
         "train.threads": config.train.threads,
         "train.stop_after_steps": config.train.stop_after_steps,
         "optim.max_skipped_steps": config.optim.max_skipped_steps,
+        "optim.soap_refresh_steps": config.optim.soap_refresh_steps,
         "checkpoint.keep_last": config.checkpoint.keep_last,
         "monitor.log_every_steps": config.monitor.log_every_steps,
         "eval.sample_tokens": config.eval.sample_tokens,
@@ -171,6 +175,7 @@ def _validate_numbers(config: RunConfig) -> None:
         "optim.eps": config.optim.eps,
         "optim.weight_decay": config.optim.weight_decay,
         "optim.clip_grad_norm": config.optim.clip_grad_norm,
+        "optim.soap_max_dim": config.optim.soap_max_dim,
         "eval.every_steps": config.eval.every_steps,
         "eval.tokens": config.eval.tokens,
         "checkpoint.save_every_steps": config.checkpoint.save_every_steps,
@@ -196,7 +201,7 @@ def _validate_numbers(config: RunConfig) -> None:
             f"planner.timeout_s = {timeout_s} must be a finite number above 0, such as 30"
         )
     for name, beta in (("beta1", config.optim.beta1), ("beta2", config.optim.beta2)):
-        if not 0 <= beta < 1:
+        if beta is not None and not 0 <= beta < 1:
             raise UserError(f"optim.{name} = {beta} must be at least 0 and below 1")
     profile = config.monitor.profile_steps
     if profile is not None and not 0 < profile[0] <= profile[1]:

@@ -208,10 +208,13 @@ class SegmentConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class OptimConfig:
-    """AdamW and its learning rate."""
+    """The optimizer and its learning rate."""
 
+    name: Literal["adamw", "soap"] = "adamw"
+    """`soap`: Adam in the eigenbasis of Shampoo's preconditioner, which takes fewer steps and more
+    time and memory for each."""
     lr: float | None = None
-    """Peak learning rate of the default schedule. Default: 3e-4."""
+    """Peak learning rate of the default schedule. Default: 3e-4, and 3e-3 for SOAP."""
     min_lr: float | None = None
     """Last learning rate of the default schedule. Default: a tenth of `lr`."""
     warmup_tokens: int | None = None
@@ -219,10 +222,11 @@ class OptimConfig:
     schedule: tuple[SegmentConfig, ...] = ()
     """The curve as segments over tokens seen. Default: linear warm-up to `lr`, cosine to `min_lr`,
     constant after. Give either this or `lr`, `min_lr`, `warmup_tokens`."""
-    beta1: float = 0.9
-    """Decay of the mean of gradients."""
+    beta1: float | None = None
+    """Decay of the mean of gradients. Default: 0.9, and 0.95 for SOAP."""
     beta2: float = 0.95
-    """Decay of the mean of squared gradients; 0.95 as is usual for language models."""
+    """Decay of the mean of squared gradients, and of SOAP's averages; 0.95 as is usual for language
+    models."""
     eps: float = 1e-8
     """Added to the root of the second moment."""
     weight_decay: float = 0.1
@@ -230,7 +234,12 @@ class OptimConfig:
     clip_grad_norm: float = 1.0
     """Global gradient norm above which gradients are scaled down; 0 switches it off."""
     distributed_optimizer: bool = True
-    """Shard optimizer state over the HDP axis (ZeRO-1)."""
+    """Shard optimizer state over the HDP axis (ZeRO-1): AdamW's to equal parts, SOAP's by whole
+    weights, each of which one rank updates for all."""
+    soap_refresh_steps: int = 10
+    """Steps of SOAP between two refreshes of its bases."""
+    soap_max_dim: int = 10000
+    """Sizes above this, such as a vocabulary's, get no basis of SOAP; 0: plain Adam for all."""
     max_skipped_steps: int = 10
     """Consecutive steps with a non-finite loss or gradient norm after which the run stops."""
 
