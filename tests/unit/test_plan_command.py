@@ -210,6 +210,7 @@ def test_mistakes_are_one_clear_line(config: Path, arguments: list[str], problem
         (["monitor.profile_steps=[20, 30]"], "profile_steps begins after the last step, 13"),
         (["optim.schedule=[{shape: linear, tokens: 60000, lr: 1.0}]"], "at a rate of 0.833"),
         (["eval.tokens=100"], "source 'code' has no held-out documents"),
+        (["optim.soap_max_dim=64"], "optim.soap_max_dim has no effect with optim.name = adamw"),
     ],
 )
 def test_oddities_are_warnings(config: Path, overrides: list[str], warning: str) -> None:
