@@ -124,7 +124,7 @@ def _check_same_tensors(
             raise UserError(
                 f"checkpoint {folder} does not fit this run: tensor {key} is "
                 f"{_describe(stored.get(key))} there and {_describe(asked.get(key))} here; "
-                "resume with the model, train.precision, optim.name and, for SOAP, parallel.tensor "
+                "resume with the model, train.precision and optim (with SOAP, parallel.tensor too) "
                 "that it was written with (its config is in manifest.json)"
             )
 

@@ -125,8 +125,8 @@ def optimizer_steps(optimizer: Any) -> int:
 
 
 def set_optimizer_steps(optimizer: Any, steps: int) -> None:
-    """Make the moments where there are none (Adam makes them in its first step), and set the
-    count that bias correction goes by. torch counts per parameter, fused Adams per group."""
+    """Make the state where there is none (Adam makes it in its first step), and set the count
+    that bias correction goes by. torch counts per parameter, fused Adams and SOAP per group."""
     for inner in inner_optimizers(optimizer):
         inner.init_state_fn(inner.optimizer, inner.config)
         per_parameter = isinstance(inner.optimizer, (torch.optim.Adam, torch.optim.AdamW))

@@ -212,7 +212,9 @@ class OptimConfig:
 
     name: Literal["adamw", "soap"] = "adamw"
     """`soap`: Adam in the eigenbasis of Shampoo's preconditioner, which takes fewer steps and more
-    time and memory for each."""
+    time and memory for each. Its matrices are the weights as one rank holds them, SwiGLU's two
+    apart and queries, keys and values as one: `parallel.tensor` changes what is learned, and a
+    resume must keep it."""
     lr: float | None = None
     """Peak learning rate of the default schedule. Default: 3e-4, and 3e-3 for SOAP."""
     min_lr: float | None = None

@@ -140,7 +140,7 @@ def test_what_bases_do_not_fit_is_refused(
 ) -> None:
     ranks(1, saved, str(tmp_path))
     told = ranks(world, refused, str(tmp_path), overrides)
-    assert "optimizer.state.left_" in told[0] and "optim.name and, for SOAP" in told[0]
+    assert "optimizer.state.left_" in told[0] and "and optim (with SOAP, parallel" in told[0]
     assert "\n" not in told[0]
 
 
