@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from megascale.config import Layout, ModelConfig, RunConfig
+from megascale.model.matrices import soap_bytes_per_rank
 from megascale.planner.cost import CostModel
 
 BACKWARD_AND_FORWARD = 3
@@ -167,7 +168,8 @@ def memory_per_rank(config: RunConfig, layout: Layout) -> MemoryEstimate:
 
     Exact: weights of 2 bytes in bf16 or 4 in fp32; gradients of 4 bytes; Adam's two moments of
     4 bytes each, plus a master copy of 4 in bf16. With the distributed optimizer the last two
-    are split over the HDP axis (for experts, over every `expert`-th rank of it).
+    are split over the HDP axis (for experts, over every `expert`-th rank of it). SOAP's are those
+    of the weights that are dealt to the fullest rank.
     An estimate: activations, see `activation_bytes`.
     """
     stages = [_stage_memory(config, layout, stage) for stage in range(layout.pipeline)]
@@ -177,17 +179,25 @@ def memory_per_rank(config: RunConfig, layout: Layout) -> MemoryEstimate:
 def _stage_memory(config: RunConfig, layout: Layout, stage: int) -> MemoryEstimate:
     held = count_rank_parameters(config.model, layout, stage)
     is_bf16 = config.train.precision == "bf16"
-    state_bytes = 12 if is_bf16 else 8
-    dense_shards = layout.hdp if config.optim.distributed_optimizer else 1
-    expert_shards = layout.hdp // layout.expert if config.optim.distributed_optimizer else 1
-    state = -(-held.dense // dense_shards) + -(-held.expert // expert_shards)
     parameters = held.dense + held.expert
     return MemoryEstimate(
         weights=parameters * (2 if is_bf16 else 4),
         gradients=parameters * 4,
-        optimizer=state * state_bytes,
+        optimizer=_optimizer_bytes(config, layout, stage),
         activations=activation_bytes(config, layout, stage),
     )
+
+
+def _optimizer_bytes(config: RunConfig, layout: Layout, stage: int) -> int:
+    """On the fullest rank of a stage."""
+    if config.optim.name == "soap":
+        vocab_rows = padded_vocab_size(config.model, layout.tensor)
+        return soap_bytes_per_rank(config, layout, stage, vocab_rows)
+    held = count_rank_parameters(config.model, layout, stage)
+    dense_shards = layout.hdp if config.optim.distributed_optimizer else 1
+    expert_shards = layout.hdp // layout.expert if config.optim.distributed_optimizer else 1
+    state = -(-held.dense // dense_shards) + -(-held.expert // expert_shards)
+    return state * (12 if config.train.precision == "bf16" else 8)
 
 
 def activation_bytes(config: RunConfig, layout: Layout, stage: int) -> int:
