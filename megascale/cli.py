@@ -56,7 +56,7 @@ VERBS = {
     "branch": (
         "megascale.train.command:branch",
         "train a new run that begins with the weights of a checkpoint",
-        "torchrun --nproc-per-node 2 -m megascale branch runs/base configs/more.yaml",
+        "torchrun --nproc-per-node 2 -m megascale branch runs/base configs/quickstart.yaml",
     ),
     "grow": (
         "megascale.train.grow_command:grow",

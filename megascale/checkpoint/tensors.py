@@ -98,7 +98,9 @@ def write_checkpoint(out: Path, pieces: Iterable[Piece], position: Position) -> 
 
     def contents() -> Iterator[torch.Tensor]:
         for one in pieces:
-            tensor = one.tensor.clone(memory_format=torch.contiguous_format)
+            tensor = one.tensor
+            if tensor.untyped_storage().nbytes() != tensor.nbytes or not tensor.is_contiguous():
+                tensor = tensor.clone(memory_format=torch.contiguous_format)
             shape = tuple(tensor.shape)
             entries.append(Entry(one.key, one.global_shape, tensor.dtype, one.offset, shape))
             yield tensor

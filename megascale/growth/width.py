@@ -62,6 +62,14 @@ def _copies(old: torch.Tensor, axis: int, factor: int) -> torch.Tensor:
 
 def _shared(old: torch.Tensor, factor: int, name: str, seed: int) -> torch.Tensor:
     """A matrix that reads copies: its columns for the copies of a unit sum to the old one."""
-    drawn = torch.randn(factor, *old.shape, generator=generator(name, seed))
-    apart = (drawn - drawn.mean(dim=0)) * (SPREAD * old.float().std() / factor)
-    return torch.cat([(old / factor + one).to(old.dtype) for one in apart], dim=-1)
+    columns, scale = old.shape[-1], SPREAD * float(old.float().std()) / factor
+    wide = torch.empty(*old.shape[:-1], factor * columns, dtype=old.dtype)
+
+    def drawn(copy: int) -> torch.Tensor:
+        return torch.randn(old.shape, generator=generator(f"{name}/{copy % factor}", seed))
+
+    for copy in range(factor):
+        apart = drawn(copy).sub_(drawn(copy + 1)).mul_(scale)  # they sum to 0 around the circle
+        torch.add(apart, old, alpha=1 / factor, out=apart)
+        wide[..., copy * columns : (copy + 1) * columns] = apart
+    return wide

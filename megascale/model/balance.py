@@ -162,12 +162,15 @@ def _choose(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Choice by probability plus bias, weights by logits alone.
 
-    Loss-free balancing (Wang et al., arXiv 2408.15664), with softmax probabilities.
+    Loss-free balancing (Wang et al., arXiv 2408.15664), with softmax probabilities. The weights
+    of the chosen sum to 1; a single one has its probability, or it would teach the router nothing.
     """
     exact = torch.promote_types(logits_TE.dtype, torch.float32)
-    biased = torch.softmax(logits_TE, dim=-1, dtype=exact) + bias_E
-    best = biased.topk(top_k, dim=-1).indices
+    scores_TE = torch.softmax(logits_TE, dim=-1, dtype=exact)
+    best = (scores_TE + bias_E).topk(top_k, dim=-1).indices
     weights = torch.softmax(logits_TE.gather(-1, best), dim=-1, dtype=exact)
+    if top_k == 1:
+        weights = scores_TE.gather(-1, best)
     nothing = torch.zeros_like(logits_TE)
     probs_TE = nothing.scatter(-1, best, weights.to(logits_TE.dtype))
     return probs_TE, nothing.bool().scatter(-1, best, True)

@@ -83,15 +83,15 @@ def weights(model: ModelConfig, layout: Layout, stage: int, vocab_rows: int) -> 
 
 
 def _layer(model: ModelConfig, layout: Layout) -> Iterator[Weight]:
-    assert model.num_kv_heads and model.head_dim and model.ffn_hidden_size  # it is finalized
-    hidden, heads = model.hidden_size, model.num_heads
+    assert model.ffn_hidden_size  # it is finalized
+    hidden, moe = model.hidden_size, model.moe
     for _ in range(1 if model.parallel_block else 2):
         yield Weight((hidden,))
-    for _ in range(2 if model.qk_norm else 0):
-        yield Weight((model.head_dim,))
-    yield Weight(((heads + 2 * model.num_kv_heads) * model.head_dim // layout.tensor, hidden))
-    yield Weight((hidden, heads * model.head_dim // layout.tensor))
-    moe = model.moe
+    attentions = moe.attention_experts if moe else 1
+    for _ in range(attentions):
+        yield from _attention(model, layout)
+    if attentions > 1:
+        yield Weight((attentions, hidden))
     if moe is None:
         yield from _feed_forward(hidden, model.ffn_hidden_size // layout.tensor)
         return
@@ -99,6 +99,18 @@ def _layer(model: ModelConfig, layout: Layout) -> Iterator[Weight]:
     yield from _feed_forward(hidden, moe.shared_ffn_hidden_size // layout.tensor)
     for _ in range(moe.num_experts // layout.expert):
         yield from _feed_forward(hidden, (moe.ffn_hidden_size or 0) // layout.tensor, True)
+
+
+def _attention(model: ModelConfig, layout: Layout) -> Iterator[Weight]:
+    assert model.num_kv_heads and model.head_dim
+    hidden, heads = model.hidden_size, model.num_heads
+    rows = (heads + 2 * model.num_kv_heads) * model.head_dim // layout.tensor
+    yield Weight((rows, hidden))
+    if model.qkv_bias:
+        yield Weight((rows,))
+    yield Weight((hidden, heads * model.head_dim // layout.tensor))
+    for _ in range(2 if model.qk_norm else 0):
+        yield Weight((model.head_dim,))
 
 
 def _feed_forward(hidden: int, inner: int, is_expert: bool = False) -> Iterator[Weight]:

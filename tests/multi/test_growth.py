@@ -145,7 +145,7 @@ def test_wider_units_part_in_training(ranks, tmp_path):
 @pytest.mark.parametrize(
     "experts",
     [
-        ["--experts", "4", "--top-k", "1"],
+        ["--experts", "4", "--top-k", "4"],
         ["--experts", "3", "--top-k", "2"],
         ["--experts", "4", "--top-k", "2", "--attention-experts", "2"],
     ],

@@ -271,6 +271,7 @@ def continue_text(folder, prompt):
     [
         (["model.parallel_block=true"], "no family of Hugging Face has model.parallel_block"),
         (["model.moe.shared_ffn_hidden_size=16"], "model.moe.shared_ffn_hidden_size"),
+        (["model.moe.attention_experts=2"], "model.moe.attention_experts"),
     ],
 )
 def test_models_that_no_family_has_stay_here(ranks, corpus, tmp_path, overrides, said):

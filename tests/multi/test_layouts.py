@@ -89,6 +89,7 @@ def single(ranks, overrides=()):
         (4, ["model.moe.num_experts=4", "parallel.expert=2", "parallel.pipeline=2"]),
         (4, ["model.moe.num_experts=4", "parallel.expert=2", "parallel.tensor=2"]),
         (2, ["model.moe.num_experts=4", "model.moe.attention_experts=2", "parallel.tensor=2"]),
+        (2, ["model.moe.num_experts=4", "model.moe.top_k=1", "parallel.expert=2"]),
     ],
     ids=lambda value: "+".join(value) if isinstance(value, list) else str(value),
 )
@@ -124,6 +125,10 @@ def test_balances_of_experts_change_it(ranks):
         assert abs(single(ranks, [experts, f"model.moe.{option}"])[-1] - plain[-1]).max() > 1e-6
     free = single(ranks, [experts, "model.moe.balance=loss_free", "model.moe.bias_rate=0.1"])
     assert abs(free[-1] - plain[-1]).max() > 1e-4
+    one = [experts, "model.moe.top_k=1"]
+    unbalanced = single(ranks, [*one, "model.moe.balance=none"])
+    unbiased = single(ranks, [*one, "model.moe.balance=loss_free", "model.moe.bias_rate=0"])
+    np.testing.assert_allclose(unbiased, unbalanced, rtol=1e-5)
 
 
 def test_balanced_experts_in_bf16_follow_fp32(ranks):

@@ -17,7 +17,7 @@ from megascale.checkpoint.tensors import Piece, Tensors, write_checkpoint
 from megascale.growth.depth import deepen, stacked
 from megascale.growth.width import widen
 
-SIZE, folder = 1024, Path(sys.argv[1])
+SIZE, folder = 512, Path(sys.argv[1])
 key = "decoder.layers.self_attention.linear_proj.weight"
 
 
@@ -36,7 +36,7 @@ def grow(base, layers, out):
 
 
 grow(*written("small", 1), "warm")  # what is loaded once is no part of the checkpoint's memory
-base = written("base", 100)
+base = written("base", 120)
 size = sum(file.stat().st_size for file in (folder / "base").iterdir())
 data = next(line for line in open("/proc/self/status") if line.startswith("VmData"))
 limit = int(data.split()[1]) * 1024 + size // 4
@@ -62,4 +62,4 @@ def test_a_checkpoint_larger_than_memory_grows(tmp_path, operator, times):
     )
     assert done.returncode == 0, done.stderr[-2000:]
     before, after = map(int, done.stdout.split())
-    assert before > 400_000_000 and after == pytest.approx(times * before, rel=0.01)
+    assert before > 120_000_000 and after == pytest.approx(times * before, rel=0.01)

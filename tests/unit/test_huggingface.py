@@ -115,6 +115,7 @@ def test_defaults_and_names_of_old_configs(hf, tmp_path):
             r"mlp_only_layers = \[0\]",
         ),
         ({"model_type": "qwen3_moe", "norm_topk_prob": True, "decoder_sparse_step": 2}, "sparse"),
+        ({"model_type": "mixtral", "num_experts_per_tok": 1}, "one expert per token"),
         ({"hidden_act": "gelu"}, "hidden_act = gelu"),
         ({"attention_bias": True}, "attention_bias = True"),
         ({"mlp_bias": True}, "mlp_bias = True"),

@@ -82,7 +82,7 @@ def model_of(config: Any, where: Path) -> ModelConfig:
         qkv_bias=config.model_type == "qwen2",
         sliding_window=_window(config, where),
         init_std=config.initializer_range,
-        moe=_moe(config),
+        moe=_moe(config, where),
     )
     try:
         return complete(RunConfig(model=model)).model
@@ -109,9 +109,13 @@ def _window(config: Any, where: Path) -> int | None:
     return window
 
 
-def _moe(config: Any) -> MoeConfig | None:
+def _moe(config: Any, where: Path) -> MoeConfig | None:
     if config.model_type not in ("mixtral", "qwen3_moe"):
         return None
+    if config.num_experts_per_tok == 1:
+        raise UserError(
+            f"{where}: one expert per token, of weight 1, is not built; two or more are"
+        )
     size = config.intermediate_size
     return MoeConfig(
         num_experts=config.num_experts,
@@ -128,6 +132,8 @@ def family_of(model: ModelConfig) -> str:
         "model.qkv_bias with model.qk_norm": model.qkv_bias and model.qk_norm,
         "model.qkv_bias with model.moe": model.qkv_bias and moe is not None,
         "model.moe.shared_ffn_hidden_size": moe is not None and moe.shared_ffn_hidden_size > 0,
+        "model.moe.attention_experts": moe is not None and moe.attention_experts > 1,
+        "model.moe.top_k = 1": moe is not None and moe.top_k == 1,
         "model.moe.balance = loss_free": moe is not None and moe.balance == "loss_free",
     }
     for option, is_set in lacking.items():
