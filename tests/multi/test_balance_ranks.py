@@ -1,8 +1,12 @@
 """Balance losses over ranks: the same gradients under any plan, and those of one process."""
 
+from typing import get_args, get_type_hints
+
 import numpy as np
 import pytest
 from test_hdp import BASE, LENGTHS, MOE, VOCAB, agree, gradients, make_plan, random_plan
+
+from megascale.config import MoeConfig
 
 ALL = tuple(range(len(LENGTHS)))
 STRONG = "model.moe.balance_weight=0.5"
@@ -100,6 +104,24 @@ def test_micro_balances_a_ring_as_one(ranks):
     expected = at_once(ranks, overrides, True)
     plan = make_plan(LENGTHS, 2, "free", [((1, 0), ALL)])
     agree(ranks(2, gradients, (MOE, *overrides), [plan], True), *expected, tolerance=1e-6)
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "balance=micro",
+        "balance=sequence",
+        "balance=loss_free",
+        *(f"estimate={how}" for how in get_args(get_type_hints(MoeConfig)["estimate"])),
+    ],
+)
+def test_a_rank_of_padding_alone_changes_nothing(ranks, kind):
+    """With experts on two ranks the other one runs as many micro-batches, all without a token."""
+    overrides = (STRONG, f"model.moe.{kind}")
+    expected = one_by_one(ranks, overrides, False, LOADS)
+    plan = make_plan(LENGTHS, 2, "lockstep", [((0,), (i,)) for i in ALL])
+    overrides = (MOE, *overrides, "parallel.expert=2")
+    agree(ranks(2, gradients, overrides, [plan], False, LOADS), *expected, tolerance=1e-4)
 
 
 # ----------------------------------------------------------------- megatron-core's loss, upstream

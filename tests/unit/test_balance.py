@@ -28,7 +28,7 @@ CPU = torch.device("cpu")
 
 def part_of(lengths, padding=0):
     """A rank that holds whole sequences, and says so itself."""
-    ids = np.zeros(max(lengths), dtype=np.int64)
+    ids = np.zeros(max(lengths, default=0), dtype=np.int64)
     sequences = [TokenSequence(ids[:n], ids[:n]) for n in lengths]
     multiple = sum(lengths) + padding if padding else 1
     batch = pack(sequences, 0, multiple, CPU, sources=[i % 2 for i in range(len(lengths))])
@@ -75,6 +75,32 @@ def test_all_tokens_to_one_expert_is_the_number_of_experts():
     loss, grad = grouped([[1.0, 0, 0, 0]] * 5, [[1.0, 0, 0, 0]] * 5, everything, [5])
     assert loss / 5 == pytest.approx(4.0)
     assert grad.tolist() == [[4.0, 0, 0, 0]] * 5
+
+
+def test_all_tokens_to_the_same_experts_is_the_number_of_experts_over_top_k():
+    """As much as there can be; the violation is one less."""
+    counts = torch.tensor([[[6.0, 6.0, 0.0, 0.0, 0.0, 0.0]]]).double()
+    use = balance.ExpertUse(counts, torch.tensor([[0.5, 0.5, 0, 0, 0, 0]]).double())
+    assert use.loss_L.tolist() == [3.0] and use.max_violation_L.tolist() == [2.0]
+    assert use.dead_L.tolist() == [4]
+
+
+@pytest.mark.parametrize("groups", ["everything", "by_sequence"])
+def test_a_micro_batch_without_tokens_has_no_loss(groups):
+    """Ranks that have run out of sequences run padding."""
+    part = part_of([], padding=4)
+    assert part.num_tokens == 0
+    scores = torch.zeros(0, 4, requires_grad=True)
+    loss = balance._grouped(scores, scores.detach(), globals()[groups](part), part)
+    assert float(loss.detach()) == 0.0
+    assert torch.autograd.grad(loss, scores)[0].shape == (0, 4)
+
+
+@pytest.mark.parametrize("groups", ["everything", "by_sequence"])
+def test_fewer_tokens_than_experts_are_balanced_like_any(groups):
+    """One token of top-1 among four: the whole of its choice on one expert."""
+    loss, grad = grouped([[0.0, 1, 0, 0]], [[0.1, 0.7, 0.1, 0.1]], globals()[groups], [1])
+    assert loss == pytest.approx(4 * 0.7) and grad.tolist() == [[0, 4.0, 0, 0]]
 
 
 def test_the_loss_of_groups_is_weighted_by_their_tokens():
@@ -191,15 +217,50 @@ def test_use_of_experts_in_numbers():
     assert use.dead_L.tolist() == [0, 0]
 
 
+def collapse_watch(**options):
+    return CollapseWatch(MoeConfig(**{"num_experts": 4, "top_k": 2, **options}))
+
+
+COLLAPSED = np.array([[6.0, 6.0, 6.0, 6.0], [12.0, 12.0, 0.0, 0.0]])
+"""Choices of 12 tokens in 2 layers."""
+
+
 def test_collapse_is_said_once_and_only_when_it_lasts():
-    even, collapsed = np.ones((2, 4)), np.array([[1.0] * 4, [2.0, 2.0, 0.0, 0.0]])
-    watch = CollapseWatch(top_k=2)
-    said = [watch.see(collapsed) for _ in range(COLLAPSED_STEPS + 5)]
+    watch, even = collapse_watch(), COLLAPSED[[0, 0]]
+    said = [watch.see(COLLAPSED) for _ in range(COLLAPSED_STEPS + 5)]
     assert [bool(one) for one in said].index(True) == COLLAPSED_STEPS - 1
     assert sum(map(bool, said)) == 1 and "in layer 2:" in said[COLLAPSED_STEPS - 1]
-    watch = CollapseWatch(top_k=2)
-    assert not any(watch.see(one) for one in [collapsed] * (COLLAPSED_STEPS - 1) + [even] * 20)
-    assert not any(CollapseWatch(top_k=4).see(even) for _ in range(20))  # all experts always
+    assert "now one gets 100% of the tokens and 2 of 4 get nothing" in said[COLLAPSED_STEPS - 1]
+    watch = collapse_watch()
+    steps = [COLLAPSED] * (COLLAPSED_STEPS - 1) + [even] * 20
+    assert not any(watch.see(one) for one in steps)
+    always = collapse_watch(top_k=4)  # all experts, for every token
+    assert not any(always.see(even) for _ in range(20))
+
+
+def test_collapse_is_said_again_when_it_comes_back():
+    watch, even = collapse_watch(), COLLAPSED[[0, 0]]
+    steps = ([COLLAPSED] * COLLAPSED_STEPS + [even]) * 2
+    assert sum(bool(watch.see(one)) for one in steps) == 2
+
+
+def test_batches_of_fewer_tokens_than_experts_show_no_collapse():
+    watch = collapse_watch()
+    assert not any(watch.see(COLLAPSED / 4) for _ in range(20))
+    assert not any(watch.see(0 * COLLAPSED) for _ in range(20))
+
+
+@pytest.mark.parametrize(
+    "balance, mend",
+    [
+        ("none", "set model.moe.balance=global"),
+        ("loss_free", "set model.moe.balance=global"),
+        ("global", "raise model.moe.balance_weight"),
+    ],
+)
+def test_a_collapse_says_what_would_mend_it(balance, mend):
+    watch = collapse_watch(balance=balance)
+    assert mend in [watch.see(COLLAPSED) for _ in range(COLLAPSED_STEPS)][-1]
 
 
 def test_divergence_of_sources():
