@@ -30,6 +30,7 @@ DOMAINS = ("python_stdlib", "c_headers", "man_pages_de", "man_pages_en")
 BALANCES = {
     "micro": ("model.moe.balance=micro",),
     "global, exact": ("model.moe.estimate=exact",),
+    "global, trend": ("model.moe.estimate=trend",),
     "global, batch before": ("model.moe.estimate=previous",),
     "exact + 1 % micro": ("model.moe.estimate=exact", "model.moe.micro_share=0.01"),
     "loss-free": ("model.moe.balance=loss_free", "model.moe.bias_rate=0.01"),
@@ -72,7 +73,7 @@ def moe(options: argparse.Namespace) -> None:
     """Train every balance with every seed, as many at a time as there are cores."""
     folder: Path = options.folder / "moe"
     folder.mkdir(parents=True, exist_ok=True)
-    domains = list(_corpora(folder / "corpora"))
+    domains = list(corpora(folder / "corpora"))
     if len(domains) < 2:
         raise SystemExit(f"reproduce.py: only {domains} found; data/*.yaml say what to install")
     config = yaml.safe_load(CONFIG)
@@ -98,7 +99,7 @@ def moe(options: argparse.Namespace) -> None:
     print(f"written: {options.out}/moe.json, {options.out}/moe.png")
 
 
-def _corpora(folder: Path) -> Iterator[str]:
+def corpora(folder: Path) -> Iterator[str]:
     """Prepare the domains that this machine has text of; their names."""
     for name in DOMAINS:
         out = folder / name

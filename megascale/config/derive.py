@@ -254,7 +254,7 @@ def _validate_balance(moe: MoeConfig, num_layers: int) -> None:
             f"model.moe.micro_share = {moe.micro_share} goes with model.moe.balance=global, "
             f"not {moe.balance}"
         )
-    if moe.estimate != "previous" and moe.balance != "global":
+    if moe.estimate != MoeConfig.estimate and moe.balance != "global":
         raise UserError(
             f"model.moe.estimate = {moe.estimate} goes with model.moe.balance=global, "
             f"not {moe.balance}"

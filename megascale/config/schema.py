@@ -38,14 +38,16 @@ class MoeConfig:
     micro_share: float = 0.0
     """With `balance: global`, the weight of a balance loss over every micro-batch beside it, as
     part of the other (the paper: 0.01, which evens out the time that experts take)."""
-    estimate: Literal["previous", "previous_corrected", "buffer", "buffer_corrected", "exact"] = (
-        "previous"
-    )
+    estimate: Literal[
+        "trend", "previous", "previous_corrected", "buffer", "buffer_corrected", "exact"
+    ] = "trend"
     """How the use that the whole global batch makes is known while it is trained on: as it was in
-    the batch before; or from this rank's micro-batches so far (the paper's buffer, without the
-    message per micro-batch that ranks of unequal numbers of these cannot exchange). `corrected`:
-    the last micro-batch makes up for what the earlier ones did not know. `exact`: from a pass
-    without gradients before, which costs about a third more."""
+    the batch before (`previous`), plus its change from the batch before that (`trend`), so that
+    what a step does not know yet the next one makes up for; or from this rank's micro-batches so
+    far (`buffer`: the paper's, without the message per micro-batch that ranks of unequal numbers of
+    these cannot exchange). `corrected`: the last micro-batch makes up for what the earlier ones did
+    not know. `exact`: from a pass without gradients before, which costs about a third more.
+    XXX"""
     bias_rate: float = 1e-3
     """With `balance: loss_free`, by how much a bias moves in a step."""
     z_loss_coeff: float = 0.0

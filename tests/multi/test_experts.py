@@ -28,7 +28,7 @@ def rows(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-@pytest.mark.parametrize("estimate", ["previous", "exact"])
+@pytest.mark.parametrize("estimate", ["trend", "previous", "exact"])
 def test_a_run_records_its_experts_and_resumes_bit_equal(ranks, config, tmp_path, estimate):
     words = ("train", config, *MOE, f"model.moe.estimate={estimate}", "train.tokens=16000")
     whole, parts = tmp_path / "whole", tmp_path / "parts"
@@ -163,7 +163,8 @@ def command_with_broken_routers(broken, *words):
         calls.append(1)
         result = honest_step(learner, *args, **kwargs)
         buffers = dict(learner.model.named_buffers())
-        states.append({k: v.tolist() for k, v in buffers.items() if k[-6:] in ("load_E", "bias_E")})
+        kept = ("load_E", "earlier_E", "bias_E")
+        states.append({k: v.tolist() for k, v in buffers.items() if k.endswith(kept)})
         return result
 
     BalancedRouter.gating, loop.train_step = gating, step
@@ -175,7 +176,7 @@ def command_with_broken_routers(broken, *words):
 
 @pytest.mark.parametrize("broken, status", [((3, 4), 0), ((3, 4, 5), 2)])
 @pytest.mark.parametrize(
-    "kind", ["estimate=previous", "estimate=exact", "balance=loss_free", "balance=micro"]
+    "kind", ["estimate=trend", "estimate=exact", "balance=loss_free", "balance=micro"]
 )
 def test_logits_that_are_not_numbers_cost_a_step(ranks, config, tmp_path, kind, broken, status):
     """What the routers know of the batches before stays as it was, on all ranks."""

@@ -2,6 +2,7 @@
 
 import json
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -183,7 +184,25 @@ def test_a_last_micro_batch_without_tokens_corrects_nothing():
 
 
 def test_the_batch_before_is_taken_as_it_was():
-    assert tally_of("previous", [(4, 0), (0, 1)], before=(0.5, 1.5)) == [[0.5, 1.5]] * 2
+    for how in ("previous", "trend"):
+        assert tally_of(how, [(4, 0), (0, 1)], before=(0.5, 1.5)) == [[0.5, 1.5]] * 2
+
+
+def test_a_trend_makes_up_for_what_the_step_before_did_not_know():
+    """Over steps the loads that were taken sum to those that were, but for the last change."""
+    router = SimpleNamespace(load_E=torch.ones(2), earlier_E=torch.ones(2), moe=MoeConfig())
+    ours = balance.Balance.__new__(balance.Balance)
+    ours.moe, ours._routers = router.moe, {1: router}
+    found = np.random.default_rng(0).dirichlet([3.0, 3.0], 6) * 2
+    taken = []
+    for load in found:
+        taken.append(balance.BalancedRouter.foreseen_E.fget(router).numpy())
+        counts = torch.from_numpy(load)[None, None] * 50
+        ours.adopt(balance.ExpertUse(counts, torch.full((1, 2), 0.5)))
+    assert taken[0].tolist() == [1, 1] and taken[1] == pytest.approx(2 * found[0] - 1)
+    assert sum(taken) == pytest.approx(sum(found) - (found[-1] - found[-2]))
+    router.moe = MoeConfig(estimate="previous")
+    assert balance.BalancedRouter.foreseen_E.fget(router).numpy() == pytest.approx(found[-1])
 
 
 def test_loads_without_a_choice_are_even():
