@@ -179,7 +179,7 @@ def _routing(router: Any, inputs: list[Any], block_T: NDArray[np.int64]) -> Rout
 def estimated_loads(way: str, counts_RME: Floats, befores: Mapping[str, Floats]) -> Floats:
     """The load that each rank's every micro-batch takes, [rank * micro-batch, expert].
 
-    `befores` is what training would keep of the batches before, by the estimate that keeps it.
+    `befores` are the loads that follow from the batches before, by estimate.
     """
     import torch
 
@@ -190,10 +190,10 @@ def estimated_loads(way: str, counts_RME: Floats, befores: Mapping[str, Floats])
     flat = torch.from_numpy(counts_RME.reshape(-1, experts))
     if way == "micro":
         return load_of(flat).numpy()
-    before = torch.from_numpy(befores["trend" if way == "trend" else "previous"])
     if way in befores:
-        return np.broadcast_to(before.numpy(), flat.shape)
-    moe = MoeConfig(num_experts=experts, top_k=TOP_K, estimate=way)  # type: ignore[arg-type]
+        return np.broadcast_to(befores[way], flat.shape)
+    before = torch.from_numpy(befores["previous"])
+    moe = MoeConfig(num_experts=experts, top_k=TOP_K, estimate=way)
     tally = Tally(moe, 1, torch.device("cpu"))
     part: Any = SimpleNamespace(source_T=torch.zeros(1, dtype=torch.long), over_tensor=lambda x: x)
     loads = []
@@ -228,13 +228,13 @@ def distances(
         ]
         for way, apart in _of_part(part, ranks, micro_batches).items():
             found[way].append(apart)
-    return {way: tuple(np.median(rows, axis=0).tolist()) for way, rows in found.items()}  # type: ignore[misc]
+    return {way: tuple(np.median(rows, axis=0).tolist()) for way, rows in found.items()}
 
 
 def _of_part(
     seen: Sequence[Routing], ranks: int, micro_batches: int
 ) -> dict[str, tuple[float, float]]:
-    exact, errors = [], {way: [] for way in WAYS}  # type: ignore[var-annotated]
+    exact, errors = [], {way: [] for way in WAYS}
     loads = [_load(one.counts_BE.sum(axis=0)) for one in seen]
     for step in range(2, len(seen)):
         counts, slopes = seen[step].counts_BE, seen[step].slopes_BEEH

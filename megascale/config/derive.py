@@ -178,6 +178,11 @@ def _validate_numbers(config: RunConfig) -> None:
         "model.init_std": config.model.init_std,
         "model.norm_eps": config.model.norm_eps,
     }
+    moe = config.model.moe
+    if moe is not None:
+        at_least_one["model.moe.num_experts"] = moe.num_experts
+        at_least_one["model.moe.ffn_hidden_size"] = moe.ffn_hidden_size
+        not_negative["model.moe.shared_ffn_hidden_size"] = moe.shared_ffn_hidden_size
     for name, value in at_least_one.items():
         if value is not None and value < 1:
             raise UserError(f"{name} = {value} must be at least 1")

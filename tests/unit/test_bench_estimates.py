@@ -22,7 +22,7 @@ class Router:
 @pytest.fixture(scope="module")
 def tokens():
     generator = torch.Generator().manual_seed(1)
-    blocks = np.concatenate([np.arange(BLOCKS), np.full(40, 3)])
+    blocks = np.concatenate([np.arange(BLOCKS - 1), np.full(40, 3)])
     return torch.randn(len(blocks), bench.HIDDEN, generator=generator), blocks
 
 
@@ -37,6 +37,7 @@ def test_the_gradient_is_that_of_the_balance_loss(tokens):
     np.testing.assert_allclose(found, expected.numpy(), rtol=1e-3, atol=1e-3)
     chosen = np.bincount(p_TE.topk(bench.TOP_K).indices.flatten(), minlength=bench.EXPERTS)
     assert routing.counts_BE[3].tolist() == chosen.tolist()
+    assert len(routing.counts_BE) == BLOCKS and not routing.counts_BE[-1].any()  # no token is there
 
 
 def test_estimates_take_what_a_rank_knows():
