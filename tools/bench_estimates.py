@@ -11,11 +11,15 @@ that a rank would have, through the code that training runs.
 Distances are parts of the exact gradient: in one step, and of the mean over the steps in a row,
 which is about what an optimizer with beta1 = 0.9 follows. `bench.py balance` measures the first
 with all parameters and real ranks.
+
+An estimate that looks back changes what it will see. So the model also trains under each of these
+from the start, and how even its experts are used is held against `exact`.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import statistics
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -40,6 +44,8 @@ BATCH_TOKENS = (8192, 32768, 131072)
 RANKS, MICRO_BATCHES = (1, 2, 8, 32), (1, 2, 4, 8)
 MOST_PARTS = 4
 """Batches of fewer tokens are this many parts of the largest one, at most."""
+TRAIN_STEPS, SEEDS = 40, 2
+LOOK_BACK = ("exact", "previous", "trend")
 WAYS = ("micro", "buffer", "buffer_corrected", "previous", "previous_corrected", "trend")
 CONFIG = f"""
 model:
@@ -68,7 +74,7 @@ class Routing:
 class Trial:
     """A model in training on one process, and batches to look at."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, estimate: str = "exact", seed: int = 0) -> None:
         from megascale.config import finalize, parse_config
         from megascale.corpus.batches import Cursor, GlobalBatches
         from megascale.corpus.describe import describe
@@ -85,6 +91,7 @@ class Trial:
         raw = yaml.safe_load(CONFIG)
         raw["data"]["sources"] = {name: {"path": str(folder / name)} for name in self.domains}
         raw["data"]["stages"] = [{"blend": dict.fromkeys(self.domains, 1.0)}]
+        raw["model"]["moe"]["estimate"], raw["seed"] = estimate, seed
         infos = {name: describe(folder / name, None, None, None) for name in self.domains}
         tokens = {name: info.train_tokens for name, info in infos.items()}
         vocab_size = max(info.vocab_size for info in infos.values())
@@ -95,8 +102,8 @@ class Trial:
         self.routers = [one for one in model.modules() if isinstance(one, BalancedRouter)]
         shards = {name: Shard.open(info.train) for name, info in infos.items()}
         large = replace(config.data, global_batch_tokens=max(BATCH_TOKENS))
-        self.batches = GlobalBatches(config.data, shards, seed=0)
-        self.large_batches = GlobalBatches(large, shards, seed=1)
+        self.batches = GlobalBatches(config.data, shards, seed)
+        self.large_batches = GlobalBatches(large, shards, seed + 1)
         self.cursor, self.large_cursor = Cursor(), Cursor()
         sources = [
             TokenSource(name, shards[name], infos[name].eod_id, vocab_size)
@@ -105,14 +112,16 @@ class Trial:
         self.reader = MicroBatchReader(sources, 0, pack_multiple(config), ranks.device, ranks.axis)
         self.cost = cost_model(config)
 
-    def step(self) -> None:
-        """Train one step."""
+    def step(self) -> float:
+        """Train one step; the balance loss of its batch, mean over layers."""
         from megascale.train.step import train_step
 
         batch, self.cursor = self.batches.next(self.cursor)
         micro_batches = list(self.reader.read(self._plan(batch), batch))
         seen, count = self.cursor.tokens_seen, len(micro_batches)
-        train_step(self.learner, micro_batches, count, batch.num_tokens, seen)
+        result = train_step(self.learner, micro_batches, count, batch.num_tokens, seen)
+        assert result.experts is not None
+        return float(result.experts.loss_L.mean())
 
     def look(self) -> list[Routing]:
         """What the routers do with the next large batch, its sequences in random order."""
@@ -288,20 +297,39 @@ def sweep(trial: Trial, at_steps: Sequence[int], in_a_row: int) -> Iterator[dict
     progress.end()
 
 
+def training(folder: Path, steps: int, seeds: int) -> Iterator[dict[str, Any]]:
+    """A row for each estimate that looks back, and seed: balance loss in halves of the steps."""
+    progress = Progress(steps * seeds * len(LOOK_BACK))
+    for seed in range(seeds):
+        for estimate in LOOK_BACK:
+            trial, losses = Trial(folder, estimate, seed), []
+            for _ in range(steps):
+                progress.show(f"training under {estimate}")
+                losses.append(trial.step())
+            halves = losses[: steps // 2], losses[steps // 2 :]
+            first, second = (round(statistics.fmean(half), 4) for half in halves)
+            yield {"estimate": estimate, "seed": seed, "first_half": first, "second_half": second}
+    progress.end()
+
+
 def _middle(layers: Sequence[Mapping[str, tuple[float, float]]], way: str, which: int) -> float:
     return round(statistics.median(layer[way][which] for layer in layers), 4)
 
 
-def report(rows: Sequence[dict[str, Any]]) -> Iterator[str]:
-    """The table, a line each."""
+def report(results: Mapping[str, Any]) -> Iterator[str]:
+    """The tables, a line each."""
     yield "distance to the exact gradient in one step (of the mean of the steps in a row)"
     yield f"{'step':>5} {'batch':>7} {'ranks':>5} {'each':>4}  " + " ".join(
         f"{way:>18}" for way in WAYS
     )
-    for row in rows:
+    for row in results.get("regimes", ()):
         shown = (f"{row['one_step'][way]:.3f} ({row['mean_of_steps'][way]:.3f})" for way in WAYS)
         place = f"{row['step']:>5} {row['batch_tokens']:>7} {row['ranks']:>5}"
         yield f"{place} {row['micro_batches']:>4}  " + " ".join(f"{one:>18}" for one in shown)
+    yield f"balance loss when trained under it, first and second half of {TRAIN_STEPS} steps"
+    for row in results.get("training", ()):
+        halves = f"{row['first_half']:.4f}  {row['second_half']:.4f}"
+        yield f"{row['estimate']:<10} seed {row['seed']}  {halves}"
 
 
 def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
@@ -341,23 +369,30 @@ def _line(
 
 
 def bench_estimates(arguments: Sequence[str]) -> None:
-    """Train, look, cut on paper; print the table, and write JSON and picture."""
+    """Train, look, cut on paper; print the tables, and write JSON and picture."""
     from megascale.runtime import distributed
 
     options = parse(arguments)
     distributed.prepare_device("cpu")  # before megatron-core is imported
     options.corpora.mkdir(parents=True, exist_ok=True)
-    trial = Trial(options.corpora)
     at_steps, in_a_row = ((3,), 2) if options.quick else (AT_STEPS, IN_A_ROW)
-    rows = list(sweep(trial, at_steps, in_a_row))
+    steps, seeds = (4, 1) if options.quick else (TRAIN_STEPS, SEEDS)
+    path = (options.out or Path()) / "balance_estimates.json"
+    results = json.loads(path.read_text("utf-8")) if options.out and path.exists() else {}
+    if options.part in ("regimes", None):
+        trial = Trial(options.corpora)
+        results |= {"domains": trial.domains, "steps_in_a_row": IN_A_ROW}
+        results["regimes"] = list(sweep(trial, at_steps, in_a_row))
+    if options.part in ("training", None):
+        results["training"] = list(training(options.corpora, steps, seeds))
     distributed.stop()
-    print(*report(rows), sep="\n")
+    print(*report(results), sep="\n")
     if options.out:
         options.out.mkdir(parents=True, exist_ok=True)
-        results = {"domains": trial.domains, "steps_in_a_row": IN_A_ROW, "regimes": rows}
-        (options.out / "balance_estimates.json").write_text(to_json(results), encoding="utf-8")
-        plot(rows, options.out / "balance_estimates.png")
-        print(f"written: {options.out}/balance_estimates.json and .png")
+        path.write_text(to_json(results), encoding="utf-8")
+        if "regimes" in results:
+            plot(results["regimes"], path.with_suffix(".png"))
+        print(f"written: {path} and .png")
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
@@ -371,6 +406,8 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, help="folder; default: configs/results, if not quick")
     default = ROOT / "runs" / "reproduce" / "moe" / "corpora"
     parser.add_argument("--corpora", type=Path, default=default, help="made where they are not")
+    add = parser.add_argument
+    add("--part", choices=["regimes", "training"], help="renew this part of the results only")
     options = parser.parse_args(arguments)
     options.out = options.out or (None if options.quick else RESULTS)
     return options

@@ -35,6 +35,9 @@ BALANCES = {
     "exact + 1 % micro": ("model.moe.estimate=exact", "model.moe.micro_share=0.01"),
     "loss-free": ("model.moe.balance=loss_free", "model.moe.bias_rate=0.01"),
 }
+KEYS = ("early_balance_loss", "balance_loss", "max_violation", "divergence_bits")
+"""What a run says of its experts: means over the first and the last quarter of its steps (balance
+loss), over the last (violation), and of the trained model on held-out text."""
 CONFIG = """
 model:
   num_layers: 3
@@ -131,13 +134,14 @@ def _train(folder: Path, name: str, seed: int, tokens: str) -> dict[str, Any]:
                 raise SystemExit(f"{name}, seed {seed}: {done.stderr[-2000:]}")
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     steps = [row for row in rows if "loss" in row]
-    late = steps[len(steps) * 3 // 4 :]
+    early, late = steps[: len(steps) // 4], steps[len(steps) * 3 // 4 :]
     experts = json.loads(picture.read_text())
     scores = [row["eval"] for row in rows if "eval" in row][-1]
     return {
         "heldout": {domain: score["bits_per_byte"] for domain, score in scores.items()},
         "max_violation": statistics.fmean(row["max_violation"] for row in late),
         "balance_loss": statistics.fmean(row["balance_loss"] for row in late),
+        "early_balance_loss": statistics.fmean(row["balance_loss"] for row in early),
         "divergence_bits": statistics.fmean(experts["divergence_bits"]),
         "share": list(experts["share"].values()),
     }
@@ -146,7 +150,7 @@ def _train(folder: Path, name: str, seed: int, tokens: str) -> dict[str, Any]:
 def _row(name: str, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     means = [statistics.fmean(row["heldout"].values()) for row in rows]
     row: dict[str, Any] = {"balance": name, "bits_per_byte": _spread(means)}
-    for key in ("max_violation", "balance_loss", "divergence_bits"):
+    for key in KEYS:
         row[key] = _spread([one[key] for one in rows])
     row["by_domain"] = {
         domain: _spread([one["heldout"][domain] for one in rows]) for domain in rows[0]["heldout"]

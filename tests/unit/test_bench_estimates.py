@@ -94,6 +94,9 @@ def test_a_line_in_the_table_and_the_picture_for_every_way(tmp_path):
         for tokens, ranks, micro_batches in bench.regimes()
     ]
     assert {row["ranks"] for row in rows} == set(bench.RANKS)
-    assert all("0.500 (0.250)" in line for line in list(bench.report(rows))[2:])
+    trained = [{"estimate": "trend", "seed": 0, "first_half": 1.25, "second_half": 1.125}]
+    lines = list(bench.report({"regimes": rows, "training": trained}))
+    assert all("0.500 (0.250)" in line for line in lines[2:-2])
+    assert lines[-1] == "trend      seed 0  1.2500  1.1250"
     bench.plot(rows, tmp_path / "estimates.png")
     assert (tmp_path / "estimates.png").read_bytes().startswith(b"\x89PNG")
