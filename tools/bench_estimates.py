@@ -299,6 +299,8 @@ def sweep(trial: Trial, at_steps: Sequence[int], in_a_row: int) -> Iterator[dict
 
 def training(folder: Path, steps: int, seeds: int) -> Iterator[dict[str, Any]]:
     """A row for each estimate that looks back, and seed: balance loss in halves of the steps."""
+    from megascale.runtime import distributed
+
     progress = Progress(steps * seeds * len(LOOK_BACK))
     for seed in range(seeds):
         for estimate in LOOK_BACK:
@@ -306,6 +308,7 @@ def training(folder: Path, steps: int, seeds: int) -> Iterator[dict[str, Any]]:
             for _ in range(steps):
                 progress.show(f"training under {estimate}")
                 losses.append(trial.step())
+            distributed.stop()
             halves = losses[: steps // 2], losses[steps // 2 :]
             first, second = (round(statistics.fmean(half), 4) for half in halves)
             yield {"estimate": estimate, "seed": seed, "first_half": first, "second_half": second}
@@ -318,15 +321,16 @@ def _middle(layers: Sequence[Mapping[str, tuple[float, float]]], way: str, which
 
 def report(results: Mapping[str, Any]) -> Iterator[str]:
     """The tables, a line each."""
-    yield "distance to the exact gradient in one step (of the mean of the steps in a row)"
-    yield f"{'step':>5} {'batch':>7} {'ranks':>5} {'each':>4}  " + " ".join(
-        f"{way:>18}" for way in WAYS
-    )
+    if "regimes" in results:
+        yield "distance to the exact gradient in one step (of the mean of the steps in a row)"
+        ways = " ".join(f"{way:>18}" for way in WAYS)
+        yield f"{'step':>5} {'batch':>7} {'ranks':>5} {'each':>4}  {ways}"
     for row in results.get("regimes", ()):
         shown = (f"{row['one_step'][way]:.3f} ({row['mean_of_steps'][way]:.3f})" for way in WAYS)
         place = f"{row['step']:>5} {row['batch_tokens']:>7} {row['ranks']:>5}"
         yield f"{place} {row['micro_batches']:>4}  " + " ".join(f"{one:>18}" for one in shown)
-    yield f"balance loss when trained under it, first and second half of {TRAIN_STEPS} steps"
+    if "training" in results:
+        yield "balance loss when trained under it, in the first and the second half of the steps"
     for row in results.get("training", ()):
         halves = f"{row['first_half']:.4f}  {row['second_half']:.4f}"
         yield f"{row['estimate']:<10} seed {row['seed']}  {halves}"
@@ -383,9 +387,9 @@ def bench_estimates(arguments: Sequence[str]) -> None:
         trial = Trial(options.corpora)
         results |= {"domains": trial.domains, "steps_in_a_row": IN_A_ROW}
         results["regimes"] = list(sweep(trial, at_steps, in_a_row))
+        distributed.stop()
     if options.part in ("training", None):
         results["training"] = list(training(options.corpora, steps, seeds))
-    distributed.stop()
     print(*report(results), sep="\n")
     if options.out:
         options.out.mkdir(parents=True, exist_ok=True)
