@@ -33,6 +33,16 @@ VERBS = {
         "replay steps at cluster scale on paper, planner beside planner",
         "megascale simulate --ranks 12288 --context 2048Ki --lengths github --model 7b",
     ),
+    "hparams steplaw": (
+        "megascale.optim.hparams_command:steplaw",
+        "learning rate and batch size by the Step Law",
+        "megascale hparams steplaw --params 1B --tokens 100B",
+    ),
+    "hparams growth": (
+        "megascale.optim.hparams_command:growth",
+        "which smaller model to train first and stack, and for how long",
+        "megascale hparams growth --target-params 7B --tokens 2T --layers 32",
+    ),
     "calibrate": (
         "megascale.train.calibrate_command:calibrate",
         "measure what micro-batches take on this machine, for the planner",
@@ -42,6 +52,21 @@ VERBS = {
         "megascale.train.command:train",
         "train one rank; under torchrun, many",
         "torchrun --nproc-per-node 2 -m megascale train configs/quickstart.yaml --resume auto",
+    ),
+    "branch": (
+        "megascale.train.command:branch",
+        "train a new run that begins with the weights of a checkpoint",
+        "torchrun --nproc-per-node 2 -m megascale branch runs/base configs/more.yaml",
+    ),
+    "grow": (
+        "megascale.train.grow_command:grow",
+        "make a larger model's checkpoint from the checkpoints of smaller ones",
+        "megascale grow runs/base --operator stack --factor 4 --out grown/base4x",
+    ),
+    "lineage": (
+        "megascale.train.lineage_command:lineage",
+        "show which runs a run comes from, and which come from it",
+        "megascale lineage runs/more",
     ),
     "experts": (
         "megascale.train.experts_command:experts",
@@ -92,8 +117,9 @@ def _split(words: list[str]) -> tuple[str, list[str]]:
         verb = " ".join(words[:count])
         if verb in VERBS:
             return verb, words[count:]
-    if words[0] == "data":
-        raise UserError("data: the one thing to do is 'megascale data check CORPUS'")
+    examples = [VERBS[verb][2] for verb in VERBS if verb.split()[0] == words[0]]
+    if examples:
+        raise UserError(f"{words[0]}: write it as '" + "' or '".join(examples) + "'")
     near = difflib.get_close_matches(words[0], VERBS, n=1, cutoff=0.4)
     hint = f"did you mean '{near[0]}'?" if near else f"verbs: {', '.join(VERBS)}"
     raise UserError(f"unknown verb '{words[0]}'; {hint}")

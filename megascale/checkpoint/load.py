@@ -66,12 +66,31 @@ def find_at(path: str | Path, ranks: Ranks | None = None) -> Found:
     if not is_one:
         found = find(folder, "auto", ranks)
         if found is None:
-            raise UserError(f"{folder} holds no checkpoint; give a run_dir or a checkpoint in it")
+            raise UserError(_nothing_at(folder))
         return found
     manifest, faults = _inspect(folder, None, ranks)
     if manifest is None or faults:
         raise UserError(f"checkpoint {folder} is damaged: {faults[0]}")
     return Found(folder, manifest, ())
+
+
+def read_manifest(path: str | Path) -> Manifest:
+    """The manifest of what `find_at` would take if its files are good; none of them is read.
+
+    Raises UserError when there is none.
+    """
+    folder = Path(path)
+    if not (folder / MANIFEST).exists():
+        checkpoints = folders.checkpoints_dir(folder)
+        steps = _candidates(checkpoints, "latest")
+        if not steps:
+            raise UserError(_nothing_at(folder))
+        folder = checkpoints / folders.name_of(steps[0])
+    return Manifest.read(folder)
+
+
+def _nothing_at(folder: Path) -> str:
+    return f"{folder} holds no checkpoint; give a run_dir or the folder of a checkpoint"
 
 
 def _candidates(checkpoints: Path, which: str | int) -> list[int]:
@@ -114,6 +133,23 @@ def restore(found: Found, model: Any, optimizer: Any | None, ranks: Ranks) -> Ma
         set_optimizer_steps(optimizer, found.manifest.optimizer_steps)
     load_boxes(found.folder, boxes(model, optimizer), optimizer is not None, ranks)
     return found.manifest
+
+
+def begin_from(found: Found, model: Any, optimizer: Any, keep_moments: bool, ranks: Ranks) -> None:
+    """Let a new run begin with the weights of another one's checkpoint, of any layout or precision.
+
+    With `keep_moments` the optimizer goes on as it stood there; without, it begins anew. Raises
+    UserError, the same on every rank, when the weights or the moments asked for are not there.
+    """
+    from megascale.checkpoint.read import load_other
+    from megascale.checkpoint.shards import boxes, set_optimizer_steps
+
+    if keep_moments and not found.manifest.optimizer_steps:
+        raise UserError(
+            f"checkpoint {found.folder} holds no state of an optimizer; set start.optimizer=reset"
+        )
+    set_optimizer_steps(optimizer, found.manifest.optimizer_steps if keep_moments else 0)
+    load_other(found.folder, boxes(model, optimizer), keep_moments, ranks)
 
 
 def _on_rank_0(ranks: Ranks | None, ask: Callable[[], list[int]]) -> list[int]:

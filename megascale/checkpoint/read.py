@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +17,16 @@ from torch.distributed.checkpoint.planner import LoadPlan, ReadItem
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
 from megascale.checkpoint.ranges import Shape
-from megascale.checkpoint.shards import OPTIMIZER_PREFIX, Box
+from megascale.checkpoint.shards import MASTER, MOMENTS, OPTIMIZER_PREFIX, Box
 from megascale.checkpoint.storage import Index, one_line, read_index
 from megascale.errors import UserError
 from megascale.runtime.distributed import Ranks
 
-Description = tuple[tuple[int, ...], torch.dtype]
+Description = tuple[tuple[int, ...], torch.dtype | None]
+MASTER_PREFIX = f"{OPTIMIZER_PREFIX}{MASTER}."
+MOMENT_PREFIXES = tuple(f"{OPTIMIZER_PREFIX}{name}." for name in MOMENTS)
+ROUTER_STATE = ("router.load_E", "router.bias_E")
+"""Of the runs that trained them; a model that starts from another does without."""
 
 
 def load_boxes(folder: Path, wanted: list[Box], with_optimizer: bool, ranks: Ranks) -> None:
@@ -29,16 +35,71 @@ def load_boxes(folder: Path, wanted: list[Box], with_optimizer: bool, ranks: Ran
     Raises UserError on every rank when a tensor is missing, left over, of another shape or dtype,
     or when a file on any rank is refused.
     """
+    index = _read_index_together(folder, ranks)
+    stored = {
+        key: tensor
+        for key, tensor in _described(index).items()
+        if with_optimizer or not key.startswith(OPTIMIZER_PREFIX)
+    }
+    asked = {box.key: (box.global_shape, box.holder().dtype) for box in wanted}
+    _check_same_tensors(folder, stored, asked, ranks)
+    _fill(folder, index, wanted, ranks)
+
+
+def load_other(folder: Path, wanted: list[Box], with_moments: bool, ranks: Ranks) -> None:
+    """Fill the live memory of `wanted` from a checkpoint of another run.
+
+    Unlike `load_boxes` it converts between precisions, takes master weights from the weights
+    where there are none, leaves the state of routers as it is where the checkpoint has none, and
+    without `with_moments` leaves the moments of `wanted` alone. Raises UserError likewise.
+    """
+    index = _read_index_together(folder, ranks)
+    wanted = [box for box in wanted if with_moments or not box.key.startswith(MOMENT_PREFIXES)]
+    asked = {box.key: (box.global_shape, None) for box in wanted}
+    stored = {key: (shape, None) for key, (shape, _) in _described(index).items()}
+    compared = MOMENT_PREFIXES if with_moments else ()
+
+    def matters(key: str) -> bool:
+        weight = not key.startswith(OPTIMIZER_PREFIX) and not key.endswith(ROUTER_STATE)
+        return weight or key.startswith(compared)
+
+    _check_same_tensors(
+        folder,
+        {key: stored[key] for key in stored if matters(key)},
+        {key: asked[key] for key in asked if matters(key)},
+        ranks,
+    )
+    masters = [box for box in wanted if box.key.startswith(MASTER_PREFIX)]
+    others = [box for box in wanted if not box.key.startswith(MASTER_PREFIX)]
+    for boxes in (others, masters):  # apart, because both may be read from the same tensor
+        moved = [replace(box, key=_origin(box, index)) for box in boxes]
+        _fill(folder, index, [box for box in moved if box.key in index.tensors], ranks)
+
+
+def _origin(box: Box, index: Index) -> str:
+    """The tensor that holds what `box` is to hold, as exactly as the checkpoint knows it."""
+    weight = box.key.removeprefix(MASTER_PREFIX)
+    master = MASTER_PREFIX + weight
+    exact = box.holder().dtype == torch.float32 and not box.key.endswith(ROUTER_STATE)
+    if box.key.startswith(MOMENT_PREFIXES):
+        return box.key
+    return master if exact and master in index.tensors else weight
+
+
+def _read_index_together(folder: Path, ranks: Ranks) -> Index:
     error: str | None = None
     try:
         index = read_index(folder)
-        plan = _plan(index, wanted)
     except UserError as refused:
         error = str(refused)
     _raise_together(error, ranks)
-    _check_same_tensors(folder, index, wanted, with_optimizer, ranks)
+    return index
+
+
+def _fill(folder: Path, index: Index, wanted: list[Box], ranks: Ranks) -> None:
+    error: str | None = None
     try:
-        _read(folder, index, plan, wanted)
+        _read(folder, index, _plan(index, wanted), wanted)
     except UserError as refused:
         error = str(refused)
     _raise_together(error, ranks)
@@ -106,25 +167,24 @@ def _plan(index: Index, wanted: list[Box]) -> LoadPlan:
     return LoadPlan(items)
 
 
+def _described(index: Index) -> dict[str, Description]:
+    return {key: (tuple(t.size), t.properties.dtype) for key, t in index.tensors.items()}
+
+
 def _check_same_tensors(
-    folder: Path, index: Index, wanted: list[Box], with_optimizer: bool, ranks: Ranks
+    folder: Path, stored: Mapping[str, Description], mine: Mapping[str, Description], ranks: Ranks
 ) -> None:
     """Raise UserError, naming the first tensor that the run and the checkpoint differ in."""
     asked: dict[str, Description] = {}
-    for of_rank in _all_gather({b.key: (b.global_shape, b.holder().dtype) for b in wanted}, ranks):
+    for of_rank in _all_gather(dict(mine), ranks):
         asked |= of_rank
-    stored: dict[str, Description] = {
-        key: (tuple(tensor.size), tensor.properties.dtype)
-        for key, tensor in index.tensors.items()
-        if with_optimizer or not key.startswith(OPTIMIZER_PREFIX)
-    }
     keys = asked.keys() | stored.keys()
     for key in sorted(keys, key=lambda key: (key.startswith(OPTIMIZER_PREFIX), key)):
         if asked.get(key) != stored.get(key):
             raise UserError(
                 f"checkpoint {folder} does not fit this run: tensor {key} is "
                 f"{_describe(stored.get(key))} there and {_describe(asked.get(key))} here; "
-                "resume with the model and train.precision it was written with (its config is in "
+                "take the model and train.precision it was written with (its config is in "
                 "manifest.json)"
             )
 
@@ -133,7 +193,7 @@ def _describe(tensor: Description | None) -> str:
     if tensor is None:
         return "absent"
     shape, dtype = tensor
-    return f"{'x'.join(str(size) for size in shape)} {str(dtype).removeprefix('torch.')}"
+    return f"{'x'.join(str(size) for size in shape)} {str(dtype or '').removeprefix('torch.')}"
 
 
 def _raise_together(error: str | None, ranks: Ranks) -> None:

@@ -19,7 +19,7 @@ from megascale.checkpoint.load import Found
 from megascale.checkpoint.manifest import Manifest, Position, current_versions
 from megascale.checkpoint.ranges import Shape
 from megascale.checkpoint.read import read_piece
-from megascale.checkpoint.shards import OPTIMIZER_PREFIX
+from megascale.checkpoint.shards import MASTER, OPTIMIZER_PREFIX
 from megascale.checkpoint.storage import (
     Entry,
     Index,
@@ -72,8 +72,11 @@ class Tensors:
         """A box of a tensor, all of it by default; leading axes suffice: `read(key, (3,), (1,))`
         is layer 3 alone, with that axis.
 
+        A run in bf16 keeps its weights in fp32 beside them, and these are read then.
         Raises KeyError for an unknown key, UserError where the file is refused.
         """
+        master = f"{OPTIMIZER_PREFIX}{MASTER}.{key}"
+        key = master if master in self._index.tensors else key
         whole = tuple(self._index.tensors[key].size)
         offset += (0,) * (len(whole) - len(offset))
         shape = shape or ()

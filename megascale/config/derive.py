@@ -7,10 +7,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from megascale.config.curves import expand
 from megascale.config.schema import (
     ModelConfig,
     MoeConfig,
-    OptimConfig,
     RunConfig,
     SegmentConfig,
     StageConfig,
@@ -81,6 +81,11 @@ def finalize(config: RunConfig, source_tokens: Mapping[str, int], vocab_size: in
     ranks, so that a run can be resumed on another one; finalizing twice changes nothing.
     Raises UserError with the option and a value that works.
     """
+    if isinstance(config.optim.lr, str) or isinstance(config.data.global_batch_tokens, str):
+        raise UserError(
+            "optim.lr or data.global_batch_tokens is steplaw where a number is needed; "
+            "megascale hparams steplaw prints it"
+        )
     model = _finalize_model(config.model, vocab_size)
     parallel = config.parallel
     if parallel.sequence_parallel is None:
@@ -97,7 +102,7 @@ def finalize(config: RunConfig, source_tokens: Mapping[str, int], vocab_size: in
         parallel=parallel,
         data=data,
         planner=planner,
-        optim=_finalize_optim(config.optim, config.train.tokens),
+        optim=expand(config.optim, config.train.tokens),
     )
     validate(config)
     return config
@@ -118,27 +123,32 @@ def _finalize_model(model: ModelConfig, vocab_size: int) -> ModelConfig:
     )
 
 
-def _finalize_optim(optim: OptimConfig, tokens: int) -> OptimConfig:
-    if optim.schedule:
-        for name in ("lr", "min_lr", "warmup_tokens"):
-            if getattr(optim, name) is not None:
-                raise UserError(f"optim.{name} and optim.schedule are both set; remove one")
-        return optim
-    lr = 3e-4 if optim.lr is None else optim.lr
-    warmup = max(1, tokens // 100) if optim.warmup_tokens is None else optim.warmup_tokens
-    min_lr = lr / 10 if optim.min_lr is None else optim.min_lr
-    rise = SegmentConfig(shape="linear", tokens=max(1, warmup), lr=lr)
-    fall = SegmentConfig(shape="cosine", tokens=max(1, tokens - warmup), lr=min_lr)
-    hold = SegmentConfig(shape="constant", lr=min_lr)
-    return replace(optim, schedule=(rise, fall, hold), lr=None, min_lr=None, warmup_tokens=None)
-
-
 def validate(config: RunConfig) -> None:
     """Raise UserError for the first impossible combination, naming a value that works."""
     _validate_numbers(config)
     _validate_model(config)
     _validate_data(config)
     _validate_schedule(config)
+    _validate_growth(config)
+
+
+def _validate_growth(config: RunConfig) -> None:
+    growth = config.growth
+    if growth is None:
+        return
+    if growth.at_tokens < 1:
+        raise UserError(f"growth.at_tokens = {growth.at_tokens} must be at least 1")
+    if growth.at_tokens > config.train.tokens:
+        raise UserError(
+            f"growth.at_tokens = {growth.at_tokens} is above train.tokens = "
+            f"{config.train.tokens}, whose schedule the small model follows; lower it"
+        )
+    if growth.factor < 2:
+        raise UserError(f"growth.factor = {growth.factor} must be at least 2")
+    if not 0 <= growth.noise < 1:
+        raise UserError(f"growth.noise = {growth.noise} must be from 0 to below 1")
+    if config.train.stop_after_steps is not None:
+        raise UserError("train.stop_after_steps and growth are both set; remove one")
 
 
 def _validate_numbers(config: RunConfig) -> None:
@@ -189,6 +199,9 @@ def _validate_numbers(config: RunConfig) -> None:
     for name, number in not_negative.items():
         if not 0 <= number < float("inf"):
             raise UserError(f"{name} = {number} must be a finite number, at least 0")
+    alarm = config.eval.forgetting_alarm
+    if alarm is not None and not 0 <= alarm < float("inf"):
+        raise UserError(f"eval.forgetting_alarm = {alarm} must be at least 0, such as 0.05")
     copy = config.planner.host_copy_bytes_per_s
     if copy is not None and not 0 < copy < float("inf"):
         raise UserError(
@@ -238,6 +251,10 @@ def _validate_model(config: RunConfig) -> None:
             f"model.moe.top_k = {model.moe.top_k} must be from 1 to model.moe.num_experts = "
             f"{model.moe.num_experts}"
         )
+    if model.moe.attention_experts < 1:
+        raise UserError(
+            f"model.moe.attention_experts = {model.moe.attention_experts} must be at least 1"
+        )
     _validate_balance(model.moe, model.num_layers)
 
 
@@ -285,6 +302,15 @@ def _validate_data(config: RunConfig) -> None:
     budget_s = config.planner.budget_s
     if budget_s is not None and not 0 <= budget_s < float("inf"):
         raise UserError(f"planner.budget_s = {budget_s} must be at least 0, such as 0.5")
+    if not 0 <= data.replay_fraction < 1:
+        raise UserError(
+            f"data.replay_fraction = {data.replay_fraction} must be from 0 to below 1, such as 0.05"
+        )
+    if data.replay_fraction and config.start.checkpoint is None:
+        raise UserError(
+            f"data.replay_fraction = {data.replay_fraction} needs start.checkpoint, whose run has "
+            "read what is replayed"
+        )
     if not data.sources:
         raise UserError("data.sources is empty; name at least one prepared corpus")
     for index, stage in enumerate(data.stages):
@@ -307,12 +333,10 @@ def _validate_stage(config: RunConfig, index: int, stage: StageConfig) -> None:
 
 def _validate_schedule(config: RunConfig) -> None:
     *body, last = config.optim.schedule
+    begin_lr = 0.0
     for index, segment in enumerate(config.optim.schedule):
-        where = f"optim.schedule[{index}]"
-        if not 0 <= segment.lr < float("inf"):
-            raise UserError(f"{where}.lr = {segment.lr} must be a finite number, at least 0")
-        if segment.tokens is not None and segment.tokens < 1:
-            raise UserError(f"{where}.tokens = {segment.tokens} must be at least 1")
+        _validate_segment(f"optim.schedule[{index}]", segment, begin_lr)
+        begin_lr = segment.lr
     if any(segment.tokens is None for segment in body):
         raise UserError("optim.schedule: only the last segment may leave out tokens")
     if last.tokens is None and last.shape != "constant":
@@ -323,3 +347,19 @@ def _validate_schedule(config: RunConfig) -> None:
             f"optim.schedule covers {covered} tokens but train.tokens = {config.train.tokens}; "
             "lengthen the last segment or end with one that has no tokens"
         )
+
+
+def _validate_segment(where: str, segment: SegmentConfig, begin_lr: float) -> None:
+    if not 0 <= segment.lr < float("inf"):
+        raise UserError(f"{where}.lr = {segment.lr} must be a finite number, at least 0")
+    if segment.tokens is not None and segment.tokens < 1:
+        raise UserError(f"{where}.tokens = {segment.tokens} must be at least 1")
+    if segment.shape == "exponential" and not (begin_lr and segment.lr):
+        raise UserError(
+            f"{where}: an exponential segment cannot go from {begin_lr:g} to lr = {segment.lr:g}; "
+            "let both be above 0, such as 1e-5, or use shape: linear"
+        )
+    if segment.shape == "inverse_sqrt" and not 1e-3 <= segment.timescale <= 1e6:
+        raise UserError(f"{where}.timescale = {segment.timescale:g} must be from 0.001 to 1e6")
+    if segment.shape != "inverse_sqrt" and segment.timescale != SegmentConfig.timescale:
+        raise UserError(f"{where}.timescale goes with shape: inverse_sqrt, not {segment.shape}")

@@ -9,7 +9,7 @@ import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, asdict, fields, is_dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 import yaml
 
@@ -42,8 +42,12 @@ _Loader.add_implicit_resolver(
 )
 
 
-def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+def load_config(
+    path: str | Path, overrides: Sequence[str] = (), under: Mapping[str, Any] | None = None
+) -> RunConfig:
     """Read a YAML file, apply `a.b=c` overrides, and type-check every key.
+
+    `under` gives values, as nested mappings, for keys that neither of them sets.
 
     Raises UserError, in one line, for an unreadable file, an unknown key (with the nearest
     valid one), a wrong type or an override that is not of the form a.b=c.
@@ -53,7 +57,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "is not UTF-8 text"
         raise UserError(f"config {path}: {reason}; give the path of a YAML file") from None
-    return parse_config(text, overrides, where=str(path))
+    return parse_as(RunConfig, text, overrides, str(path), under)
 
 
 def parse_config(text: str, overrides: Sequence[str] = (), where: str = "config") -> RunConfig:
@@ -61,7 +65,13 @@ def parse_config(text: str, overrides: Sequence[str] = (), where: str = "config"
     return parse_as(RunConfig, text, overrides, where)
 
 
-def parse_as(kind: type[T], text: str, overrides: Sequence[str] = (), where: str = "config") -> T:
+def parse_as(
+    kind: type[T],
+    text: str,
+    overrides: Sequence[str] = (),
+    where: str = "config",
+    under: Mapping[str, Any] | None = None,
+) -> T:
     """YAML text with `a.b=c` overrides as the frozen dataclass `kind`, every key type-checked.
 
     Raises UserError, in one line that begins with `where`, for anything that does not fit.
@@ -72,6 +82,7 @@ def parse_as(kind: type[T], text: str, overrides: Sequence[str] = (), where: str
         raise UserError(f"{where}: a config is a YAML mapping such as 'seed: 1', not {_kind(tree)}")
     for override in overrides:
         _apply_override(tree, override)
+    _fill_in(tree, under or {})
     try:
         built: T = _build(kind, tree, "")
     except UserError as error:
@@ -113,6 +124,13 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
     node[last] = _parse_yaml(value, f"override '{override}'")
 
 
+def _fill_in(tree: dict[str, Any], under: Mapping[str, Any]) -> None:
+    """Give `tree` the values of `under` that it lacks; a key set to null stays so."""
+    for key, value in under.items():
+        if isinstance(tree.setdefault(key, value), dict) and isinstance(value, dict):
+            _fill_in(tree[key], value)
+
+
 def _build(kind: Any, value: Any, where: str) -> Any:
     """`value` as an instance of the annotation `kind`; `where` is its dotted name."""
     origin, args = get_origin(kind), get_args(kind)
@@ -121,6 +139,8 @@ def _build(kind: Any, value: Any, where: str) -> Any:
             return None
         (kind,) = (arg for arg in args if arg is not type(None))
         return _build(kind, value, where)
+    if origin is Annotated:
+        return value if value in args[1:] else _build(args[0], value, where)
     if origin is Literal:
         return _choice(args, value, where)
     if origin is tuple:
@@ -137,7 +157,7 @@ def _build(kind: Any, value: Any, where: str) -> Any:
 def _build_dataclass(kind: Any, value: Any, where: str) -> Any:
     if not isinstance(value, dict):
         raise UserError(f"{where or 'config'} must be a mapping, not {_kind(value)}")
-    hints = typing.get_type_hints(kind)
+    hints = typing.get_type_hints(kind, include_extras=True)
     prefix = f"{where}." if where else ""
     for key in value:
         if key not in hints:

@@ -8,7 +8,11 @@ that None switches something off.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, Literal
+
+ByLawFloat = Annotated[float, "steplaw"]
+ByLawInt = Annotated[int, "steplaw"]
+"""A number, or the word `steplaw` for it until `optim.steplaw.resolve` has put the number there."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,6 +28,9 @@ class MoeConfig:
     token costs what it costs in the dense model."""
     shared_ffn_hidden_size: int = 0
     """Hidden size of the expert that every token visits; 0 means none."""
+    attention_experts: int = 1
+    """Attentions per layer, all of which see every token; their outputs are mixed by a router
+    (BAM, arXiv 2408.08274). 1 is plain attention."""
     dispatcher: Literal["allgather", "alltoall"] = "alltoall"
     """How tokens reach their experts: `alltoall` moves only what is routed."""
     balance: Literal["global", "micro", "sequence", "loss_free", "none"] = "global"
@@ -118,6 +125,22 @@ class ParallelConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class SeenConfig:
+    """The part of a source that an earlier run has read. Written by megascale, not by hand."""
+
+    name: str
+    """What the earlier run called the source; the order in which it was read depends on it."""
+    seed: int
+    """Seed of the earlier run."""
+    context_tokens: int
+    """`data.context_tokens` of the earlier run, which decides where documents were cut."""
+    pieces: int
+    """Pieces of documents that it read."""
+    tokens: int
+    """Loss tokens of these."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class SourceConfig:
     """One prepared corpus."""
 
@@ -130,6 +153,9 @@ class SourceConfig:
     """Vocabulary of a bare Megatron prefix, which does not store one; a prepared folder does."""
     eod_id: int | None = None
     """Id of the end-of-document token of a bare Megatron prefix; a prepared folder stores it."""
+    seen: SeenConfig | None = None
+    """Only what an earlier run has read of it, for replay. None: all of it. Sources of replay are
+    added by `data.replay_fraction`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,8 +178,13 @@ class DataConfig:
     """Blends in order. Default: one stage with all sources in proportion to their tokens."""
     context_tokens: int = 1024
     """Longest sequence the model sees; longer documents are split, never dropped."""
-    global_batch_tokens: int = 32768
-    """Loss tokens of one optimizer step, to within one sequence per source."""
+    global_batch_tokens: ByLawInt = 32768
+    """Loss tokens of one optimizer step, to within one sequence per source. `steplaw`: what the
+    Step Law gives for `train.tokens`."""
+    replay_fraction: float = 0.0
+    """Part of every batch's tokens that is drawn again from what the runs behind
+    `start.checkpoint` have read, so that less is forgotten; the other sources give that much
+    less. 0.05 for similar data, 0.25 for another language (arXiv 2403.08763, section 5.3)."""
     max_epochs: int | None = None
     """Passes allowed over any source; needing more is an error. None: no limit."""
 
@@ -200,27 +231,52 @@ class PlannerConfig:
 class SegmentConfig:
     """One segment of the learning-rate curve."""
 
-    shape: Literal["linear", "cosine", "constant"] = "constant"
+    shape: Literal["linear", "cosine", "inverse_sqrt", "exponential", "constant"] = "constant"
     """How the rate gets from the previous segment's end (0 at first) to `lr`."""
     tokens: int | None = None
     """Loss tokens this segment lasts; None, allowed in the last segment only: to the end."""
     lr: float = 0.0
     """Rate at the end of the segment; a `constant` segment holds it throughout."""
+    timescale: float = 10.0
+    """The a of an `inverse_sqrt` segment, which moves as 1/sqrt(1 + a x) over its part x, 0 to 1:
+    the larger, the more of the way it goes early. 10 as in the paper."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class OptimConfig:
     """AdamW and its learning rate."""
 
-    lr: float | None = None
-    """Peak learning rate of the default schedule. Default: 3e-4."""
+    curve: Literal["cosine", "infinite", "wsd", "constant", "anneal"] | None = None
+    """The learning rate over tokens seen, by name. `cosine`, the default: warm-up, then half a wave
+    to `min_lr`; in a new run that starts from trained weights this re-warms them. `infinite`:
+    warm-up, cooldown to `constant_lr`, constant, anneal at the end; a checkpoint of the constant
+    phase can go on to any length, or to other data. `wsd`: warm-up, stable at `lr`, anneal at the
+    end. `constant`: warm-up, then `lr` for ever. `anneal`: from `lr` straight to `min_lr`, for a
+    run that starts from a checkpoint of a constant phase."""
+    lr: ByLawFloat | None = None
+    """Peak learning rate of the curve. `steplaw`: what the Step Law gives for the model and
+    `train.tokens`, so a run to be lengthened should say a number. Default: 3e-4; an `anneal` needs
+    it said, as the rate that it goes on from."""
     min_lr: float | None = None
-    """Last learning rate of the default schedule. Default: a tenth of `lr`."""
+    """Last learning rate of the curve. Default: a tenth of `lr`, or 1e-5 where `lr` is
+    `steplaw`, whose authors held it fixed."""
     warmup_tokens: int | None = None
-    """Linear warm-up of the default schedule. Default: 1 % of `train.tokens`."""
+    """Linear warm-up of the curve from 0. Default: 1 % of `train.tokens`."""
+    constant_lr: float | None = None
+    """Rate of the constant phase of `infinite`. Default: midway between `lr` and `min_lr`."""
+    cooldown_tokens: int | None = None
+    """Tokens in which `infinite` goes from `lr` to `constant_lr`. Default: 60 % of `train.tokens`;
+    a run that may be lengthened should say a number, and one for `warmup_tokens`."""
+    cooldown_shape: Literal["cosine", "inverse_sqrt"] | None = None
+    """How it goes there. Default: `cosine`."""
+    anneal_tokens: int | None = None
+    """Last tokens of `train.tokens`, in which `infinite` and `wsd` go to `min_lr`; 0: they stay
+    constant. Default: 14 % of `train.tokens` for `infinite`, 10 % for `wsd`."""
+    anneal_shape: Literal["exponential", "linear", "cosine"] | None = None
+    """How they go there, and `anneal`. Default: `exponential`, for `wsd` `linear`."""
     schedule: tuple[SegmentConfig, ...] = ()
-    """The curve as segments over tokens seen. Default: linear warm-up to `lr`, cosine to `min_lr`,
-    constant after. Give either this or `lr`, `min_lr`, `warmup_tokens`."""
+    """The learning rate as segments over tokens seen, in place of `curve` and its options. Default:
+    those of the curve."""
     beta1: float = 0.9
     """Decay of the mean of gradients."""
     beta2: float = 0.95
@@ -262,6 +318,9 @@ class EvalConfig:
     """Steps between evaluations; 0: only at the end."""
     tokens: int = 200_000
     """Held-out tokens read per source, in whole documents, the same ones every time; 0: none."""
+    forgetting_alarm: float | None = None
+    """Nats per token by which the held-out loss of a source may rise above that at the start of a
+    run with `start.checkpoint` before a warning. None: no warning."""
     sample_prompt: str | None = None
     """Text that the trained model continues at the end of the run; None: no sample."""
     sample_tokens: int = 200
@@ -300,6 +359,42 @@ class MonitorConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class StartConfig:
+    """What a new run begins with. A resumed one goes on from its own checkpoint instead."""
+
+    checkpoint: str | None = None
+    """A run_dir (its latest good checkpoint) or the folder of one checkpoint, as `megascale grow`
+    and `megascale import` write them. The run begins with its weights, in any layout and
+    precision, and where `model` leaves a value out, with its value. None: random weights."""
+    optimizer: Literal["reset", "keep"] = "reset"
+    """The state of the optimizer there: left behind, as continual pretraining does between data
+    sets (arXiv 2403.08763), or kept, where the same data and a smooth schedule go on."""
+    data: Literal["continue", "restart"] = "continue"
+    """Sources that the checkpoint's run has read too go on where it stopped, so that nothing is
+    read twice (as long as seed and context_tokens are the same), or start anew."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class GrowthConfig:
+    """A model that begins small and grows (Stacking Your Transformers, arXiv 2405.15319).
+
+    `model` is trained in the run_dir `RUN-base` with this run's schedule, undecayed as in the
+    paper, and grown; the run proper then trains the grown model for `train.tokens`, with its
+    schedule from the beginning, a new optimizer, and the data that comes next.
+    """
+
+    at_tokens: int
+    """Loss tokens that `model` is trained on before it grows; `megascale hparams growth` gives
+    the paper's advice."""
+    operator: Literal["stack", "interpolate", "zero", "width"] = "stack"
+    """As in `megascale grow`."""
+    factor: int = 4
+    """How many times the layers, or the width."""
+    noise: float = 0.0
+    """Random part mixed into the matrices of a deepened model."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class RunConfig:
     """A whole run."""
 
@@ -309,6 +404,10 @@ class RunConfig:
     """Seed of the initial weights and of the order of the data."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """`auto` takes CUDA where a device exists."""
+    start: StartConfig = field(default_factory=StartConfig)
+    """What it begins with."""
+    growth: GrowthConfig | None = None
+    """Begin with a smaller model and grow it. None: `model` from the first step."""
     model: ModelConfig = field(default_factory=ModelConfig)
     """The network."""
     parallel: ParallelConfig = field(default_factory=ParallelConfig)

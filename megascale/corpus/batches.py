@@ -16,7 +16,7 @@ from typing import IO, Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from megascale.config.schema import DataConfig, StageConfig
+from megascale.config.schema import DataConfig, SeenConfig, SourceConfig, StageConfig
 from megascale.corpus.permutation import Permutation
 from megascale.errors import UserError
 
@@ -97,6 +97,28 @@ class PieceIndex:
         start[order] = offset = (ordered - first) * self.context_tokens
         length[order] = np.minimum(num_tokens - offset, self.context_tokens)
         return Pieces(document, start, length)
+
+
+class SeenPieces:
+    """The pieces of a shard that an earlier run has read, by number in the order it read them."""
+
+    def __init__(self, whole: PieceIndex, seen: SeenConfig) -> None:
+        self._whole = whole
+        self.num_pieces = min(seen.pieces, whole.num_pieces)
+        self.num_tokens = min(seen.tokens, whole.num_tokens)
+        self._order = Permutation(whole.num_pieces, seen.seed, seen.name, 0)
+
+    def pieces(self, numbers: Int64Array) -> Pieces:
+        """The pieces of the given numbers, each from 0 to num_pieces - 1, in that order."""
+        return self._whole.pieces(self._order(np.asarray(numbers)))
+
+
+def _index_of(
+    shard: Documents, source: SourceConfig, context_tokens: int
+) -> PieceIndex | SeenPieces:
+    if source.seen is None:
+        return PieceIndex.of_shard(shard, context_tokens)
+    return SeenPieces(PieceIndex.of_shard(shard, source.seen.context_tokens), source.seen)
 
 
 def _ends_in_chunks(lengths: NDArray[Any], context_tokens: int) -> Iterator[Int64Array]:
@@ -247,7 +269,8 @@ class GlobalBatches:
         self._data = data
         self._seed = seed
         self._index = {
-            name: PieceIndex.of_shard(sources[name], data.context_tokens) for name in self.names
+            name: _index_of(sources[name], source, data.context_tokens)
+            for name, source in data.sources.items()
         }
         for name in used_sources(data.stages):
             if not self._index[name].num_tokens:

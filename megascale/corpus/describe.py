@@ -39,6 +39,11 @@ class SourceInfo:
     """Folder of the corpus, from which `load_tokenizer` loads."""
 
 
+def identity(info: SourceInfo) -> str:
+    """What a source holds, in words; a resumed run must find the same."""
+    return f"{info.train_documents} documents of {info.train_tokens} tokens"
+
+
 def describe(
     path: str,
     heldout: str | None = None,

@@ -103,7 +103,7 @@ def flops_per_token(model: ModelConfig, tensor: int = 1) -> int:
 
 def flops_per_pair(model: ModelConfig) -> int:
     """Forward operations per pair of a query token and a key token that it sees."""
-    return 4 * model.num_layers * model.num_heads * _known(model.head_dim)
+    return 4 * model.num_layers * _attentions(model) * model.num_heads * _known(model.head_dim)
 
 
 def visible_pairs(lengths: ArrayLike, window: int | None = None) -> int:
@@ -140,6 +140,7 @@ def default_cost(model: ModelConfig, tensor: int = 1) -> CostModel:
         per_token, per_token_squared = flops_per_token(model, tensor) + pair * window, 0.0
     # keys and values, forward; they and their gradients, backward; bf16
     passed = 3 * 2 * _known(model.num_kv_heads) * _known(model.head_dim) * 2 * model.num_layers
+    passed *= _attentions(model)
     return CostModel.from_flops(
         BACKWARD_AND_FORWARD * per_token, BACKWARD_AND_FORWARD * per_token_squared, passed / tensor
     )
@@ -229,6 +230,7 @@ def _layer_elements(config: RunConfig, layout: Layout) -> int:
     model = config.model
     hidden = (2 if model.parallel_block else 4) * model.hidden_size // _hidden_cut(config, layout)
     heads = 3 * (model.num_heads + _known(model.num_kv_heads)) * _known(model.head_dim)
+    heads *= _attentions(model)
     return hidden + (heads + _feed_forward_activations(model)) // layout.tensor
 
 
@@ -246,12 +248,18 @@ def _feed_forward_activations(model: ModelConfig) -> int:
 def _attention_weights(model: ModelConfig) -> int:
     """Weights of one layer's query, key, value and output products."""
     heads, groups = model.num_heads, _known(model.num_kv_heads)
-    return (2 * heads + 2 * groups) * _known(model.head_dim) * model.hidden_size
+    one = (2 * heads + 2 * groups) * _known(model.head_dim) * model.hidden_size
+    return _attentions(model) * one
+
+
+def _attentions(model: ModelConfig) -> int:
+    """Attentions that every token passes in one layer."""
+    return model.moe.attention_experts if model.moe else 1
 
 
 def _norm_weights(model: ModelConfig) -> int:
     """Weights of one layer's norms, those of queries and keys included."""
-    qk = 2 * _known(model.head_dim) if model.qk_norm else 0
+    qk = 2 * _attentions(model) * _known(model.head_dim) if model.qk_norm else 0
     return (1 if model.parallel_block else 2) * model.hidden_size + qk
 
 
@@ -263,7 +271,11 @@ def _feed_forward_weights(model: ModelConfig) -> int:
 
 
 def _router_weights(model: ModelConfig) -> int:
-    return model.moe.num_experts * model.hidden_size if model.moe else 0
+    """Weights of one layer's routers, of experts and of attentions."""
+    if model.moe is None:
+        return 0
+    mixed = _attentions(model) if _attentions(model) > 1 else 0
+    return (model.moe.num_experts + mixed) * model.hidden_size
 
 
 def _expert_weights(model: ModelConfig) -> int:

@@ -19,6 +19,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 from megascale.config import ModelConfig
 from megascale.errors import UserError
 from megascale.model.attention import PackedAttention
+from megascale.model.attention_experts import AttentionExperts
 from megascale.model.balance import BalancedRouter
 
 
@@ -137,7 +138,11 @@ def _attention(model: ModelConfig, spec: ModuleSpec, **changes: Any) -> ModuleSp
     options = {"rope_base": model.rope_base, "window": model.sliding_window}
     core = ModuleSpec(module=PackedAttention, params=options)
     submodules = replace(attention.submodules, core_attention=core, **changes)
-    return replace(attention, submodules=submodules)
+    attention = replace(attention, submodules=submodules)
+    if model.moe is None or model.moe.attention_experts == 1:
+        return attention
+    several = {"expert": attention, "num_experts": model.moe.attention_experts}
+    return ModuleSpec(module=AttentionExperts, params=several)
 
 
 def _with(spec: ModuleSpec, attention: ModuleSpec, **changes: Any) -> ModuleSpec:

@@ -1,26 +1,37 @@
-"""`megascale plot`: draw the curves of one or more runs."""
+"""`megascale plot`: draw the curves of one or more runs, or the schedule of one to come."""
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
 
+from megascale.config import RunConfig, finalize, load_config
 from megascale.errors import UserError
 
 
 def add_plot_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of `megascale plot`."""
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="run folder; several share axes")
+    folders = "run folder; several share axes (with --schedule: a.b=c, options of the config)"
+    parser.add_argument("runs", nargs="*", metavar="RUN", help=folders)
+    parser.add_argument(
+        "--schedule",
+        metavar="CONFIG",
+        help="draw the learning rate and the stages of the data of this config instead",
+    )
     parser.add_argument(
         "--out",
         metavar="DIR",
         help="folder for the pictures; default: RUN/plots, or plots/compared of the first of "
-        "several",
+        "several. With --schedule a PNG file; default: CONFIG_schedule.png here",
     )
 
 
 def run_plot(args: argparse.Namespace) -> int:
     """Draw and name the files; returns the exit status. Raises UserError for bad input."""
+    if args.schedule is not None:
+        return _draw_schedule(args)
+    if not args.runs:
+        raise UserError("plot: give RUN, the folder of a run, or --schedule CONFIG")
     runs = [Path(run) for run in args.runs]
     beside = runs[0] / "plots"
     out = Path(args.out) if args.out else beside / "compared" if len(runs) > 1 else beside
@@ -33,3 +44,43 @@ def run_plot(args: argparse.Namespace) -> int:
     for path in written:
         print(f"wrote {path}")
     return 0
+
+
+def _draw_schedule(args: argparse.Namespace) -> int:
+    from megascale.monitor.schedule_plot import plot_schedule
+    from megascale.optim import steplaw
+
+    config = steplaw.resolve(load_config(args.schedule, args.runs))
+    out = Path(args.out or f"{Path(args.schedule).stem}_schedule.png")
+    if out.suffix.lower() != ".png":
+        raise UserError(f"--out {out}: must end in .png")
+    tokens = _source_tokens(config)
+    weights = tokens or dict.fromkeys(config.data.sources, 1)
+    config = finalize(config, weights, config.model.vocab_size or 1)
+    title = f"Learning rate{' and data' if tokens else ''} - {Path(config.run_dir).name}"
+    try:
+        plot_schedule(config, config.data.stages if tokens else (), title, out)
+    except OSError as error:
+        raise UserError(f"--out {out}: {error.strerror}; choose a file you may write") from None
+    print(f"wrote {out}")
+    return 0
+
+
+def _source_tokens(config: RunConfig) -> dict[str, int]:
+    """Tokens of the sources, which decide their shares where no stage does.
+
+    Only there are the corpora looked at; empty, with a line that says so, where one is missing.
+    """
+    sources = config.data.sources
+    if config.data.stages or len(sources) == 1:
+        return dict.fromkeys(sources, 1)
+    from megascale.corpus.describe import describe
+
+    try:
+        return {
+            name: describe(one.path, one.heldout, one.vocab_size, one.eod_id).train_tokens
+            for name, one in sources.items()
+        }
+    except UserError as error:
+        print(f"without data.stages the shares follow from the corpora, so left out: {error}")
+        return {}

@@ -19,9 +19,10 @@ def lr_at(tokens_seen: int, segments: Sequence[SegmentConfig]) -> float:
     not waste its first step at rate 0, and the last step has the rate of the schedule's end.
 
     Each segment starts from the end of the one before it (the first one from 0) and ends at its
-    own `lr`: `linear` on a straight line, `cosine` on half a wave, while `constant` holds its
-    `lr` throughout. A joint belongs to the segment that ends there. Beyond the end the last
-    rate holds.
+    own `lr`: `linear` on a straight line, `cosine` on half a wave, `inverse_sqrt` as
+    1/sqrt(1 + a x), `exponential` by equal factors, while `constant` holds its `lr` throughout
+    (arXiv 2403.08763). A joint belongs to the segment that ends there. Beyond the end
+    the last rate holds.
     """
     begin, begin_lr = 0, 0.0
     for segment in segments:
@@ -38,7 +39,16 @@ def _inside(segment: SegmentConfig, done: float, begin_lr: float) -> float:
         return segment.lr
     if segment.shape == "cosine":
         done = (1 - math.cos(math.pi * done)) / 2
+    elif segment.shape == "inverse_sqrt":
+        done = _fallen(segment.timescale * done) / _fallen(segment.timescale)
+    elif segment.shape == "exponential":
+        return float(begin_lr ** (1 - done) * segment.lr**done)
     return begin_lr * (1 - done) + segment.lr * done
+
+
+def _fallen(x: float) -> float:
+    """How far 1/sqrt(1 + x) has fallen from its 1 at x = 0."""
+    return 1 - 1 / math.sqrt(1 + x)
 
 
 def joints(segments: Sequence[SegmentConfig]) -> list[tuple[int, float]]:

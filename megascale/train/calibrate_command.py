@@ -15,6 +15,7 @@ import numpy as np
 
 from megascale.config import RunConfig, dump_config, finalize, load_config
 from megascale.errors import UserError
+from megascale.optim import steplaw
 from megascale.planner.fit import GOOD_ERROR, Fit, fit_cost, fit_table, write_cost
 
 if TYPE_CHECKING:
@@ -70,7 +71,7 @@ def _lengths(text: str | None) -> list[int] | None:
 
 def _load(path: str, overrides: Sequence[str]) -> RunConfig:
     """The finalized config; its corpora are looked at only where they give the vocabulary."""
-    config = load_config(path, overrides)
+    config = steplaw.resolve(load_config(path, overrides))
     if config.model.vocab_size is None:
         from megascale.train.describe import load_run
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import shlex
+from pathlib import Path
 
 from megascale.errors import UserError
 
@@ -21,6 +22,22 @@ def add_train_arguments(parser: argparse.ArgumentParser) -> None:
         help="continue the run in run_dir: from its latest good checkpoint (latest), from that or "
         "from the start where there is none (auto), or from the checkpoint of a step",
     )
+
+
+def add_branch_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments of `megascale branch`."""
+    add = parser.add_argument
+    add("parent", metavar="RUN_OR_CHECKPOINT", help="run_dir, or the folder of one checkpoint")
+    add_train_arguments(parser)
+
+
+def run_branch(args: argparse.Namespace) -> int:
+    """Train a run that starts from a checkpoint, as `start.checkpoint` in its config would.
+
+    Returns the exit status. Raises UserError for bad input.
+    """
+    args.overrides = [*args.overrides, f"start.checkpoint={Path(args.parent).resolve()}"]
+    return run_train(args)
 
 
 def run_train(args: argparse.Namespace) -> int:

@@ -27,9 +27,12 @@ from megascale.corpus.describe import SourceInfo, describe
 from megascale.corpus.shards import Shard
 from megascale.errors import UserError
 from megascale.model import counts
+from megascale.optim import steplaw
 from megascale.optim.schedule import joints, lr_at
 from megascale.planner import PLANNERS, CostModel, OffloadModel, Problem, StepPlan, timeline
 from megascale.planner.gantt import LEGEND, text_gantt
+from megascale.train.replay import part_seen, with_earlier_sources, with_replay_blend
+from megascale.train.start import model_of_start
 from megascale.train.warnings import warnings_of
 
 
@@ -42,13 +45,17 @@ def load_run(
     smaller than a corpus's and sources that would be read more than `data.max_epochs` times.
     """
     config = load_config(config_path, overrides)
+    if config.start.checkpoint is not None:
+        config = load_config(config_path, overrides, under={"model": model_of_start(config)})
+    config = with_earlier_sources(steplaw.resolve(config))
     sources = {
-        name: describe(source.path, source.heldout, source.vocab_size, source.eod_id)
-        for name, source in config.data.sources.items()
+        name: part_seen(describe(one.path, one.heldout, one.vocab_size, one.eod_id), one)
+        for name, one in config.data.sources.items()
     }
     tokens = source_tokens(sources)
+    new = {name: tokens[name] for name, one in config.data.sources.items() if one.seen is None}
     largest = max((info.vocab_size for info in sources.values()), default=1)
-    config = finalize(config, tokens, largest)
+    config = with_replay_blend(finalize(config, new, largest))
     _check_vocabulary(config, sources)
     _check_epochs(config, tokens)
     return config, sources
@@ -189,6 +196,12 @@ def _title(config: RunConfig) -> list[str]:
         f"run {config.run_dir}: {steps:,} steps of {config.data.global_batch_tokens:,} tokens to "
         f"reach {config.train.tokens:,}, {config.train.precision}, seed {config.seed}"
     ]
+    growth = config.growth
+    if growth is not None:
+        lines.append(
+            f"  before it, in {config.run_dir}-base, the model below for {growth.at_tokens:,} "
+            f"tokens; then {growth.operator} x {growth.factor}"
+        )
     stop = config.train.stop_after_steps
     if stop is not None and stop < steps:
         lines.append(f"  stops early, after step {stop:,} (train.stop_after_steps)")

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 from megascale.checkpoint.folder import checkpoints_dir, name_latest
-from megascale.checkpoint.load import find, restore
+from megascale.checkpoint.load import begin_from, find, find_at, restore
 from megascale.checkpoint.manifest import Position
 from megascale.checkpoint.save import Saver
-from megascale.config import RunConfig, dump_config
+from megascale.config import RunConfig, dump_config, validate
 from megascale.corpus.batches import Cursor, GlobalBatches, num_steps
-from megascale.corpus.describe import SourceInfo
+from megascale.corpus.describe import SourceInfo, identity
 from megascale.corpus.shards import Shard
 from megascale.errors import UserError
 from megascale.mesh.reader import MicroBatchReader, TokenSource
@@ -23,15 +25,17 @@ from megascale.optim.build import build_optimizer
 from megascale.planner.ahead import PlansAhead
 from megascale.resilience.signals import StopRequest
 from megascale.runtime import distributed
-from megascale.runtime.distributed import Ranks
+from megascale.runtime.distributed import Ranks, broadcast_bytes
 from megascale.runtime.logs import log_to, note_failure
 from megascale.train.describe import describe_run, plan_lengths, step_problem
 from megascale.train.evaluate import HeldoutSet, heldout_sets
 from megascale.train.feed import Feed, PlannedBatch, start_plans
 from megascale.train.folder import RunFolder, on_first_rank
+from megascale.train.grow import small_and_grown, write_grown
 from megascale.train.report import Report
 from megascale.train.resume import compare_configs, compare_sources
 from megascale.train.sample import sample_tokens
+from megascale.train.start import LINEAGE, Origin, Parent, continued, taken_over
 from megascale.train.step import Learner, StepResult, train_step
 
 
@@ -71,12 +75,28 @@ def train(
     with ExitStack() as leave:
         ranks = distributed.start(config)
         leave.callback(distributed.stop)
+        stop = StopRequest()
+        leave.callback(stop.restore)
+        if config.growth is None:
+            _train(config, sources, resume, command, ranks, stop)
+        else:
+            _train_growing(config, sources, resume, command, ranks, stop)
+
+
+def _train(
+    config: RunConfig,
+    sources: Mapping[str, SourceInfo],
+    resume: str | None,
+    command: str,
+    ranks: Ranks,
+    stop: StopRequest,
+) -> bool:
+    """Train in one run_dir; whether it was stopped before its end."""
+    with ExitStack() as leave:
         folder = RunFolder.open(config.run_dir, resume, ranks)
         leave.callback(folder.close)
         log_to(folder.logs, ranks.rank)
         leave.push(_note_failure)
-        stop = StopRequest()
-        leave.callback(stop.restore)
         plans = start_plans(config.planner, ranks, folder.logs)  # it starts beside what follows
         if plans is not None:
             leave.callback(plans.close)
@@ -87,6 +107,31 @@ def train(
         if not run.stopped and config.eval.sample_prompt is not None:
             _sample(run, config.eval.sample_prompt)
         run.report.finished(run.cursor, run.stopped, command)
+        return run.stopped
+
+
+def _train_growing(
+    config: RunConfig,
+    sources: Mapping[str, SourceInfo],
+    resume: str | None,
+    command: str,
+    ranks: Ranks,
+    stop: StopRequest,
+) -> None:
+    """Train the small model, grow it, and train the grown one; each where that is not yet done."""
+    small, grown, growth = small_and_grown(config)
+    validate(grown)
+    folder = Path(grown.start.checkpoint or "")
+    if not _on_rank_0(ranks, folder.exists() or checkpoints_dir(grown.run_dir).exists()):
+        if _train(small, sources, None if resume is None else "auto", command, ranks, stop):
+            return
+        on_first_rank(ranks, lambda: print(write_grown([find_at(small.run_dir)], growth, folder)))
+    _train(grown, sources, resume, command, ranks, stop)
+
+
+def _on_rank_0(ranks: Ranks, answer: bool) -> bool:
+    """What rank 0 sees, on every rank."""
+    return broadcast_bytes(b"1" if answer else b"", ranks) == b"1"
 
 
 def _note_failure(kind: object, error: BaseException | None, trace: object) -> None:
@@ -97,6 +142,8 @@ def _note_failure(kind: object, error: BaseException | None, trace: object) -> N
 def _steps(run: Run) -> None:
     """Step until the end of the run or a request to stop; save last."""
     config = run.config
+    if run.cursor.step == 0 and config.start.checkpoint is not None:
+        _evaluate(run)  # what there is to forget
     with profiler(config.monitor, config.run_dir, run.learner.ranks) as profiled_step:
         while run.cursor.step < run.num_steps and not run.stopped:
             planned = run.feed.take(run.cursor, end=run.num_steps)
@@ -109,11 +156,15 @@ def _steps(run: Run) -> None:
             _guard_skips(run, result)
             ends = run.cursor.step == run.num_steps
             if _due(run.cursor.step, config.eval.every_steps) or (ends and not run.stopped):
-                scores = {name: held.score(run.learner) for name, held in run.heldout.items()}
-                run.report.evaluation(run.cursor, scores)
+                _evaluate(run)
             if ends or run.stopped or _due(run.cursor.step, config.checkpoint.save_every_steps):
                 _save(run)
     run.report.saved(run.saver.wait())
+
+
+def _evaluate(run: Run) -> None:
+    scores = {name: held.score(run.learner) for name, held in run.heldout.items()}
+    run.report.evaluation(run.cursor, scores)
 
 
 def _step(run: Run, planned: PlannedBatch) -> StepResult:
@@ -156,11 +207,7 @@ def _save(run: Run) -> None:
 
 
 def _identity(sources: Mapping[str, SourceInfo]) -> dict[str, str]:
-    """What a source held, in words; a resumed run must find the same."""
-    return {
-        name: f"{info.train_documents} documents of {info.train_tokens} tokens"
-        for name, info in sources.items()
-    }
+    return {name: identity(info) for name, info in sources.items()}
 
 
 def _sample(run: Run, prompt: str) -> None:
@@ -221,11 +268,11 @@ def _restore(
 ) -> tuple[Cursor, list[str]]:
     """Load the checkpoint to continue from; (its cursor, what the user should know)."""
     if resume is None:
-        return Cursor(), []
+        return _start(learner, sources, folder)
     which = resume if resume in ("auto", "latest") else int(resume)
     found = find(folder.path, which, learner.ranks)
     if found is None:
-        return Cursor(), []
+        return _start(learner, sources, folder)
     position = found.manifest.position
     changed = compare_configs(position.config, learner.config)
     compare_sources(position.cursor["sources"], _identity(sources))
@@ -235,3 +282,20 @@ def _restore(
     on_first_rank(learner.ranks, lambda: name_latest(checkpoints, position.step))
     notes = [*found.warnings, *(f"changed since the checkpoint: {line}" for line in changed)]
     return Cursor.from_json(position.cursor["data"]), notes
+
+
+def _start(
+    learner: Learner, sources: Mapping[str, SourceInfo], folder: RunFolder
+) -> tuple[Cursor, list[str]]:
+    """Begin with initial weights, or with those of another run."""
+    config = learner.config
+    if config.start.checkpoint is None:
+        return Cursor(), []
+    found = find_at(config.start.checkpoint, learner.ranks)
+    keep = config.start.optimizer == "keep"
+    begin_from(found, learner.model, learner.optimizer, keep, learner.ranks)
+    parent = found.manifest.position
+    cursor, notes = continued(parent, config, _identity(sources))
+    origin = json.dumps(Origin("start.checkpoint", (Parent.of(found),)).to_json(), indent=1)
+    on_first_rank(learner.ranks, lambda: folder.write(LINEAGE, f"{origin}\n"))
+    return cursor, [*found.warnings, *taken_over(parent, config), *notes]

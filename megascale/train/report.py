@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from pathlib import Path
 from statistics import fmean
 from typing import Any
 
@@ -18,7 +19,7 @@ from megascale.monitor.console import Console
 from megascale.monitor.device import mfu, peak_flops
 from megascale.monitor.events import EventLog
 from megascale.monitor.experts import CollapseWatch, ExpertLog
-from megascale.monitor.metrics import MetricsWriter
+from megascale.monitor.metrics import METRICS_FILE, MetricsWriter, read_rows
 from megascale.optim.schedule import joints, lr_at
 from megascale.runtime.distributed import Ranks
 from megascale.train.evaluate import HeldoutScore
@@ -54,6 +55,7 @@ class Report:
             self._expert_log = ExpertLog(folder.path, cursor.step)
             self._collapse = CollapseWatch(config.model.moe)
         self._plan_waits_s: list[float] = []
+        self._first_scores = first_scores(folder.path)
         steps = num_steps(config.data, config.train.tokens)
         self._console = Console(min(steps, config.train.stop_after_steps or steps), cursor.step)
 
@@ -94,6 +96,8 @@ class Report:
             "plan_over_bound": planned.plan.predicted_s / planned.plan.lower_bound_s,
             "skipped": result.skipped,
         }
+        if self._config.data.replay_fraction:
+            row["replayed"] = replayed_share(cursor, self._config)
         if result.offload_gib:
             row["offload_gib"] = result.offload_gib
         if result.experts is not None:
@@ -141,10 +145,25 @@ class Report:
                 "eval": {name: asdict(score) for name, score in scores.items()},
             }
         )
+        self._watch_forgetting(cursor.step, scores)
         for name, score in scores.items():
             bits = score.bits_per_byte
             shown = f"{bits:.4f} bits/byte" if bits is not None else "bits/byte n/a"
             self._say(f"held-out {name}: loss {score.loss:.4f}, {shown}, {score.tokens:,} tokens")
+
+    def _watch_forgetting(self, step: int, scores: Mapping[str, HeldoutScore]) -> None:
+        """Compare with the evaluation that the run began with."""
+        alarm = self._config.eval.forgetting_alarm
+        for name, score in scores.items():
+            rise = score.loss - self._first_scores.setdefault(name, score.loss)
+            if alarm is not None and rise > alarm:
+                problem = (
+                    f"the held-out loss of '{name}' is {rise:.4f} above that at the start "
+                    f"(eval.forgetting_alarm = {alarm}); raise data.replay_fraction or lower "
+                    "the learning rate"
+                )
+                self._event("forgetting", step=step, source=name, rise=rise)
+                self._say(f"warning: step {step}: {problem}")
 
     def saved(self, outcome: SaveResult | None) -> None:
         """Record a finished checkpoint, or why there is none."""
@@ -160,7 +179,10 @@ class Report:
         if stopped:
             self._say(f"stopped by a signal after step {cursor.step}; go on with:\n  {command}")
         else:
-            self._say(f"done: {cursor.step} steps, {cursor.tokens_seen:,} tokens")
+            replayed = ""
+            if self._config.data.replay_fraction:
+                replayed = f", {replayed_share(cursor, self._config):.2%} of them replayed"
+            self._say(f"done: {cursor.step} steps, {cursor.tokens_seen:,} tokens{replayed}")
 
     def sample(self, prompt: str, text: str) -> None:
         """Show what the model writes."""
@@ -181,6 +203,23 @@ class Report:
     def _event(self, kind: str, **fields: Any) -> None:
         if self._speaks:
             self._events.write(kind, **fields)
+
+
+def replayed_share(cursor: Cursor, config: RunConfig) -> float:
+    """Part of the run's tokens so far that earlier runs had read already."""
+    old = [name for name, source in config.data.sources.items() if source.seen is not None]
+    again = sum(cursor.sources[name].tokens for name in old if name in cursor.sources)
+    return again / max(1, cursor.tokens_seen)
+
+
+def first_scores(run_dir: Path) -> dict[str, float]:
+    """Held-out losses of the first evaluation that a run has recorded; empty before it."""
+    try:
+        rows = read_rows(run_dir / METRICS_FILE)
+    except OSError:
+        return {}
+    evaluations = [row["eval"] for row in rows if "eval" in row]
+    return {name: one["loss"] for name, one in evaluations[0].items()} if evaluations else {}
 
 
 def _lr_outlook(config: RunConfig, cursor: Cursor) -> str:

@@ -20,17 +20,24 @@ def compare_configs(saved_yaml: str, config: RunConfig) -> list[str]:
     Raises UserError for a change that would silently continue another run: of the model's
     shape, or of what decides the order of the data.
     """
-    old = _flatten(yaml.safe_load(saved_yaml))
-    new = _flatten(yaml.safe_load(dump_config(config)))
-    changed = [key for key in {**old, **new} if old.get(key) != new.get(key)]
-    for key in changed:
+    old, new = yaml.safe_load(saved_yaml), yaml.safe_load(dump_config(config))
+    changed = changes(old, new)
+    for key, (was, now) in changed.items():
         fixed = key in ORDER_OF_DATA or key.split(".")[0] in WEIGHTS
         if fixed and key != "model.implementation":
             raise UserError(
-                f"{key} was {old.get(key)} when the checkpoint was written and is "
-                f"{new.get(key)} now; set it back, or start in a new run_dir"
+                f"{key} was {was} when the checkpoint was written and is "
+                f"{now} now; set it back, or branch off into a new run_dir with start.checkpoint"
             )
-    return [f"{key}: {old.get(key)} -> {new.get(key)}" for key in changed]
+    return [f"{key}: {was} -> {now}" for key, (was, now) in changed.items()]
+
+
+def changes(old: Any, new: Any) -> dict[str, tuple[Any, Any]]:
+    """Dotted names of what differs between two nested mappings, each with old and new value."""
+    was, now = _flatten(old), _flatten(new)
+    return {
+        key: (was.get(key), now.get(key)) for key in {**was, **now} if was.get(key) != now.get(key)
+    }
 
 
 def compare_sources(saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:

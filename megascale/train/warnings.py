@@ -6,6 +6,8 @@ from collections.abc import Iterator, Mapping
 
 from megascale.config import Layout, RunConfig
 from megascale.corpus.batches import num_steps, stage_at, used_sources
+from megascale.model.counts import count_parameters
+from megascale.optim import steplaw
 from megascale.optim.schedule import lr_at
 
 MANY_EPOCHS = 4
@@ -28,6 +30,7 @@ def warnings_of(
         *_data(config, epochs, has_heldout),
         *_model(config, layout, num_sequences),
         *_steps(config),
+        *_step_law(config),
     ]
 
 
@@ -43,7 +46,7 @@ def _data(
             )
     used = used_sources(data.stages)
     for name in data.sources:
-        if name not in used:
+        if name not in used and data.sources[name].seen is None:
             yield f"source '{name}' is in no blend and will not be read"
         if config.eval.tokens and not has_heldout[name]:
             yield f"source '{name}' has no held-out documents and will not be evaluated"
@@ -96,4 +99,21 @@ def _steps(config: RunConfig) -> Iterator[str]:
         yield (
             f"optim.schedule lasts {covered} tokens but training ends at {config.train.tokens}, "
             f"at a rate of {end_lr:.3g}"
+        )
+
+
+def _step_law(config: RunConfig) -> Iterator[str]:
+    """A finalized config does not say where its numbers come from, but they are the law's own."""
+    parameters = count_parameters(config.model).non_embedding
+    tokens, has_experts = config.train.tokens, config.model.moe is not None
+    peak = max(segment.lr for segment in config.optim.schedule)
+    of_law = {
+        "learning rate": peak == steplaw.peak_lr(parameters, tokens),
+        "data.global_batch_tokens": config.data.global_batch_tokens == steplaw.batch_tokens(tokens),
+    }
+    named = " and ".join(name for name, is_of_law in of_law.items() if is_of_law)
+    if named and not steplaw.is_fitted(parameters, tokens, has_experts):
+        yield (
+            f"{named}: the Step Law was fitted on {steplaw.fitted_range(has_experts)}, not for "
+            f"{parameters:,} without vocabulary and {tokens:,} tokens"
         )

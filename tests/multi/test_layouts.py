@@ -87,6 +87,7 @@ def single(ranks, overrides=()):
         (3, ["model.moe.num_experts=4", "model.moe.balance=loss_free", "model.moe.bias_rate=0.1"]),
         (4, ["model.moe.num_experts=4", "parallel.expert=2", "parallel.pipeline=2"]),
         (4, ["model.moe.num_experts=4", "parallel.expert=2", "parallel.tensor=2"]),
+        (2, ["model.moe.num_experts=4", "model.moe.attention_experts=2", "parallel.tensor=2"]),
     ],
     ids=lambda value: "+".join(value) if isinstance(value, list) else str(value),
 )

@@ -115,10 +115,13 @@ def test_the_overview_is_quick():
         (["prepair", "x"], "did you mean 'prepare'?"),
         (
             ["zzz"],
-            "verbs: prepare, data check, plan, simulate, calibrate, train, experts, doctor, plot",
+            "verbs: prepare, data check, plan, simulate, hparams steplaw, hparams growth, "
+            "calibrate, train, experts, doctor, plot",
         ),
-        (["data"], "'megascale data check CORPUS'"),
-        (["data", "chekc"], "'megascale data check CORPUS'"),
+        (["data"], "'megascale data check corpora/python_stdlib'"),
+        (["data", "chekc"], "'megascale data check corpora/python_stdlib'"),
+        (["hparams"], "--params 1B --tokens 100B' or 'megascale hparams growth "),
+        (["hparam"], "did you mean 'hparams "),
     ],
 )
 def test_an_unknown_verb_is_answered_with_the_nearest(words, hint, capsys):

@@ -204,6 +204,60 @@ def test_a_schedule_and_a_peak_are_one_too_many():
         final("optim.lr=1e-3", "optim.schedule=[{lr: 1.0}]")
 
 
+@pytest.mark.parametrize(
+    "optim, message",
+    [
+        ("curve: infinit", "optim.curve must be one of cosine, infinite, wsd, constant, anneal"),
+        ("curve: wsd, schedule: [{lr: 1}]", "optim.curve and optim.schedule are both set"),
+        ("anneal_tokens: 5, schedule: [{lr: 1}]", "optim.anneal_tokens and optim.schedule"),
+        ("constant_lr: 1e-4", "has no meaning for optim.curve=cosine; leave it out"),
+        ("cooldown_tokens: 5", "(optim.cooldown_tokens= clears it), or set optim.curve to one of: "
+         "infinite"),
+        ("curve: constant, min_lr: 1e-5", "to one of: cosine, infinite, wsd, anneal"),
+        ("curve: anneal, lr: 1e-4, warmup_tokens: 5", "optim.warmup_tokens has no meaning"),
+        ("curve: anneal", "optim.curve=anneal needs optim.lr"),
+        ("lr: -1", "optim.lr = -1.0 must be a finite number"),
+        ("lr: .inf", "optim.lr = inf must be a finite number"),
+        ("warmup_tokens: -1", "optim.warmup_tokens = -1 must be at least 0"),
+        ("min_lr: 1e-3", "optim.min_lr = 0.001 is above optim.lr = 0.0003; 3e-05 works"),
+        ("curve: infinite, constant_lr: 1", "must lie between optim.min_lr = 3e-05 and optim.lr = "
+         "0.0003; 0.000165 works"),
+        ("curve: infinite, min_lr: 0", "set optim.anneal_shape=linear"),
+        ("curve: wsd, anneal_tokens: 9999999", "set optim.anneal_tokens=9900000, or lengthen"),
+        ("lr: steplaw", "optim.lr or data.global_batch_tokens is steplaw where a number is needed"),
+        ("schedule: [{shape: exponential, tokens: 20M, lr: 1}]", "cannot go from 0 to lr = 1"),
+        ("schedule: [{lr: 1, tokens: 9}, {shape: exponential, tokens: 20M}]", "optim.schedule[1]: "
+         "an exponential segment cannot go from 1 to lr = 0"),
+        ("schedule: [{shape: inverse_sqrt, tokens: 20M, lr: 1, timescale: 0}]", "from 0.001 to"),
+        ("schedule: [{shape: linear, tokens: 20M, lr: 1, timescale: 5}]", "goes with shape: inv"),
+    ],
+)  # fmt: skip
+def test_curves_that_cannot_be(optim, message):
+    with pytest.raises(UserError) as caught:
+        final(f"optim={{{optim}}}")
+    assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_what_an_error_says_would_work_does():
+    for words in (
+        ["optim={min_lr: 3e-5}"],
+        ["optim={curve: infinite, constant_lr: 0.000165}"],
+        ["optim={curve: infinite, min_lr: 0, anneal_shape: linear}"],
+        ["optim={curve: wsd, anneal_tokens: 9900000}"],
+        ["optim={curve: anneal, lr: 1e-4, warmup_tokens: 5}", "optim.warmup_tokens="],
+    ):
+        assert final(*words).optim.schedule
+
+
+def test_a_word_stands_for_a_number_where_one_is_allowed():
+    config = parse_config(BASE, ["optim.lr=steplaw", "data.global_batch_tokens=steplaw"])
+    assert (config.optim.lr, config.data.global_batch_tokens) == ("steplaw", "steplaw")
+    assert parse_config(dump_config(config)) == config
+    assert parse_config(BASE, ["data.global_batch_tokens=8Ki"]).data.global_batch_tokens == 8192
+    with pytest.raises(UserError, match="optim.min_lr must be a number"):
+        parse_config(BASE, ["optim.min_lr=steplaw"])
+
+
 def test_layouts():
     config = final("parallel.tensor=2", "parallel.pipeline=2")
     layout = Layout.of(config, 12)

@@ -44,6 +44,7 @@ MODELS = {
     "parallel": replace(DENSE, parallel_block=True),
     "moe": MOE,
     "shared": replace(MOE, moe=replace(MOE.moe, shared_ffn_hidden_size=10)),
+    "attentions": replace(MOE, qk_norm=True, moe=replace(MOE.moe, attention_experts=3)),
 }
 EVERY_MODEL = pytest.mark.parametrize("name", list(MODELS))
 
@@ -58,6 +59,10 @@ def final(name: str) -> ModelConfig:
     return run_config(MODELS[name]).model
 
 
+def attentions(model: ModelConfig) -> int:
+    return model.moe.attention_experts if model.moe else 1
+
+
 def shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Shapes of all parameters, written down from the layers of a LLaMA-like model."""
     hidden, head, moe = model.hidden_size, model.head_dim, model.moe
@@ -65,10 +70,14 @@ def shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
     if not model.tied_embeddings:
         found["head"] = (padded_vocab_size(model), hidden)
     for layer in range(model.num_layers):
-        own = {"norm": (hidden,), "out": (hidden, model.num_heads * head)}
-        own["qkv"] = ((model.num_heads + 2 * model.num_kv_heads) * head, hidden)
-        own |= {} if model.parallel_block else {"mlp_norm": (hidden,)}
-        own |= {"q_norm": (head,), "k_norm": (head,)} if model.qk_norm else {}
+        own = {"norm": (hidden,)} | ({} if model.parallel_block else {"mlp_norm": (hidden,)})
+        for one in range(attentions(model)):
+            own[f"{one}.out"] = (hidden, model.num_heads * head)
+            own[f"{one}.qkv"] = ((model.num_heads + 2 * model.num_kv_heads) * head, hidden)
+            if model.qk_norm:
+                own |= {f"{one}.q_norm": (head,), f"{one}.k_norm": (head,)}
+        if attentions(model) > 1:
+            own["attention_router"] = (attentions(model), hidden)
         feeds = {"mlp": model.ffn_hidden_size}
         if moe:
             own["router"] = (moe.num_experts, hidden)
@@ -102,7 +111,7 @@ def multiply_adds(model: ModelConfig, lengths: list[int]) -> int:
             for seen in range(query + 1):
                 if model.sliding_window is None or query - seen < model.sliding_window:
                     for _layer, _head in itertools.product(
-                        range(model.num_layers), range(model.num_heads)
+                        range(model.num_layers), range(attentions(model) * model.num_heads)
                     ):
                         product(1, model.head_dim)  # score of query and key
                         product(model.head_dim, 1)  # value times probability

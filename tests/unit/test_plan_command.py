@@ -210,6 +210,8 @@ def test_mistakes_are_one_clear_line(config: Path, arguments: list[str], problem
         (["monitor.profile_steps=[20, 30]"], "profile_steps begins after the last step, 13"),
         (["optim.schedule=[{shape: linear, tokens: 60000, lr: 1.0}]"], "at a rate of 0.833"),
         (["eval.tokens=100"], "source 'code' has no held-out documents"),
+        (["optim.lr=steplaw"], "learning rate: the Step Law was fitted on 60M to 1.1B parameters"),
+        (["data.global_batch_tokens=steplaw"], "global_batch_tokens: the Step Law was fitted on"),
     ],
 )
 def test_oddities_are_warnings(config: Path, overrides: list[str], warning: str) -> None:

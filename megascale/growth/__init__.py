@@ -1,0 +1,1 @@
+"""Operators that make a larger model's checkpoint from smaller ones, a piece at a time."""

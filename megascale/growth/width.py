@@ -1,0 +1,67 @@
+"""Wider models that compute the same function (Net2Net, arXiv 1511.05641, for transformers).
+
+Every hidden unit, head and feed-forward unit is there `factor` times. What reads a copied unit
+shares the old weight out among the copies and adds noise that cancels over them. (Parts that
+differ by a factor alone would not do: Adam is blind to it, and copies would stay equal for ever.)
+RMSNorm needs no correction, because the mean square of copies is that of the originals.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+from megascale.checkpoint.tensors import Piece, Tensors
+from megascale.growth.tensors import FC1, OUTPUT_PROJECTIONS, generator, is_layered
+
+SPREAD = 0.5
+"""Standard deviation of that noise, as part of the deviation of the shared weights."""
+KEPT = ("q_layernorm.weight", "k_layernorm.weight", "router.load_E", "router.bias_E")
+"""Per head dimension or per expert, of which a wider model has as many."""
+
+
+def widen(base: Tensors, factor: int, tied: bool, seed: int = 0) -> Iterator[Piece]:
+    """The base's tensors with `factor` times the hidden size, heads and feed-forward size.
+
+    `tied` says whether the embedding is the output head as well: it then reads copies without
+    sharing, which the final norm makes up for.
+    """
+    for key, shape in base.shapes.items():
+        layers = range(shape[0]) if is_layered(key) else [None]
+        for layer in layers:
+            old = base.read(key) if layer is None else base.read(key, (layer,), (1,))
+            new = _widened(key, old, factor, tied, f"{key}/{layer}", seed)
+            whole = tuple(new.shape) if layer is None else (shape[0], *new.shape[1:])
+            yield Piece(key, whole, (layer or 0, *(0 for _ in new.shape[1:])), new)
+
+
+def _widened(
+    key: str, old: torch.Tensor, factor: int, tied: bool, name: str, seed: int
+) -> torch.Tensor:
+    if key.endswith(KEPT):
+        return old
+    if key.endswith("norm.weight") or key.endswith("norm_weight"):
+        last = key == "decoder.final_layernorm.weight" and tied
+        return _copies(old, -1, factor) / (factor if last else 1)
+    if key == "embedding.word_embeddings.weight":
+        return _copies(old, -1, factor)
+    if key.endswith(("router.weight", "output_layer.weight")):
+        return _shared(old, factor, name, seed)
+    if key.endswith(FC1):  # gate and up, each on its own
+        halves = [_copies(half, -2, factor) for half in old.chunk(2, dim=-2)]
+        return _shared(torch.cat(halves, dim=-2), factor, name, seed)
+    if key.endswith(("linear_qkv.weight", *OUTPUT_PROJECTIONS)):
+        return _shared(_copies(old, -2, factor), factor, name, seed)
+    raise KeyError(f"{key} is not a tensor that can be widened")
+
+
+def _copies(old: torch.Tensor, axis: int, factor: int) -> torch.Tensor:
+    return torch.cat([old] * factor, dim=axis)
+
+
+def _shared(old: torch.Tensor, factor: int, name: str, seed: int) -> torch.Tensor:
+    """A matrix that reads copies: its columns for the copies of a unit sum to the old one."""
+    drawn = torch.randn(factor, *old.shape, generator=generator(name, seed))
+    apart = (drawn - drawn.mean(dim=0)) * (SPREAD * old.float().std() / factor)
+    return torch.cat([(old / factor + one).to(old.dtype) for one in apart], dim=-1)

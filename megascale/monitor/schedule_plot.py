@@ -1,0 +1,144 @@
+"""A picture of a run before it starts: the learning rate over tokens, and what is read under it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from megascale.config import RunConfig, SegmentConfig, StageConfig
+from megascale.corpus.batches import shares, used_sources
+from megascale.monitor.plots import COLOURS, STYLE, Floats
+from megascale.optim.schedule import joints, lr_at
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.ticker import EngFormatter
+
+SAMPLES = 2000
+CURVE_COLOUR = COLOURS[0]
+BANDS = ("#92c5de", "#f4a582", "#a6d8c4", "#c2a5cf", "#fdd49e", "#bababa", "#f1b6da", "#b8e0dc")
+INK = "#303030"
+LEAST_SHARE, LEAST_WIDTH = 0.1, 0.04
+"""Parts of the picture below which a band or a stage is too small to write into."""
+
+
+def plot_schedule(config: RunConfig, stages: Sequence[StageConfig], title: str, path: Path) -> None:
+    """Draw the learning rate of a finalized config over its tokens into `path`, as PNG.
+
+    Joints are marked with their rates. Under it the shares of `stages`, which may be empty where
+    they are not known. Raises OSError where `path` cannot be written.
+    """
+    import matplotlib
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    rows = 2 if stages else 1
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(9.0, 2.4 + 1.9 * rows), layout="constrained")
+        FigureCanvasAgg(figure)
+        heights = [2.6, 1.0][:rows]
+        panels = figure.subplots(rows, 1, sharex=True, squeeze=False, height_ratios=heights)[:, 0]
+        _draw_rate(panels[0], config.optim.schedule, config.train.tokens)
+        panels[0].set_title(title)
+        if stages:
+            _draw_stages(panels[1], stages, config.train.tokens)
+            figure.legend(loc="outside lower center", ncols=6)
+            figure.align_ylabels()
+        _label_tokens(panels[-1], config.train.tokens)
+        figure.savefig(path, format="png")
+
+
+def sampled_tokens(segments: Sequence[SegmentConfig], tokens: int) -> Floats:
+    """Tokens at which the curve is drawn: evenly, and at both sides of every joint."""
+    ends = [end + after for end, _ in joints(segments) for after in (0, 1) if end + after <= tokens]
+    return np.unique(np.concatenate([np.linspace(0, tokens, SAMPLES).round(), ends, [tokens]]))
+
+
+def stage_spans(stages: Sequence[StageConfig], tokens: int) -> list[tuple[int, int, StageConfig]]:
+    """Begin, end and stage for each that begins within `tokens`; the last goes on to the end."""
+    spans, begin = [], 0
+    for index, stage in enumerate(stages):
+        is_last = index == len(stages) - 1
+        end = tokens if is_last else min(tokens, begin + (stage.tokens or 0))
+        if begin < end:
+            spans.append((begin, end, stage))
+        begin = end
+    return spans
+
+
+def _draw_rate(axes: Axes, segments: Sequence[SegmentConfig], tokens: int) -> None:
+    seen = sampled_tokens(segments, tokens)
+    rates = np.array([lr_at(int(one), segments) for one in seen])
+    axes.plot(seen, rates, color=CURVE_COLOUR, linewidth=2.2)
+    axes.fill_between(seen, rates, color=CURVE_COLOUR, alpha=0.08, linewidth=0)
+    units = _token_units()
+    for end, lr in joints(segments):
+        if 0 < end < tokens:
+            rises = lr_at(end + tokens // 50, segments) > lr  # and would cross a label above
+            label = f"{short_rate(lr)} at {units.format_data(end)}"
+            _mark(axes, end, lr, label, (14, -3) if rises else (3, 8))
+    end_lr = lr_at(tokens, segments)
+    _mark(axes, tokens, end_lr, short_rate(end_lr), (8, -3))
+    axes.set_ylim(0, 1.16 * (rates.max() or 1.0))
+    axes.set_ylabel("learning rate")
+    axes.ticklabel_format(axis="y", style="sci", scilimits=(0, 0), useMathText=True)
+    axes.grid(axis="x", visible=False)
+
+
+def short_rate(lr: float) -> str:
+    """A rate as people write it: 1.65e-4."""
+    mantissa, exponent = f"{lr:.2e}".split("e")
+    return f"{mantissa.rstrip('0').rstrip('.')}e{int(exponent)}" if lr else "0"
+
+
+def _mark(axes: Axes, tokens: int, lr: float, label: str, offset: tuple[int, int]) -> None:
+    """A point of the curve, its place on the axis, and a label `offset` points away from it."""
+    axes.plot([tokens, tokens], [0, lr], color="#9a9a9a", linewidth=0.9, linestyle=(0, (3, 3)))
+    axes.plot(
+        tokens, lr, "o", color=CURVE_COLOUR, markeredgecolor="white", markersize=7, clip_on=False
+    )
+    axes.annotate(
+        label, (tokens, lr), xytext=offset, textcoords="offset points", fontsize=9.5, color=INK
+    )
+
+
+def _draw_stages(axes: Axes, stages: Sequence[StageConfig], tokens: int) -> None:
+    """A band for each source, stacked in the order in which sources appear."""
+    names = used_sources(stages)
+    for begin, end, stage in stage_spans(stages, tokens):
+        shown, floor = shares(stage), 0.0
+        for name in (name for name in names if name in shown):
+            height = float(shown[name])
+            colour = BANDS[names.index(name) % len(BANDS)]
+            axes.bar(begin, height, end - begin, floor, align="edge", color=colour, linewidth=0)
+            if height >= LEAST_SHARE and end - begin >= LEAST_WIDTH * tokens:
+                place = ((begin + end) / 2, floor + height / 2 - 0.01)
+                axes.text(*place, f"{height:.0%}", ha="center", va="center", fontsize=9, color=INK)
+            floor += height
+        if begin:
+            axes.axvline(begin, color="white", linewidth=1.6)
+    for index, name in enumerate(names):
+        axes.bar(0, 0, color=BANDS[index % len(BANDS)], label=name)
+    axes.set_ylim(0, 1)
+    axes.set_yticks([0, 0.5, 1], ["0", "50%", "100%"])
+    axes.set_ylabel("share of tokens")
+    axes.grid(visible=False)
+
+
+def _label_tokens(axes: Axes, tokens: int) -> None:
+    axes.set_xlim(0, tokens)
+    axes.set_xlabel("tokens seen")
+    axes.xaxis.set_major_formatter(_token_units())
+    axes.tick_params(length=3)
+
+
+def _token_units() -> EngFormatter:
+    """Numbers with the suffixes of a config: 20B, not 20G."""
+    from matplotlib.ticker import EngFormatter
+
+    units = EngFormatter(sep="")
+    units.ENG_PREFIXES = {**units.ENG_PREFIXES, 3: "K", 9: "B"}
+    return units
