@@ -151,7 +151,7 @@ def upstream_gradient(per_token):
     weight = torch.randn(router.weight.shape, generator=generator)
     tokens = torch.randn(64, 1, core.hidden_size, generator=generator)
     router.weight.data.copy_(weight)
-    MoEAuxLossAutoScaler.set_loss_scale(torch.tensor(1.0))
+    MoEAuxLossAutoScaler.set_loss_scale(torch.ones(1))  # of the shape that its schedules set
     mine = tokens.chunk(ranks.world)[ranks.rank]
     probs, _ = router(mine)
     (0.0 * probs.sum()).backward()
