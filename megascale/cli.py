@@ -73,6 +73,21 @@ VERBS = {
         "show which experts a checkpoint uses for the held-out text of each source",
         "megascale experts runs/moe",
     ),
+    "import": (
+        "megascale.train.import_command:import",
+        "make a checkpoint of a Hugging Face model",
+        "megascale import models/Qwen3-0.6B imports/qwen3",
+    ),
+    "export": (
+        "megascale.train.export_command:export",
+        "make a Hugging Face model of a checkpoint",
+        "megascale export runs/quickstart models/quickstart",
+    ),
+    "eval": (
+        "megascale.train.eval_command:eval",
+        "judge a checkpoint by the tasks of lm-eval",
+        "megascale eval runs/quickstart --tasks lambada_openai --limit 100",
+    ),
     "doctor": (
         "megascale.runtime.doctor:doctor",
         "say what this machine has, and what is wrong with it",

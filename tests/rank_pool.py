@@ -17,9 +17,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-MOST_THREADS = 250
-"""Of a worker, which is replaced then: process groups that something still holds leave three
-threads each behind, which wake a hundred times a second."""
+MOST_THREADS = 600
+"""Of a worker, which is replaced then: process groups that something still holds leave two
+threads each behind."""
 
 
 class RankPools:

@@ -22,7 +22,8 @@ class PlainAttention(nn.Module):
         super().__init__()
         self.model = model
         heads, groups, size = model.num_heads, model.num_kv_heads, model.head_dim
-        self.linear_qkv = nn.Linear(model.hidden_size, (heads + 2 * groups) * size, bias=False)
+        rows = (heads + 2 * groups) * size
+        self.linear_qkv = nn.Linear(model.hidden_size, rows, bias=model.qkv_bias)
         self.linear_proj = nn.Linear(heads * size, model.hidden_size, bias=False)
         if model.qk_norm:
             self.q_layernorm = nn.RMSNorm(size, model.norm_eps)

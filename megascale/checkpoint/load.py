@@ -135,21 +135,21 @@ def restore(found: Found, model: Any, optimizer: Any | None, ranks: Ranks) -> Ma
     return found.manifest
 
 
-def begin_from(found: Found, model: Any, optimizer: Any, keep_moments: bool, ranks: Ranks) -> None:
+def begin_from(found: Found, model: Any, optimizer: Any, keep_state: bool, ranks: Ranks) -> None:
     """Let a new run begin with the weights of another one's checkpoint, of any layout or precision.
 
-    With `keep_moments` the optimizer goes on as it stood there; without, it begins anew. Raises
+    With `keep_state` the optimizer goes on as it stood there; without, it begins anew. Raises
     UserError, the same on every rank, when the weights or the moments asked for are not there.
     """
     from megascale.checkpoint.read import load_other
     from megascale.checkpoint.shards import boxes, set_optimizer_steps
 
-    if keep_moments and not found.manifest.optimizer_steps:
+    if keep_state and not found.manifest.optimizer_steps:
         raise UserError(
             f"checkpoint {found.folder} holds no state of an optimizer; set start.optimizer=reset"
         )
-    set_optimizer_steps(optimizer, found.manifest.optimizer_steps if keep_moments else 0)
-    load_other(found.folder, boxes(model, optimizer), keep_moments, ranks)
+    set_optimizer_steps(optimizer, found.manifest.optimizer_steps if keep_state else 0)
+    load_other(found.folder, boxes(model, optimizer), keep_state, ranks)
 
 
 def _on_rank_0(ranks: Ranks | None, ask: Callable[[], list[int]]) -> list[int]:

@@ -17,14 +17,13 @@ from torch.distributed.checkpoint.planner import LoadPlan, ReadItem
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
 from megascale.checkpoint.ranges import Shape
-from megascale.checkpoint.shards import MASTER, MOMENTS, OPTIMIZER_PREFIX, Box
+from megascale.checkpoint.shards import MASTER, OPTIMIZER_PREFIX, Box
 from megascale.checkpoint.storage import Index, one_line, read_index
 from megascale.errors import UserError
 from megascale.runtime.distributed import Ranks
 
 Description = tuple[tuple[int, ...], torch.dtype | None]
 MASTER_PREFIX = f"{OPTIMIZER_PREFIX}{MASTER}."
-MOMENT_PREFIXES = tuple(f"{OPTIMIZER_PREFIX}{name}." for name in MOMENTS)
 ROUTER_STATE = ("router.load_E", "router.earlier_E", "router.bias_E")
 """Of the runs that trained them; a model that starts from another does without."""
 
@@ -46,22 +45,21 @@ def load_boxes(folder: Path, wanted: list[Box], with_optimizer: bool, ranks: Ran
     _fill(folder, index, wanted, ranks)
 
 
-def load_other(folder: Path, wanted: list[Box], with_moments: bool, ranks: Ranks) -> None:
+def load_other(folder: Path, wanted: list[Box], with_state: bool, ranks: Ranks) -> None:
     """Fill the live memory of `wanted` from a checkpoint of another run.
 
     Unlike `load_boxes` it converts between precisions, takes master weights from the weights
     where there are none, leaves the state of routers as it is where the checkpoint has none, and
-    without `with_moments` leaves the moments of `wanted` alone. Raises UserError likewise.
+    without `with_state` leaves the optimizer's state in `wanted` alone. Raises UserError likewise.
     """
     index = _read_index_together(folder, ranks)
-    wanted = [box for box in wanted if with_moments or not box.key.startswith(MOMENT_PREFIXES)]
+    wanted = [box for box in wanted if with_state or not _is_state(box.key)]
     asked = {box.key: (box.global_shape, None) for box in wanted}
     stored = {key: (shape, None) for key, (shape, _) in _described(index).items()}
-    compared = MOMENT_PREFIXES if with_moments else ()
 
     def matters(key: str) -> bool:
         weight = not key.startswith(OPTIMIZER_PREFIX) and not key.endswith(ROUTER_STATE)
-        return weight or key.startswith(compared)
+        return weight or (with_state and _is_state(key))
 
     _check_same_tensors(
         folder,
@@ -76,12 +74,17 @@ def load_other(folder: Path, wanted: list[Box], with_moments: bool, ranks: Ranks
         _fill(folder, index, [box for box in moved if box.key in index.tensors], ranks)
 
 
+def _is_state(key: str) -> bool:
+    """Whether a tensor is of an optimizer, and no weight in another precision."""
+    return key.startswith(OPTIMIZER_PREFIX) and not key.startswith(MASTER_PREFIX)
+
+
 def _origin(box: Box, index: Index) -> str:
     """The tensor that holds what `box` is to hold, as exactly as the checkpoint knows it."""
     weight = box.key.removeprefix(MASTER_PREFIX)
     master = MASTER_PREFIX + weight
     exact = box.holder().dtype == torch.float32 and not box.key.endswith(ROUTER_STATE)
-    if box.key.startswith(MOMENT_PREFIXES):
+    if _is_state(box.key):
         return box.key
     return master if exact and master in index.tensors else weight
 
@@ -184,8 +187,8 @@ def _check_same_tensors(
             raise UserError(
                 f"checkpoint {folder} does not fit this run: tensor {key} is "
                 f"{_describe(stored.get(key))} there and {_describe(asked.get(key))} here; "
-                "take the model and train.precision it was written with (its config is in "
-                "manifest.json)"
+                "take the model, train.precision and optim (with SOAP, parallel.tensor too) that "
+                "it was written with (its config is in manifest.json)"
             )
 
 

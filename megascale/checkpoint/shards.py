@@ -5,13 +5,17 @@ distributed optimizer further cuts every flattened weight into ranges over the d
 ranks. A range of a flattened tensor is a few boxes of it, so each rank's state becomes boxes of
 the global tensors, and any layout can be loaded into any other, with no gathering over ranks.
 (megatron-core's own resharding format gathers the state on one rank of each group to save it.)
+
+SOAP's averages and bases belong to a matrix as its tensor rank holds it, so their global tensors
+have the matrix's place in the weight, in matrices, as two axes before their own; resuming with
+another number of tensor ranks is refused, because then they have other shapes.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -21,6 +25,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTenso
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
 from megascale.checkpoint.ranges import Shape, boxes_of_range
+from megascale.optim.soap import SIDES, Soap
 
 OPTIMIZER_PREFIX = "optimizer.state."
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -94,6 +99,9 @@ def boxes(model: Any, optimizer: Any | None, to_write: bool = False) -> list[Box
     for inner in inner_optimizers(optimizer):
         for weight, held in _held_state(inner, model):
             found += _boxes(parts_of[id(weight)], held, to_write)
+        for weight, dim, held in _held_factors(inner, model):
+            parts = [_factor_part(part, dim) for part in parts_of[id(weight)]]
+            found += _boxes(parts, held, to_write)
     return found
 
 
@@ -117,8 +125,8 @@ def optimizer_steps(optimizer: Any) -> int:
 
 
 def set_optimizer_steps(optimizer: Any, steps: int) -> None:
-    """Make the moments where there are none (Adam makes them in its first step), and set the
-    count that bias correction goes by. torch counts per parameter, fused Adams per group."""
+    """Make the state where there is none (Adam makes it in its first step), and set the count
+    that bias correction goes by. torch counts per parameter, fused Adams and SOAP per group."""
     for inner in inner_optimizers(optimizer):
         inner.init_state_fn(inner.optimizer, inner.config)
         per_parameter = isinstance(inner.optimizer, (torch.optim.Adam, torch.optim.AdamW))
@@ -170,12 +178,41 @@ def _part(piece: ShardedTensor, whole: torch.Tensor) -> _Part:
 def _held_state(inner: Any, model: Any) -> Iterator[tuple[torch.Tensor, _Held]]:
     """(parameter, state) for the master weight, where it is a copy, and each moment."""
     for weight, main, start, stop in _main_parameters(inner, model):
-        replicas = 1 if isinstance(inner, DistributedOptimizer) else _replicas(weight)
+        replicas = _state_replicas(inner, weight)
         holders = {name: partial(_state, inner.optimizer, main, name) for name in MOMENTS}
         if main.dtype != weight.dtype:
             holders[MASTER] = partial(_itself, main)
         for name, holder in holders.items():
             yield weight, _Held(f"{OPTIMIZER_PREFIX}{name}.", holder, start, stop, replicas)
+
+
+def _held_factors(inner: Any, model: Any) -> Iterator[tuple[torch.Tensor, int, _Held]]:
+    """(parameter, the dimension they are of, state) for SOAP's averages and bases."""
+    if not isinstance(inner.optimizer, Soap):
+        return
+    for weight, main, _, _ in _main_parameters(inner, model):
+        for side, dim in SIDES.items():
+            for name in (f"{side}_average", f"{side}_basis"):
+                factor = inner.optimizer.state[main].get(name)
+                if factor is not None:
+                    holder = partial(_state, inner.optimizer, main, name)
+                    replicas = _state_replicas(inner, weight)
+                    prefix = f"{OPTIMIZER_PREFIX}{name}."
+                    yield weight, dim, _Held(prefix, holder, 0, factor.numel(), replicas)
+
+
+def _factor_part(part: _Part, dim: int) -> _Part:
+    """The [size, size] tensor that belongs to dimension `dim` of a matrix."""
+    size = part.shape[dim]
+    places = tuple(at // of for at, of in zip(part.offset[-2:], part.shape[-2:], strict=True))
+    counts = tuple(g // of for g, of in zip(part.global_shape[-2:], part.shape[-2:], strict=True))
+    return replace(
+        part,
+        global_shape=(*part.global_shape[:-2], *counts, size, size),
+        offset=(*part.offset[:-2], *places, 0, 0),
+        shape=(*part.shape[:-2], 1, 1, size, size),
+        start=part.start // math.prod(part.shape) * size * size,
+    )
 
 
 def _main_parameters(
@@ -220,6 +257,12 @@ def _share(part: _Part, replicas: int) -> tuple[int, int]:
     rows = math.prod(part.shape) // max(1, row)
     first, last = (rows * share // replicas for share in (part.replica[2], part.replica[2] + 1))
     return first * row, last * row
+
+
+def _state_replicas(inner: Any, weight: torch.Tensor) -> int:
+    """Data-parallel ranks that hold the same optimizer state of this weight."""
+    alone = isinstance(inner, DistributedOptimizer) or getattr(inner, "is_dealt", False)
+    return 1 if alone else _replicas(weight)
 
 
 def _replicas(weight: torch.Tensor) -> int:

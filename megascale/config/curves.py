@@ -135,7 +135,7 @@ CURVES: dict[str, Callable[[OptimConfig, int], Segments]] = {
 
 def _rates(optim: OptimConfig) -> tuple[float, float]:
     """Peak and last rate."""
-    lr = _or(optim.lr, 3e-4)
+    lr = _or(optim.lr, 3e-3 if optim.name == "soap" else 3e-4)
     return lr, _or(optim.min_lr, lr / 10)
 
 

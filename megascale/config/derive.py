@@ -11,6 +11,7 @@ from megascale.config.curves import expand
 from megascale.config.schema import (
     ModelConfig,
     MoeConfig,
+    OptimConfig,
     RunConfig,
     SegmentConfig,
     StageConfig,
@@ -102,7 +103,7 @@ def finalize(config: RunConfig, source_tokens: Mapping[str, int], vocab_size: in
         parallel=parallel,
         data=data,
         planner=planner,
-        optim=expand(config.optim, config.train.tokens),
+        optim=_finalize_optim(config.optim, config.train.tokens),
     )
     validate(config)
     return config
@@ -121,6 +122,13 @@ def _finalize_model(model: ModelConfig, vocab_size: int) -> ModelConfig:
         vocab_size=vocab_size if model.vocab_size is None else model.vocab_size,
         moe=moe,
     )
+
+
+def _finalize_optim(optim: OptimConfig, tokens: int) -> OptimConfig:
+    beta1 = optim.beta1
+    if beta1 is None:
+        beta1 = 0.95 if optim.name == "soap" else 0.9
+    return expand(replace(optim, beta1=beta1), tokens)
 
 
 def validate(config: RunConfig) -> None:
@@ -172,6 +180,7 @@ def _validate_numbers(config: RunConfig) -> None:
         "train.threads": config.train.threads,
         "train.stop_after_steps": config.train.stop_after_steps,
         "optim.max_skipped_steps": config.optim.max_skipped_steps,
+        "optim.soap_refresh_steps": config.optim.soap_refresh_steps,
         "checkpoint.keep_last": config.checkpoint.keep_last,
         "monitor.log_every_steps": config.monitor.log_every_steps,
         "eval.sample_tokens": config.eval.sample_tokens,
@@ -181,6 +190,7 @@ def _validate_numbers(config: RunConfig) -> None:
         "optim.eps": config.optim.eps,
         "optim.weight_decay": config.optim.weight_decay,
         "optim.clip_grad_norm": config.optim.clip_grad_norm,
+        "optim.soap_max_dim": config.optim.soap_max_dim,
         "eval.every_steps": config.eval.every_steps,
         "eval.tokens": config.eval.tokens,
         "checkpoint.save_every_steps": config.checkpoint.save_every_steps,
@@ -214,7 +224,7 @@ def _validate_numbers(config: RunConfig) -> None:
             f"planner.timeout_s = {timeout_s} must be a finite number above 0, such as 30"
         )
     for name, beta in (("beta1", config.optim.beta1), ("beta2", config.optim.beta2)):
-        if not 0 <= beta < 1:
+        if beta is not None and not 0 <= beta < 1:
             raise UserError(f"optim.{name} = {beta} must be at least 0 and below 1")
     profile = config.monitor.profile_steps
     if profile is not None and not 0 < profile[0] <= profile[1]:

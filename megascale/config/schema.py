@@ -106,6 +106,8 @@ class ModelConfig:
     """Added to the mean square in RMSNorm."""
     qk_norm: bool = False
     """Normalise queries and keys per head before the rotary embedding (as Qwen3 does)."""
+    qkv_bias: bool = False
+    """Add a bias to queries, keys and values (as Qwen2 does)."""
     parallel_block: bool = False
     """y = x + MLP(LN x) + Attention(LN x), one norm per layer (MegaScale section 3.1)."""
     sliding_window: int | None = None
@@ -253,8 +255,13 @@ class SegmentConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class OptimConfig:
-    """AdamW and its learning rate."""
+    """The optimizer and its learning rate."""
 
+    name: Literal["adamw", "soap"] = "adamw"
+    """`soap`: Adam in the eigenbasis of Shampoo's preconditioner, which takes fewer steps and more
+    time and memory for each. Its matrices are the weights as one rank holds them, SwiGLU's two
+    apart and queries, keys and values as one: `parallel.tensor` changes what is learned, and a
+    resume must keep it."""
     curve: Literal["cosine", "infinite", "wsd", "constant", "anneal"] | None = None
     """The learning rate over tokens seen, by name. `cosine`, the default: warm-up, then half a wave
     to `min_lr`; in a new run that starts from trained weights this re-warms them. `infinite`:
@@ -264,7 +271,8 @@ class OptimConfig:
     run that starts from a checkpoint of a constant phase."""
     lr: ByLawFloat | None = None
     """Peak learning rate of the curve. `steplaw`: what the Step Law gives for the model and
-    `train.tokens`, so a run to be lengthened should say a number. Default: 3e-4; an `anneal` needs
+    `train.tokens`, so a run to be lengthened should say a number. Default: 3e-4, and 3e-3 for
+    SOAP; an `anneal` needs
     it said, as the rate that it goes on from."""
     min_lr: float | None = None
     """Last learning rate of the curve. Default: a tenth of `lr`, or 1e-5 where `lr` is
@@ -286,10 +294,11 @@ class OptimConfig:
     schedule: tuple[SegmentConfig, ...] = ()
     """The learning rate as segments over tokens seen, in place of `curve` and its options. Default:
     those of the curve."""
-    beta1: float = 0.9
-    """Decay of the mean of gradients."""
+    beta1: float | None = None
+    """Decay of the mean of gradients. Default: 0.9, and 0.95 for SOAP."""
     beta2: float = 0.95
-    """Decay of the mean of squared gradients; 0.95 as is usual for language models."""
+    """Decay of the mean of squared gradients, and of SOAP's averages; 0.95 as is usual for language
+    models."""
     eps: float = 1e-8
     """Added to the root of the second moment."""
     weight_decay: float = 0.1
@@ -297,7 +306,12 @@ class OptimConfig:
     clip_grad_norm: float = 1.0
     """Global gradient norm above which gradients are scaled down; 0 switches it off."""
     distributed_optimizer: bool = True
-    """Shard optimizer state over the HDP axis (ZeRO-1)."""
+    """Shard optimizer state over the HDP axis (ZeRO-1): AdamW's to equal parts, SOAP's by whole
+    weights, each of which one rank updates for all."""
+    soap_refresh_steps: int = 10
+    """Steps of SOAP between two refreshes of its bases."""
+    soap_max_dim: int = 10000
+    """Sizes above this, such as a vocabulary's, get no basis of SOAP; 0: plain Adam for all."""
     max_skipped_steps: int = 10
     """Consecutive steps with a non-finite loss or gradient norm after which the run stops."""
 

@@ -17,7 +17,12 @@ from megascale.config import ModelConfig
 from megascale.growth.tensors import FC1, FC2, LAYERS, generator, is_layered
 
 ATTENTION = f"{LAYERS}self_attention."
-ATTENTION_WEIGHTS = ("linear_qkv.weight", "linear_proj.weight", "layernorm.weight")
+ATTENTION_WEIGHTS = (
+    "linear_qkv.weight",
+    "linear_qkv.bias",
+    "linear_proj.weight",
+    "layernorm.weight",
+)
 
 
 def upcycle(branches: Sequence[Tensors], model: ModelConfig, seed: int = 0) -> Iterator[Piece]:

@@ -50,7 +50,7 @@ def _widened(
     if key.endswith("norm.weight") or key.endswith("norm_weight"):
         last = key == "decoder.final_layernorm.weight" and tied
         return _copies(old, -1, factor) / (factor if last else 1)
-    if key == "embedding.word_embeddings.weight":
+    if key.endswith(("word_embeddings.weight", "linear_qkv.bias")):
         return _copies(old, -1, factor)
     if key.endswith(("router.weight", "output_layer.weight")):
         return _shared(old, factor, name, seed)

@@ -83,6 +83,7 @@ def transformer_config(config: RunConfig, ranks: Ranks) -> TransformerConfig:
         gated_linear_unit=True,
         activation_func=torch.nn.functional.silu,
         add_bias_linear=False,
+        add_qkv_bias=model.qkv_bias,
         hidden_dropout=0.0,
         attention_dropout=0.0,
         init_method=_leave,
@@ -172,9 +173,10 @@ def _reduction(config: RunConfig, ranks: Ranks) -> DistributedDataParallelConfig
     whole = config.model.moe is None or use_transformer_engine(config.model)
     rings = config.planner.name != "longest_first"
     overlap = ranks.device.type == "cuda" and whole and not rings
+    flat = config.optim.distributed_optimizer and config.optim.name == "adamw"
     return DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
         overlap_grad_reduce=overlap,
-        overlap_param_gather=overlap and config.optim.distributed_optimizer,
-        use_distributed_optimizer=config.optim.distributed_optimizer,
+        overlap_param_gather=overlap and flat,
+        use_distributed_optimizer=flat,
     )

@@ -1,7 +1,7 @@
 """Parameters, floating-point operations and memory of a model, counted without building it.
 
 All functions want a finalized config. Counts are those of megatron-core's GPT as
-`model.build` makes it: no biases, RMSNorm, SwiGLU, rotary positions.
+`model.build` makes it: RMSNorm, SwiGLU, rotary positions, no biases but `qkv_bias`.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from megascale.config import Layout, ModelConfig, RunConfig
+from megascale.model.matrices import soap_bytes_per_rank
 from megascale.planner.cost import CostModel
 
 BACKWARD_AND_FORWARD = 3
@@ -50,7 +51,7 @@ def count_parameters(model: ModelConfig, tensor: int = 1) -> ParameterCounts:
     embedding = padded_vocab_size(model, tensor) * model.hidden_size
     embedding *= 1 if model.tied_embeddings else 2
     layer = _norm_weights(model) + _router_weights(model)
-    layer += _attention_weights(model) + _feed_forward_weights(model)
+    layer += _attention_weights(model) + _qkv_biases(model) + _feed_forward_weights(model)
     experts = model.moe.num_experts * _expert_weights(model) if model.moe else 0
     total = embedding + model.num_layers * (layer + experts) + model.hidden_size
     idle = 0
@@ -77,7 +78,8 @@ def count_rank_parameters(model: ModelConfig, layout: Layout, stage: int) -> Ran
     tensor, num_layers = layout.tensor, model.num_layers // layout.pipeline
     is_first, is_last = stage == 0, stage == layout.pipeline - 1
     whole = _norm_weights(model) + _router_weights(model)
-    layer = whole + (_attention_weights(model) + _feed_forward_weights(model)) // tensor
+    cut = _attention_weights(model) + _qkv_biases(model) + _feed_forward_weights(model)
+    layer = whole + cut // tensor
     embeddings = 1 if is_first else 0
     if is_last and not (is_first and model.tied_embeddings):
         embeddings += 1
@@ -166,7 +168,8 @@ def memory_per_rank(config: RunConfig, layout: Layout) -> MemoryEstimate:
 
     Exact: weights of 2 bytes in bf16 or 4 in fp32; gradients of 4 bytes; Adam's two moments of
     4 bytes each, plus a master copy of 4 in bf16. With the distributed optimizer the last two
-    are split over the HDP axis (for experts, over every `expert`-th rank of it).
+    are split over the HDP axis (for experts, over every `expert`-th rank of it). SOAP's are those
+    of the weights that are dealt to the fullest rank.
     An estimate: activations, see `activation_bytes`.
     """
     stages = [_stage_memory(config, layout, stage) for stage in range(layout.pipeline)]
@@ -176,17 +179,25 @@ def memory_per_rank(config: RunConfig, layout: Layout) -> MemoryEstimate:
 def _stage_memory(config: RunConfig, layout: Layout, stage: int) -> MemoryEstimate:
     held = count_rank_parameters(config.model, layout, stage)
     is_bf16 = config.train.precision == "bf16"
-    state_bytes = 12 if is_bf16 else 8
-    dense_shards = layout.hdp if config.optim.distributed_optimizer else 1
-    expert_shards = layout.hdp // layout.expert if config.optim.distributed_optimizer else 1
-    state = -(-held.dense // dense_shards) + -(-held.expert // expert_shards)
     parameters = held.dense + held.expert
     return MemoryEstimate(
         weights=parameters * (2 if is_bf16 else 4),
         gradients=parameters * 4,
-        optimizer=state * state_bytes,
+        optimizer=_optimizer_bytes(config, layout, stage),
         activations=activation_bytes(config, layout, stage),
     )
+
+
+def _optimizer_bytes(config: RunConfig, layout: Layout, stage: int) -> int:
+    """On the fullest rank of a stage."""
+    if config.optim.name == "soap":
+        vocab_rows = padded_vocab_size(config.model, layout.tensor)
+        return soap_bytes_per_rank(config, layout, stage, vocab_rows)
+    held = count_rank_parameters(config.model, layout, stage)
+    dense_shards = layout.hdp if config.optim.distributed_optimizer else 1
+    expert_shards = layout.hdp // layout.expert if config.optim.distributed_optimizer else 1
+    state = -(-held.dense // dense_shards) + -(-held.expert // expert_shards)
+    return state * (12 if config.train.precision == "bf16" else 8)
 
 
 def activation_bytes(config: RunConfig, layout: Layout, stage: int) -> int:
@@ -255,6 +266,12 @@ def _attention_weights(model: ModelConfig) -> int:
 def _attentions(model: ModelConfig) -> int:
     """Attentions that every token passes in one layer."""
     return model.moe.attention_experts if model.moe else 1
+
+
+def _qkv_biases(model: ModelConfig) -> int:
+    """Biases of one layer's queries, keys and values."""
+    heads = model.num_heads + 2 * _known(model.num_kv_heads)
+    return _attentions(model) * heads * _known(model.head_dim) if model.qkv_bias else 0
 
 
 def _norm_weights(model: ModelConfig) -> int:

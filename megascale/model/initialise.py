@@ -18,8 +18,9 @@ def initialise(model: MegatronModule, config: ModelConfig, seed: int) -> None:
     """Fill `model` in place.
 
     Matrices are normal with `init_std`; the projections back into the residual stream are
-    scaled by 1/sqrt(2 layers), as in GPT-2; vectors (norms) are ones. Every rank draws the
-    whole matrix of a name and keeps its shard, so TP, PP and EP do not change the model.
+    scaled by 1/sqrt(2 layers), as in GPT-2; biases are zeros, other vectors (norms) ones. Every
+    rank draws the whole matrix of a name and keeps its shard, so TP, PP and EP do not change the
+    model.
     """
     with torch.no_grad():
         for entry in _flatten(model.sharded_state_dict()):
@@ -40,7 +41,7 @@ def _fill(shard: ShardedTensor, config: ModelConfig, seed: int) -> None:
     stacked = shard.prepend_axis_num
     shape = shard.global_shape[stacked:]
     if len(shape) == 1:
-        shard.data.fill_(1.0)
+        shard.data.fill_(0.0 if shard.key.endswith(".bias") else 1.0)
         return
     name = f"{seed}/{shard.key}/{shard.global_offset[:stacked]}"
     digest = hashlib.sha256(name.encode()).digest()

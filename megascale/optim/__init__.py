@@ -1,1 +1,1 @@
-"""AdamW, and its learning rate as a pure function of the tokens seen."""
+"""AdamW and SOAP, and their learning rate as a pure function of the tokens seen."""

@@ -1,8 +1,9 @@
-"""AdamW through megatron-core's optimizer, with the learning rate set from outside."""
+"""AdamW or SOAP through megatron-core's optimizers, with the learning rate set from outside."""
 
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -28,10 +29,18 @@ def build_optimizer(config: RunConfig, model: Any) -> Any:
         clip_grad=0.0,
         bf16=bf16,
         params_dtype=torch.bfloat16 if bf16 else torch.float32,
-        use_distributed_optimizer=optim.distributed_optimizer,
+        use_distributed_optimizer=model.ddp_config.use_distributed_optimizer,
         overlap_param_gather=model.ddp_config.overlap_param_gather,
     )
-    return get_megatron_optimizer(options, [model], use_gloo_process_groups=False)
+    if optim.name == "adamw":
+        return get_megatron_optimizer(options, [model], use_gloo_process_groups=False)
+    from megascale.optim.whole import whole_weights
+
+    # without bf16 it makes neither state nor master weights: its parameter groups are wanted
+    grouped = get_megatron_optimizer(
+        replace(options, bf16=False), [model], use_gloo_process_groups=False
+    )
+    return whole_weights(config, options, model, grouped)
 
 
 def set_rates(optimizer: Any, lr: float, weight_decay: float) -> None:

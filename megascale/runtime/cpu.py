@@ -13,11 +13,14 @@ import functools
 import importlib.util
 import sys
 from collections.abc import Callable
+from datetime import timedelta
 from types import ModuleType
 from typing import Any
 
 import torch
 import torch.distributed
+from torch.distributed import ProcessGroupGloo, distributed_c10d
+from torch.utils._device import _device_constructors
 
 CPU = torch.device("cpu")
 FACTORIES = (
@@ -84,9 +87,28 @@ def install() -> None:
     _redirect_factories()
     _answer_for_tensors()
     _answer_for_collectives()
+    distributed_c10d.ProcessGroupGloo = _GlooGroup
     torch.compile = _identity_decorator
     _patch_megatron()
     _installed = True
+
+
+@functools.cache
+def _gloo_device() -> Any:
+    return ProcessGroupGloo.create_default_device()
+
+
+class _GlooGroup(ProcessGroupGloo):  # type: ignore[misc]
+    """A group over the one device of this process.
+
+    torch gives every group a device, whose thread wakes a hundred times a second; megatron-core
+    makes some 40 groups, which on a laptop is a tenth of a core for each rank.
+    """
+
+    def __init__(self, store: Any, rank: int, size: int, timeout: timedelta) -> None:
+        options = self._Options()
+        options._devices, options._timeout = [_gloo_device()], timeout
+        super().__init__(store, rank, size, options)
 
 
 def _answer_for_devices() -> None:
@@ -115,6 +137,7 @@ def _answer_for_random_states() -> None:
 
 
 def _redirect_factories() -> None:
+    _device_constructors()  # torch remembers them for `with torch.device(...)`, before ours come
     for name in FACTORIES:
         setattr(torch, name, _on_cpu(getattr(torch, name)))
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import yaml
 
-from megascale.config import RunConfig, dump_config
+from megascale.config import RunConfig, dump_config, parse_config
 from megascale.errors import UserError
 
 ORDER_OF_DATA = ("seed", "data.context_tokens", "data.global_batch_tokens")
@@ -20,7 +20,8 @@ def compare_configs(saved_yaml: str, config: RunConfig) -> list[str]:
     Raises UserError for a change that would silently continue another run: of the model's
     shape, or of what decides the order of the data.
     """
-    old, new = yaml.safe_load(saved_yaml), yaml.safe_load(dump_config(config))
+    old = yaml.safe_load(dump_config(parse_config(saved_yaml)))  # options may be new
+    new = yaml.safe_load(dump_config(config))
     changed = changes(old, new)
     for key, (was, now) in changed.items():
         fixed = key in ORDER_OF_DATA or key.split(".")[0] in WEIGHTS

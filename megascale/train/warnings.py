@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
-from megascale.config import Layout, RunConfig
+from megascale.config import Layout, OptimConfig, RunConfig
 from megascale.corpus.batches import num_steps, stage_at, used_sources
 from megascale.model.counts import count_parameters
 from megascale.optim import steplaw
@@ -72,6 +72,10 @@ def _model(config: RunConfig, layout: Layout, num_sequences: int) -> Iterator[st
         yield "train.threads has no effect on CUDA"
     if config.device == "cpu" and config.monitor.memory_snapshot:
         yield "monitor.memory_snapshot has no effect without CUDA"
+    for name in ("soap_refresh_steps", "soap_max_dim"):
+        changed = getattr(config.optim, name) != getattr(OptimConfig, name)
+        if changed and config.optim.name != "soap":
+            yield f"optim.{name} has no effect with optim.name = {config.optim.name}"
 
 
 def _steps(config: RunConfig) -> Iterator[str]:

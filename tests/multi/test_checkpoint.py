@@ -148,6 +148,9 @@ def loaded(folder: str, overrides: list[str], follow: range) -> Any:
         ["train.precision=bf16", "parallel.tensor=2"],
         ["train.precision=bf16", "optim.distributed_optimizer=false"],
         [MOE, "parallel.expert=2"],
+        ["optim.name=soap", "train.precision=bf16", "optim.distributed_optimizer=false"],
+        ["optim.name=soap", MOE, "parallel.expert=2", "train.precision=bf16"],
+        ["optim.name=soap", "parallel.tensor=2"],
     ],
     ids=lambda overrides: " ".join(overrides) or "fp32",
 )
@@ -163,6 +166,7 @@ def test_the_same_layout_gives_the_same_bits(
 
 TENSOR, PIPELINE = "parallel.tensor=2", "parallel.pipeline=2"
 EXPERT, REPLICATED = "parallel.expert=2", "optim.distributed_optimizer=false"
+SOAP = "optim.name=soap"
 BF16, UNTIED = "train.precision=bf16", "model.tied_embeddings=false"
 
 
@@ -170,6 +174,7 @@ BF16, UNTIED = "train.precision=bf16", "model.tied_embeddings=false"
     "common, before, after",
     [
         ([], (2, [TENSOR]), (1, [])),
+        (["model.qkv_bias=true"], (2, [TENSOR]), (1, [])),
         ([BF16, "model.num_kv_heads=2"], (1, []), (2, [TENSOR])),
         ([], (2, [PIPELINE]), (1, [])),
         ([BF16, UNTIED], (1, []), (2, [PIPELINE])),
@@ -184,6 +189,9 @@ BF16, UNTIED = "train.precision=bf16", "model.tied_embeddings=false"
         ([BF16], (2, []), (3, [])),
         ([BF16], (4, [TENSOR, PIPELINE]), (2, [])),
         ([MOE], (2, [PIPELINE]), (4, [EXPERT, PIPELINE])),
+        ([SOAP, BF16], (2, [REPLICATED]), (3, [])),
+        ([SOAP, MOE, BF16], (2, [EXPERT]), (2, [PIPELINE])),
+        ([SOAP, TENSOR], (2, []), (4, [PIPELINE])),
     ],
     ids=lambda value: " ".join(map(str, value)) if isinstance(value, (list, tuple)) else None,
 )

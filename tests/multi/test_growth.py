@@ -11,7 +11,7 @@ from test_train import command
 from tiny_corpus import tiny_config
 
 GQA = ("model.num_heads=4", "model.num_kv_heads=2", "model.qk_norm=true")
-UNTIED = ("model.tied_embeddings=false",)
+UNTIED = ("model.tied_embeddings=false", "model.qkv_bias=true")
 MOE = ("model.moe.num_experts=4", "model.moe.shared_ffn_hidden_size=16")
 
 
@@ -151,7 +151,7 @@ def test_wider_units_part_in_training(ranks, tmp_path):
     ],
     ids=" ".join,
 )
-@pytest.mark.parametrize("model", [(), (*UNTIED, *GQA)], ids=["plain", "gqa"])
+@pytest.mark.parametrize("model", [UNTIED, GQA], ids=["untied", "grouped"])
 def test_equal_branches_give_the_dense_model(ranks, tmp_path, experts, model):
     ranks(1, run_and_save, tmp_path / "base", model)
     branches = [tmp_path / "base"] * (2 if "--attention-experts" in experts else 1)
@@ -289,7 +289,9 @@ def test_a_run_grows_by_itself(ranks, growing, tmp_path):
     assert status == 0, said
     small, grown = curve(tmp_path / "run-base"), curve(run)
     assert list(small) == [1, 2, 3] and list(grown) == [0, 1, 2, 3, 4, 5, 6]
-    assert small[1]["lr"] == grown[1]["lr"] and small[3]["lr"] == grown[3]["lr"]
+    assert grown[1]["lr"] == small[1]["lr"] and grown[3]["lr"] == pytest.approx(
+        small[3]["lr"], 0.02
+    )
     assert grown[1]["loss"] < small[1]["loss"] - 0.3
     assert "source 'tiny' goes on after the" in said and "2 layers 4" in said
     (state,) = ranks(1, tensors, run)

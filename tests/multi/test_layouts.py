@@ -71,6 +71,7 @@ def single(ranks, overrides=()):
         (4, []),
         (2, ["optim.distributed_optimizer=false"]),
         (2, ["parallel.tensor=2"]),
+        (2, ["parallel.tensor=2", "model.qkv_bias=true"]),
         (2, ["parallel.tensor=2", "parallel.sequence_parallel=false"]),
         (2, ["parallel.pipeline=2"]),
         (2, ["parallel.pipeline=2", "model.tied_embeddings=false"]),

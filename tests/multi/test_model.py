@@ -29,6 +29,10 @@ def compare_with_plain(overrides):
     assert sum(p.numel() for p in model.parameters()) == count_parameters(config.model).total
     # else a rank would reduce gradients after each of its micro-batches
     assert model.config.no_sync_func == model.no_sync
+    for name, weight in model.named_parameters():
+        if name.endswith(".bias"):
+            assert not weight.any()
+            torch.nn.init.normal_(weight)
     plain = PlainGpt(config.model, padded_vocab_size(config.model))
     plain.load_megatron(model.module.state_dict())
     generator = np.random.default_rng(0)
@@ -67,6 +71,7 @@ def compare_with_plain(overrides):
         ("model.qk_norm=true", "model.rope_base=500"),
         ("model.parallel_block=true",),
         ("model.sliding_window=8",),
+        ("model.qkv_bias=true",),
         ("model.head_dim=32", "model.num_kv_heads=1", "model.ffn_hidden_size=100"),
     ],
 )

@@ -116,7 +116,7 @@ def test_the_overview_is_quick():
         (
             ["zzz"],
             "verbs: prepare, data check, plan, simulate, hparams steplaw, hparams growth, "
-            "calibrate, train, experts, doctor, plot",
+            "calibrate, train, branch, grow, lineage, experts, import, export, eval, doctor, plot",
         ),
         (["data"], "'megascale data check corpora/python_stdlib'"),
         (["data", "chekc"], "'megascale data check corpora/python_stdlib'"),

@@ -40,6 +40,14 @@ def test_derived_values():
     assert config.data.stages[0].blend == {"web": 1.0}
 
 
+def test_defaults_go_with_the_optimizer():
+    adamw, soap = final().optim, final("optim.name=soap").optim
+    assert (adamw.beta1, adamw.schedule[0].lr) == (0.9, 3e-4)
+    assert (soap.beta1, soap.schedule[0].lr) == (0.95, 3e-3)
+    given = final("optim={name: soap, beta1: 0.8, lr: 1e-3}").optim
+    assert (given.beta1, given.schedule[0].lr) == (0.8, 1e-3)
+
+
 @pytest.mark.parametrize(
     "text, number",
     [
@@ -126,6 +134,9 @@ def test_bad_overrides(override):
         ("optim.schedule=[{shape: cosine, lr: 1}]", "needs tokens"),
         ("optim.schedule=[{shape: linear, tokens: 5, lr: 1}]", "covers 5 tokens"),
         ("optim.beta1=1", "below 1"),
+        ("optim.soap_refresh_steps=0", "optim.soap_refresh_steps = 0 must be at least 1"),
+        ("optim.soap_max_dim=-1", "optim.soap_max_dim = -1 must be"),
+        ("optim.name=sgd", "optim.name must be one of adamw, soap"),
         ("train.tokens=0", "at least 1"),
         ("optim.weight_decay=-1", "at least 0"),
         ("parallel.sequence_parallel=true", "needs parallel.tensor > 1"),

@@ -41,6 +41,7 @@ MODELS = {
     "dense": DENSE,
     "grouped": replace(DENSE, num_kv_heads=2, head_dim=6, qk_norm=True),
     "untied": replace(DENSE, tied_embeddings=False, sliding_window=3),
+    "biased": replace(DENSE, num_kv_heads=2, qkv_bias=True),
     "parallel": replace(DENSE, parallel_block=True),
     "moe": MOE,
     "shared": replace(MOE, moe=replace(MOE.moe, shared_ffn_hidden_size=10)),
@@ -74,6 +75,8 @@ def shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
         for one in range(attentions(model)):
             own[f"{one}.out"] = (hidden, model.num_heads * head)
             own[f"{one}.qkv"] = ((model.num_heads + 2 * model.num_kv_heads) * head, hidden)
+            if model.qkv_bias:
+                own[f"{one}.qkv_bias"] = own[f"{one}.qkv"][:1]
             if model.qk_norm:
                 own |= {f"{one}.q_norm": (head,), f"{one}.k_norm": (head,)}
         if attentions(model) > 1:
@@ -171,7 +174,9 @@ def test_ranks_hold_everything_once_and_copies_of_what_is_not_cut(
     ranks = [count_rank_parameters(model, layout, stage) for stage in range(pipeline)]
     held = sum(one.dense * tensor + one.expert * tensor * expert for one in ranks)
     vectors = {
-        key: math.prod(s) for key, s in shapes(model).items() if len(s) == 1 or "rout" in key
+        key: math.prod(s)
+        for key, s in shapes(model).items()
+        if (len(s) == 1 and "bias" not in key) or "rout" in key
     }
     copies = (tensor - 1) * sum(vectors.values())
     if model.tied_embeddings and pipeline > 1:

@@ -2,6 +2,7 @@
 
 import importlib
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -114,6 +115,25 @@ def test_all_to_all_takes_tensors_as_split_sizes(tmp_path):
         dist.destroy_process_group()
 
 
+def gloo_threads():
+    """How many threads of gloo's devices this rank has, with many groups made."""
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo")
+    groups = [dist.new_group([0, 1]) for _ in range(20)]
+    total = torch.ones(1)
+    for group in groups:
+        dist.all_reduce(total, group=group)
+    names = [path.read_text().strip() for path in Path("/proc/self/task").glob("*/comm")]
+    return total.item(), sum("tcp_loop" in name for name in names), len(groups)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="counts threads in /proc")
+def test_groups_share_a_device(ranks):
+    for total, loops, groups in ranks(2, gloo_threads):
+        assert total == 2**groups and loops == 1
+
+
 def test_it_is_refused_where_cuda_exists(monkeypatch):
     monkeypatch.setattr(cpu, "_installed", False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -147,3 +167,9 @@ def gather_and_scatter():
     mine = torch.zeros(1 + 2 * rank)
     dist.reduce_scatter(mine, [torch.full((n,), 1.0 + rank) for n in (1, 3)])
     return torch.cat(outputs).tolist(), mine.tolist()
+
+
+@pytest.mark.parametrize("name", ["arange", "empty", "zeros"])
+def test_factories_follow_the_device_of_the_context(name):
+    with torch.device("meta"):
+        assert getattr(torch, name)(3).is_meta

@@ -1,0 +1,149 @@
+"""`megascale eval`: a checkpoint judged by the tasks of lm-eval."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from megascale.errors import UserError
+
+if TYPE_CHECKING:
+    from megascale.train.score_text import TextScorer, TextTokens
+
+MOST_TOKENS = 256
+"""Of a continuation whose task says nothing, as lm-eval has it."""
+
+
+def add_eval_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments of `megascale eval`."""
+    add = parser.add_argument
+    add("checkpoint", metavar="CHECKPOINT", help="checkpoint folder, or a run_dir for its latest")
+    add("--tasks", required=True, metavar="NAME[,NAME]", help="tasks of lm-eval")
+    add("--include", metavar="DIR", help="folder with task files (YAML) of your own")
+    add("--limit", type=int, metavar="N", help="questions per task; default: all")
+    add("--fewshot", type=int, metavar="N", help="examples before each question")
+    add("--precision", choices=("fp32", "bf16"), default="fp32", help="default: fp32")
+    add("--tokenizer", metavar="FOLDER", help="as for megascale export")
+    add("--out", metavar="JSON", help="file for the results")
+
+
+def run_eval(args: argparse.Namespace) -> int:
+    """Run the tasks and print a table; returns the exit status. Raises UserError for bad input."""
+    from megascale.runtime import distributed
+
+    distributed.prepare_device("auto")
+    from megascale.checkpoint.load import find_at
+    from megascale.train.one_rank import open_model, run_config
+    from megascale.train.score_text import TextScorer
+
+    if args.limit is not None and args.limit < 1:
+        raise UserError(f"--limit {args.limit} must be at least 1; leave it out for all questions")
+    found = find_at(args.checkpoint)
+    tokens = text_tokens(found, run_config(found), args.tokenizer)
+    names, manager = _load_tasks(args.tasks, args.include)
+    import lm_eval
+    from lm_eval.utils import make_table
+
+    with open_model(found, args.precision) as model:
+        results: Any = lm_eval.simple_evaluate(
+            model=lm_eval_model(TextScorer(model, tokens)),
+            tasks=names,
+            task_manager=manager,
+            num_fewshot=args.fewshot,
+            limit=args.limit,
+            log_samples=False,
+        )
+    print(f"{found.folder}, step {found.manifest.position.step}")
+    print(make_table(results))
+    if args.out is not None:
+        _write(Path(args.out), str(found.folder), results)
+    return 0
+
+
+def text_tokens(found: Any, config: Any, given: str | None) -> TextTokens:
+    """The tokenizer of a checkpoint; see `tokenizer_folder`.
+
+    A text begins with the token that ended documents in training; with a Hugging Face tokenizer
+    with its beginning of sequence, or its end where it has none. Raises UserError.
+    """
+    from megascale.corpus.describe import CORPUS_FILE
+    from megascale.corpus.tokenizers import load_hf, load_tokenizer
+    from megascale.train.export_command import tokenizer_folder
+    from megascale.train.score_text import TextTokens
+
+    folder = tokenizer_folder(found, config, given)
+    if folder is None:
+        raise UserError(f"{found.folder} names no tokenizer; give --tokenizer FOLDER")
+    if (folder / CORPUS_FILE).is_file():
+        ours = load_tokenizer(folder)
+        first_id = end_id = ours.eod_id
+    else:
+        from transformers import AutoTokenizer
+
+        ours = load_hf(str(folder))
+        theirs, end_id = AutoTokenizer.from_pretrained(folder, local_files_only=True), ours.eod_id
+        first_id = end_id if theirs.bos_token_id is None else theirs.bos_token_id
+    return TextTokens(lambda text: ours.encode(text).tolist(), ours.decode, first_id, end_id)
+
+
+def _load_tasks(tasks: str, include: str | None) -> tuple[list[str], Any]:
+    """Names and lm-eval's manager of tasks, with their data sets read."""
+    try:
+        from lm_eval.tasks import TaskManager
+    except ImportError:
+        raise UserError("lm-eval is not installed; pip install 'megascale[eval]'") from None
+    if include is not None and not Path(include).is_dir():
+        raise UserError(f"--include {include}: no such folder")
+    names = [name.strip() for name in tasks.split(",") if name.strip()]
+    manager = TaskManager(include_path=include)
+    unknown = [name for name in names if name not in manager.all_tasks]
+    if unknown or not names:
+        raise UserError(
+            f"--tasks {tasks}: lm-eval has no {', '.join(unknown) or 'task without a name'}; "
+            "lm_eval ls tasks lists them, and --include adds a folder of your own"
+        )
+    try:
+        manager.load(names)
+    except Exception as error:  # whatever a data set's loader raises
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"--tasks {tasks}: the data cannot be read: {reason}") from None
+    return names, manager
+
+
+def lm_eval_model(scorer: TextScorer) -> Any:
+    """`scorer` as a model of lm-eval."""
+    from lm_eval.api.model import LM
+
+    class CheckpointModel(LM):  # type: ignore[misc]
+        def loglikelihood(self, requests: Any, disable_tqdm: bool = False) -> Any:
+            judged = scorer.continuations([request.args for request in requests])
+            return [(one.log_likelihood, one.is_greedy) for one in judged]
+
+        def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = False) -> Any:
+            return [scorer.whole(request.args[0]) for request in requests]
+
+        def generate_until(self, requests: Any, disable_tqdm: bool = False) -> Any:
+            return [_generate(scorer, *request.args) for request in requests]
+
+    return CheckpointModel()
+
+
+def _generate(scorer: TextScorer, prompt: str, options: dict[str, Any]) -> str:
+    if options.get("do_sample") or options.get("temperature"):
+        raise UserError("a task asks for sampled text; megascale eval continues greedily only")
+    stops = options.get("until") or []
+    most = int(options.get("max_gen_toks", MOST_TOKENS))
+    return scorer.generate(prompt, [stops] if isinstance(stops, str) else stops, most)
+
+
+def _write(path: Path, checkpoint: str, results: Any) -> None:
+    kept = ("results", "groups", "versions", "n-shot", "n-samples", "higher_is_better")
+    document = {"checkpoint": checkpoint} | {k: results[k] for k in kept if k in results}
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        text = json.dumps(document, indent=2, default=str)
+        path.write_text(text + "\n", encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"--out {path}: {error.strerror}; choose another file") from None

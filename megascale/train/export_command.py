@@ -1,0 +1,119 @@
+"""`megascale export`: a checkpoint becomes a model folder that `transformers` loads."""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from megascale.config import RunConfig
+from megascale.config.load import whole_number
+from megascale.errors import UserError
+from megascale.train.import_command import add_check_arguments, refuse_existing
+
+if TYPE_CHECKING:
+    from megascale.checkpoint.load import Found
+
+SHARD_BYTES = "4Gi"
+
+
+def add_export_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments of `megascale export`."""
+    add = parser.add_argument
+    add("checkpoint", metavar="CHECKPOINT", help="checkpoint folder, or a run_dir for its latest")
+    add("out", metavar="OUT", help="model folder to make")
+    add(
+        "--tokenizer",
+        metavar="FOLDER",
+        help="prepared corpus or Hugging Face folder; default: what the checkpoint was imported "
+        "with, else that of the run's first corpus that has one",
+    )
+    add(
+        "--shard-bytes",
+        default=SHARD_BYTES,
+        metavar="N",
+        help=f"largest file, such as 500M or 2Gi; default: {SHARD_BYTES}",
+    )
+    add_check_arguments(parser)
+
+
+def run_export(args: argparse.Namespace) -> int:
+    """Convert, compare and say so; returns the exit status. Raises UserError for bad input."""
+    from megascale.runtime import distributed
+
+    distributed.prepare_device("auto")
+    from megascale.checkpoint.folder import UNFINISHED
+    from megascale.checkpoint.load import find_at
+
+    shard_bytes = whole_number(args.shard_bytes, "--shard-bytes", least=1)
+    found, out = find_at(args.checkpoint), Path(args.out)
+    refuse_existing(out)
+    unfinished = out.with_name(f"{UNFINISHED}{out.name}")
+    try:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        unfinished.mkdir()
+        said = _convert(found, unfinished, shard_bytes, args)
+        unfinished.rename(out)
+    except OSError as error:
+        raise UserError(f"{out}: {error.strerror}; choose another folder") from None
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+    print("\n".join([f"{out}: {said[0]}", *said[1:]]))
+    return 0
+
+
+def _convert(found: Found, out: Path, shard_bytes: int, args: argparse.Namespace) -> list[str]:
+    """Write the model folder; what there is to say."""
+    from megascale.checkpoint.huggingface.config import config_of
+    from megascale.checkpoint.huggingface.files import write_files
+    from megascale.checkpoint.huggingface.tokenizer import write_tokenizer
+    from megascale.checkpoint.huggingface.weights import export_shapes, export_tensors
+    from megascale.checkpoint.tensors import Tensors
+    from megascale.train.compare_logits import compare_logits, require_close
+    from megascale.train.one_rank import run_config
+
+    config, stored = run_config(found), Tensors(found)
+    context_tokens, shapes = config.data.context_tokens, export_shapes(config.model)
+    dtype = stored.read("decoder.final_layernorm.weight").dtype
+    theirs = config_of(config.model, context_tokens, str(dtype).removeprefix("torch."))
+    tensors = export_tensors(stored, config.model)
+    files = write_files(out, shapes, dtype, tensors, shard_bytes)
+    source = tokenizer_folder(found, config, args.tokenizer)
+    if source is not None:
+        write_tokenizer(source, out, context_tokens)
+    _write_configs(theirs, out, source is not None)
+    number = f"{len(files)} file{'s' * (len(files) > 1)}"
+    said = [f"{theirs.model_type} in {str(dtype).removeprefix('torch.')}, {number}"]
+    if args.check:
+        difference = compare_logits(out, found, dtype)
+        require_close(difference, args.tolerance)
+        said.append(f"  logits      {difference}")
+    return [*said, f"  tokenizer   {f'of {source}' if source else 'none; --tokenizer adds one'}"]
+
+
+def tokenizer_folder(found: Found, config: RunConfig, given: str | None) -> Path | None:
+    """The corpus or Hugging Face folder whose tokenizer a checkpoint's model was trained with."""
+    from megascale.checkpoint.huggingface.tokenizer import FOLDER
+    from megascale.corpus.describe import CORPUS_FILE
+
+    if given is not None:
+        return Path(given)
+    if (found.folder / FOLDER).is_dir():
+        return found.folder / FOLDER
+    paths = (Path(source.path) for source in config.data.sources.values())
+    return next((path for path in paths if (path / CORPUS_FILE).is_file()), None)
+
+
+def _write_configs(theirs: object, out: Path, has_tokenizer: bool) -> None:
+    """Write config.json and generation_config.json, with the ids that begin and end a text."""
+    from transformers import AutoTokenizer, GenerationConfig
+
+    from megascale.checkpoint.huggingface.config import write_config
+
+    if has_tokenizer:
+        tokenizer = AutoTokenizer.from_pretrained(out, local_files_only=True)
+        theirs.bos_token_id = tokenizer.bos_token_id  # type: ignore[attr-defined]
+        theirs.eos_token_id = tokenizer.eos_token_id  # type: ignore[attr-defined]
+    write_config(theirs, out)
+    GenerationConfig.from_model_config(theirs).save_pretrained(out)
