@@ -22,7 +22,8 @@ class MoeConfig:
     num_experts: int = 8
     """Experts per layer. Must be divisible by `parallel.expert`."""
     top_k: int = 2
-    """Experts that each token visits."""
+    """Experts that each token visits. Their weights sum to 1; that of one alone is its probability
+    (as in Switch Transformer), or nothing but the balance loss would teach the router."""
     ffn_hidden_size: int | None = None
     """Hidden size of one expert. Default: the dense `ffn_hidden_size` over `top_k`, so that a
     token costs what it costs in the dense model."""

@@ -173,14 +173,16 @@ class _Attach(torch.autograd.Function):
 def _choose(
     logits_TE: torch.Tensor, bias_E: torch.Tensor, top_k: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Choice by probability plus bias, weights by logits alone.
+    """Choice by probability plus bias, weights by probability alone; they sum to 1 from two on.
 
     Loss-free balancing (Wang et al., arXiv 2408.15664), with softmax probabilities.
     """
     exact = torch.promote_types(logits_TE.dtype, torch.float32)
-    biased = torch.softmax(logits_TE, dim=-1, dtype=exact) + bias_E
-    best = biased.topk(top_k, dim=-1).indices
-    weights = torch.softmax(logits_TE.gather(-1, best), dim=-1, dtype=exact)
+    scores_TE = torch.softmax(logits_TE, dim=-1, dtype=exact)
+    best = (scores_TE + bias_E).topk(top_k, dim=-1).indices
+    weights = scores_TE.gather(-1, best)
+    if top_k > 1:  # the quotient of probabilities, which may be 0 all
+        weights = torch.softmax(logits_TE.gather(-1, best), dim=-1, dtype=exact)
     nothing = torch.zeros_like(logits_TE)
     probs_TE = nothing.scatter(-1, best, weights.to(logits_TE.dtype))
     return probs_TE, nothing.bool().scatter(-1, best, True)

@@ -98,6 +98,15 @@ def test_layouts_and_recomputation_change_nothing(ranks, kind, world, mode, cut)
     agree(ranks(world, gradients, (MOE, *overrides, *cut), plans, False, LOADS), *expected, 1e-4)
 
 
+@pytest.mark.parametrize("balance", ["none", "loss_free"])
+def test_the_language_model_teaches_routers_of_one_expert(ranks, balance):
+    """Were weights to sum to 1, the weight of one would not depend on the router."""
+    options = ("model.moe.top_k=1", f"model.moe.balance={balance}")
+    _, found = one_by_one(ranks, options, True)
+    grad, _ = found["decoder.layers.0.mlp.router.weight"]
+    assert np.linalg.norm(grad) > 1e-3
+
+
 def test_micro_balances_a_ring_as_one(ranks):
     """A ring of two holds one micro-batch, as one rank would."""
     overrides = (STRONG, "model.moe.balance=micro")

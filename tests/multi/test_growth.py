@@ -145,7 +145,7 @@ def test_wider_units_part_in_training(ranks, tmp_path):
 @pytest.mark.parametrize(
     "experts",
     [
-        ["--experts", "4", "--top-k", "1"],
+        ["--experts", "4", "--top-k", "4"],
         ["--experts", "3", "--top-k", "2"],
         ["--experts", "4", "--top-k", "2", "--attention-experts", "2"],
     ],
@@ -240,7 +240,8 @@ def test_the_optimizer_is_kept_where_there_is_one(ranks, tmp_path):
         (["BASE", "BASE"], "operator stack grows one checkpoint, not 2"),
         (["BASE", "OTHER", "--operator", "upcycle"], "not of the same model"),
         (["MOE", "--operator", "upcycle"], "has experts already; upcycle a dense one"),
-        (["BASE", "--operator", "upcycle", "--top-k", "9"], "top-k 9 must be from 1 to the 8"),
+        (["BASE", "--operator", "upcycle", "--top-k", "9"], "top-k 9 must be from 2 to the 8"),
+        (["BASE", "--operator", "upcycle", "--top-k", "1"], "top-k 1 must be from 2 to the 8"),
         (["nowhere"], "nowhere holds no checkpoint; give a run_dir"),
         (["BASE", "--out", "BASE"], "exists; choose another folder"),
     ],
