@@ -19,7 +19,7 @@ def main() -> int:
         prog="bench.py",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="\n".join(f"{name:<8} {bench.__doc__}" for name, bench in BENCHMARKS.items()),
+        epilog="\n".join(f"{name:<9} {bench.__doc__}" for name, bench in BENCHMARKS.items()),
     )
     parser.add_argument("name", choices=BENCHMARKS)
     parser.add_argument("options", nargs=argparse.REMAINDER, help="try: bench.py planner --help")
@@ -52,6 +52,13 @@ def balance(options: Sequence[str] = ()) -> None:
     from bench_balance import bench_balance
 
     bench_balance(options)
+
+
+def estimates(options: Sequence[str] = ()) -> None:
+    """Estimates of the batch's use of experts, over ranks, batches and steps; has options."""
+    from bench_estimates import bench_estimates
+
+    bench_estimates(options)
 
 
 def step() -> None:
@@ -115,8 +122,9 @@ BENCHMARKS: dict[str, Callable[[], None]] = {
     "simulate": simulate,
     "hdp": hdp,
     "balance": balance,
+    "estimates": estimates,
 }
-WITH_OPTIONS = {"planner": planner, "hdp": hdp, "balance": balance}
+WITH_OPTIONS = {"planner": planner, "hdp": hdp, "balance": balance, "estimates": estimates}
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -30,10 +30,14 @@ DOMAINS = ("python_stdlib", "c_headers", "man_pages_de", "man_pages_en")
 BALANCES = {
     "micro": ("model.moe.balance=micro",),
     "global, exact": ("model.moe.estimate=exact",),
+    "global, trend": ("model.moe.estimate=trend",),
     "global, batch before": ("model.moe.estimate=previous",),
     "exact + 1 % micro": ("model.moe.estimate=exact", "model.moe.micro_share=0.01"),
     "loss-free": ("model.moe.balance=loss_free", "model.moe.bias_rate=0.01"),
 }
+KEYS = ("early_balance_loss", "balance_loss", "max_violation", "divergence_bits")
+"""What a run says of its experts: means over the first and the last quarter of its steps (balance
+loss), over the last (violation), and of the trained model on held-out text."""
 CONFIG = """
 model:
   num_layers: 3
@@ -72,7 +76,7 @@ def moe(options: argparse.Namespace) -> None:
     """Train every balance with every seed, as many at a time as there are cores."""
     folder: Path = options.folder / "moe"
     folder.mkdir(parents=True, exist_ok=True)
-    domains = list(_corpora(folder / "corpora"))
+    domains = list(corpora(folder / "corpora"))
     if len(domains) < 2:
         raise SystemExit(f"reproduce.py: only {domains} found; data/*.yaml say what to install")
     config = yaml.safe_load(CONFIG)
@@ -98,7 +102,7 @@ def moe(options: argparse.Namespace) -> None:
     print(f"written: {options.out}/moe.json, {options.out}/moe.png")
 
 
-def _corpora(folder: Path) -> Iterator[str]:
+def corpora(folder: Path) -> Iterator[str]:
     """Prepare the domains that this machine has text of; their names."""
     for name in DOMAINS:
         out = folder / name
@@ -130,13 +134,14 @@ def _train(folder: Path, name: str, seed: int, tokens: str) -> dict[str, Any]:
                 raise SystemExit(f"{name}, seed {seed}: {done.stderr[-2000:]}")
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     steps = [row for row in rows if "loss" in row]
-    late = steps[len(steps) * 3 // 4 :]
+    early, late = steps[: len(steps) // 4], steps[len(steps) * 3 // 4 :]
     experts = json.loads(picture.read_text())
     scores = [row["eval"] for row in rows if "eval" in row][-1]
     return {
         "heldout": {domain: score["bits_per_byte"] for domain, score in scores.items()},
         "max_violation": statistics.fmean(row["max_violation"] for row in late),
         "balance_loss": statistics.fmean(row["balance_loss"] for row in late),
+        "early_balance_loss": statistics.fmean(row["balance_loss"] for row in early),
         "divergence_bits": statistics.fmean(experts["divergence_bits"]),
         "share": list(experts["share"].values()),
     }
@@ -145,7 +150,7 @@ def _train(folder: Path, name: str, seed: int, tokens: str) -> dict[str, Any]:
 def _row(name: str, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     means = [statistics.fmean(row["heldout"].values()) for row in rows]
     row: dict[str, Any] = {"balance": name, "bits_per_byte": _spread(means)}
-    for key in ("max_violation", "balance_loss", "divergence_bits"):
+    for key in KEYS:
         row[key] = _spread([one[key] for one in rows])
     row["by_domain"] = {
         domain: _spread([one["heldout"][domain] for one in rows]) for domain in rows[0]["heldout"]

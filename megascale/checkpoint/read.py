@@ -24,7 +24,7 @@ from megascale.runtime.distributed import Ranks
 
 Description = tuple[tuple[int, ...], torch.dtype | None]
 MASTER_PREFIX = f"{OPTIMIZER_PREFIX}{MASTER}."
-ROUTER_STATE = ("router.load_E", "router.bias_E")
+ROUTER_STATE = ("router.load_E", "router.earlier_E", "router.bias_E")
 """Of the runs that trained them; a model that starts from another does without."""
 
 

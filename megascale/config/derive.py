@@ -198,6 +198,11 @@ def _validate_numbers(config: RunConfig) -> None:
         "model.init_std": config.model.init_std,
         "model.norm_eps": config.model.norm_eps,
     }
+    moe = config.model.moe
+    if moe is not None:
+        at_least_one["model.moe.num_experts"] = moe.num_experts
+        at_least_one["model.moe.ffn_hidden_size"] = moe.ffn_hidden_size
+        not_negative["model.moe.shared_ffn_hidden_size"] = moe.shared_ffn_hidden_size
     for name, value in at_least_one.items():
         if value is not None and value < 1:
             raise UserError(f"{name} = {value} must be at least 1")
@@ -281,7 +286,7 @@ def _validate_balance(moe: MoeConfig, num_layers: int) -> None:
             f"model.moe.micro_share = {moe.micro_share} goes with model.moe.balance=global, "
             f"not {moe.balance}"
         )
-    if moe.estimate != "previous" and moe.balance != "global":
+    if moe.estimate != MoeConfig.estimate and moe.balance != "global":
         raise UserError(
             f"model.moe.estimate = {moe.estimate} goes with model.moe.balance=global, "
             f"not {moe.balance}"

@@ -114,8 +114,11 @@ def _check_branches(parents: Sequence[tuple[ModelConfig, Tensors]], moe: MoeConf
         raise UserError("a model with model.parallel_block cannot have experts")
     if len(parents) > moe.num_experts:
         raise UserError(f"{len(parents)} branches do not fit {moe.num_experts} experts")
-    if not 1 <= moe.top_k <= moe.num_experts:
-        raise UserError(f"top-k {moe.top_k} must be from 1 to the {moe.num_experts} experts")
+    if not 2 <= moe.top_k <= moe.num_experts:
+        raise UserError(
+            f"top-k {moe.top_k} must be from 2 to the {moe.num_experts} experts; one expert alone "
+            "is weighted by its probability, which would shrink what the dense model says"
+        )
     if moe.attention_experts % len(parents) and moe.attention_experts > 1:
         raise UserError(
             f"{moe.attention_experts} attention experts cannot come evenly from {len(parents)} "

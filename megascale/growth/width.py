@@ -17,7 +17,13 @@ from megascale.growth.tensors import FC1, OUTPUT_PROJECTIONS, generator, is_laye
 
 SPREAD = 0.5
 """Standard deviation of that noise, as part of the deviation of the shared weights."""
-KEPT = ("q_layernorm.weight", "k_layernorm.weight", "router.load_E", "router.bias_E")
+KEPT = (
+    "q_layernorm.weight",
+    "k_layernorm.weight",
+    "router.load_E",
+    "router.earlier_E",
+    "router.bias_E",
+)
 """Per head dimension or per expert, of which a wider model has as many."""
 
 

@@ -71,12 +71,25 @@ class BalancedRouter(TopKRouter):  # type: ignore[misc]
         self.moe = moe
         even = torch.ones(moe.num_experts, dtype=torch.float32, device=self.weight.device)
         self.register_buffer("load_E", even)  # over the global batch before this one
+        self.register_buffer("earlier_E", even.clone())  # and before that
         if moe.balance == "loss_free":
             self.register_buffer("bias_E", even.clone())  # only differences matter
         self.segments: Segments | None = None
         """Of the micro-batch at hand; the layer sets it before it calls."""
         self.tally: Tally | None = None
         """Where choices are counted; None: nowhere, and there is no loss."""
+
+    @property
+    def foreseen_E(self) -> torch.Tensor:
+        """The load of the batch at hand as those before let expect it, or where a pass without
+        gradients found it.
+
+        A trend makes up in each step for the change of load that the step before did not know:
+        over steps the loads that were used sum to those that were.
+        """
+        if self.moe.estimate == "trend":
+            return 2 * self.load_E - self.earlier_E
+        return self.load_E
 
     def keep_exact(self) -> None:
         """Keep state in fp32 where the weights are bf16: it is sums, not activations."""
@@ -118,7 +131,7 @@ class BalancedRouter(TopKRouter):  # type: ignore[misc]
         moe, weight = self.moe, self.moe.layer_weight(self.layer_number)
         total = logits_TE.new_zeros(())
         if weight and moe.balance == "global":
-            load_E = self.tally.estimate(self.load_E, part).to(scores_TE)
+            load_E = self.tally.estimate(self.foreseen_E, part).to(scores_TE)
             total = total + weight * (scores_TE.sum(dim=0) @ load_E)
         if weight and moe.balance == "sequence":
             total = total + weight * _grouped(scores_TE, chosen_TE, part.by_sequence_GT, part)
@@ -160,17 +173,16 @@ class _Attach(torch.autograd.Function):
 def _choose(
     logits_TE: torch.Tensor, bias_E: torch.Tensor, top_k: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Choice by probability plus bias, weights by logits alone.
+    """Choice by probability plus bias, weights by probability alone; they sum to 1 from two on.
 
-    Loss-free balancing (Wang et al., arXiv 2408.15664), with softmax probabilities. The weights
-    of the chosen sum to 1; a single one has its probability, or it would teach the router nothing.
+    Loss-free balancing (Wang et al., arXiv 2408.15664), with softmax probabilities.
     """
     exact = torch.promote_types(logits_TE.dtype, torch.float32)
     scores_TE = torch.softmax(logits_TE, dim=-1, dtype=exact)
     best = (scores_TE + bias_E).topk(top_k, dim=-1).indices
-    weights = torch.softmax(logits_TE.gather(-1, best), dim=-1, dtype=exact)
-    if top_k == 1:
-        weights = scores_TE.gather(-1, best)
+    weights = scores_TE.gather(-1, best)
+    if top_k > 1:  # the quotient of probabilities, which may be 0 all
+        weights = torch.softmax(logits_TE.gather(-1, best), dim=-1, dtype=exact)
     nothing = torch.zeros_like(logits_TE)
     probs_TE = nothing.scatter(-1, best, weights.to(logits_TE.dtype))
     return probs_TE, nothing.bool().scatter(-1, best, True)
@@ -245,12 +257,12 @@ class Tally:
     def estimate(self, before_E: torch.Tensor, part: _Part) -> torch.Tensor:
         """The load of the global batch, as far as it is known in this micro-batch.
 
-        `before_E` is that of the batch before, or, where a pass without gradients found it, the
-        load itself. Corrected estimates make up in the last micro-batch for what the earlier
-        ones took instead of the load that is known by then; it stands for all of this rank.
+        `before_E` is `BalancedRouter.foreseen_E`. Corrected estimates make up in the last
+        micro-batch for what the earlier ones took instead of the load that is known by then; it
+        stands for all of this rank.
         """
         how = self._moe.estimate
-        if how in ("previous", "exact"):
+        if how in ("previous", "trend", "exact"):
             return before_E
         own_E, before_E = part.over_tensor(self.counts_SE.sum(dim=0)), before_E.double()
         tokens = own_E.sum() / self._moe.top_k
@@ -328,6 +340,7 @@ class Balance:
         load_LE = use.load_LE
         for number, router in self._routers.items():
             load_E = load_LE[number - 1].to(router.load_E)
+            router.earlier_E.copy_(router.load_E)
             router.load_E.copy_(load_E)
             if self.moe.balance == "loss_free":
                 router.bias_E += self.moe.bias_rate * torch.sign(1 - load_E)

@@ -146,7 +146,7 @@ def _moe_options(moe: MoeConfig | None, grouped: bool) -> dict[str, Any]:
     return {
         "num_moe_experts": moe.num_experts,
         "moe_router_topk": moe.top_k,
-        "moe_router_pre_softmax": moe.top_k == 1,  # else its weight were always 1
+        "moe_router_pre_softmax": moe.top_k == 1,  # one weight alone would be 1, whatever it is
         "moe_ffn_hidden_size": moe.ffn_hidden_size,
         "moe_shared_expert_intermediate_size": moe.shared_ffn_hidden_size or None,
         "moe_token_dispatcher_type": moe.dispatcher,

@@ -18,6 +18,8 @@ from megascale.monitor.metrics import read_rows, rewind
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+    from megascale.config import MoeConfig
+
 Floats = NDArray[np.float64]
 
 EXPERTS_FILE = "experts.jsonl"
@@ -29,29 +31,38 @@ experts gets nothing, in so many steps in a row."""
 class CollapseWatch:
     """Notices when a router sends (nearly) everything to few experts."""
 
-    def __init__(self, top_k: int) -> None:
-        self._top_k = top_k
+    def __init__(self, moe: MoeConfig) -> None:
+        self._moe = moe
         self._steps: NDArray[np.int64] | None = None
 
-    def see(self, load_LE: Floats) -> str | None:
-        """Take the loads of a step; a warning when a layer has just collapsed, else None."""
-        num_experts = load_LE.shape[1]
-        most = num_experts / self._top_k  # all tokens choose the expert
-        busy = load_LE.max(axis=1) >= COLLAPSED_PART * most
-        idle = (load_LE == 0).mean(axis=1) >= COLLAPSED_PART
-        collapsed = (busy | idle) & (num_experts > self._top_k)
-        before = self._steps if self._steps is not None else np.zeros(len(load_LE), np.int64)
+    def see(self, counts_LE: Floats) -> str | None:
+        """Take the choices of a step; a warning when a layer has just collapsed, else None.
+
+        Fewer tokens than experts show nothing, and stand for use as it should be.
+        """
+        num_experts, top_k = self._moe.num_experts, self._moe.top_k
+        tokens_L = counts_LE.sum(axis=1) / top_k
+        busy = counts_LE.max(axis=1) >= COLLAPSED_PART * tokens_L
+        idle = (counts_LE == 0).mean(axis=1) >= COLLAPSED_PART
+        collapsed = (busy | idle) & (tokens_L >= num_experts) & (num_experts > top_k)
+        before = self._steps if self._steps is not None else np.zeros(len(counts_LE), np.int64)
         self._steps = np.where(collapsed, before + 1, 0)
         layers = np.flatnonzero(self._steps == COLLAPSED_STEPS) + 1
         if not len(layers):
             return None
         worst = int(layers[0]) - 1
-        share = load_LE[worst].max() / most
+        share = counts_LE[worst].max() / tokens_L[worst]
         return (
             f"routing has collapsed in layer {', '.join(map(str, layers))}: for {COLLAPSED_STEPS} "
-            f"steps one expert got {share:.0%} of the tokens and {(load_LE[worst] == 0).sum()} of "
-            f"{num_experts} experts nothing; raise model.moe.balance_weight or lower optim.lr"
+            f"steps few experts got nearly all; now one gets {share:.0%} of the tokens and "
+            f"{(counts_LE[worst] == 0).sum()} of {num_experts} get nothing; {self._mend()}"
         )
+
+    def _mend(self) -> str:
+        """What would help."""
+        if self._moe.balance in ("none", "loss_free"):
+            return "set model.moe.balance=global or lower optim.lr"
+        return "raise model.moe.balance_weight or lower optim.lr"
 
 
 class ExpertLog:

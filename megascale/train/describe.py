@@ -343,6 +343,8 @@ def _files(config: RunConfig) -> list[str]:
         "plots/": "by megascale plot",
         "logs/": "of each rank",
     }
+    if config.model.moe is not None:
+        lines["experts.jsonl"] = "use of experts by layer and source"
     if config.monitor.tensorboard:
         lines["tensorboard/"] = "the same numbers for TensorBoard"
     width = len(str(run_dir)) + 1 + max(map(len, lines))

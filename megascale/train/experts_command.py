@@ -59,13 +59,13 @@ def run_experts(args: argparse.Namespace) -> int:
         uses = {name: one.experts(learner) for name, one in heldout.items()}
         if ranks.rank == 0:
             out = Path(args.out) if args.out else run / "plots"
-            _tell(uses, found.manifest.position.step, out)
+            _tell(uses, config.model.moe.top_k, found.manifest.position.step, out)
     finally:
         distributed.stop()
     return 0
 
 
-def _tell(uses: dict[str, ExpertUse], step: int, out: Path) -> None:
+def _tell(uses: dict[str, ExpertUse], top_k: int, step: int, out: Path) -> None:
     """Print a table of the layers; write experts_heldout.json and its picture."""
     from megascale.monitor.experts import divergence_L, plot_shares
 
@@ -75,9 +75,12 @@ def _tell(uses: dict[str, ExpertUse], step: int, out: Path) -> None:
     apart = divergence_L(shares)
     num_experts = shares.shape[2]
     print(f"step {step}, held-out text of {', '.join(uses)}")
-    print("layer  busiest over even  unused  divergence of sources, bits")
+    print(
+        f"layer  busiest expert (1: even, {num_experts / top_k:g}: all)  unused  divergence, bits"
+    )
     for layer, (load, bits) in enumerate(zip(pooled * num_experts, apart, strict=True), start=1):
-        print(f"{layer:>5}  {load.max():>17.2f}  {(load == 0).sum():>6}  {bits:.4f}")
+        divergence = f"{bits:.4f}" if len(uses) > 1 else "n/a, one source"
+        print(f"{layer:>5}  {load.max():>14.2f}  {(load == 0).sum():>20}  {divergence}")
     result = {
         "step": step,
         "divergence_bits": [round(float(bits), 5) for bits in apart],

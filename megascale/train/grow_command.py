@@ -50,8 +50,6 @@ def run_grow(args: argparse.Namespace) -> int:
 
     growth, out = growth_of(args), Path(args.out)
     print(write_grown([find_at(path) for path in args.checkpoints], growth, out))
-    if growth.operator == "upcycle" and growth.moe is not None and growth.moe.top_k == 1:
-        print("with --top-k 1 outputs are scaled by probabilities: not the dense model's at first")
     print(f"train it with:  megascale branch {out} CONFIG   (without a model section)")
     return 0
 

@@ -53,7 +53,7 @@ class Report:
         )
         if config.model.moe is not None:
             self._expert_log = ExpertLog(folder.path, cursor.step)
-            self._collapse = CollapseWatch(config.model.moe.top_k)
+            self._collapse = CollapseWatch(config.model.moe)
         self._plan_waits_s: list[float] = []
         self._first_scores = first_scores(folder.path)
         steps = num_steps(config.data, config.train.tokens)
@@ -125,7 +125,7 @@ class Report:
         row["balance_loss"] = float(use.loss_L.mean())
         row["max_violation"] = float(use.max_violation_L.max())
         row["dead_experts"] = int(use.dead_L.sum())
-        warning = self._collapse.see(use.load_LE.numpy())
+        warning = self._collapse.see(use.counts_SLE.sum(dim=0).numpy())
         if warning is not None:
             self._event("routing", step=step, problem=warning)
             self._say(f"warning: step {step}: {warning}")

@@ -1,8 +1,12 @@
 """Balance losses over ranks: the same gradients under any plan, and those of one process."""
 
+from typing import get_args, get_type_hints
+
 import numpy as np
 import pytest
 from test_hdp import BASE, LENGTHS, MOE, VOCAB, agree, gradients, make_plan, random_plan
+
+from megascale.config import MoeConfig
 
 ALL = tuple(range(len(LENGTHS)))
 STRONG = "model.moe.balance_weight=0.5"
@@ -94,12 +98,39 @@ def test_layouts_and_recomputation_change_nothing(ranks, kind, world, mode, cut)
     agree(ranks(world, gradients, (MOE, *overrides, *cut), plans, False, LOADS), *expected, 1e-4)
 
 
+@pytest.mark.parametrize("balance", ["none", "loss_free"])
+def test_the_language_model_teaches_routers_of_one_expert(ranks, balance):
+    """Were weights to sum to 1, the weight of one would not depend on the router."""
+    options = ("model.moe.top_k=1", f"model.moe.balance={balance}")
+    _, found = one_by_one(ranks, options, True)
+    grad, _ = found["decoder.layers.0.mlp.router.weight"]
+    assert np.linalg.norm(grad) > 1e-3
+
+
 def test_micro_balances_a_ring_as_one(ranks):
     """A ring of two holds one micro-batch, as one rank would."""
     overrides = (STRONG, "model.moe.balance=micro")
     expected = at_once(ranks, overrides, True)
     plan = make_plan(LENGTHS, 2, "free", [((1, 0), ALL)])
     agree(ranks(2, gradients, (MOE, *overrides), [plan], True), *expected, tolerance=1e-6)
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "balance=micro",
+        "balance=sequence",
+        "balance=loss_free",
+        *(f"estimate={how}" for how in get_args(get_type_hints(MoeConfig)["estimate"])),
+    ],
+)
+def test_a_rank_of_padding_alone_changes_nothing(ranks, kind):
+    """With experts on two ranks the other one runs as many micro-batches, all without a token."""
+    overrides = (STRONG, f"model.moe.{kind}")
+    expected = one_by_one(ranks, overrides, False, LOADS)
+    plan = make_plan(LENGTHS, 2, "lockstep", [((0,), (i,)) for i in ALL])
+    overrides = (MOE, *overrides, "parallel.expert=2")
+    agree(ranks(2, gradients, overrides, [plan], False, LOADS), *expected, tolerance=1e-4)
 
 
 # ----------------------------------------------------------------- megatron-core's loss, upstream
@@ -129,7 +160,7 @@ def upstream_gradient(per_token):
     weight = torch.randn(router.weight.shape, generator=generator)
     tokens = torch.randn(64, 1, core.hidden_size, generator=generator)
     router.weight.data.copy_(weight)
-    MoEAuxLossAutoScaler.set_loss_scale(torch.tensor(1.0))
+    MoEAuxLossAutoScaler.set_loss_scale(torch.ones(1))  # of the shape that its schedules set
     mine = tokens.chunk(ranks.world)[ranks.rank]
     probs, _ = router(mine)
     (0.0 * probs.sum()).backward()

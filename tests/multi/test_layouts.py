@@ -84,6 +84,7 @@ def single(ranks, overrides=()):
         (2, ["model.moe.num_experts=4", "parallel.expert=2"]),
         (2, ["model.moe.num_experts=4", "parallel.expert=2", "model.moe.dispatcher=allgather"]),
         (2, ["model.moe.num_experts=4", "parallel.tensor=2"]),
+        (2, ["model.moe.num_experts=4", "model.moe.top_k=1"]),
         (2, ["model.moe.num_experts=4", "model.moe.shared_ffn_hidden_size=32"]),
         (3, ["model.moe.num_experts=4", "model.moe.balance=loss_free", "model.moe.bias_rate=0.1"]),
         (4, ["model.moe.num_experts=4", "parallel.expert=2", "parallel.pipeline=2"]),

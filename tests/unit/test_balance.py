@@ -2,6 +2,7 @@
 
 import json
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -28,7 +29,7 @@ CPU = torch.device("cpu")
 
 def part_of(lengths, padding=0):
     """A rank that holds whole sequences, and says so itself."""
-    ids = np.zeros(max(lengths), dtype=np.int64)
+    ids = np.zeros(max(lengths, default=0), dtype=np.int64)
     sequences = [TokenSequence(ids[:n], ids[:n]) for n in lengths]
     multiple = sum(lengths) + padding if padding else 1
     batch = pack(sequences, 0, multiple, CPU, sources=[i % 2 for i in range(len(lengths))])
@@ -75,6 +76,32 @@ def test_all_tokens_to_one_expert_is_the_number_of_experts():
     loss, grad = grouped([[1.0, 0, 0, 0]] * 5, [[1.0, 0, 0, 0]] * 5, everything, [5])
     assert loss / 5 == pytest.approx(4.0)
     assert grad.tolist() == [[4.0, 0, 0, 0]] * 5
+
+
+def test_all_tokens_to_the_same_experts_is_the_number_of_experts_over_top_k():
+    """As much as there can be; the violation is one less."""
+    counts = torch.tensor([[[6.0, 6.0, 0.0, 0.0, 0.0, 0.0]]]).double()
+    use = balance.ExpertUse(counts, torch.tensor([[0.5, 0.5, 0, 0, 0, 0]]).double())
+    assert use.loss_L.tolist() == [3.0] and use.max_violation_L.tolist() == [2.0]
+    assert use.dead_L.tolist() == [4]
+
+
+@pytest.mark.parametrize("groups", ["everything", "by_sequence"])
+def test_a_micro_batch_without_tokens_has_no_loss(groups):
+    """Ranks that have run out of sequences run padding."""
+    part = part_of([], padding=4)
+    assert part.num_tokens == 0
+    scores = torch.zeros(0, 4, requires_grad=True)
+    loss = balance._grouped(scores, scores.detach(), globals()[groups](part), part)
+    assert float(loss.detach()) == 0.0
+    assert torch.autograd.grad(loss, scores)[0].shape == (0, 4)
+
+
+@pytest.mark.parametrize("groups", ["everything", "by_sequence"])
+def test_fewer_tokens_than_experts_are_balanced_like_any(groups):
+    """One token of top-1 among four: the whole of its choice on one expert."""
+    loss, grad = grouped([[0.0, 1, 0, 0]], [[0.1, 0.7, 0.1, 0.1]], globals()[groups], [1])
+    assert loss == pytest.approx(4 * 0.7) and grad.tolist() == [[0, 4.0, 0, 0]]
 
 
 def test_the_loss_of_groups_is_weighted_by_their_tokens():
@@ -157,7 +184,25 @@ def test_a_last_micro_batch_without_tokens_corrects_nothing():
 
 
 def test_the_batch_before_is_taken_as_it_was():
-    assert tally_of("previous", [(4, 0), (0, 1)], before=(0.5, 1.5)) == [[0.5, 1.5]] * 2
+    for how in ("previous", "trend"):
+        assert tally_of(how, [(4, 0), (0, 1)], before=(0.5, 1.5)) == [[0.5, 1.5]] * 2
+
+
+def test_a_trend_makes_up_for_what_the_step_before_did_not_know():
+    """Over steps the loads that were taken sum to those that were, but for the last change."""
+    router = SimpleNamespace(load_E=torch.ones(2), earlier_E=torch.ones(2), moe=MoeConfig())
+    ours = balance.Balance.__new__(balance.Balance)
+    ours.moe, ours._routers = router.moe, {1: router}
+    found = np.random.default_rng(0).dirichlet([3.0, 3.0], 6) * 2
+    taken = []
+    for load in found:
+        taken.append(balance.BalancedRouter.foreseen_E.fget(router).numpy())
+        counts = torch.from_numpy(load)[None, None] * 50
+        ours.adopt(balance.ExpertUse(counts, torch.full((1, 2), 0.5)))
+    assert taken[0].tolist() == [1, 1] and taken[1] == pytest.approx(2 * found[0] - 1)
+    assert sum(taken) == pytest.approx(sum(found) - (found[-1] - found[-2]))
+    router.moe = MoeConfig(estimate="previous")
+    assert balance.BalancedRouter.foreseen_E.fget(router).numpy() == pytest.approx(found[-1])
 
 
 def test_loads_without_a_choice_are_even():
@@ -169,14 +214,22 @@ def test_loads_without_a_choice_are_even():
 
 def test_a_bias_changes_the_choice_and_not_the_weights():
     logits = torch.tensor([[2.0, 1.0, 0.0]])
-    probs, chosen = balance._choose(logits, torch.zeros(3), 1)
-    assert chosen.tolist() == [[True, False, False]] and probs.tolist() == [[1.0, 0.0, 0.0]]
-    _, chosen = balance._choose(logits, torch.tensor([0.0, 0.0, 0.9]), 1)
-    assert chosen.tolist() == [[False, False, True]]
+    _, chosen = balance._choose(logits, torch.zeros(3), 2)
+    assert chosen.tolist() == [[True, True, False]]
     probs, chosen = balance._choose(logits, torch.tensor([0.0, 0.0, 0.9]), 2)
     assert chosen.tolist() == [[True, False, True]]
     expected = [1 / (1 + math.exp(-2)), 0.0, 1 / (1 + math.exp(2))]
     assert probs.tolist() == [pytest.approx(expected)]
+
+
+def test_one_expert_alone_is_weighted_by_its_probability():
+    logits = torch.tensor([[2.0, 1.0, 0.0]])
+    everything = torch.softmax(logits, dim=-1)[0]
+    for bias, best in ((0.0, 0), (0.9, 2)):
+        probs, chosen = balance._choose(logits, torch.tensor([0.0, 0.0, bias]), 1)
+        assert chosen[0].tolist() == [expert == best for expert in range(3)]
+        expected = [float(everything[best]) * (expert == best) for expert in range(3)]
+        assert probs[0].tolist() == pytest.approx(expected)
 
 
 # ------------------------------------------------------------------------------------ observation
@@ -191,15 +244,50 @@ def test_use_of_experts_in_numbers():
     assert use.dead_L.tolist() == [0, 0]
 
 
+def collapse_watch(**options):
+    return CollapseWatch(MoeConfig(**{"num_experts": 4, "top_k": 2, **options}))
+
+
+COLLAPSED = np.array([[6.0, 6.0, 6.0, 6.0], [12.0, 12.0, 0.0, 0.0]])
+"""Choices of 12 tokens in 2 layers."""
+
+
 def test_collapse_is_said_once_and_only_when_it_lasts():
-    even, collapsed = np.ones((2, 4)), np.array([[1.0] * 4, [2.0, 2.0, 0.0, 0.0]])
-    watch = CollapseWatch(top_k=2)
-    said = [watch.see(collapsed) for _ in range(COLLAPSED_STEPS + 5)]
+    watch, even = collapse_watch(), COLLAPSED[[0, 0]]
+    said = [watch.see(COLLAPSED) for _ in range(COLLAPSED_STEPS + 5)]
     assert [bool(one) for one in said].index(True) == COLLAPSED_STEPS - 1
     assert sum(map(bool, said)) == 1 and "in layer 2:" in said[COLLAPSED_STEPS - 1]
-    watch = CollapseWatch(top_k=2)
-    assert not any(watch.see(one) for one in [collapsed] * (COLLAPSED_STEPS - 1) + [even] * 20)
-    assert not any(CollapseWatch(top_k=4).see(even) for _ in range(20))  # all experts always
+    assert "now one gets 100% of the tokens and 2 of 4 get nothing" in said[COLLAPSED_STEPS - 1]
+    watch = collapse_watch()
+    steps = [COLLAPSED] * (COLLAPSED_STEPS - 1) + [even] * 20
+    assert not any(watch.see(one) for one in steps)
+    always = collapse_watch(top_k=4)  # all experts, for every token
+    assert not any(always.see(even) for _ in range(20))
+
+
+def test_collapse_is_said_again_when_it_comes_back():
+    watch, even = collapse_watch(), COLLAPSED[[0, 0]]
+    steps = ([COLLAPSED] * COLLAPSED_STEPS + [even]) * 2
+    assert sum(bool(watch.see(one)) for one in steps) == 2
+
+
+def test_batches_of_fewer_tokens_than_experts_show_no_collapse():
+    watch = collapse_watch()
+    assert not any(watch.see(COLLAPSED / 4) for _ in range(20))
+    assert not any(watch.see(0 * COLLAPSED) for _ in range(20))
+
+
+@pytest.mark.parametrize(
+    "balance, mend",
+    [
+        ("none", "set model.moe.balance=global"),
+        ("loss_free", "set model.moe.balance=global"),
+        ("global", "raise model.moe.balance_weight"),
+    ],
+)
+def test_a_collapse_says_what_would_mend_it(balance, mend):
+    watch = collapse_watch(balance=balance)
+    assert mend in [watch.see(COLLAPSED) for _ in range(COLLAPSED_STEPS)][-1]
 
 
 def test_divergence_of_sources():

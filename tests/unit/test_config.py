@@ -188,6 +188,21 @@ def test_balances_that_cannot_be(words, message):
     assert message in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        ("num_experts: 0", "model.moe.num_experts = 0 must be at least 1"),
+        ("num_experts: 4, top_k: 0", "model.moe.top_k = 0 must be from 1 to"),
+        ("ffn_hidden_size: 0", "model.moe.ffn_hidden_size = 0 must be at least 1"),
+        ("shared_ffn_hidden_size: -1", "= -1 must be a finite number, at least 0"),
+    ],
+)
+def test_experts_that_cannot_be(words, message):
+    with pytest.raises(UserError) as caught:
+        final(f"model.moe={{{words}}}")
+    assert message in str(caught.value)
+
+
 def test_layers_may_have_balance_weights_of_their_own():
     moe = final("model.moe={num_experts: 4, balance_weights: [0.1, 0.2]}").model.moe
     assert [moe.layer_weight(layer) for layer in (1, 2)] == [0.1, 0.2]

@@ -9,6 +9,7 @@ SEEDS = [
         "heldout": {"code": 1.0 + seed, "prose": 3.0 + seed},
         "max_violation": 0.5,
         "balance_loss": 1.1,
+        "early_balance_loss": 1.2,
         "divergence_bits": 0.1 * seed,
     }
     for seed in (0, 1, 5)

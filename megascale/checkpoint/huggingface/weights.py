@@ -16,7 +16,7 @@ from megascale.errors import UserError
 from megascale.model.counts import padded_vocab_size
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
-LOADS = "decoder.layers.mlp.router.load_E"
+LOADS = ("decoder.layers.mlp.router.load_E", "decoder.layers.mlp.router.earlier_E")
 NOT_WEIGHTS = ".rotary_emb.inv_freq"
 """End of the names of tables that old versions of transformers saved too."""
 
@@ -148,7 +148,8 @@ def import_pieces(files: ModelFiles, model: ModelConfig, dtype: torch.dtype) -> 
     for match in matches(model):
         yield match.piece(match.join([files.read(name) for name in match.names]).to(dtype))
     if model.moe is not None:
-        yield Piece.whole(LOADS, torch.ones(model.num_layers, model.moe.num_experts))
+        for name in LOADS:
+            yield Piece.whole(name, torch.ones(model.num_layers, model.moe.num_experts))
 
 
 def check_files(files: ModelFiles, model: ModelConfig) -> torch.dtype:

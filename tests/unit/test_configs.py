@@ -1,0 +1,28 @@
+"""The runs in `configs` can be planned as they stand, on a corpus in place of theirs."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+from tiny_corpus import EOD, VOCAB, write_tiny_corpus
+
+from megascale import cli
+
+CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    return write_tiny_corpus(tmp_path_factory.mktemp("corpus"), files=200, max_bytes=40000)
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_a_config_is_planned(corpus, tmp_path, path, capsys):
+    heldout = corpus.parent / "heldout"
+    source = f"{{path: {corpus}, heldout: {heldout}, vocab_size: {VOCAB}, eod_id: {EOD}}}"
+    names = yaml.safe_load(path.read_text())["data"]["sources"]
+    given = [f"data.sources.{name}={source}" for name in names]
+    words = ("plan", str(path), "--ranks", "2", f"run_dir={tmp_path}", "data.max_epochs=", *given)
+    assert cli.main(words) == 0, capsys.readouterr().err
+    shown = capsys.readouterr().out
+    assert "step 0" in shown and "warning" not in shown, shown
