@@ -3,7 +3,7 @@
 One: sparse upcycling (arXiv 2212.05055), every expert a copy. Several branches of one seed:
 experts from each (Branch-Train-MiX), and with attention experts BAM (arXiv 2408.08274); what is
 no expert is averaged, and routers begin random. The weights of the chosen experts sum to 1, so
-equal branches give the dense model's logits; but with top-1 the weight is the probability.
+equal branches give the dense model's logits. (The weight of one alone is its probability.)
 """
 
 from __future__ import annotations
