@@ -290,9 +290,8 @@ def test_a_run_grows_by_itself(ranks, growing, tmp_path):
     assert status == 0, said
     small, grown = curve(tmp_path / "run-base"), curve(run)
     assert list(small) == [1, 2, 3] and list(grown) == [0, 1, 2, 3, 4, 5, 6]
-    assert grown[1]["lr"] == small[1]["lr"] and grown[3]["lr"] == pytest.approx(
-        small[3]["lr"], 0.02
-    )
+    for step in (1, 3):  # the same schedule, from its beginning
+        assert grown[step]["lr"] == pytest.approx(small[step]["lr"], rel=0.02)
     assert grown[1]["loss"] < small[1]["loss"] - 0.3
     assert "source 'tiny' goes on after the" in said and "2 layers 4" in said
     (state,) = ranks(1, tensors, run)
