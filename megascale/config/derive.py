@@ -280,7 +280,7 @@ def _validate_balance(moe: MoeConfig, num_layers: int) -> None:
     values += [(f"model.moe.balance_weights[{i}]", one) for i, one in enumerate(weights or ())]
     for name, value in values:
         if not 0 <= value < math.inf:
-            raise UserError(f"{name} = {value} must be at least 0")
+            raise UserError(f"{name} = {value} must be a finite number, at least 0")
     if moe.micro_share and moe.balance != "global":
         raise UserError(
             f"model.moe.micro_share = {moe.micro_share} goes with model.moe.balance=global, "

@@ -344,6 +344,7 @@ class Balance:
             router.load_E.copy_(load_E)
             if self.moe.balance == "loss_free":
                 router.bias_E += self.moe.bias_rate * torch.sign(1 - load_E)
+                router.bias_E -= router.bias_E.mean()  # signs need not sum to 0
 
     def _tallies(self) -> Iterator[Tally]:
         for router in self._routers.values():

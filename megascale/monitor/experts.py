@@ -42,7 +42,8 @@ class CollapseWatch:
         """
         num_experts, top_k = self._moe.num_experts, self._moe.top_k
         tokens_L = counts_LE.sum(axis=1) / top_k
-        busy = counts_LE.max(axis=1) >= COLLAPSED_PART * tokens_L
+        even = top_k / num_experts
+        busy = counts_LE.max(axis=1) >= (even + COLLAPSED_PART * (1 - even)) * tokens_L
         idle = (counts_LE == 0).mean(axis=1) >= COLLAPSED_PART
         collapsed = (busy | idle) & (tokens_L >= num_experts) & (num_experts > top_k)
         before = self._steps if self._steps is not None else np.zeros(len(counts_LE), np.int64)

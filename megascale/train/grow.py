@@ -31,11 +31,11 @@ def write_grown(found: Sequence[Found], growth: Growth, out: Path) -> str:
     made_by = f"megascale grow --operator {growth.operator} {_detail(growth)}"
     after = count_parameters(model).total
     manifest = write_checkpoint(out, _shown(pieces, 4 * after), _position(found, model, made_by))
-    before = sum(count_parameters(one).total for one, _ in parents)
+    before = count_parameters(parents[0][0]).total
     size = sum(file.bytes for file in manifest.files.values())
     return (
         f"{made_by}: {before:,} parameters become {after:,}, {parents[0][0].num_layers} layers "
-        f"{model.num_layers}; {size / 1e6:,.1f} MB in {out}"
+        f"become {model.num_layers}; {size / 1e6:,.1f} MB in {out}"
     )
 
 

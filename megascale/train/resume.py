@@ -12,6 +12,9 @@ from megascale.errors import UserError
 
 ORDER_OF_DATA = ("seed", "data.context_tokens", "data.global_batch_tokens")
 WEIGHTS = ("model",)
+CHANGEABLE = ("implementation", "moe.balance_weight", "moe.balance_weights", "moe.micro_share")
+CHANGEABLE += ("moe.estimate", "moe.bias_rate", "moe.z_loss_coeff")
+"""Of the model's options, those that change no weight and no function."""
 
 
 def compare_configs(saved_yaml: str, config: RunConfig) -> list[str]:
@@ -25,7 +28,7 @@ def compare_configs(saved_yaml: str, config: RunConfig) -> list[str]:
     changed = changes(old, new)
     for key, (was, now) in changed.items():
         fixed = key in ORDER_OF_DATA or key.split(".")[0] in WEIGHTS
-        if fixed and key != "model.implementation":
+        if fixed and key.removeprefix("model.") not in CHANGEABLE:
             raise UserError(
                 f"{key} was {was} when the checkpoint was written and is "
                 f"{now} now; set it back, or branch off into a new run_dir with start.checkpoint"

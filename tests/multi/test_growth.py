@@ -293,7 +293,7 @@ def test_a_run_grows_by_itself(ranks, growing, tmp_path):
     for step in (1, 3):  # the same schedule, from its beginning
         assert grown[step]["lr"] == pytest.approx(small[step]["lr"], rel=0.02)
     assert grown[1]["loss"] < small[1]["loss"] - 0.3
-    assert "source 'tiny' goes on after the" in said and "2 layers 4" in said
+    assert "source 'tiny' goes on after the" in said and "2 layers become 4" in said
     (state,) = ranks(1, tensors, run)
     assert state["decoder.layers.mlp.linear_fc2.weight"].shape[0] == 4
 

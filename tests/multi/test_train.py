@@ -144,6 +144,16 @@ def test_a_resume_does_not_become_another_run(ranks, config, tmp_path, word, mes
     assert status == 0 and "changed since the checkpoint: optim.schedule" in said
 
 
+def test_the_balance_of_experts_may_change_on_resume(ranks, config, tmp_path):
+    words = (config, tmp_path / "run", "model.moe.num_experts=4")
+    assert train(ranks, 1, *words, "train.stop_after_steps=2")[0] == 0
+    stronger = ("model.moe.balance_weight=0.5", "model.moe.estimate=exact")
+    status, said = train(ranks, 1, *words, *stronger, "--resume", "auto")
+    assert status == 0 and "changed since the checkpoint: model.moe.estimate" in said
+    status, said = train(ranks, 1, *words, "model.moe.top_k=1", "--resume", "auto")
+    assert status == 2 and "model.moe.top_k was 2" in said
+
+
 @pytest.mark.parametrize(
     "words, message",
     [

@@ -265,6 +265,15 @@ def test_collapse_is_said_once_and_only_when_it_lasts():
     assert not any(always.see(even) for _ in range(20))
 
 
+def test_even_use_is_no_collapse_however_many_experts_a_token_visits():
+    for num_experts in range(2, 10):
+        for top_k in range(1, num_experts + 1):
+            watch = collapse_watch(num_experts=num_experts, top_k=top_k)
+            even = np.full((1, num_experts), 100.0 * top_k / num_experts)
+            nearly = even * np.where(np.arange(num_experts) == 0, 1.05, 1.0)
+            assert not any(watch.see(one) for one in [even, nearly] * COLLAPSED_STEPS)
+
+
 def test_collapse_is_said_again_when_it_comes_back():
     watch, even = collapse_watch(), COLLAPSED[[0, 0]]
     steps = ([COLLAPSED] * COLLAPSED_STEPS + [even]) * 2

@@ -172,14 +172,20 @@ def test_experts_must_divide():
 @pytest.mark.parametrize(
     "words, message",
     [
-        ("balance_weight: -1", "model.moe.balance_weight = -1.0 must be at least 0"),
-        ("balance_weight: .inf", "must be at least 0"),
+        (
+            "balance_weight: -1",
+            "model.moe.balance_weight = -1.0 must be a finite number, at least 0",
+        ),
+        ("balance_weight: .inf", "must be a finite number, at least 0"),
         ("balance_weights: [0.1]", "has 1 values; give one for each of the 2 layers"),
-        ("balance_weights: [0.1, -0.1]", "balance_weights[1] = -0.1 must be at least 0"),
+        (
+            "balance_weights: [0.1, -0.1]",
+            "balance_weights[1] = -0.1 must be a finite number, at least 0",
+        ),
         ("balance: even", "must be one of global, micro"),
         ("balance: micro, micro_share: 0.1", "goes with model.moe.balance=global, not micro"),
         ("balance: sequence, estimate: exact", "goes with model.moe.balance=global, not sequence"),
-        ("z_loss_coeff: -0.1", "model.moe.z_loss_coeff = -0.1 must be at least 0"),
+        ("z_loss_coeff: -0.1", "model.moe.z_loss_coeff = -0.1 must be a finite number, at least 0"),
     ],
 )
 def test_balances_that_cannot_be(words, message):
