@@ -8,6 +8,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from importlib import import_module
+from typing import NoReturn
 
 from megascale import __version__
 from megascale.errors import RankError, UserError
@@ -22,6 +23,31 @@ VERBS = {
         "megascale.corpus.check_command:check",
         "find faults in a corpus before training on it",
         "megascale data check corpora/python_stdlib",
+    ),
+    "infowindow train-m1": (
+        "megascale.train.train_m1:train_m1",
+        "train the byte model behind Equal-Info Windows",
+        "megascale infowindow train-m1 corpora/python_stdlib --out m1",
+    ),
+    "infowindow compile": (
+        "megascale.infowindow.commands:compile",
+        "run it once, to make the codebook that codes without it",
+        "megascale infowindow compile m1/m1.safetensors --out m1/b16.safetensors",
+    ),
+    "infowindow encode": (
+        "megascale.infowindow.commands:encode",
+        "code any file in windows of equally many bits",
+        "megascale infowindow encode README.md README.eqi --codebook m1/b16.safetensors",
+    ),
+    "infowindow decode": (
+        "megascale.infowindow.commands:decode",
+        "get the file back",
+        "megascale infowindow decode README.eqi again.md --codebook m1/b16.safetensors",
+    ),
+    "infowindow inspect": (
+        "megascale.infowindow.commands:inspect",
+        "show what windows hold",
+        "megascale infowindow inspect m1/b16.safetensors --text README.md",
     ),
     "plan": (
         "megascale.train.plan_command:plan",
@@ -52,6 +78,16 @@ VERBS = {
         "megascale.train.command:train",
         "train one rank; under torchrun, many",
         "torchrun --nproc-per-node 2 -m megascale train configs/quickstart.yaml --resume auto",
+    ),
+    "launch": (
+        "megascale.resilience.launch_command:launch",
+        "train on this node and start again what fails; one on every node of a job",
+        "megascale launch configs/quickstart.yaml --ranks-per-node 2",
+    ),
+    "submit": (
+        "megascale.train.submit_command:submit",
+        "submit a run, a sweep or the preparation of a corpus to Slurm",
+        "megascale submit configs/quickstart.yaml --nodes 2 --dry-run",
     ),
     "branch": (
         "megascale.train.command:branch",
@@ -93,8 +129,33 @@ VERBS = {
         "say what this machine has, and what is wrong with it",
         "megascale doctor",
     ),
+    "checkpoint list": (
+        "megascale.checkpoint.commands:list",
+        "what a run has saved",
+        "megascale checkpoint list runs/quickstart",
+    ),
+    "checkpoint verify": (
+        "megascale.checkpoint.commands:verify",
+        "read checkpoints and compare their checksums",
+        "megascale checkpoint verify runs/quickstart",
+    ),
+    "checkpoint prune": (
+        "megascale.checkpoint.commands:prune",
+        "delete old checkpoints",
+        "megascale checkpoint prune runs/quickstart --keep-last 1 --dry-run",
+    ),
+    "status": (
+        "megascale.monitor.status_command:status",
+        "where a run is, and where its time went",
+        "megascale status runs/quickstart --watch",
+    ),
+    "report": (
+        "megascale.monitor.report_command:report",
+        "a run as one HTML page: curves, lost time, starts, events, config",
+        "megascale report runs/quickstart",
+    ),
     "plot": (
-        "megascale.monitor.plot_command:plot",
+        "megascale.train.plot_command:plot",
         "draw the curves of one or more runs",
         "megascale plot runs/quickstart",
     ),
@@ -144,7 +205,7 @@ def _run(verb: str, words: list[str]) -> int:
     where, purpose, example = VERBS[verb]
     module, name = where.split(":")
     provider = import_module(module)
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog=f"megascale {verb}",
         description=f"{purpose[0].upper()}{purpose[1:]}.",
         epilog=f"example: {example}",
@@ -154,6 +215,13 @@ def _run(verb: str, words: list[str]) -> int:
     declare(parser)
     run: Callable[[argparse.Namespace], int] = getattr(provider, f"run_{name}")
     return run(parser.parse_intermixed_args(words))
+
+
+class _Parser(argparse.ArgumentParser):
+    """What cannot be parsed is bad input like any other."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; '{self.prog} --help' says what would work")
 
 
 def _overview() -> str:

@@ -8,7 +8,6 @@ import gc
 import multiprocessing as mp
 import os
 import signal
-import socket
 import sys
 import tempfile
 import time
@@ -16,6 +15,8 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from drive import free_port
 
 MOST_THREADS = 600
 """Of a worker, which is replaced then: process groups that something still holds leave two
@@ -36,9 +37,11 @@ class RankPools:
         A rank that raises fails the call with its traceback. When the call takes longer than
         `timeout_s`, the ranks are killed and the error holds the Python stacks of all.
         """
+        # one that was killed from outside fails no test but the one that it was in
+        self._workers = [worker for worker in self._workers if worker.process.is_alive()]
         while len(self._workers) < world:
             self._workers.append(Worker())
-        workers, port = self._workers[:world], _free_port()
+        workers, port = self._workers[:world], free_port()
         task = (function.__module__, function.__qualname__, args)
         for rank, worker in enumerate(workers):
             worker.pipe.send((rank, world, port, task))
@@ -150,9 +153,3 @@ def _call(module: str, name: str, args: tuple[Any, ...]) -> tuple[bool, Any]:
         with contextlib.suppress(Exception):
             distributed.stop()
         gc.collect()  # models are cycles, and hold the groups: three threads each that stay awake
-
-
-def _free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sysconfig
 from pathlib import Path
 
@@ -49,3 +50,8 @@ def tiny_config(folder: Path, **changes: str) -> Path:
     text = "".join(f"{name}: {value}\n" for name, value in {**sections, **changes}.items())
     path.write_text(text)
     return path
+
+
+def rows(path):
+    """The objects of a file of JSON lines; empty lines do not count."""
+    return [json.loads(line) for line in path.read_text().splitlines() if line]

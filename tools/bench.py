@@ -19,7 +19,7 @@ def main() -> int:
         prog="bench.py",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="\n".join(f"{name:<9} {bench.__doc__}" for name, bench in BENCHMARKS.items()),
+        epilog="\n".join(f"{name:<10} {bench.__doc__}" for name, bench in BENCHMARKS.items()),
     )
     parser.add_argument("name", choices=BENCHMARKS)
     parser.add_argument("options", nargs=argparse.REMAINDER, help="try: bench.py planner --help")
@@ -113,6 +113,34 @@ def simulate() -> None:
     bench_simulate()
 
 
+def infowindow(options: Sequence[str] = ()) -> None:
+    """Equal-Info Windows against tokenizers in use: speed, exactness, ratios; has options."""
+    from bench_infowindow import bench_infowindow
+
+    bench_infowindow(options)
+
+
+def slow_rank(options: Sequence[str] = ()) -> None:
+    """One of two ranks is slow: steps with measured speeds of ranks and without; has options."""
+    from bench_slow_rank import bench_slow_rank
+
+    bench_slow_rank(options)
+
+
+def store(options: Sequence[str] = ()) -> None:
+    """Operations on the store for setting up groups, by number of ranks; has options."""
+    from bench_store import bench_store
+
+    bench_store(options)
+
+
+def overhead(options: Sequence[str] = ()) -> None:
+    """Step times with heartbeats and timers of ranks on and off; has options."""
+    from bench_overhead import bench_overhead
+
+    bench_overhead(options)
+
+
 BENCHMARKS: dict[str, Callable[[], None]] = {
     "step": step,
     "save": save,
@@ -123,8 +151,21 @@ BENCHMARKS: dict[str, Callable[[], None]] = {
     "hdp": hdp,
     "balance": balance,
     "estimates": estimates,
+    "infowindow": infowindow,
+    "slow_rank": slow_rank,
+    "store": store,
+    "overhead": overhead,
 }
-WITH_OPTIONS = {"planner": planner, "hdp": hdp, "balance": balance, "estimates": estimates}
+WITH_OPTIONS = {
+    "planner": planner,
+    "hdp": hdp,
+    "balance": balance,
+    "estimates": estimates,
+    "infowindow": infowindow,
+    "slow_rank": slow_rank,
+    "store": store,
+    "overhead": overhead,
+}
 
 if __name__ == "__main__":
     sys.exit(main())

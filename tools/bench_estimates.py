@@ -33,7 +33,8 @@ import yaml
 from bench_hdp import RESULTS, to_json
 from bench_planner import Progress
 from numpy.typing import NDArray
-from reproduce import ROOT, corpora
+from reproduce_moe import DOMAINS
+from small_runs import ROOT, corpora
 
 Floats = NDArray[np.float64]
 
@@ -87,7 +88,7 @@ class Trial:
         from megascale.train.describe import cost_model
         from megascale.train.step import Learner
 
-        self.domains = list(corpora(folder))
+        self.domains = list(corpora(folder, DOMAINS))
         raw = yaml.safe_load(CONFIG)
         raw["data"]["sources"] = {name: {"path": str(folder / name)} for name in self.domains}
         raw["data"]["stages"] = [{"blend": dict.fromkeys(self.domains, 1.0)}]
@@ -408,7 +409,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument("--quick", action="store_true", help="few steps, nothing kept")
     parser.add_argument("--out", type=Path, help="folder; default: configs/results, if not quick")
-    default = ROOT / "runs" / "reproduce" / "moe" / "corpora"
+    default = ROOT / "runs" / "reproduce" / "corpora"
     parser.add_argument("--corpora", type=Path, default=default, help="made where they are not")
     add = parser.add_argument
     add("--part", choices=["regimes", "training"], help="renew this part of the results only")

@@ -49,8 +49,16 @@ class Verdict:
         return {"free": self.free_s, "aligned": self.pipeline_s, "lockstep": self.lock_s}[mode]
 
 
-def judge(plan: Mapping[str, Any], lengths: ArrayLike, cost: Cost, pipeline: int = 4) -> Verdict:
+def judge(
+    plan: Mapping[str, Any],
+    lengths: ArrayLike,
+    cost: Cost,
+    pipeline: int = 4,
+    slowdown: ArrayLike | None = None,
+) -> Verdict:
     """Check `plan` for sequences of `lengths` tokens and time it with `pipeline` stages.
+
+    `slowdown` says how many times as long each rank takes, where that differs.
 
     `cost` is the content of a COST.json with exactly the keys COST_KEYS, in seconds of one
     pipeline stage. Raises ValueError for other keys. A plan that does not do the step (ranks or
@@ -67,6 +75,10 @@ def judge(plan: Mapping[str, Any], lengths: ArrayLike, cost: Cost, pipeline: int
         return Verdict(tuple(problems), *[float("inf")] * 4, bound_s)
     problems = _broken_rules(flat, plan, tokens)
     seconds = _ring_seconds(flat, tokens, cost)
+    if slowdown is not None:
+        pace = np.zeros(len(seconds))
+        np.maximum.at(pace, flat.rings, np.asarray(slowdown, dtype=np.float64)[flat.ranks])
+        seconds = seconds * pace
     end_s, waves = _run_free(flat, seconds)
     slowest = np.zeros(int(waves.max(initial=-1)) + 1)
     np.maximum.at(slowest, waves, seconds)

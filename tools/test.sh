@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Runs the tests in an environment of their own.
-# Usage: bash tools/test.sh [--python python3.12] [arguments of pytest]
+# Usage: bash tools/test.sh [--python python3.12] [arguments of pytest, such as -n 0: one by one]
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . tools/environment.sh
@@ -13,5 +13,5 @@ fi
 base=$(find_python "$name")
 folder=.venv-test-$("$base" -c 'import sys; print("%d.%d" % sys.version_info[:2])')
 make_environment "$folder" "$base" "[test]"
-# one thread per process: the tests start up to 4 ranks
-PATH=$PWD/$folder/bin:$PATH OMP_NUM_THREADS=1 exec "$python" -m pytest "$@"
+# one thread per process: the tests start up to 4 ranks; many wait, so files are run two at a time
+PATH=$PWD/$folder/bin:$PATH OMP_NUM_THREADS=1 exec "$python" -m pytest -n 2 --dist loadfile "$@"

@@ -4,9 +4,15 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from megascale.errors import UserError
+
 LATEST = "latest"
+EMERGENCY = "emergency"
+"""File of a run that makes emergency copies: which of them belong to it."""
 UNFINISHED = ".tmp-"
 REPLACED = ".old-"
 
@@ -78,6 +84,39 @@ def write_synced(path: Path, content: bytes) -> None:
         os.fsync(stream.fileno())
 
 
+def replace_file(path: Path, content: bytes) -> None:
+    """Write a file that appears whole or not at all: what was there stays where that fails."""
+    partial = path.with_name(f"{UNFINISHED}{path.name}")
+    try:
+        write_synced(partial, content)
+        partial.replace(path)
+    except OSError:
+        with suppress(OSError):
+            partial.unlink()
+        raise
+
+
+@contextmanager
+def whole_or_not_at_all(out: Path) -> Iterator[Path]:
+    """A folder beside `out`, not made yet, that becomes `out` when the block ends well.
+
+    Raises UserError where `out` exists or cannot be written.
+    """
+    if out.exists():
+        raise UserError(f"{out} exists; choose another folder or remove it")
+    unfinished = out.with_name(f"{UNFINISHED}{out.name}")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(unfinished, ignore_errors=True)
+        yield unfinished
+        unfinished.rename(out)
+        sync_folder(out.parent)
+    except OSError as error:
+        raise UserError(f"{out}: {error.strerror}; choose another folder") from None
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
 def publish(checkpoints: Path, step: int) -> None:
     """Turn the unfinished folder of `step` into the checkpoint of that step, and name it latest.
 
@@ -96,8 +135,7 @@ def publish(checkpoints: Path, step: int) -> None:
 
 def name_latest(checkpoints: Path, step: int) -> None:
     """Let `latest` name the checkpoint of `step`."""
-    write_synced(checkpoints / f"{UNFINISHED}{LATEST}", f"{name_of(step)}\n".encode())
-    (checkpoints / f"{UNFINISHED}{LATEST}").replace(checkpoints / LATEST)
+    replace_file(checkpoints / LATEST, f"{name_of(step)}\n".encode())
     sync_folder(checkpoints)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -24,6 +24,8 @@ class Found:
     manifest: Manifest
     warnings: tuple[str, ...]
     """One line for each damaged checkpoint that was passed over."""
+    bring: Callable[[set[str]], None] | None = None
+    """Where files may be on other nodes: brings some to `folder`; to be called by all ranks."""
 
 
 def find(
@@ -41,20 +43,54 @@ def find(
     if not steps:
         if which == "auto":
             return None
+        if which != "latest":
+            others = _on_rank_0(ranks, lambda: folders.steps_in(checkpoints))
+            raise UserError(
+                f"{checkpoints} holds no checkpoint of step {which}; there are: {_listed(others)}"
+            )
         raise UserError(f"{checkpoints} holds no checkpoint; leave out --resume to start anew")
+    found, warnings = _first_good(checkpoints, steps, ranks)
+    if found is not None:
+        return found
+    if len(warnings) > 1:
+        raise UserError(f"no checkpoint in {checkpoints} is good; {'; '.join(warnings)}")
+    others = _on_rank_0(ranks, lambda: folders.steps_in(checkpoints))
+    listed = _listed(step for step in others if step not in steps)
+    raise UserError(f"{warnings[0]}; other checkpoints: {listed}")
+
+
+def newest_step(run_dir: str | Path, ranks: Ranks | None = None) -> int:
+    """The step that `find` tries first; -1 where there is no checkpoint. No file is verified."""
+    checkpoints = folders.checkpoints_dir(run_dir)
+    steps = _on_rank_0(ranks, lambda: _candidates(checkpoints, "latest")[:1])
+    return steps[0] if steps else -1
+
+
+def find_before(run_dir: str | Path, step: int, ranks: Ranks | None = None) -> Found:
+    """The newest good checkpoint of at most `step`. Raises UserError when there is none."""
+    checkpoints = folders.checkpoints_dir(run_dir)
+    steps = _on_rank_0(ranks, lambda: folders.steps_in(checkpoints))
+    found, _ = _first_good(checkpoints, [one for one in reversed(steps) if one <= step], ranks)
+    if found is None:
+        raise UserError(
+            f"{checkpoints} holds no good checkpoint up to step {step}; there are: {_listed(steps)}"
+        )
+    return found
+
+
+def _first_good(
+    checkpoints: Path, steps: Iterable[int], ranks: Ranks | None
+) -> tuple[Found | None, list[str]]:
+    """The first checkpoint of `steps` that is good, and what is wrong with those before it."""
     warnings: list[str] = []
     for step in steps:
         folder = checkpoints / folders.name_of(step)
         manifest, faults = _inspect(folder, step, ranks)
         if manifest is not None and not faults:
-            return Found(folder, manifest, tuple(warnings))
+            return Found(folder, manifest, tuple(warnings)), warnings
         more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
         warnings.append(f"checkpoint {folder} is damaged: {faults[0]}{more}")
-    if len(warnings) > 1:
-        raise UserError(f"no checkpoint in {checkpoints} is good; {'; '.join(warnings)}")
-    others = _on_rank_0(ranks, lambda: folders.steps_in(checkpoints))
-    listed = ", ".join(str(step) for step in others if step not in steps) or "none"
-    raise UserError(f"{warnings[0]}; other checkpoints: {listed}")
+    return None, warnings
 
 
 def find_at(path: str | Path, ranks: Ranks | None = None) -> Found:
@@ -90,13 +126,22 @@ def read_manifest(path: str | Path) -> Manifest:
 
 
 def _nothing_at(folder: Path) -> str:
+    if any(folder.glob("*.distcp")):
+        return (
+            f"{folder} is a checkpoint that was not written to its end (its {MANIFEST} comes "
+            "last); take the one before it"
+        )
     return f"{folder} holds no checkpoint; give a run_dir or the folder of a checkpoint"
+
+
+def _listed(steps: Iterable[int]) -> str:
+    return ", ".join(map(str, steps)) or "none"
 
 
 def _candidates(checkpoints: Path, which: str | int) -> list[int]:
     steps = folders.steps_in(checkpoints)
     if isinstance(which, int):
-        return [which]
+        return [which] if which in steps else []
     return folders.by_preference(steps, folders.read_latest(checkpoints))
 
 
@@ -131,11 +176,14 @@ def restore(found: Found, model: Any, optimizer: Any | None, ranks: Ranks) -> Ma
 
     if optimizer is not None:
         set_optimizer_steps(optimizer, found.manifest.optimizer_steps)
-    load_boxes(found.folder, boxes(model, optimizer), optimizer is not None, ranks)
+    wanted = boxes(model, optimizer)
+    load_boxes(found.folder, wanted, optimizer is not None, ranks, found.bring)
     return found.manifest
 
 
-def begin_from(found: Found, model: Any, optimizer: Any, keep_state: bool, ranks: Ranks) -> None:
+def begin_from(
+    found: Found, model: Any, optimizer: Any | None, keep_state: bool, ranks: Ranks
+) -> None:
     """Let a new run begin with the weights of another one's checkpoint, of any layout or precision.
 
     With `keep_state` the optimizer goes on as it stood there; without, it begins anew. Raises

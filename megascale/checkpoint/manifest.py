@@ -100,6 +100,11 @@ class Manifest:
         return _from_document(document, path)
 
 
+def is_plain_name(name: str) -> bool:
+    """Whether it names a file of the folder itself, and nothing outside."""
+    return bool(FILE_NAME.fullmatch(name)) and name not in (".", "..")
+
+
 def current_versions() -> dict[str, str]:
     """Versions of what writes checkpoints here."""
     versions = {"python": platform.python_version()}
@@ -199,7 +204,7 @@ class _Reader:
     def files(self, document: Mapping[str, Any]) -> dict[str, FileSum]:
         listed = self.mapping(document, "files")
         for name in listed:
-            if not FILE_NAME.fullmatch(name) or name in (".", "..", MANIFEST):
+            if not is_plain_name(name) or name == MANIFEST:
                 raise self._error("files", "plain file names")
         entries = {name: self.mapping(listed, name) for name in listed}
         return {

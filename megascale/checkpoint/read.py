@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+import xxhash
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata
@@ -28,9 +29,16 @@ ROUTER_STATE = ("router.load_E", "router.earlier_E", "router.bias_E")
 """Of the runs that trained them; a model that starts from another does without."""
 
 
-def load_boxes(folder: Path, wanted: list[Box], with_optimizer: bool, ranks: Ranks) -> None:
+def load_boxes(
+    folder: Path,
+    wanted: list[Box],
+    with_optimizer: bool,
+    ranks: Ranks,
+    bring: Callable[[set[str]], None] | None = None,
+) -> None:
     """Fill the live memory of `wanted` from a checkpoint of any layout.
 
+    `bring` is called, on all ranks, with the files of the folder that a rank is to read.
     Raises UserError on every rank when a tensor is missing, left over, of another shape or dtype,
     or when a file on any rank is refused.
     """
@@ -42,7 +50,7 @@ def load_boxes(folder: Path, wanted: list[Box], with_optimizer: bool, ranks: Ran
     }
     asked = {box.key: (box.global_shape, box.holder().dtype) for box in wanted}
     _check_same_tensors(folder, stored, asked, ranks)
-    _fill(folder, index, wanted, ranks)
+    _fill(folder, index, wanted, ranks, bring)
 
 
 def load_other(folder: Path, wanted: list[Box], with_state: bool, ranks: Ranks) -> None:
@@ -99,13 +107,65 @@ def _read_index_together(folder: Path, ranks: Ranks) -> Index:
     return index
 
 
-def _fill(folder: Path, index: Index, wanted: list[Box], ranks: Ranks) -> None:
+def _fill(
+    folder: Path,
+    index: Index,
+    wanted: list[Box],
+    ranks: Ranks,
+    bring: Callable[[set[str]], None] | None = None,
+) -> None:
+    """Read boxes; one that all ranks of a group hold is read by one of them, who sends it on."""
+    shared = _shared(wanted, ranks)
+    taken = {id(one.box) for one in shared}
+    others = [box for box in wanted if id(box) not in taken]
+    mine = others + [one.box for one in shared if one.reader == ranks.rank]
     error: str | None = None
+    if bring is not None:
+        bring(_files(index, mine))
     try:
-        _read(folder, index, _plan(index, wanted), wanted)
+        _read(folder, index, _plan(index, mine), mine)
     except UserError as refused:
         error = str(refused)
     _raise_together(error, ranks)
+    for one in shared:
+        dist.broadcast(one.box.live(), one.reader, group=one.group)
+
+
+@dataclass(frozen=True)
+class _Shared:
+    """A box that all ranks of `group` want, and which of them reads it."""
+
+    box: Box
+    group: dist.ProcessGroup
+    reader: int
+
+
+def _shared(wanted: list[Box], ranks: Ranks) -> list[_Shared]:
+    """In an order that all ranks of a group agree on, so that they broadcast in it."""
+    shared: list[_Shared] = []
+    for group in ranks.replicas:
+        members = dist.get_process_group_ranks(group)
+        if len(members) == 1:
+            continue
+        taken = {id(one.box) for one in shared}
+        mine = {
+            _digest(box): box
+            for box in wanted
+            if id(box) not in taken and box.live().device.type == ranks.device.type
+        }
+        told: list[Any] = [None] * len(members)
+        dist.all_gather_object(told, list(mine), group=group)
+        in_common = set(mine).intersection(*told)
+        load = dict.fromkeys(members, 0)
+        for digest in sorted(in_common, key=lambda one: (-mine[one].live().nbytes, one)):
+            reader = min(members, key=lambda rank: (load[rank], rank))
+            load[reader] += mine[digest].live().nbytes
+            shared.append(_Shared(mine[digest], group, reader))
+    return shared
+
+
+def _digest(box: Box) -> int:
+    return xxhash.xxh3_64_intdigest(repr((box.key, box.offset, box.shape)).encode())
 
 
 def read_piece(folder: Path, index: Index, key: str, offset: Shape, shape: Shape) -> torch.Tensor:
@@ -170,6 +230,15 @@ def _plan(index: Index, wanted: list[Box]) -> LoadPlan:
     return LoadPlan(items)
 
 
+def _files(index: Index, wanted: list[Box]) -> set[str]:
+    """The files that hold boxes; none where the boxes are refused, which reading will say."""
+    try:
+        items = _plan(index, wanted).items
+    except UserError:
+        return set()
+    return {index.metadata.storage_data[item.storage_index].relative_path for item in items}
+
+
 def _described(index: Index) -> dict[str, Description]:
     return {key: (tuple(t.size), t.properties.dtype) for key, t in index.tensors.items()}
 
@@ -196,7 +265,8 @@ def _describe(tensor: Description | None) -> str:
     if tensor is None:
         return "absent"
     shape, dtype = tensor
-    return f"{'x'.join(str(size) for size in shape)} {str(dtype or '').removeprefix('torch.')}"
+    sizes = "x".join(str(size) for size in shape)
+    return sizes if dtype is None else f"{sizes} {str(dtype).removeprefix('torch.')}"
 
 
 def _raise_together(error: str | None, ranks: Ranks) -> None:

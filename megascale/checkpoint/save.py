@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 
 from megascale.checkpoint import folder as folders
+from megascale.checkpoint.emergency import Emergency
 from megascale.checkpoint.manifest import FileSum, Manifest, Position, current_versions
 from megascale.checkpoint.shards import Box, boxes, optimizer_steps, set_optimizer_steps
 from megascale.checkpoint.storage import (
@@ -48,13 +49,16 @@ class SaveResult:
     error: str | None
     """Why there is no checkpoint; None when there is one."""
     last_good: int | None
-    """The step that `latest` names now."""
+    """The step that `latest` names, or named when it could last be read."""
+    emergency: bool = False
+    """It was a copy on the nodes' own disks."""
 
     def __str__(self) -> str:
+        what = "emergency copy" if self.emergency else "checkpoint"
         if self.error is None:
-            return (
-                f"checkpoint at step {self.step}: {self.bytes / 1e6:.1f} MB in {self.seconds:.2f} s"
-            )
+            return f"{what} at step {self.step}: {self.bytes / 1e6:.1f} MB in {self.seconds:.2f} s"
+        if self.emergency:
+            return f"{what} at step {self.step} failed: {self.error}"
         good = "no good one yet" if self.last_good is None else f"last good is {self.last_good}"
         return f"checkpoint at step {self.step} failed: {self.error}; {good}"
 
@@ -65,10 +69,12 @@ class _Job:
 
     manifest: Manifest
     began: float
-    writing: Future[Written]
+    writing: Future[Written] | None = None
     committing: bool = False
     commit: Future[int] | None = None
     """On rank 0; gives the size of the checkpoint in bytes."""
+    copy: Future[int] | None = None
+    """In place of both, where it is an emergency copy."""
 
     @property
     def step(self) -> int:
@@ -83,7 +89,14 @@ class Saver:
     the disk end in a SaveResult, never in an exception.
     """
 
-    def __init__(self, run_dir: str | Path, config: CheckpointConfig, ranks: Ranks) -> None:
+    def __init__(
+        self,
+        run_dir: str | Path,
+        config: CheckpointConfig,
+        ranks: Ranks,
+        emergency: Emergency | None = None,
+    ) -> None:
+        self.emergency = emergency
         self.checkpoints = folders.checkpoints_dir(run_dir)
         self.config, self.ranks = config, ranks
         self._job: _Job | None = None
@@ -94,7 +107,9 @@ class Saver:
         self._host: list[torch.Tensor] = []
         self._entries: list[list[Entry]] = []
         self._report_bytes = 0
+        self._last_good = folders.read_latest(self.checkpoints)
         if ranks.rank == 0:
+            self.checkpoints.mkdir(parents=True, exist_ok=True)
             folders.remove_leftovers(self.checkpoints)
 
     @property
@@ -130,6 +145,28 @@ class Saver:
         earlier one; without, this one.
         """
         earlier = self.wait()
+        job = self._stage(position, model, optimizer)
+        folder = self._unfinished(position.step)
+        job.writing = self._background.submit(write_tensors, folder, self.ranks.rank, self._host)
+        self._job = job
+        results = [earlier, None if self.config.async_save else self.wait()]
+        return [result for result in results if result is not None]
+
+    def copy(self, position: Position, model: Any, optimizer: Any) -> SaveResult | None:
+        """Begin an emergency copy of the state; none while an earlier save is on its way.
+
+        Returns its result where it ends in the call, without `async_save`.
+        """
+        if self._job is not None or self.emergency is None:
+            return None
+        job = self._stage(position, model, optimizer)
+        write = self.emergency.write
+        job.copy = self._background.submit(write, job.manifest, self._host, self._entries)
+        self._job = job
+        return None if self.config.async_save else self.wait()
+
+    def _stage(self, position: Position, model: Any, optimizer: Any) -> _Job:
+        """Copy the state to host memory; the save to be done with it."""
         began = time.perf_counter()
         if self._prepared_for is None or any(
             given is not known
@@ -144,11 +181,7 @@ class Saver:
             versions=self._versions,
             files={},
         )
-        folder = self._unfinished(position.step)
-        writing = self._background.submit(write_tensors, folder, self.ranks.rank, self._host)
-        self._job = _Job(manifest, began, writing)
-        results = [earlier, None if self.config.async_save else self.wait()]
-        return [result for result in results if result is not None]
+        return _Job(manifest, began)
 
     def pending_done(self) -> bool:
         """Whether this rank's background work is done. Local and instant.
@@ -156,15 +189,19 @@ class Saver:
         When it is true on every rank and `pending`, all ranks call `finalize`.
         """
         job = self._job
-        return job is None or ((job.commit or job.writing).done())
+        work = None if job is None else job.copy or job.commit or job.writing
+        return work is None or work.done()
 
     def finalize(self) -> SaveResult | None:
         """End the phase that is done on all ranks: the result of the save after its last one."""
         job = self._job
         if job is None:
             return None
+        if job.copy is not None:
+            return self._end_copy(job, _outcome(job.copy))
         if job.committing:
             return self._end(job)
+        assert job.writing is not None
         written = _outcome(job.writing)
         reports = self._gather_reports(written)
         job.committing = True
@@ -217,6 +254,18 @@ class Saver:
             folders.prunable(steps, newest, config.keep_last, config.keep_every_steps),
         )
 
+    def _end_copy(self, job: _Job, size: int | str) -> SaveResult:
+        """All ranks know how it went from each other."""
+        self._job = None
+        return SaveResult(
+            step=job.step,
+            bytes=size if isinstance(size, int) else 0,
+            seconds=time.perf_counter() - job.began,
+            error=size if isinstance(size, str) else None,
+            last_good=self._latest(),
+            emergency=True,
+        )
+
     def _end(self, job: _Job) -> SaveResult:
         """Tell all ranks how it went on rank 0."""
         self._job = None
@@ -228,10 +277,17 @@ class Saver:
                 bytes=size if isinstance(size, int) else 0,
                 seconds=time.perf_counter() - job.began,
                 error=size if isinstance(size, str) else None,
-                last_good=folders.read_latest(self.checkpoints),
+                last_good=self._latest(),
             )
             payload = json.dumps(asdict(result)).encode()
         return SaveResult(**json.loads(broadcast_bytes(payload, self.ranks)))
+
+    def _latest(self) -> int | None:
+        """The step that `latest` names; while the folder is gone, the one that it named."""
+        step = folders.read_latest(self.checkpoints)
+        if step is not None:
+            self._last_good = step
+        return self._last_good
 
     def _gather(self, mine: Any) -> list[Any]:
         """What every rank says, on rank 0; empty on the others."""
@@ -245,7 +301,7 @@ class Saver:
         """What every rank wrote, or why not, on rank 0. One collective, because training waits."""
         if self.ranks.world == 1:
             return [mine]
-        text = json.dumps(mine[:200] if isinstance(mine, str) else asdict(mine)).encode()
+        text = json.dumps(mine[:300] if isinstance(mine, str) else asdict(mine)).encode()
         buffer = torch.frombuffer(bytearray(text.ljust(self._report_bytes)), dtype=torch.uint8)
         if self.ranks.rank:
             dist.gather(buffer, None, dst=0, group=self.ranks.control)
@@ -267,7 +323,9 @@ def _outcome(work: Future[T]) -> T | str:
     error = work.exception()
     if error is None:
         return work.result()
-    return getattr(error, "strerror", None) or one_line(error)
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    return one_line(error)
 
 
 def _give_way() -> None:

@@ -12,6 +12,7 @@ import os
 import pickle
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from enum import Enum, EnumType
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, BinaryIO, cast
 
@@ -27,7 +28,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from megascale.checkpoint.folder import write_synced
-from megascale.checkpoint.manifest import FileSum
+from megascale.checkpoint.manifest import FileSum, is_plain_name
 from megascale.checkpoint.ranges import Shape
 from megascale.errors import UserError
 
@@ -119,9 +120,10 @@ def write_tensors(folder: Path, rank: int, tensors: Iterable[torch.Tensor]) -> W
     """Write this rank's file and wait until it is on the disk.
 
     Each tensor must be alone in its storage. Raises OSError, with the file removed to free its
-    space, when the write fails.
+    space, when the write fails, and where what `folder` should be in is not there: a file system
+    that comes back would hide what was written to its place.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(exist_ok=True)
     path = folder / data_file(rank)
     try:
         with path.open("wb", buffering=0) as raw:
@@ -204,9 +206,19 @@ def read_index(folder: Path) -> Index:
 
 class _Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
+        if (module, name) == ("builtins", "getattr"):
+            return _member  # how Python before 3.11.4 writes a member of an enumeration
         if name not in SAFE_GLOBALS.get(module, ()):
             raise pickle.UnpicklingError(f"it asks for {module}.{name}, which it has no need of")
         return super().find_class(module, name)
+
+
+def _member(kind: Any, name: str) -> Enum:
+    """A member of an enumeration, and nothing else that has a name."""
+    if not (isinstance(kind, EnumType) and name in kind.__members__):
+        raise pickle.UnpicklingError(f"it asks for {name!r}, which is no member of an enumeration")
+    member: Enum = kind.__members__[name]
+    return member
 
 
 def _checked(metadata: Any) -> Index:
@@ -220,7 +232,7 @@ def _checked(metadata: Any) -> Index:
     for index, place in metadata.storage_data.items():
         if not isinstance(index, MetadataIndex) or not isinstance(place, _StorageInfo):
             raise ValueError("it does not say where its tensors are")
-        if Path(place.relative_path).name != place.relative_path:
+        if not is_plain_name(place.relative_path):
             raise ValueError(f"{place.relative_path!r} is not in its folder")
     return Index(metadata, tensors)
 

@@ -6,7 +6,6 @@ not fit in the memory of the host.
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -14,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from megascale.checkpoint import folder as folders
+from megascale.checkpoint.folder import whole_or_not_at_all
 from megascale.checkpoint.load import Found
 from megascale.checkpoint.manifest import Manifest, Position, current_versions
 from megascale.checkpoint.ranges import Shape
@@ -28,7 +27,6 @@ from megascale.checkpoint.storage import (
     write_index,
     write_tensors,
 )
-from megascale.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -54,6 +52,8 @@ class Tensors:
     """The global tensors of a verified checkpoint."""
 
     found: Found
+    moment: str = ""
+    """Of the optimizer's moments, the one that is spoken of in place of the weights."""
 
     @cached_property
     def _index(self) -> Index:
@@ -61,21 +61,26 @@ class Tensors:
 
     @property
     def shapes(self) -> Mapping[str, Shape]:
-        """Global shapes of the weights by key, in order of key, without the optimizer's state.
+        """Global shapes of the weights by key, in order of key, without the optimizer's state; or
+        those of a moment, under the same keys.
 
         Raises UserError where the index is refused.
         """
-        stored = sorted(self._index.tensors.items())
-        return {k: tuple(t.size) for k, t in stored if not k.startswith(OPTIMIZER_PREFIX)}
+        stored = {key: tuple(one.size) for key, one in sorted(self._index.tensors.items())}
+        if self.moment:
+            prefix = moment_key(self.moment, "")
+            return {k[len(prefix) :]: size for k, size in stored.items() if k.startswith(prefix)}
+        return {key: size for key, size in stored.items() if not key.startswith(OPTIMIZER_PREFIX)}
 
     def read(self, key: str, offset: Shape = (), shape: Shape | None = None) -> torch.Tensor:
         """A box of a tensor, all of it by default; leading axes suffice: `read(key, (3,), (1,))`
         is layer 3 alone, with that axis.
 
         A run in bf16 keeps its weights in fp32 beside them, and these are read then.
+        A moment is read under the key of its weight.
         Raises KeyError for an unknown key, UserError where the file is refused.
         """
-        master = f"{OPTIMIZER_PREFIX}{MASTER}.{key}"
+        master = f"{OPTIMIZER_PREFIX}{self.moment or MASTER}.{key}"
         key = master if master in self._index.tensors else key
         whole = tuple(self._index.tensors[key].size)
         offset += (0,) * (len(whole) - len(offset))
@@ -84,16 +89,21 @@ class Tensors:
         return read_piece(self.found.folder, self._index, key, offset, shape)
 
 
-def write_checkpoint(out: Path, pieces: Iterable[Piece], position: Position) -> Manifest:
-    """Write weights, without any optimizer's state, as the checkpoint folder `out`.
+def moment_key(moment: str, key: str) -> str:
+    """Name of the global tensor of a weight's moment."""
+    return f"{OPTIMIZER_PREFIX}{moment}.{key}"
+
+
+def write_checkpoint(
+    out: Path, pieces: Iterable[Piece], position: Position, optimizer_steps: int = 0
+) -> Manifest:
+    """Write weights, and the moments of an optimizer that has taken `optimizer_steps`, as the
+    checkpoint folder `out`; 0: there are no moments.
 
     Pieces are written as they come and none is kept. The folder appears when it is complete.
     Raises UserError where `out` exists or cannot be written, RuntimeError where the pieces do not
     cover every tensor once.
     """
-    if out.exists():
-        raise UserError(f"{out} exists; choose another folder or remove it")
-    unfinished = out.with_name(f"{folders.UNFINISHED}{out.name}")
     entries: list[Entry] = []
 
     def contents() -> Iterator[torch.Tensor]:
@@ -105,17 +115,10 @@ def write_checkpoint(out: Path, pieces: Iterable[Piece], position: Position) -> 
             entries.append(Entry(one.key, one.global_shape, tensor.dtype, one.offset, shape))
             yield tensor
 
-    try:
-        shutil.rmtree(unfinished, ignore_errors=True)
+    with whole_or_not_at_all(out) as unfinished:
         written = write_tensors(unfinished, 0, contents())
         check_cover([entries])
         files = write_index(unfinished, [entries], [written])
-        manifest = Manifest(position, 0, {}, current_versions(), files)
+        manifest = Manifest(position, optimizer_steps, {}, current_versions(), files)
         manifest.write(unfinished)
-        unfinished.rename(out)
-        folders.sync_folder(out.parent)
-    except OSError as error:
-        raise UserError(f"{out}: {error.strerror}; choose another folder") from None
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
     return manifest

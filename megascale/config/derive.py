@@ -3,20 +3,57 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 from megascale.config.curves import expand
 from megascale.config.schema import (
     ModelConfig,
     MoeConfig,
     OptimConfig,
+    RopeScalingConfig,
     RunConfig,
     SegmentConfig,
     StageConfig,
 )
 from megascale.errors import UserError
+
+AT_LEAST_ONE = {
+    "model": "num_layers hidden_size num_heads num_kv_heads head_dim ffn_hidden_size "
+    "vocab_multiple sliding_window mask_tokens",
+    "parallel": "tensor pipeline expert",
+    "planner": "ahead_steps",
+    "data": "context_tokens global_batch_tokens max_epochs",
+    "train": "tokens threads stop_after_steps",
+    "train.spikes": "patience_steps",
+    "optim": "max_skipped_steps soap_refresh_steps",
+    "checkpoint": "keep_last emergency_every_steps",
+    "monitor": "log_every_steps",
+    "eval": "sample_tokens",
+    "model.moe": "num_experts ffn_hidden_size",
+}
+NOT_NEGATIVE = {
+    "": "seed",
+    "optim": "eps weight_decay clip_grad_norm soap_max_dim",
+    "train.spikes": "window_steps deviations",
+    "eval": "every_steps tokens",
+    "monitor": "compare_ranks_every_steps",
+    "checkpoint": "save_every_steps keep_every_steps",
+    "model": "init_std norm_eps",
+    "model.moe": "shared_ffn_hidden_size",
+}
+"""Options by section of the config; what is None is fine."""
+
+LOSSES = ("global", "micro", "sequence", "none")
+BALANCES_WITH = {
+    "balance_weight": LOSSES,
+    "balance_weights": LOSSES,
+    "micro_share": ("global",),
+    "estimate": ("global",),
+    "bias_rate": ("loss_free",),
+}
+"""Options of experts that are for some values of `model.moe.balance` alone."""
 
 
 @dataclass(frozen=True)
@@ -155,60 +192,47 @@ def _validate_growth(config: RunConfig) -> None:
         raise UserError(f"growth.factor = {growth.factor} must be at least 2")
     if not 0 <= growth.noise < 1:
         raise UserError(f"growth.noise = {growth.noise} must be from 0 to below 1")
+    if (growth.mask_tokens or 0) < 1 and growth.operator == "random":
+        raise UserError(
+            "growth.operator = random needs growth.mask_tokens, over which the new layers open, "
+            f"such as {max(1, config.train.tokens // 10)}"
+        )
+    if growth.mask_tokens is not None and growth.operator != "random":
+        raise UserError(
+            f"growth.mask_tokens goes with growth.operator = random, not {growth.operator}"
+        )
+    if growth.noise and growth.operator in ("zero", "random", "width"):
+        raise UserError(
+            f"growth.noise = {growth.noise} would undo that growth.operator = {growth.operator} "
+            "keeps the function; set it to 0"
+        )
+    if growth.optimizer == "grow" and config.optim.name != "adamw":
+        raise UserError(
+            f"growth.optimizer = grow grows AdamW's moments; optim.name = {config.optim.name} has "
+            "others, so leave it out"
+        )
     if config.train.stop_after_steps is not None:
         raise UserError("train.stop_after_steps and growth are both set; remove one")
 
 
+def _numbers(config: RunConfig, sections: Mapping[str, str]) -> Iterator[tuple[str, int | float]]:
+    """(dotted name, value) of the options that `sections` name, where they are set."""
+    for section, names in sections.items():
+        part: Any = config
+        for step in filter(None, section.split(".")):
+            part = getattr(part, step, None)
+        for name in names.split():
+            if part is not None and (value := getattr(part, name)) is not None:
+                yield f"{section}.{name}".lstrip("."), value
+
+
 def _validate_numbers(config: RunConfig) -> None:
-    at_least_one = {
-        "model.num_layers": config.model.num_layers,
-        "model.hidden_size": config.model.hidden_size,
-        "model.num_heads": config.model.num_heads,
-        "model.num_kv_heads": config.model.num_kv_heads,
-        "model.head_dim": config.model.head_dim,
-        "model.ffn_hidden_size": config.model.ffn_hidden_size,
-        "model.vocab_multiple": config.model.vocab_multiple,
-        "model.sliding_window": config.model.sliding_window,
-        "parallel.tensor": config.parallel.tensor,
-        "parallel.pipeline": config.parallel.pipeline,
-        "parallel.expert": config.parallel.expert,
-        "planner.ahead_steps": config.planner.ahead_steps,
-        "data.context_tokens": config.data.context_tokens,
-        "data.global_batch_tokens": config.data.global_batch_tokens,
-        "data.max_epochs": config.data.max_epochs,
-        "train.tokens": config.train.tokens,
-        "train.threads": config.train.threads,
-        "train.stop_after_steps": config.train.stop_after_steps,
-        "optim.max_skipped_steps": config.optim.max_skipped_steps,
-        "optim.soap_refresh_steps": config.optim.soap_refresh_steps,
-        "checkpoint.keep_last": config.checkpoint.keep_last,
-        "monitor.log_every_steps": config.monitor.log_every_steps,
-        "eval.sample_tokens": config.eval.sample_tokens,
-    }
-    not_negative = {
-        "seed": config.seed,
-        "optim.eps": config.optim.eps,
-        "optim.weight_decay": config.optim.weight_decay,
-        "optim.clip_grad_norm": config.optim.clip_grad_norm,
-        "optim.soap_max_dim": config.optim.soap_max_dim,
-        "eval.every_steps": config.eval.every_steps,
-        "eval.tokens": config.eval.tokens,
-        "checkpoint.save_every_steps": config.checkpoint.save_every_steps,
-        "checkpoint.keep_every_steps": config.checkpoint.keep_every_steps,
-        "model.init_std": config.model.init_std,
-        "model.norm_eps": config.model.norm_eps,
-    }
-    moe = config.model.moe
-    if moe is not None:
-        at_least_one["model.moe.num_experts"] = moe.num_experts
-        at_least_one["model.moe.ffn_hidden_size"] = moe.ffn_hidden_size
-        not_negative["model.moe.shared_ffn_hidden_size"] = moe.shared_ffn_hidden_size
-    for name, value in at_least_one.items():
-        if value is not None and value < 1:
+    for name, value in _numbers(config, AT_LEAST_ONE):
+        if value < 1:
             raise UserError(f"{name} = {value} must be at least 1")
-    for name, number in not_negative.items():
-        if not 0 <= number < float("inf"):
-            raise UserError(f"{name} = {number} must be a finite number, at least 0")
+    for name, value in _numbers(config, NOT_NEGATIVE):
+        if not 0 <= value < float("inf"):
+            raise UserError(f"{name} = {value} must be a finite number, at least 0")
     alarm = config.eval.forgetting_alarm
     if alarm is not None and not 0 <= alarm < float("inf"):
         raise UserError(f"eval.forgetting_alarm = {alarm} must be at least 0, such as 0.05")
@@ -218,6 +242,13 @@ def _validate_numbers(config: RunConfig) -> None:
             f"planner.host_copy_bytes_per_s = {copy} must be finite and above 0, such as 25e9; "
             "leave it out to keep activations on the device"
         )
+    speeds = config.planner.rank_speeds
+    needs = {"planner.name": config.planner.name == "hybrid"}
+    needs["monitor.compare_ranks_every_steps"] = config.monitor.compare_ranks_every_steps > 0
+    for name, fits in needs.items():
+        if speeds == "measured" and not fits:
+            works = {"planner.name": "hybrid"}.get(name, 10)
+            raise UserError(f"planner.rank_speeds = measured needs {name}={works}")
     timeout_s = config.planner.timeout_s
     if not 0 < timeout_s < float("inf"):
         raise UserError(
@@ -245,6 +276,7 @@ def _validate_model(config: RunConfig) -> None:
             f"model.head_dim = {model.head_dim} must be even, because rotary embeddings turn "
             f"pairs; {model.head_dim + 1} works"
         )
+    _validate_rope(model.rope_scaling)
     if not model.vocab_size >= 1:
         raise UserError(f"model.vocab_size = {model.vocab_size} must be at least 1")
     if cut.sequence_parallel and cut.tensor == 1:
@@ -268,7 +300,24 @@ def _validate_model(config: RunConfig) -> None:
     _validate_balance(model.moe, model.num_layers)
 
 
+def _validate_rope(scaling: RopeScalingConfig | None) -> None:
+    if scaling is None:
+        return
+    if not 1 <= scaling.factor < math.inf or scaling.original_tokens < 1:
+        raise UserError(
+            f"model.rope_scaling: factor = {scaling.factor:g} and original_tokens = "
+            f"{scaling.original_tokens} must be at least 1, such as 8 and 8192"
+        )
+    if not 0 <= scaling.low_turns < scaling.high_turns < math.inf:
+        raise UserError(
+            f"model.rope_scaling.low_turns = {scaling.low_turns:g} must be below high_turns = "
+            f"{scaling.high_turns:g}, such as 1 and 4"
+        )
+
+
 def _validate_balance(moe: MoeConfig, num_layers: int) -> None:
+    if moe.shared_gate and not moe.shared_ffn_hidden_size:
+        raise UserError("model.moe.shared_gate weighs model.moe.shared_ffn_hidden_size, which is 0")
     weights = moe.balance_weights
     if weights is not None and len(weights) != num_layers:
         raise UserError(
@@ -281,16 +330,13 @@ def _validate_balance(moe: MoeConfig, num_layers: int) -> None:
     for name, value in values:
         if not 0 <= value < math.inf:
             raise UserError(f"{name} = {value} must be a finite number, at least 0")
-    if moe.micro_share and moe.balance != "global":
-        raise UserError(
-            f"model.moe.micro_share = {moe.micro_share} goes with model.moe.balance=global, "
-            f"not {moe.balance}"
-        )
-    if moe.estimate != MoeConfig.estimate and moe.balance != "global":
-        raise UserError(
-            f"model.moe.estimate = {moe.estimate} goes with model.moe.balance=global, "
-            f"not {moe.balance}"
-        )
+    for name, fitting in BALANCES_WITH.items():
+        value, usual = getattr(moe, name), getattr(MoeConfig, name)
+        if value != usual and moe.balance not in fitting:
+            raise UserError(
+                f"model.moe.{name} = {value} goes with model.moe.balance={' or '.join(fitting)}, "
+                f"not {moe.balance}; leave it out, or at {usual}"
+            )
 
 
 def _divides(small_name: str, small: int, big_name: str, big: int) -> None:

@@ -19,6 +19,7 @@ from megascale.errors import UserError
 T = TypeVar("T")
 SUFFIXES = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "G": 10**9, "T": 10**12}
 BINARY_SUFFIXES = {"Ki": 2**10, "Mi": 2**20, "Gi": 2**30}
+LARGEST = 2**62
 
 
 class _Loader(yaml.SafeLoader):
@@ -211,14 +212,16 @@ def _scalar(kind: type, value: Any, where: str) -> Any:
     return value
 
 
-def whole_number(text: str, where: str, least: int = 0, most: int = 2**62) -> int:
+def whole_number(text: str, where: str, least: int = 0, most: int = LARGEST) -> int:
     """The number that `text` writes, with the suffixes that a config knows.
 
     Raises UserError, which begins with `where`.
     """
-    match = re.fullmatch(r"\s*([0-9][0-9_]*(?:\.[0-9]+)?)\s*([KMBGT]|[KMG]i)?\s*", text)
+    number_and_suffix = r"\s*([0-9][0-9_]*(?:\.[0-9]+)?(?:e[0-9]{1,2})?)\s*([KMBGT]|[KMG]i)?\s*"
+    match = re.fullmatch(number_and_suffix, text)
     if match is None:
-        raise UserError(f"{where} must be a whole number such as 4096, 20M or 8Ki, not '{text}'")
+        wanted = f"from {least} to {most}" if most < LARGEST else "such as 4096, 20M or 8Ki"
+        raise UserError(f"{where} must be a whole number {wanted}, not '{text}'")
     digits, suffix = match.group(1).replace("_", ""), match.group(2) or ""
     number = float(digits) * (SUFFIXES | BINARY_SUFFIXES)[suffix]
     if number != int(number):

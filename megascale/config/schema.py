@@ -22,13 +22,18 @@ class MoeConfig:
     num_experts: int = 8
     """Experts per layer. Must be divisible by `parallel.expert`."""
     top_k: int = 2
-    """Experts that each token visits. Their weights sum to 1; that of one alone is its probability
-    (as in Switch Transformer), or nothing but the balance loss would teach the router."""
+    """Experts that each token visits. That of one alone is weighted by its probability (as in
+    Switch Transformer), or nothing but the balance loss would teach the router."""
+    normalize_top_k: bool = True
+    """Weights of the experts of a token sum to 1. If not, they are probabilities over all experts,
+    as in Qwen2-MoE."""
     ffn_hidden_size: int | None = None
     """Hidden size of one expert. Default: the dense `ffn_hidden_size` over `top_k`, so that a
     token costs what it costs in the dense model."""
     shared_ffn_hidden_size: int = 0
     """Hidden size of the expert that every token visits; 0 means none."""
+    shared_gate: bool = False
+    """Weigh the shared expert by a sigmoid of each token's own (Qwen2-MoE)."""
     attention_experts: int = 1
     """Attentions per layer, all of which see every token; their outputs are mixed by a router
     (BAM, arXiv 2408.08274). 1 is plain attention."""
@@ -62,8 +67,9 @@ class MoeConfig:
     ranks), but with one or two short ones in a micro-batch, as where a thousand ranks share a
     batch, they are off by 0.6 to 1.4 once experts specialise, always in the same direction; the
     mean of 10 steps by 0.6 to 1.8, that of `previous` by 0.27 and of `trend` by 0.09 (131,072
-    tokens, step 240). Trained under it, use is nearer to that under `exact` as well. In the first
-    steps of a high learning rate it is off by more than `previous` in a single step (1.2 to 0.9).
+    tokens, step 240). Trained under it, use is nearer to that under `exact` as well. With small
+    batches and in the first steps of a high learning rate it is off by more than `previous` in a
+    single step (1.2 to 0.8 and 0.9).
     `python tools/bench.py estimates`, `configs/results/balance_estimates.json`."""
     bias_rate: float = 1e-3
     """With `balance: loss_free`, by how much a bias moves in a step."""
@@ -75,6 +81,25 @@ class MoeConfig:
         if self.balance_weights is None:
             return self.balance_weight
         return self.balance_weights[layer - 1]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RopeScalingConfig:
+    """Slower rotary angles for contexts longer than those of pretraining, as in Llama 3.1.
+
+    Pairs that turn more than `high_turns` times in the original context stay as they are, those
+    that turn less than `low_turns` times turn `factor` times more slowly, and between the two
+    the change is gradual.
+    """
+
+    factor: float = 8.0
+    """How many times more slowly."""
+    low_turns: float = 1.0
+    """Turns below which a pair is slowed by the whole factor."""
+    high_turns: float = 4.0
+    """Turns above which it is not."""
+    original_tokens: int = 8192
+    """The context that turns are counted in."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,6 +128,8 @@ class ModelConfig:
     """Share the input embedding with the output head; saves parameters in small models."""
     rope_base: float = 10000.0
     """Base of the rotary angles; raise it for long contexts."""
+    rope_scaling: RopeScalingConfig | None = None
+    """Slower angles for longer contexts, as in Llama 3.1. None: as `rope_base` says."""
     norm_eps: float = 1e-5
     """Added to the mean square in RMSNorm."""
     qk_norm: bool = False
@@ -117,6 +144,11 @@ class ModelConfig:
     """Standard deviation of initial weights; output projections are scaled by 1/sqrt(2 layers)."""
     moe: MoeConfig | None = None
     """Mixture of experts; None means dense."""
+    mask_tokens: int | None = None
+    """Tokens over which the layers that `megascale grow --operator random` has added open: each is
+    y = x + m (layer(x) - x), where m goes from 0 to 1. How far they are is in the checkpoint, so
+    that resumes and branches go on from there. None: no layer is masked. Comes with the
+    checkpoint, and has no effect on a model that begins with random weights."""
     implementation: Literal["auto", "local", "transformer_engine"] = "auto"
     """Layers of megatron-core's own (`local`) or Transformer Engine's; `auto` takes the latter
     on CUDA where it is installed."""
@@ -137,19 +169,31 @@ class ParallelConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SeenConfig:
-    """The part of a source that an earlier run has read. Written by megascale, not by hand."""
+class ReadConfig:
+    """What one run has read of a source: the first pieces of what those before it had left,
+    shuffled. Written by megascale, not by hand.
+    """
 
     name: str
-    """What the earlier run called the source; the order in which it was read depends on it."""
+    """What the run called the source; the order in which it was read depends on it."""
     seed: int
-    """Seed of the earlier run."""
+    """Seed of the run."""
     context_tokens: int
-    """`data.context_tokens` of the earlier run, which decides where documents were cut."""
+    """`data.context_tokens` of the run, which decides where documents were cut."""
     pieces: int
     """Pieces of documents that it read."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EarlierConfig:
+    """All that earlier runs have read of a source. Written by megascale, not by hand."""
+
+    reads: tuple[ReadConfig, ...]
+    """The first run first."""
     tokens: int
     """Loss tokens of these."""
+    held: str
+    """What the source held then; nothing goes on, or is replayed, where it holds something else."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -165,9 +209,14 @@ class SourceConfig:
     """Vocabulary of a bare Megatron prefix, which does not store one; a prepared folder does."""
     eod_id: int | None = None
     """Id of the end-of-document token of a bare Megatron prefix; a prepared folder stores it."""
-    seen: SeenConfig | None = None
-    """Only what an earlier run has read of it, for replay. None: all of it. Sources of replay are
-    added by `data.replay_fraction`."""
+    earlier: EarlierConfig | None = None
+    """What the runs behind `start.checkpoint` have read of it: this run reads what they have left,
+    and then all of it again. Written by megascale, not by hand."""
+    begin: int = 0
+    """Pieces of that, in this run's order, that they have read too. Written by megascale."""
+    replay: bool = False
+    """Read only what `earlier` says. Such sources, `replay/NAME`, are added by megascale; their
+    share is `data.replay_fraction`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -186,6 +235,8 @@ class DataConfig:
 
     sources: dict[str, SourceConfig] = field(default_factory=dict)
     """The corpora, by a name of your choice."""
+    earlier: dict[str, SourceConfig] = field(default_factory=dict)
+    """Other corpora that the runs behind `start.checkpoint` have read. Written by megascale."""
     stages: tuple[StageConfig, ...] = ()
     """Blends in order. Default: one stage with all sources in proportion to their tokens."""
     context_tokens: int = 1024
@@ -237,6 +288,11 @@ class PlannerConfig:
     trains. 2, so that a plan that takes longer than a step is seldom waited for."""
     timeout_s: float = 30.0
     """Seconds that one plan may take; then a faster planner makes it, with a warning."""
+    rank_speeds: Literal["equal", "measured"] = "equal"
+    """`measured`: `hybrid` gives a rank that is slow for its work (see
+    `monitor.compare_ranks_every_steps`) less of it. Plans, and so the rounding of losses, then
+    depend on what is measured; what was measured is saved, so a resumed run plans as the run
+    would have until new measurements change it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -273,8 +329,8 @@ class OptimConfig:
     lr: ByLawFloat | None = None
     """Peak learning rate of the curve. `steplaw`: what the Step Law gives for the model and
     `train.tokens`, so a run to be lengthened should say a number. Default: 3e-4, and 3e-3 for
-    SOAP; an `anneal` needs
-    it said, as the rate that it goes on from."""
+    SOAP; for an
+    `anneal` that starts from a checkpoint the rate at which its run stood."""
     min_lr: float | None = None
     """Last learning rate of the curve. Default: a tenth of `lr`, or 1e-5 where `lr` is
     `steplaw`, whose authors held it fixed."""
@@ -318,6 +374,25 @@ class OptimConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class SpikeConfig:
+    """What is done when the loss of a step leaps."""
+
+    action: Literal["warn", "skip", "rollback"] = "warn"
+    """`warn` says so. `skip`: the update of such a step is left out, so that its data does no
+    harm; when `patience_steps` in a row leap, that is taken for the new usual. `rollback`: so it
+    is for single steps, but when `patience_steps` in a row leap (or are not finite), weights and
+    optimizer go back to a checkpoint before the first of them, and to an earlier one if that does
+    not help. The data goes on, so that what led there is not read again."""
+    window_steps: int = 100
+    """Steps before, whose losses say what is usual; 0: no watch."""
+    deviations: float = 8.0
+    """A loss leaps that lies so many standard deviations (robust: from the median absolute
+    deviation) above their median."""
+    patience_steps: int = 10
+    """Leaps in a row after which they are no accident."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """Length and precision of the run."""
 
@@ -332,6 +407,8 @@ class TrainConfig:
     stop_after_steps: int | None = None
     """Stop (with a checkpoint) once this step is done, leaving the schedule as it is; for
     smoke tests and debugging. None: run to `tokens`."""
+    spikes: SpikeConfig = field(default_factory=SpikeConfig)
+    """Watch on the loss."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -341,7 +418,8 @@ class EvalConfig:
     every_steps: int = 100
     """Steps between evaluations; 0: only at the end."""
     tokens: int = 200_000
-    """Held-out tokens read per source, in whole documents, the same ones every time; 0: none."""
+    """Held-out tokens read per source, about, in whole documents, the same ones every time; one
+    longer than a tenth of this is passed over where there are others. 0: none."""
     forgetting_alarm: float | None = None
     """Nats per token by which the held-out loss of a source may rise above that at the start of a
     run with `start.checkpoint` before a warning. None: no warning."""
@@ -363,6 +441,13 @@ class CheckpointConfig:
     """Checkpoints at multiples of this step are kept for ever; 0: none."""
     async_save: bool = True
     """Copy to host memory, then write in the background while training goes on."""
+    emergency_dir: str | None = None
+    """Folder on the own disk of every node, or in its memory (/dev/shm/NAME), for a copy of the
+    latest state: that of the node's ranks, and that of a neighbour's, so that a lost node's is
+    not lost. A resume takes such a copy if it is whole and newer than the last checkpoint. Each
+    node keeps two, so it takes 4 times its share of a checkpoint. None: no copies."""
+    emergency_every_steps: int = 20
+    """Steps between two such copies."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -371,6 +456,12 @@ class MonitorConfig:
 
     log_every_steps: int = 10
     """Steps between console lines; `metrics.jsonl` gets every step."""
+    compare_ranks_every_steps: int = 10
+    """Steps between two comparisons of how fast the ranks compute, of which stragglers are named
+    and `ranks.jsonl` keeps record; 0: none."""
+    heartbeats: bool = True
+    """Each rank tells the driver that started it (`megascale launch`) how it is, so that a hang is
+    noticed; without a driver nobody listens."""
     tensorboard: bool = True
     """Write TensorBoard events beside `metrics.jsonl`."""
     trackers: tuple[Literal["wandb", "mlflow", "trackio"], ...] = ()
@@ -394,8 +485,8 @@ class StartConfig:
     """The state of the optimizer there: left behind, as continual pretraining does between data
     sets (arXiv 2403.08763), or kept, where the same data and a smooth schedule go on."""
     data: Literal["continue", "restart"] = "continue"
-    """Sources that the checkpoint's run has read too go on where it stopped, so that nothing is
-    read twice (as long as seed and context_tokens are the same), or start anew."""
+    """Sources that the runs behind the checkpoint have read too go on where those stopped, so that
+    nothing is read twice before all has been read, or start anew."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -410,12 +501,17 @@ class GrowthConfig:
     at_tokens: int
     """Loss tokens that `model` is trained on before it grows; `megascale hparams growth` gives
     the paper's advice."""
-    operator: Literal["stack", "interpolate", "zero", "width"] = "stack"
-    """As in `megascale grow`."""
+    operator: Literal["stack", "interpolate", "zero", "random", "width"] = "stack"
+    """As in `megascale grow`, whose other operators need a branch: they change what is read, or
+    learn on one process."""
     factor: int = 4
     """How many times the layers, or the width."""
     noise: float = 0.0
     """Random part mixed into the matrices of a deepened model."""
+    mask_tokens: int | None = None
+    """With `random`, tokens over which the new layers open; it has to be said."""
+    optimizer: Literal["drop", "grow"] = "drop"
+    """AdamW's moments: left behind, as in the paper, or grown with the weights and taken along."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -450,3 +546,9 @@ class RunConfig:
     """What is kept."""
     monitor: MonitorConfig = field(default_factory=MonitorConfig)
     """What is recorded."""
+
+    @property
+    def run_dirs(self) -> tuple[str, ...]:
+        """Folders that the run writes: that of the small model where it grows, then its own."""
+        base = (f"{self.run_dir.rstrip('/')}-base",) if self.growth is not None else ()
+        return (*base, self.run_dir)

@@ -2,187 +2,34 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
-import os
-import tempfile
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from fractions import Fraction
-from pathlib import Path
-from typing import IO, Any, Protocol
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from megascale.config.schema import DataConfig, SeenConfig, SourceConfig, StageConfig
-from megascale.corpus.permutation import Permutation
+from megascale.config.schema import DataConfig, SourceConfig, StageConfig
+from megascale.corpus.pieces import (
+    NO_PIECES,
+    Documents,
+    Int64Array,
+    Order,
+    PieceIndex,
+    Pieces,
+    ReadIndex,
+    epochs_begun,
+    join,
+    left_by,
+)
 from megascale.errors import UserError
-
-Int64Array = NDArray[np.int64]
-_CHUNK_DOCUMENTS = 1 << 20
-
-
-class Documents(Protocol):
-    """What batches need of a shard: the stored tokens of each document, and where it lies."""
-
-    @property
-    def lengths(self) -> NDArray[Any]:
-        """Stored tokens of each document, integers, memory-mapped."""
-
-    @property
-    def prefix(self) -> str | Path:
-        """Path of the `.bin` / `.idx` pair without its ending."""
-
-
-@dataclass(frozen=True)
-class Pieces:
-    """Pieces of documents: loss targets `start` to `start + length` of `document`, each int64[n].
-
-    A document of L stored tokens has L targets and is cut into ceil(L / context) pieces.
-    """
-
-    document: Int64Array
-    start: Int64Array
-    length: Int64Array
-
-
-class PieceIndex:
-    """All pieces of a shard in document order, found by number without listing them.
-
-    `ends[d]` is the number of pieces of documents 0 to d. Piece number p belongs to the first
-    document whose end exceeds p.
-    """
-
-    def __init__(
-        self, lengths: NDArray[Any], context_tokens: int, ends: Int64Array | None = None
-    ) -> None:
-        self.context_tokens = context_tokens
-        self._lengths = np.asarray(lengths)
-        if ends is None:
-            chunks = _ends_in_chunks(self._lengths, context_tokens)
-            ends = np.concatenate([np.empty(0, np.int64), *chunks])
-        self._ends = ends
-        self.num_pieces = int(self._ends[-1]) if len(self._ends) else 0
-        self.num_tokens = int(self._lengths.sum(dtype=np.int64))
-
-    @staticmethod
-    def of_shard(shard: Documents, context_tokens: int) -> PieceIndex:
-        """Index of a shard, kept on disk and memory-mapped, so that memory does not grow.
-
-        It is cached in a folder `cache` beside the shard, under a name that changes when the
-        shard does; where that folder cannot be written, in an unnamed temporary file.
-        """
-        path = _cache_path(Path(shard.prefix), context_tokens)
-        lengths = np.asarray(shard.lengths)
-        ends = _load_ends(path, len(lengths))
-        if ends is None:
-            with suppress(OSError):
-                _write_ends(path, lengths, context_tokens)
-            ends = _load_ends(path, len(lengths))
-        if ends is None:
-            ends = _temporary_ends(lengths, context_tokens)
-        return PieceIndex(lengths, context_tokens, ends)
-
-    def pieces(self, numbers: Int64Array) -> Pieces:
-        """The pieces of the given numbers, each from 0 to num_pieces - 1, in that order."""
-        order = np.argsort(numbers)  # searching in order keeps the search inside the caches
-        ordered = np.asarray(numbers)[order]
-        document = np.empty(len(ordered), dtype=np.int64)
-        document[order] = found = np.searchsorted(self._ends, ordered, side="right")
-        num_tokens = self._lengths[found].astype(np.int64)
-        first = self._ends[found] - -(-num_tokens // self.context_tokens)
-        start, length = np.empty_like(document), np.empty_like(document)
-        start[order] = offset = (ordered - first) * self.context_tokens
-        length[order] = np.minimum(num_tokens - offset, self.context_tokens)
-        return Pieces(document, start, length)
-
-
-class SeenPieces:
-    """The pieces of a shard that an earlier run has read, by number in the order it read them."""
-
-    def __init__(self, whole: PieceIndex, seen: SeenConfig) -> None:
-        self._whole = whole
-        self.num_pieces = min(seen.pieces, whole.num_pieces)
-        self.num_tokens = min(seen.tokens, whole.num_tokens)
-        self._order = Permutation(whole.num_pieces, seen.seed, seen.name, 0)
-
-    def pieces(self, numbers: Int64Array) -> Pieces:
-        """The pieces of the given numbers, each from 0 to num_pieces - 1, in that order."""
-        return self._whole.pieces(self._order(np.asarray(numbers)))
-
-
-def _index_of(
-    shard: Documents, source: SourceConfig, context_tokens: int
-) -> PieceIndex | SeenPieces:
-    if source.seen is None:
-        return PieceIndex.of_shard(shard, context_tokens)
-    return SeenPieces(PieceIndex.of_shard(shard, source.seen.context_tokens), source.seen)
-
-
-def _ends_in_chunks(lengths: NDArray[Any], context_tokens: int) -> Iterator[Int64Array]:
-    total = 0
-    for begin in range(0, len(lengths), _CHUNK_DOCUMENTS):
-        part = lengths[begin : begin + _CHUNK_DOCUMENTS].astype(np.int64)
-        sums = np.cumsum(-(-part // context_tokens)) + total
-        total = int(sums[-1])
-        yield sums
-
-
-def _cache_path(prefix: Path, context_tokens: int) -> Path:
-    identity = [str(prefix.name), str(context_tokens)]
-    for ending in (".idx", ".bin"):
-        with suppress(OSError):
-            stat = os.stat(f"{prefix}{ending}")
-            identity.append(f"{stat.st_size}/{stat.st_mtime_ns}")
-    digest = hashlib.blake2b(" ".join(identity).encode(), digest_size=8).hexdigest()
-    return prefix.parent / "cache" / f"{prefix.name}.pieces-{context_tokens}-{digest}.npy"
-
-
-def _load_ends(path: Path, num_documents: int) -> Int64Array | None:
-    try:
-        ends = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError, EOFError):
-        return None
-    if ends.shape != (num_documents,) or ends.dtype != np.int64:
-        return None
-    return np.asarray(ends)
-
-
-def _write_ends(path: Path, lengths: NDArray[Any], context_tokens: int) -> None:
-    """Write the .npy file of `PieceIndex._ends`, whole or not at all. Raises OSError."""
-    path.parent.mkdir(exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=path.name, suffix=".tmp", dir=path.parent)
-    header = {"descr": "<i8", "fortran_order": False, "shape": (len(lengths),)}
-    try:
-        with os.fdopen(handle, "wb") as file:
-            np.lib.format.write_array_header_1_0(file, header)
-            _write_chunks(file, lengths, context_tokens)
-        os.chmod(name, 0o644)
-        os.replace(name, path)
-    finally:
-        Path(name).unlink(missing_ok=True)
-
-
-def _temporary_ends(lengths: NDArray[Any], context_tokens: int) -> Int64Array | None:
-    try:
-        with tempfile.TemporaryFile() as file:
-            _write_chunks(file, lengths, context_tokens)
-            file.flush()
-            return np.asarray(np.memmap(file, dtype="<i8", mode="r", shape=(len(lengths),)))
-    except (OSError, ValueError):
-        return None
-
-
-def _write_chunks(file: IO[bytes], lengths: NDArray[Any], context_tokens: int) -> None:
-    for sums in _ends_in_chunks(lengths, context_tokens):
-        file.write(sums.astype("<i8").tobytes())
 
 
 @dataclass(frozen=True)
 class SourceCursor:
-    """How far one source has been read: pieces and tokens in all, tokens in this stage."""
+    """How far one source has been read: pieces of its order, its tokens in this run and stage."""
 
     pieces: int = 0
     tokens: int = 0
@@ -267,13 +114,12 @@ class GlobalBatches:
     def __init__(self, data: DataConfig, sources: Mapping[str, Documents], seed: int) -> None:
         self.names = tuple(data.sources)
         self._data = data
-        self._seed = seed
-        self._index = {
-            name: _index_of(sources[name], source, data.context_tokens)
+        self._orders = {
+            name: _order_of(sources[name], name, source, data.context_tokens, seed)
             for name, source in data.sources.items()
         }
         for name in used_sources(data.stages):
-            if not self._index[name].num_tokens:
+            if not self._orders[name].tokens_per_piece:
                 raise UserError(f"source '{name}' has no tokens; prepare it again or drop it")
 
     def next(self, cursor: Cursor) -> tuple[GlobalBatch, Cursor]:
@@ -285,7 +131,7 @@ class GlobalBatches:
         stage_nominal_tokens = cursor.stage_nominal_tokens + self._data.global_batch_tokens
         sources, dealt = dict(cursor.sources), []
         for name, share in shares(self._data.stages[cursor.stage]).items():
-            old = sources.get(name, SourceCursor())
+            old = sources.get(name) or SourceCursor(self._data.sources[name].begin)
             need = math.ceil(share * stage_nominal_tokens) - old.stage_tokens
             pieces = self._take(name, old.pieces, need, cursor.step)
             tokens = int(pieces.length.sum())
@@ -306,44 +152,55 @@ class GlobalBatches:
 
     def _take(self, name: str, begin: int, need: int, step: int) -> Pieces:
         """The first pieces from the `begin`-th on that hold at least `need` tokens."""
-        index = self._index[name]
-        position, parts = begin, [_NO_PIECES]
+        order, position, parts = self._orders[name], begin, [NO_PIECES]
         while need > 0:
-            count = int(need * index.num_pieces / index.num_tokens * 1.02) + 16
-            part = index.pieces(self._order(name, position, count))
+            count = int(need / order.tokens_per_piece * 1.02) + 16
+            part = order.pieces(position, count)
             sums = np.cumsum(part.length)
             keep = int(np.searchsorted(sums, need)) + 1
             parts.append(Pieces(part.document[:keep], part.start[:keep], part.length[:keep]))
             position += min(keep, count)
             need -= int(sums[min(keep, count) - 1])
         self._check_epochs(name, position, step)
-        return _join(parts)
-
-    def _order(self, name: str, begin: int, count: int) -> Int64Array:
-        """Numbers of `count` pieces in the order in which they are read, from the `begin`-th."""
-        num_pieces = self._index[name].num_pieces
-        parts = []
-        for epoch in range(begin // num_pieces, (begin + count - 1) // num_pieces + 1):
-            first = max(begin - epoch * num_pieces, 0)
-            last = min(begin + count - epoch * num_pieces, num_pieces)
-            permutation = Permutation(num_pieces, self._seed, name, epoch)
-            parts.append(permutation(np.arange(first, last)))
-        return np.concatenate(parts)
+        return join(parts)
 
     def _check_epochs(self, name: str, pieces: int, step: int) -> None:
         limit = self._data.max_epochs
-        if limit is not None and pieces > limit * self._index[name].num_pieces:
+        if limit is not None and pieces > self._orders[name].pieces_of(limit):
             raise UserError(
                 f"source '{name}' is used up at step {step}: data.max_epochs = {limit}; "
                 "raise it, lower the share of this source or train on fewer tokens"
             )
 
 
+def _order_of(
+    shard: Documents, name: str, source: SourceConfig, context_tokens: int, seed: int
+) -> Order:
+    reads = source.earlier.reads if source.earlier is not None else ()
+    if source.replay:
+        seen = ReadIndex(shard, reads)
+        return Order(name, seed, seen, seen)
+    whole = PieceIndex.of_shard(shard, context_tokens)
+    first = left_by(shard, reads, context_tokens)
+    return Order(name, seed, first, whole, epochs_begun(shard, reads))
+
+
 def _enter_stage(cursor: Cursor, stages: Sequence[StageConfig]) -> Cursor:
     """The cursor moved to the stage to which its next step belongs."""
     stage = stage_at(cursor.nominal_tokens, stages)
-    if stage == cursor.stage:
+    return cursor if stage == cursor.stage else _at_stage(cursor, stage)
+
+
+def with_stages(cursor: Cursor, was: Sequence[StageConfig], now: Sequence[StageConfig]) -> Cursor:
+    """The cursor of a run whose stages are others from here on: new shares count from now."""
+    stage = stage_at(cursor.nominal_tokens, now)
+    if stage == cursor.stage and shares(was[stage]) == shares(now[stage]):
         return cursor
+    return _at_stage(cursor, stage)
+
+
+def _at_stage(cursor: Cursor, stage: int) -> Cursor:
+    """The cursor at the begin of a stage."""
     sources = {name: replace(one, stage_tokens=0) for name, one in cursor.sources.items()}
     return replace(cursor, stage=stage, stage_nominal_tokens=0, sources=sources)
 
@@ -398,40 +255,8 @@ def epochs_needed(
     return {name: count / max(1, source_tokens[name]) for name, count in needed.items()}
 
 
-def heldout_pieces(shard: Documents, context_tokens: int, tokens: int) -> Pieces:
-    """Pieces of whole held-out documents with about `tokens` tokens in all, for evaluation.
-
-    Documents are taken in one fixed shuffled order, the same in every run; the last one is
-    taken if that brings the total nearer to `tokens`. One longer than a tenth of `tokens` is
-    passed over, so that no giant speaks for all. At least one where `tokens` > 0.
-    """
-    lengths = np.asarray(shard.lengths)
-    if not tokens or not len(lengths):
-        return _NO_PIECES
-    order = Permutation(len(lengths), 0, "heldout", 0)(np.arange(len(lengths)))
-    fits = lengths[order] <= tokens / 10
-    order = order[fits] if fits.any() else order[:1]
-    sums = np.cumsum(lengths[order], dtype=np.int64)
-    count = max(1, int(np.searchsorted(sums - lengths[order] // 2, tokens)))
-    document = order[:count]
-    index = PieceIndex(lengths[document], context_tokens)
-    pieces = index.pieces(np.arange(index.num_pieces))
-    return Pieces(document[pieces.document], pieces.start, pieces.length)
-
-
-_NO_PIECES = Pieces(np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0, np.int64))
-
-
-def _join(parts: Sequence[Pieces]) -> Pieces:
-    return Pieces(
-        np.concatenate([part.document for part in parts]),
-        np.concatenate([part.start for part in parts]),
-        np.concatenate([part.length for part in parts]),
-    )
-
-
 def _concatenate(step: int, dealt: Sequence[tuple[int, Pieces]]) -> GlobalBatch:
-    joined = _join([pieces for _, pieces in dealt])
+    joined = join([pieces for _, pieces in dealt])
     counts = [len(pieces.length) for _, pieces in dealt]
     source = np.repeat(np.array([index for index, _ in dealt], dtype=np.int16), counts)
     length = joined.length.astype(np.int32)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,10 @@ from megascale.errors import UserError
 CORPUS_FILE = "corpus.json"
 FORMAT = 1
 PARTS = ("train", "heldout")
-TOKENIZER_KINDS = ("bytes", "bpe", "hf")
+SAMPLED_BLOCKS, BLOCK_BYTES = 32, 4096
+TOKENIZER_KINDS = ("bytes", "bpe", "hf", "infowindow")
+TOKENIZER_FOLDER = "tokenizer"
+"""In a corpus, and in an imported checkpoint."""
 
 
 @dataclass(frozen=True)
@@ -35,13 +39,33 @@ class SourceInfo:
     train_bytes: int | None
     unigram_bits_per_byte: float | None
     """Entropy of single tokens, in bits per byte of text."""
+    content: str
+    """Digest of samples of the training shard."""
     tokenizer: str | None
     """Folder of the corpus, from which `load_tokenizer` loads."""
 
 
 def identity(info: SourceInfo) -> str:
     """What a source holds, in words; a resumed run must find the same."""
-    return f"{info.train_documents} documents of {info.train_tokens} tokens"
+    return f"{info.train_documents} documents of {info.train_tokens} tokens, content {info.content}"
+
+
+def tokenizer_mark(folder: Path) -> str | None:
+    """What tells the tokenizer of a corpus, or of another folder with a `tokenizer`, from others.
+
+    None where it is not known. Files that only configure it do not count.
+    """
+    if (folder / CORPUS_FILE).is_file() and read_corpus_file(folder)["tokenizer"]["path"] is None:
+        return "bytes"
+    inside = folder / TOKENIZER_FOLDER
+    files = sorted(one for one in inside.glob("*") if one.is_file())
+    vocabulary = [one for one in files if one.name == "tokenizer.json"] or files
+    if not vocabulary:
+        return None
+    digest = hashlib.sha256()
+    for file in vocabulary:
+        digest.update(file.read_bytes())
+    return digest.hexdigest()[:12]
 
 
 def describe(
@@ -82,9 +106,21 @@ def describe(
         train_tokens=shard.num_tokens,
         train_documents=shard.num_documents,
         train_bytes=None,
+        content=_content(path),
         unigram_bits_per_byte=None,
         tokenizer=None,
     )
+
+
+def _content(prefix: str) -> str:
+    """Digest of blocks that lie evenly in a shard's tokens: cheap, and other for another text."""
+    digest = hashlib.sha256()
+    with open(f"{prefix}.bin", "rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        for block in range(SAMPLED_BLOCKS):
+            file.seek(size * block // SAMPLED_BLOCKS)
+            digest.update(file.read(BLOCK_BYTES))
+    return digest.hexdigest()[:12]
 
 
 def _refuse_other(
@@ -132,6 +168,7 @@ def _prepared(folder: Path) -> SourceInfo:
         train_tokens=shard.num_tokens,
         train_documents=shard.num_documents,
         train_bytes=facts["train"]["bytes"],
+        content=_content(str(folder / "train")),
         unigram_bits_per_byte=facts["unigram_bits_per_byte"],
         tokenizer=str(folder),
     )
@@ -145,6 +182,10 @@ def read_corpus_file(folder: Path) -> Mapping[str, Any]:
         complete = facts["format"] == FORMAT and _is_complete(facts)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         complete = False
+    if not complete and not path.exists():
+        raise UserError(
+            f"{path}: no such file; give the folder of a corpus that megascale prepare made"
+        )
     if not complete:
         raise UserError(f"{path}: not a corpus file of format {FORMAT}; prepare the corpus again")
     return dict(facts)

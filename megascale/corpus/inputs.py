@@ -21,6 +21,7 @@ from typing import Any, BinaryIO, Literal, cast
 
 from megascale.corpus.recipe import InputConfig
 from megascale.errors import UserError
+from megascale.runtime.progress import progress
 
 _BATCH_BYTES = 1 << 24
 
@@ -101,13 +102,6 @@ def read_table(one: InputConfig, work: Path) -> Table:
         return Table(label, "line", "content", one.text_column, tuple(arrow_files))
     listing = _write_rows(work / "files.arrow", map(os.fsencode, files))
     return Table(label, "path", "content", "", (listing,))
-
-
-def progress(total: int, label: str, unit: str) -> Any:
-    """A bar on stderr, with percent and time left, for work that takes more than a second."""
-    from tqdm import tqdm
-
-    return tqdm(total=total, desc=label, unit=unit, unit_scale=True, delay=1.0)
 
 
 def _lines(path: str, bar: Any) -> Iterator[bytes]:

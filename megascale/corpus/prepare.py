@@ -22,7 +22,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from megascale.corpus.describe import CORPUS_FILE, FORMAT, describe, read_corpus_file, sha256_of
+from megascale.corpus.describe import (
+    CORPUS_FILE,
+    FORMAT,
+    TOKENIZER_FOLDER,
+    describe,
+    read_corpus_file,
+    sha256_of,
+)
 from megascale.corpus.encode import (
     EMPTY,
     GOOD,
@@ -32,12 +39,11 @@ from megascale.corpus.encode import (
     hash_of,
     text_of,
 )
-from megascale.corpus.inputs import Table, input_files, progress, read_document, read_table
+from megascale.corpus.inputs import Table, input_files, read_document, read_table
 from megascale.corpus.recipe import Recipe, TokenizerConfig
 from megascale.corpus.shards import Shard, writing
 from megascale.corpus.team import Team
 from megascale.corpus.tokenizers import (
-    FOLDER,
     ByteTokenizer,
     Tokenizer,
     load_hf,
@@ -45,6 +51,8 @@ from megascale.corpus.tokenizers import (
     train_bpe,
 )
 from megascale.errors import UserError
+from megascale.infowindow.tokenizer import InfoWindowTokenizer
+from megascale.runtime.progress import progress
 
 _READ_ROWS = 256
 _COUNT_TOKENS = 1 << 22
@@ -155,7 +163,7 @@ def fingerprint(recipe: Recipe) -> str:
 
 def _begin(recipe: Recipe, partial: Path) -> tuple[list[Table], Encoder]:
     """Rank 0: list the documents and settle the tokenizer."""
-    folder = partial / FOLDER
+    folder = partial / TOKENIZER_FOLDER
     folder.mkdir()
     tables = [
         read_table(one, partial / "work" / f"input-{i}") for i, one in enumerate(recipe.inputs)
@@ -172,6 +180,8 @@ def _make_tokenizer(recipe: Recipe, tables: Sequence[Table]) -> Tokenizer:
         return load_hf(wanted.path or "", wanted.eod_token)
     if wanted.kind == "bytes":
         return ByteTokenizer()
+    if wanted.kind == "infowindow":
+        return InfoWindowTokenizer.load(Path(wanted.path or ""), wanted.vocab_size)
     print(f"training a BPE of {wanted.vocab_size} ids", file=sys.stderr, flush=True)
     return train_bpe(_train_texts(recipe, tables), wanted.vocab_size or 0)
 
@@ -248,7 +258,7 @@ def _finish(
     _write_shards(partial, files, fates, token_dtype(tokenizer.vocab_size))
     shutil.rmtree(partial / "work")
     if tokenizer.kind == "bytes":
-        (partial / FOLDER).rmdir()
+        (partial / TOKENIZER_FOLDER).rmdir()
     facts = _facts(recipe, partial, tokenizer, fates, identity)
     (partial / CORPUS_FILE).write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
     _give_name(partial, out)
@@ -351,7 +361,7 @@ def _facts(
         "licence": recipe.licence,
         "tokenizer": {
             "kind": tokenizer.kind,
-            "path": None if tokenizer.kind == "bytes" else FOLDER,
+            "path": None if tokenizer.kind == "bytes" else TOKENIZER_FOLDER,
             "vocab_size": tokenizer.vocab_size,
             "eod_id": tokenizer.eod_id,
         },

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 from pathlib import Path
 
 from megascale.corpus.prepare import Prepared, prepare
@@ -21,6 +22,11 @@ def add_prepare_arguments(parser: argparse.ArgumentParser) -> None:
         "--out", metavar="DIR", help="folder to make; default: corpora/NAME, with the recipe's name"
     )
     parser.add_argument(
+        "--tokenizer",
+        metavar="KIND[:PATH]",
+        help="in place of the recipe's: bytes, hf:PATH or infowindow:CODEBOOK",
+    )
+    parser.add_argument(
         "--processes",
         type=int,
         metavar="N",
@@ -35,7 +41,8 @@ def run_prepare(args: argparse.Namespace) -> int:
     """Prepare the corpus and print what it holds; returns the exit status."""
     try:
         team = Team()
-        recipe = team.lead(lambda: load_recipe(args.recipe, args.overrides))
+        overrides = [*tokenizer_override(args.tokenizer), *args.overrides]
+        recipe = team.lead(lambda: load_recipe(args.recipe, overrides))
         out = Path(args.out) if args.out else Path("corpora") / recipe.name
         prepared = prepare(recipe, out, args.processes, args.force)
     except UserError:
@@ -45,6 +52,15 @@ def run_prepare(args: argparse.Namespace) -> int:
     if team.rank == 0:
         print(summary(prepared), flush=True)
     return 0
+
+
+def tokenizer_override(given: str | None) -> list[str]:
+    """`--tokenizer KIND[:PATH]` as an override, which replaces the recipe's tokenizer."""
+    if given is None:
+        return []
+    kind, _, path = given.partition(":")
+    wanted = {"kind": kind} | ({"path": path} if path else {})
+    return [f"tokenizer={json.dumps(wanted)}"]
 
 
 def summary(prepared: Prepared) -> str:

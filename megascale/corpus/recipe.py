@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -37,12 +38,15 @@ class InputConfig:
 class TokenizerConfig:
     """What turns text into ids."""
 
-    kind: Literal["bytes", "bpe", "hf"] = "bytes"
-    """bytes: UTF-8, nothing to download. bpe: trained on the corpus. hf: one of Hugging Face."""
+    kind: Literal["bytes", "bpe", "hf", "infowindow"] = "bytes"
+    """bytes: UTF-8, nothing to download. bpe: trained on the corpus. hf: one of Hugging Face.
+    infowindow: Equal-Info Windows, by a codebook of `megascale infowindow compile`."""
     vocab_size: int | None = None
-    """For bpe: how many ids, the end of a document included."""
+    """For bpe: how many ids, the end of a document included. For infowindow: 256 or 65536, tokens
+    of 8 or 16 bits, to which the end of a document is added. None there: 65536 where windows can
+    be cut so."""
     path: str | None = None
-    """For hf: local folder, tokenizer.json, or name on the hub."""
+    """For hf: local folder, tokenizer.json, or name on the hub. For infowindow: the codebook."""
     eod_token: str | None = None
     """For hf: the token that ends a document; None: the tokenizer's end of sequence."""
 
@@ -93,7 +97,10 @@ def parse_recipe(text: str, overrides: Sequence[str] = (), where: str = "recipe"
     problem = _problem(recipe)
     if problem is not None:
         raise UserError(f"{where}: {problem}")
-    return recipe
+    if recipe.tokenizer.path is None:
+        return recipe
+    path = os.path.expanduser(recipe.tokenizer.path)  # here, so that whoever looks sees one file
+    return replace(recipe, tokenizer=replace(recipe.tokenizer, path=path))
 
 
 def _problem(recipe: Recipe) -> str | None:
@@ -136,6 +143,7 @@ _TOKENIZER_OPTIONS: dict[str, set[str]] = {
     "bytes": set(),
     "bpe": {"vocab_size"},
     "hf": {"path", "eod_token"},
+    "infowindow": {"path", "vocab_size"},
 }
 
 
@@ -148,4 +156,8 @@ def _tokenizer_problem(tokenizer: TokenizerConfig) -> str | None:
         return "tokenizer.vocab_size must be 257 or more for kind bpe, e.g. 8192"
     if kind == "hf" and tokenizer.path is None:
         return "tokenizer.path is needed for kind hf: a local folder or a name on the hub"
+    if kind == "infowindow" and tokenizer.path is None:
+        return "tokenizer.path is needed for kind infowindow: a codebook"
+    if kind == "infowindow" and tokenizer.vocab_size not in (None, 256, 65536):
+        return "tokenizer.vocab_size must be 256 or 65536 for kind infowindow"
     return None

@@ -12,13 +12,18 @@ from megascale.errors import UserError
 
 T = TypeVar("T")
 _SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
-_RANKS = ("OMPI_COMM_WORLD_RANK", "PMI_RANK", "PMIX_RANK")
+_RANKS = ("OMPI_COMM_WORLD_RANK", "PMI_RANK", "PMIX_RANK", "SLURM_PROCID")
 
 
 def started_by_mpi() -> bool:
-    """Whether an MPI launcher started this process, as one of several or of unknown many."""
+    """Whether MPI or srun started this process, as one of several or of unknown many."""
     sizes = [os.environ[name] for name in _SIZES if name in os.environ]
-    return sizes[0] != "1" if sizes else "PMIX_RANK" in os.environ
+    return sizes[0] != "1" if sizes else "PMIX_RANK" in os.environ or _tasks_of_srun() > 1
+
+
+def _tasks_of_srun() -> int:
+    """Without an MPI kind, srun starts tasks that know nothing of each other."""
+    return int(os.environ.get("SLURM_STEP_NUM_TASKS", "1"))
 
 
 def launched_rank() -> int:
@@ -42,12 +47,12 @@ def _world() -> Any:
         ) from None
     world = MPI.COMM_WORLD
     sizes = [int(os.environ[name]) for name in _SIZES if name in os.environ]
-    expected = sizes[0] if sizes else launched_rank() + 1
+    expected = sizes[0] if sizes else max(launched_rank() + 1, _tasks_of_srun())
     if world.Get_size() < expected:
         library = MPI.Get_library_version().split(",")[0].split("\n")[0]
         raise UserError(
-            f"mpiexec started {expected} ranks or more and MPI sees {world.Get_size()}: it is of "
-            f"another MPI than mpi4py's ({library}); start it with that one's mpiexec"
+            f"{expected} ranks or more were started and MPI sees {world.Get_size()}: mpi4py's is "
+            f"another one ({library}); start them with its mpiexec or an srun --mpi=KIND of it"
         )
     return world
 

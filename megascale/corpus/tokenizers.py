@@ -1,4 +1,5 @@
-"""Text to token ids and back: bytes, a BPE trained on the corpus, or one of Hugging Face.
+"""Text to token ids and back: bytes, a BPE trained on the corpus, one of Hugging Face, or
+Equal-Info Windows.
 
 Text never becomes the end-of-document token: a document that spells a special token out is
 encoded as the characters it is made of.
@@ -14,10 +15,10 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from megascale.corpus.describe import read_corpus_file
+from megascale.corpus.describe import TOKENIZER_FOLDER, read_corpus_file
 from megascale.errors import UserError
+from megascale.infowindow.tokenizer import InfoWindowTokenizer
 
-FOLDER = "tokenizer"
 TOKENIZER_FILE = "tokenizer.json"
 EOD_TEXT = "<|endoftext|>"
 SMALLEST_BPE = 257
@@ -30,7 +31,7 @@ class Tokenizer(Protocol):
     """Text to ids and back."""
 
     kind: str
-    """Its name in recipes: bytes, bpe or hf."""
+    """Its name in recipes: bytes, bpe, hf or infowindow."""
     vocab_size: int
     """The largest id is below this."""
     eod_id: int
@@ -157,7 +158,7 @@ def load_hf(path: str, eod_token: str | None = None) -> FastTokenizer:
 
 
 def _hf_backend(path: str) -> tuple[Any, str | None]:
-    local = Path(path).expanduser()
+    local = Path(path)
     if local.is_file():
         return _read_backend(local), _eos_of(local.parent)
     if (local / TOKENIZER_FILE).is_file():
@@ -205,6 +206,8 @@ def open_tokenizer(kind: str, folder: Path, eod_id: int) -> Tokenizer:
     """A tokenizer that was saved into `folder`."""
     if kind == "bytes":
         return ByteTokenizer()
+    if kind == "infowindow":
+        return InfoWindowTokenizer.load(folder, vocabulary=eod_id)
     return FastTokenizer(kind, _read_backend(folder / TOKENIZER_FILE), eod_id)
 
 
@@ -215,7 +218,7 @@ def load_tokenizer(corpus_folder: str | Path) -> Tokenizer:
     """
     folder = Path(corpus_folder)
     facts = read_corpus_file(folder)["tokenizer"]
-    tokenizer = open_tokenizer(facts["kind"], folder / FOLDER, facts["eod_id"])
+    tokenizer = open_tokenizer(facts["kind"], folder / TOKENIZER_FOLDER, facts["eod_id"])
     if (tokenizer.vocab_size, tokenizer.eod_id) != (facts["vocab_size"], facts["eod_id"]):
         raise UserError(
             f"corpus {folder}: its tokenizer has {tokenizer.vocab_size} ids where corpus.json "

@@ -3,45 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
-from typing import Literal, get_args
+from dataclasses import replace
 
-from megascale.checkpoint.tensors import Piece, Tensors
-from megascale.config import ModelConfig, MoeConfig
+from megascale.checkpoint.read import ROUTER_STATE
+from megascale.checkpoint.shards import MOMENTS
+from megascale.checkpoint.tensors import Piece, Tensors, moment_key
+from megascale.config import ModelConfig, MoeConfig, parse_config
 from megascale.errors import UserError
-from megascale.growth.depth import deepen, interpolated, stacked
+from megascale.growth.depth import add_random, deepen, interpolated, stacked
+from megascale.growth.learn import Maps, combined
+from megascale.growth.model import Growth, grown_model
+from megascale.growth.resize import resize, resize_moment
 from megascale.growth.upcycle import upcycle
-from megascale.growth.width import widen
-
-Operator = Literal["stack", "interpolate", "zero", "width", "upcycle"]
-OPERATORS: tuple[Operator, ...] = get_args(Operator)
-
-
-@dataclass(frozen=True)
-class Growth:
-    """What to do to a model."""
-
-    operator: Operator = "stack"
-    """`stack`: layers 1 to l again and again (G_stack). `interpolate`: every layer several times
-    in a row. `zero`: as `stack`, but the new layers add nothing at first. `width`: more hidden
-    units, heads and feed-forward units that compute the same. `upcycle`: experts for the
-    feed-forward parts."""
-    factor: int = 4
-    """How many times the layers, or the width; 4 is the paper's advice for `stack`."""
-    noise: float = 0.0
-    """Random part mixed into the matrices of deepened models (section 4.4; the paper's 0.2 was
-    slightly better than none)."""
-    moe: MoeConfig | None = None
-    """For `upcycle`: the experts."""
-    seed: int = 1234
-    """Of what is drawn."""
+from megascale.growth.width import widen, widen_moment
+from megascale.model.counts import padded_vocab_size
+from megascale.model.initialise import CLOSED_TOKENS
+from megascale.optim.soap import SIDES
 
 
 def grow(
-    parents: Sequence[tuple[ModelConfig, Tensors]], growth: Growth
+    parents: Sequence[tuple[ModelConfig, Tensors]], growth: Growth, maps: Maps | None = None
 ) -> tuple[ModelConfig, Iterator[Piece]]:
     """The grown model, and its tensors, which are read from the parents as they are taken.
 
+    `maps` are those of `learn`, where they have been learned.
     Raises UserError where the parents do not suit the operator.
     """
     model, base = parents[0]
@@ -54,50 +39,65 @@ def grow(
         return grown, upcycle([tensors for _, tensors in parents], grown, growth.seed)
     if growth.operator == "width":
         return grown, widen(base, growth.factor, model.tied_embeddings, growth.seed)
+    if growth.operator == "random":
+        return grown, add_random(base, model.num_layers, grown, growth.seed)
+    if growth.operator == "resize":
+        old, rows = model.vocab_size or 0, _rows(base, grown)
+        return grown, resize(base, old, rows, growth.noise, growth.seed)
+    if growth.operator == "learn":
+        return grown, combined(base, growth.factor, maps or {})
     order = interpolated if growth.operator == "interpolate" else stacked
     sources = order(model.num_layers, growth.factor)
     silent = range(model.num_layers, len(sources)) if growth.operator == "zero" else ()
-    return grown, deepen(base, sources, silent, growth.noise)
+    return grown, deepen(base, sources, silent, noise=growth.noise, seed=growth.seed)
 
 
-def grown_model(model: ModelConfig, growth: Growth) -> ModelConfig:
-    """What `growth` makes of a finalized model."""
-    if growth.operator == "upcycle":
-        moe = growth.moe or MoeConfig()
-        return replace(model, moe=replace(moe, ffn_hidden_size=model.ffn_hidden_size))
-    if growth.operator == "width":
-        return _wider(model, growth.factor)
-    deeper = replace(model, num_layers=model.num_layers * growth.factor)
-    return _weights_again(deeper, growth.factor)
+def grow_moments(model: ModelConfig, checkpoint: Tensors, growth: Growth) -> Iterator[Piece]:
+    """AdamW's moments for the grown model, which begins with more of them than zeros.
 
-
-def _weights_again(model: ModelConfig, factor: int) -> ModelConfig:
-    """With the balance weights of each layer repeated as the layers are."""
-    if model.moe is None or model.moe.balance_weights is None:
-        return model
-    return replace(
-        model, moe=replace(model.moe, balance_weights=model.moe.balance_weights * factor)
-    )
-
-
-def _wider(model: ModelConfig, factor: int) -> ModelConfig:
-    assert model.num_kv_heads is not None and model.ffn_hidden_size is not None
-    moe = model.moe
-    if moe is not None:
-        assert moe.ffn_hidden_size is not None
-        moe = replace(
-            moe,
-            ffn_hidden_size=factor * moe.ffn_hidden_size,
-            shared_ffn_hidden_size=factor * moe.shared_ffn_hidden_size,
+    A copied layer has the moments of the layer that it copies, a new one that adds nothing at first
+    has zeros. A wider model has those that its own gradients would have given, were no noise added
+    (`widen_moment`). Raises UserError where the checkpoint has none, or no rule is known.
+    """
+    if growth.operator in ("upcycle", "learn"):
+        raise UserError(
+            f"--optimizer grow: there is no rule for moments under --operator {growth.operator}; "
+            "leave them behind with --optimizer drop"
         )
-    return replace(
-        model,
-        hidden_size=factor * model.hidden_size,
-        num_heads=factor * model.num_heads,
-        num_kv_heads=factor * model.num_kv_heads,
-        ffn_hidden_size=factor * model.ffn_hidden_size,
-        moe=moe,
-    )
+    of_soap = any(Tensors(checkpoint.found, f"{side}_average").shapes for side in SIDES)
+    for power, name in enumerate(MOMENTS, start=1):
+        moment = Tensors(checkpoint.found, name)
+        if of_soap or moment.shapes.keys() != _trained(checkpoint):
+            raise UserError(
+                f"checkpoint {checkpoint.found.folder} holds no moments of AdamW that could grow; "
+                "leave them behind with --optimizer drop"
+            )
+        for piece in _moment(model, moment, growth, power):
+            yield replace(piece, key=moment_key(name, piece.key))
+
+
+def _moment(model: ModelConfig, moment: Tensors, growth: Growth, power: int) -> Iterator[Piece]:
+    old, factor = model.num_layers, growth.factor
+    if growth.operator == "resize":
+        rows = _rows(moment, grown_model(model, growth))
+        return resize_moment(moment, model.vocab_size or 0, rows)
+    if growth.operator == "width":
+        return widen_moment(moment, factor, model.tied_embeddings, power)
+    order = interpolated if growth.operator == "interpolate" else stacked
+    new = range(old, old * factor) if growth.operator in ("zero", "random") else ()
+    return deepen(moment, order(old, factor), new, silenced=("",))
+
+
+def _trained(checkpoint: Tensors) -> set[str]:
+    """Keys of the weights, without the counts that layers and routers keep."""
+    return {key for key in checkpoint.shapes if not key.endswith((*ROUTER_STATE, CLOSED_TOKENS))}
+
+
+def _rows(base: Tensors, grown: ModelConfig) -> int:
+    """Rows of the grown embedding, padded as the base's is."""
+    position = base.found.manifest.position
+    layout = parse_config(position.config, where=str(base.found.folder)).parallel
+    return padded_vocab_size(grown, layout.tensor)
 
 
 def _check_branches(parents: Sequence[tuple[ModelConfig, Tensors]], moe: MoeConfig) -> None:

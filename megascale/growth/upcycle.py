@@ -14,7 +14,8 @@ import torch
 
 from megascale.checkpoint.tensors import Piece, Tensors
 from megascale.config import ModelConfig
-from megascale.growth.tensors import FC1, FC2, LAYERS, generator, is_layered
+from megascale.growth.tensors import FC1, FC2, LAYERS, is_layered
+from megascale.model.initialise import named_generator
 
 ATTENTION = f"{LAYERS}self_attention."
 ATTENTION_WEIGHTS = (
@@ -72,5 +73,5 @@ def _routers(model: ModelConfig, seed: int) -> Iterator[Piece]:
     if moe.attention_experts > 1:
         routers[f"{LAYERS}self_attention.router.weight"] = moe.attention_experts
     for key, experts in routers.items():
-        drawn = torch.randn(layers, experts, hidden, generator=generator(key, seed))
+        drawn = torch.randn(layers, experts, hidden, generator=named_generator(key, seed))
         yield Piece.whole(key, drawn * model.init_std)

@@ -13,7 +13,8 @@ from collections.abc import Iterator
 import torch
 
 from megascale.checkpoint.tensors import Piece, Tensors
-from megascale.growth.tensors import FC1, OUTPUT_PROJECTIONS, generator, is_layered
+from megascale.growth.tensors import FC1, is_layered
+from megascale.model.initialise import CLOSED_TOKENS, OUTPUT_PROJECTIONS, named_generator
 
 SPREAD = 0.5
 """Standard deviation of that noise, as part of the deviation of the shared weights."""
@@ -23,8 +24,11 @@ KEPT = (
     "router.load_E",
     "router.earlier_E",
     "router.bias_E",
+    CLOSED_TOKENS,
 )
-"""Per head dimension or per expert, of which a wider model has as many."""
+"""Per head dimension, per expert or per layer, of which a wider model has as many."""
+WITHOUT_COPIES = ("router.weight", "output_layer.weight", "shared_experts.gate_weight")
+"""What reads copies and writes to units that stay as they were."""
 
 
 def widen(base: Tensors, factor: int, tied: bool, seed: int = 0) -> Iterator[Piece]:
@@ -42,6 +46,37 @@ def widen(base: Tensors, factor: int, tied: bool, seed: int = 0) -> Iterator[Pie
             yield Piece(key, whole, (layer or 0, *(0 for _ in new.shape[1:])), new)
 
 
+def widen_moment(moment: Tensors, factor: int, tied: bool, power: int) -> Iterator[Piece]:
+    """AdamW's mean of gradients to a `power` for the tensors that `widen` gives.
+
+    The copies of a unit share the old gradient, so what writes to copies has 1 / factor of the old
+    one; what writes to units that stay as they were (router, output head) has all of it.
+    """
+    for key, shape in moment.shapes.items():
+        layers = range(shape[0]) if is_layered(key) else [None]
+        for layer in layers:
+            old = moment.read(key) if layer is None else moment.read(key, (layer,), (1,))
+            new = _widened_moment(key, old, factor, tied, power)
+            whole = tuple(new.shape) if layer is None else (shape[0], *new.shape[1:])
+            yield Piece(key, whole, (layer or 0, *(0 for _ in new.shape[1:])), new)
+
+
+def _widened_moment(
+    key: str, old: torch.Tensor, factor: int, tied: bool, power: int
+) -> torch.Tensor:
+    if key.endswith(KEPT):
+        return old
+    wide = _copies(old, -1, factor)
+    head = key == "decoder.final_layernorm.weight" and tied
+    if head or key.endswith(WITHOUT_COPIES):
+        return wide
+    if key.endswith(FC1):
+        wide = torch.cat([_copies(half, -2, factor) for half in wide.chunk(2, dim=-2)], dim=-2)
+    elif key.endswith(("linear_qkv.weight", *OUTPUT_PROJECTIONS)):
+        wide = _copies(wide, -2, factor)
+    return wide / factor**power
+
+
 def _widened(
     key: str, old: torch.Tensor, factor: int, tied: bool, name: str, seed: int
 ) -> torch.Tensor:
@@ -52,7 +87,7 @@ def _widened(
         return _copies(old, -1, factor) / (factor if last else 1)
     if key.endswith(("word_embeddings.weight", "linear_qkv.bias")):
         return _copies(old, -1, factor)
-    if key.endswith(("router.weight", "output_layer.weight")):
+    if key.endswith(WITHOUT_COPIES):
         return _shared(old, factor, name, seed)
     if key.endswith(FC1):  # gate and up, each on its own
         halves = [_copies(half, -2, factor) for half in old.chunk(2, dim=-2)]
@@ -72,7 +107,7 @@ def _shared(old: torch.Tensor, factor: int, name: str, seed: int) -> torch.Tenso
     wide = torch.empty(*old.shape[:-1], factor * columns, dtype=old.dtype)
 
     def drawn(copy: int) -> torch.Tensor:
-        return torch.randn(old.shape, generator=generator(f"{name}/{copy % factor}", seed))
+        return torch.randn(old.shape, generator=named_generator(f"{name}/{copy % factor}", seed))
 
     for copy in range(factor):
         apart = drawn(copy).sub_(drawn(copy + 1)).mul_(scale)  # they sum to 0 around the circle

@@ -5,10 +5,12 @@ Shape suffixes: T tokens of the pack, H query heads, G key and value heads, D he
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 
+from megascale.config import RopeScalingConfig
 from megascale.mesh.attend import attend
 from megascale.mesh.packing import Segments
 
@@ -20,10 +22,17 @@ class PackedAttention(torch.nn.Module):
     derives positions from the place in the pack; a shard of a sequence has no such place.
     """
 
-    def __init__(self, config: Any, rope_base: float, window: int | None, **_: Any) -> None:
+    def __init__(
+        self,
+        config: Any,
+        rope_base: float,
+        window: int | None,
+        rope_scaling: RopeScalingConfig | None = None,
+        **_: Any,
+    ) -> None:
         super().__init__()
         self.head_dim: int = config.kv_channels
-        self.rope_base = rope_base
+        self.rope_base, self.rope_scaling = rope_base, rope_scaling
         self.window = window
 
     def forward(
@@ -42,19 +51,34 @@ class PackedAttention(torch.nn.Module):
             raise ValueError("PackedAttention needs the segments of the pack")
         segments = packed_seq_params
         if segments.rotary is None:
-            segments.rotary = rotary_table(segments.positions_T, self.head_dim, self.rope_base)
+            segments.rotary = rotary_table(
+                segments.positions_T, self.head_dim, self.rope_base, self.rope_scaling
+            )
         query, key = rotate(query, segments.rotary), rotate(key, segments.rotary)
         out_THD, _ = attend(query, key, value, segments, causal=True, window=self.window)
         return out_THD.reshape(out_THD.shape[0], -1)
 
 
 def rotary_table(
-    positions_T: torch.Tensor, head_dim: int, base: float
+    positions_T: torch.Tensor,
+    head_dim: int,
+    base: float,
+    scaling: RopeScalingConfig | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cosines and sines, each (T, 1, D / 2) in fp32, of position * base^(-2i/D)."""
+    """Cosines and sines, each (T, 1, D / 2) in fp32, of position * base^(-2i/D), scaled."""
     pairs = torch.arange(0, head_dim, 2, dtype=torch.float64, device=positions_T.device)
-    angles = positions_T.double()[:, None] * base ** (-pairs / head_dim)
+    turning = base ** (-pairs / head_dim)
+    if scaling is not None:
+        turning = _slowed(turning, scaling)
+    angles = positions_T.double()[:, None] * turning
     return angles.cos().float()[:, None], angles.sin().float()[:, None]
+
+
+def _slowed(turning: torch.Tensor, scaling: RopeScalingConfig) -> torch.Tensor:
+    """Radians per token, slowed as `RopeScalingConfig` says (Llama 3.1's "llama3" scaling)."""
+    turns = scaling.original_tokens * turning / (2 * math.pi)
+    kept = ((turns - scaling.low_turns) / (scaling.high_turns - scaling.low_turns)).clamp(0, 1)
+    return turning * (kept + (1 - kept) / scaling.factor)
 
 
 def rotate(x_THD: torch.Tensor, table: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:

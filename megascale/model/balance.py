@@ -103,7 +103,7 @@ class BalancedRouter(TopKRouter):  # type: ignore[misc]
         """Logits (T, 1, E) -> weights of the chosen experts and which these are, (T, E) each."""
         logits_TE = logits.view(-1, self.moe.num_experts)
         if self.moe.balance == "loss_free":
-            probs_TE, chosen_TE = _choose(logits_TE, self.bias_E, self.moe.top_k)
+            probs_TE, chosen_TE = _choose(logits_TE, self.bias_E, self.moe)
         else:
             probs_TE, chosen_TE = super().routing(logits, padding_mask)
         if self.tally is None or not (torch.is_grad_enabled() or self.tally.without_gradients):
@@ -171,17 +171,17 @@ class _Attach(torch.autograd.Function):
 
 
 def _choose(
-    logits_TE: torch.Tensor, bias_E: torch.Tensor, top_k: int
+    logits_TE: torch.Tensor, bias_E: torch.Tensor, moe: MoeConfig
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Choice by probability plus bias, weights by probability alone; they sum to 1 from two on.
+    """Choice by probability plus bias, weights by probability alone.
 
     Loss-free balancing (Wang et al., arXiv 2408.15664), with softmax probabilities.
     """
     exact = torch.promote_types(logits_TE.dtype, torch.float32)
     scores_TE = torch.softmax(logits_TE, dim=-1, dtype=exact)
-    best = (scores_TE + bias_E).topk(top_k, dim=-1).indices
+    best = (scores_TE + bias_E).topk(moe.top_k, dim=-1).indices
     weights = scores_TE.gather(-1, best)
-    if top_k > 1:  # the quotient of probabilities, which may be 0 all
+    if moe.top_k > 1 and moe.normalize_top_k:  # the quotient of probabilities, which may be 0 all
         weights = torch.softmax(logits_TE.gather(-1, best), dim=-1, dtype=exact)
     nothing = torch.zeros_like(logits_TE)
     probs_TE = nothing.scatter(-1, best, weights.to(logits_TE.dtype))

@@ -21,7 +21,8 @@ from megascale.mesh.offload import Offloader
 from megascale.model.balance import Balance
 from megascale.model.counts import padded_vocab_size
 from megascale.model.initialise import initialise
-from megascale.model.layers import final_norm, layer_spec, use_transformer_engine
+from megascale.model.layers import LayerMask, final_norm, layer_spec, use_transformer_engine
+from megascale.model.timing import ComputeTimer
 from megascale.runtime.distributed import Ranks
 
 
@@ -30,8 +31,9 @@ def build_model(config: RunConfig, ranks: Ranks) -> DistributedDataParallel:
 
     The weights depend on `seed` and their name alone, not on the layout of the ranks.
     Gradients are summed, never averaged (design, decision 3). Its attribute `offloader` runs the
-    micro-batches that keep activations in host memory, and `balance` counts what its routers
-    choose (None without experts).
+    micro-batches that keep activations in host memory, `balance` counts what its routers choose
+    (None without experts), `timer` times forward passes, and `masked_layers` are those that a step
+    opens further.
     """
     core = transformer_config(config, ranks)
     model = GPTModel(
@@ -54,6 +56,8 @@ def build_model(config: RunConfig, ranks: Ranks) -> DistributedDataParallel:
     core.no_sync_func = wrapped.no_sync  # gradients are reduced after the last micro-batch only
     wrapped.offloader = Offloader(layers, ranks.device)
     wrapped.balance = _balance(config, layers)
+    wrapped.masked_layers = [layer for layer in layers if isinstance(layer, LayerMask)]
+    wrapped.timer = ComputeTimer(layers, ranks.device)
     return wrapped
 
 
@@ -146,9 +150,11 @@ def _moe_options(moe: MoeConfig | None, grouped: bool) -> dict[str, Any]:
     return {
         "num_moe_experts": moe.num_experts,
         "moe_router_topk": moe.top_k,
-        "moe_router_pre_softmax": moe.top_k == 1,  # one weight alone would be 1, whatever it is
+        # one weight alone would be 1, whatever it is
+        "moe_router_pre_softmax": moe.top_k == 1 or not moe.normalize_top_k,
         "moe_ffn_hidden_size": moe.ffn_hidden_size,
         "moe_shared_expert_intermediate_size": moe.shared_ffn_hidden_size or None,
+        "moe_shared_expert_gate": moe.shared_gate,
         "moe_token_dispatcher_type": moe.dispatcher,
         "moe_router_load_balancing_type": "none",  # our router has losses of its own
         "moe_router_dtype": "fp32",

@@ -288,11 +288,12 @@ def _feed_forward_weights(model: ModelConfig) -> int:
 
 
 def _router_weights(model: ModelConfig) -> int:
-    """Weights of one layer's routers, of experts and of attentions."""
+    """Weights of one layer's routers, of experts and of attentions, and of the shared gate."""
     if model.moe is None:
         return 0
     mixed = _attentions(model) if _attentions(model) > 1 else 0
-    return (model.moe.num_experts + mixed) * model.hidden_size
+    gate = 1 if model.moe.shared_gate else 0
+    return (model.moe.num_experts + mixed + gate) * model.hidden_size
 
 
 def _expert_weights(model: ModelConfig) -> int:

@@ -12,6 +12,9 @@ from megatron.core.transformer.module import MegatronModule
 from megascale.config import ModelConfig
 
 OUTPUT_PROJECTIONS = ("linear_proj.weight", "linear_fc2.weight")
+CLOSED_TOKENS = "closed_tokens"
+"""Name of what a masked layer keeps beside its weights: the tokens until it is open."""
+STARTS_AT_ZERO = (".bias", CLOSED_TOKENS)
 
 
 def initialise(model: MegatronModule, config: ModelConfig, seed: int) -> None:
@@ -30,6 +33,29 @@ def initialise(model: MegatronModule, config: ModelConfig, seed: int) -> None:
                 _fill(shard, config, seed)
 
 
+def named_generator(name: str, seed: int, device: torch.device | str = "cpu") -> torch.Generator:
+    """Random numbers that depend on a name and a seed alone."""
+    digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+    return torch.Generator(device).manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+
+
+def initial(
+    key: str,
+    place: tuple[int, ...],
+    shape: tuple[int, ...],
+    config: ModelConfig,
+    seed: int,
+    device: torch.device | str = "cpu",
+) -> torch.Tensor:
+    """The initial weight `key` of the layer (and expert) that `place` counts, in fp32."""
+    if len(shape) == 1:
+        return torch.full(shape, float(not key.endswith(STARTS_AT_ZERO)), device=device)
+    scaled = key.endswith(OUTPUT_PROJECTIONS)
+    std = config.init_std / (math.sqrt(2 * config.num_layers) if scaled else 1.0)
+    generator = named_generator(f"{key}/{place}", seed, device)
+    return torch.randn(shape, generator=generator, device=device) * std
+
+
 def _flatten(tree: object) -> list[ShardedTensor | ShardedTensorFactory]:
     if isinstance(tree, (ShardedTensor, ShardedTensorFactory)):
         return [tree]
@@ -39,19 +65,9 @@ def _flatten(tree: object) -> list[ShardedTensor | ShardedTensorFactory]:
 
 def _fill(shard: ShardedTensor, config: ModelConfig, seed: int) -> None:
     stacked = shard.prepend_axis_num
+    place, offsets = shard.global_offset[:stacked], shard.global_offset[stacked:]
     shape = shard.global_shape[stacked:]
-    if len(shape) == 1:
-        shard.data.fill_(0.0 if shard.key.endswith(".bias") else 1.0)
-        return
-    name = f"{seed}/{shard.key}/{shard.global_offset[:stacked]}"
-    digest = hashlib.sha256(name.encode()).digest()
-    generator = torch.Generator(shard.data.device).manual_seed(
-        int.from_bytes(digest[:8], "little") >> 1
-    )
-    scaled = shard.key.endswith(OUTPUT_PROJECTIONS)
-    std = config.init_std / (math.sqrt(2 * config.num_layers) if scaled else 1.0)
-    whole = torch.randn(shape, generator=generator, device=shard.data.device) * std
-    offsets = shard.global_offset[stacked:]
+    whole = initial(shard.key, place, shape, config, seed, shard.data.device)
     part = tuple(
         slice(o, o + n) for o, n in zip(offsets, shard.local_shape[-len(shape) :], strict=True)
     )

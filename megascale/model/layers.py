@@ -21,6 +21,7 @@ from megascale.errors import UserError
 from megascale.model.attention import PackedAttention
 from megascale.model.attention_experts import AttentionExperts
 from megascale.model.balance import BalancedRouter
+from megascale.model.initialise import CLOSED_TOKENS
 
 
 class RMSNorm(torch.nn.Module):
@@ -77,6 +78,33 @@ class ParallelBlockLayer(TransformerLayer):  # type: ignore[misc]
         return hidden_states + attention + feed_forward, None
 
 
+class LayerMask(torch.nn.Module):
+    """Over a layer: y = x + m (layer(x) - x), where m goes from 0 to 1 with the tokens trained on.
+
+    Random new layers open so without changing the model's function at first (G_random of arXiv
+    2405.15319; the mask's linear way as in Masked Structural Growth, arXiv 2305.02869).
+    """
+
+    def __init__(self, config: Any, *args: Any, mask_tokens: int, **kwargs: Any) -> None:
+        super().__init__(config, *args, **kwargs)
+        self.mask_tokens = mask_tokens
+        device = next(self.parameters()).device
+        # whole numbers: exact however they are added up, and no precision converts them
+        self.register_buffer(CLOSED_TOKENS, torch.zeros(1, dtype=torch.int64, device=device))
+
+    def open_by(self, tokens: int) -> None:
+        """Count the tokens of a step."""
+        self.closed_tokens.sub_(tokens).clamp_(min=0)
+
+    def forward(
+        self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, Any]:
+        """(T, 1, hidden) -> (T, 1, hidden), and what the layer returns beside."""
+        output, beside = super().forward(hidden_states, *args, **kwargs)
+        mask = (1 - self.closed_tokens.double() / self.mask_tokens).clamp(min=0)
+        return torch.lerp(hidden_states, output, mask.to(output.dtype)), beside  # exact at 0 and 1
+
+
 def use_transformer_engine(model: ModelConfig) -> bool:
     """Whether layers come from Transformer Engine.
 
@@ -98,6 +126,14 @@ def use_transformer_engine(model: ModelConfig) -> bool:
 
 def layer_spec(model: ModelConfig) -> ModuleSpec:
     """The spec of one transformer layer of `model`."""
+    spec = _open_layer_spec(model)
+    if model.mask_tokens is None:
+        return spec
+    masked = type(f"Masked{spec.module.__name__}", (LayerMask, spec.module), {})
+    return replace(spec, module=masked, params={**spec.params, "mask_tokens": model.mask_tokens})
+
+
+def _open_layer_spec(model: ModelConfig) -> ModuleSpec:
     num_experts = model.moe.num_experts if model.moe else None
     if use_transformer_engine(model):
         spec = get_gpt_layer_with_transformer_engine_spec(
@@ -135,7 +171,11 @@ def final_norm(model: ModelConfig) -> type | None:
 
 def _attention(model: ModelConfig, spec: ModuleSpec, **changes: Any) -> ModuleSpec:
     attention = spec.submodules.self_attention
-    options = {"rope_base": model.rope_base, "window": model.sliding_window}
+    options = {
+        "rope_base": model.rope_base,
+        "rope_scaling": model.rope_scaling,
+        "window": model.sliding_window,
+    }
     core = ModuleSpec(module=PackedAttention, params=options)
     submodules = replace(attention.submodules, core_attention=core, **changes)
     attention = replace(attention, submodules=submodules)

@@ -96,6 +96,8 @@ def _layer(model: ModelConfig, layout: Layout) -> Iterator[Weight]:
         yield from _feed_forward(hidden, model.ffn_hidden_size // layout.tensor)
         return
     yield Weight((moe.num_experts, hidden))
+    if moe.shared_gate:
+        yield Weight((1, hidden))
     yield from _feed_forward(hidden, moe.shared_ffn_hidden_size // layout.tensor)
     for _ in range(moe.num_experts // layout.expert):
         yield from _feed_forward(hidden, (moe.ffn_hidden_size or 0) // layout.tensor, True)

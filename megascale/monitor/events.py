@@ -3,23 +3,55 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from megascale.monitor.lines import LineFile, json_line
+
+EVENTS_FILE = "events.jsonl"
+
 
 class EventLog:
-    """Appends to `events.jsonl` of a run folder; every line is flushed when written.
-
-    The file is opened for each line: events are rare, and nothing is left to close.
-    """
+    """Appends to `events.jsonl` of a run folder, line by line."""
 
     def __init__(self, run_dir: Path) -> None:
-        self._path = run_dir / "events.jsonl"
+        self._lines = LineFile(run_dir / EVENTS_FILE)
 
     def write(self, kind: str, **fields: Any) -> None:
-        """Add one event with its UTC time; values that JSON lacks are written as text."""
+        """Add one event with its UTC time; NaN is null, what else JSON lacks is text."""
         now = datetime.now(UTC).isoformat(timespec="milliseconds")
-        line = json.dumps({"time": now, "event": kind, **fields}, default=str)
-        with open(self._path, "a", encoding="utf-8") as file:
-            file.write(line + "\n")
+        self._lines.write(json_line({"time": now, "event": kind, **fields}, default=str))
+
+    def settle(self) -> bool:
+        """Write what could not be written before; whether nothing waits any more."""
+        return self._lines.settle()
+
+
+def read_events(run_dir: Path) -> list[dict[str, Any]]:
+    """The events of a run folder, oldest first, without lines that are damaged, such as one that a
+    crash left half-written.
+
+    Empty where there are none yet. Raises OSError where the file is there and cannot be read.
+    """
+    try:
+        lines = (run_dir / EVENTS_FILE).read_bytes().splitlines()
+    except FileNotFoundError:
+        return []
+    return [event for event in map(_parse, lines) if event is not None]
+
+
+def at(event: Mapping[str, Any]) -> float:
+    """When an event was written, seconds since the epoch."""
+    return datetime.fromisoformat(event["time"]).timestamp()
+
+
+def _parse(line: bytes) -> dict[str, Any] | None:
+    """The event of a line; None where it is none that has a name and a time."""
+    try:
+        event = json.loads(line)
+        at(event)
+    except (ValueError, TypeError, KeyError):
+        return None
+    return event if isinstance(event.get("event"), str) else None

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from megascale.monitor.lines import LineFile
 from megascale.monitor.metrics import read_rows, rewind
 
 if TYPE_CHECKING:
@@ -71,7 +72,7 @@ class ExpertLog:
 
     def __init__(self, run_dir: Path, resume_step: int | None) -> None:
         rewind(run_dir / EXPERTS_FILE, resume_step)
-        self._file = open(run_dir / EXPERTS_FILE, "a", encoding="utf-8")
+        self._lines = LineFile(run_dir / EXPERTS_FILE)
 
     def write(self, step: int, sources: Sequence[str], counts_SLE: Floats) -> None:
         """Add a row: the choices of each source, and the share of each expert in them by layer."""
@@ -84,12 +85,11 @@ class ExpertLog:
                 name: np.round(one, 5).tolist() for name, one in zip(sources, shares, strict=True)
             },
         }
-        self._file.write(json.dumps(row) + "\n")
-        self._file.flush()
+        self._lines.write(json.dumps(row))
 
     def close(self) -> None:
         """Close the file."""
-        self._file.close()
+        self._lines.close()
 
 
 def divergence_L(shares_SLE: Floats, weights_S: Floats | None = None) -> Floats:
@@ -141,14 +141,14 @@ def plot_shares(sources: Sequence[str], shares_SLE: Floats, title: str, path: Pa
     pooled = shares_SLE.mean(axis=0)
     order = np.argsort(shares_SLE.argmax(axis=0), axis=1, kind="stable")
     panels = figure.subplots(1, columns, squeeze=False)[0]
-    _heat(panels[0], np.take_along_axis(pooled, order, 1) * num_experts, "all sources")
+    _heat(panels[0], np.take_along_axis(pooled, order, 1) * num_experts, "mean of sources")
     for axes, name, shares in zip(panels[1:], sources, shares_SLE, strict=False):
         over = np.divide(shares, pooled, out=np.zeros_like(shares), where=pooled > 0)
         _heat(axes, np.take_along_axis(over, order, 1), name)
     panels[0].set_ylabel("layer")
     image = panels[0].images[0]
-    bar = figure.colorbar(image, ax=panels.tolist(), shrink=0.8, extend="max")
-    bar.set_label("left: over even use; right: over all sources'")
+    bar = figure.colorbar(image, ax=panels.tolist(), extend="max")
+    bar.set_label("use, over even use (left)\nor the sources' mean (right)", fontsize=8)
     figure.suptitle(title, fontsize=11, x=0.01, ha="left")
     figure.savefig(path)
 

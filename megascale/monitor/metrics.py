@@ -5,12 +5,13 @@ from __future__ import annotations
 import importlib
 import json
 import math
-import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
+from megascale.checkpoint.folder import replace_file
 from megascale.errors import UserError
+from megascale.monitor.lines import LineFile, json_line
 
 METRICS_FILE = "metrics.jsonl"
 PROJECT = "megascale"
@@ -49,19 +50,18 @@ class MetricsWriter:
             self._trackers.append(_TensorBoard(run_dir, resume_step))
         for name in trackers:
             self._trackers.append(TRACKERS[name](run_dir, resume_step or 0, config))
-        self._file = open(path, "a", encoding="utf-8")
+        self._lines = LineFile(path)
 
     def write(self, row: Mapping[str, Any]) -> None:
         """Add one row; it is on its way to the disk when this returns."""
-        self._file.write(json.dumps(_finite(row), allow_nan=False) + "\n")
-        self._file.flush()
+        self._lines.write(json_line(row))
         values = {key: value for key, value in flatten(row) if key != "step"}
         for tracker in self._trackers:
             tracker.log(values, int(row["step"]))
 
     def close(self) -> None:
         """Close the file and the trackers."""
-        self._file.close()
+        self._lines.close()
         for tracker in self._trackers:
             tracker.close()
 
@@ -72,6 +72,12 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     Raises OSError where the file cannot be read.
     """
     return list(_parse(path.read_bytes()))
+
+
+def has_numbers(row: Mapping[str, Any], *names: str) -> bool:
+    """Whether a row of such a file, or an event, has a finite number under each of the names."""
+    values = (row.get(name) for name in names)
+    return all(isinstance(value, int | float) and math.isfinite(value) for value in values)
 
 
 def flatten(row: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
@@ -103,21 +109,7 @@ def rewind(path: Path, resume_step: int | None) -> None:
     kept = [row for row in read_rows(path) if resume_step is None or row["step"] <= resume_step]
     if resume_step == 0:
         kept = []
-    partial = path.with_name(f".{path.name}.partial")
-    with open(partial, "w", encoding="utf-8") as file:
-        file.writelines(json.dumps(row) + "\n" for row in kept)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
-
-
-def _finite(value: Any) -> Any:
-    """The value with NaN and infinities as None, because JSON has no words for them."""
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    if isinstance(value, Mapping):
-        return {key: _finite(inner) for key, inner in value.items()}
-    return value
+    replace_file(path, "".join(json.dumps(row) + "\n" for row in kept).encode())
 
 
 class _TensorBoard:

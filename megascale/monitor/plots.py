@@ -12,13 +12,16 @@ from numpy.typing import NDArray
 
 from megascale.errors import UserError
 from megascale.monitor.experts import plot_shares, read_shares
-from megascale.monitor.metrics import METRICS_FILE, read_rows
+from megascale.monitor.metrics import METRICS_FILE, has_numbers, read_rows
+from megascale.monitor.stragglers import plot_ranks, read_slowdowns
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 Floats = NDArray[np.float64]
 
+COLUMNS = ("loss", "lr", "grad_norm", "tokens_per_s", "skipped", "balance_loss", "max_violation")
+COLUMNS += ("replayed",)
 COLOURS = ("#2166ac", "#d6604d", "#1b9e77", "#7b3294", "#e08214", "#4d4d4d", "#c51b7d", "#35978f")
 MARKERS = "osD^vPX*"
 ALARM = "#c0392b"
@@ -54,7 +57,7 @@ class Curves:
     step: Floats
     tokens: Floats
     columns: dict[str, Floats]
-    """loss, lr, grad_norm, tokens_per_s and skipped."""
+    """COLUMNS; all NaN where the run does not have one."""
     heldout: dict[str, dict[str, Floats]]
     """Source to arrays tokens, loss and bits_per_byte, one entry per evaluation."""
 
@@ -62,10 +65,11 @@ class Curves:
 def plot_run(run_dirs: Sequence[Path], out: Path) -> list[Path]:
     """Draw loss, bits per byte, learning rate, speed and gradient norm into the folder `out`.
 
-    And the use of experts, a picture for each run that has them. Several runs share the axes of
-    each other picture. Returns the files written; bits_per_byte.png is left out where no held-out
-    text was scored. Raises UserError for a folder that holds no run and for a run with fewer than
-    two recorded steps; OSError where `out` cannot be written.
+    And the use of experts and the speed of ranks, a picture for each run that has them. Several
+    runs share the axes of each other picture. Returns the files written; bits_per_byte.png is left
+    out where no held-out text was scored, balance.png where no run has experts, replay.png where
+    none replays. Raises UserError for a folder that holds no run and for a run with fewer than two
+    recorded steps; OSError where `out` cannot be written.
     """
     import matplotlib
 
@@ -81,12 +85,19 @@ def plot_run(run_dirs: Sequence[Path], out: Path) -> list[Path]:
         ("learning_rate", "Learning rate", _draw_learning_rate),
         ("speed", "Training speed (tokens per second)", _draw_speed),
         ("grad_norm", "Gradient norm before clipping", _draw_grad_norm),
+        ("balance", "Balance of experts (0: even use)", _draw_balance),
+        ("replay", "Part of all tokens that earlier runs had read", _draw_replay),
     ]
+    idle = {
+        "bits_per_byte": not any(_has_bits(run) for run in runs),
+        "balance": not any(_has(run, "balance_loss") for run in runs),
+        "replay": not any(_has(run, "replayed") for run in runs),
+    }
     with matplotlib.rc_context(STYLE):
         written = [
             _save(out / f"{name}.png", title, draw, runs)
             for name, title, draw in pictures
-            if name != "bits_per_byte" or any(_has_bits(run) for run in runs)
+            if not idle.get(name, False)
         ]
     for run_dir, run in zip(run_dirs, runs, strict=True):
         found = read_shares(run_dir)
@@ -94,6 +105,12 @@ def plot_run(run_dirs: Sequence[Path], out: Path) -> list[Path]:
             suffix = f"_{run.name.replace('/', '_')}" if len(runs) > 1 else ""
             path = out / f"experts{suffix}.png"
             plot_shares(*found[1:], f"Use of experts at step {found[0]}", path)
+            written.append(path)
+        steps, over = read_slowdowns(run_dir)
+        if steps:
+            suffix = f"_{run.name.replace('/', '_')}" if len(runs) > 1 else ""
+            path = out / f"ranks{suffix}.png"
+            plot_ranks(steps, over, "Time of ranks for the same work", path)
             written.append(path)
     return written
 
@@ -107,15 +124,15 @@ def load_curves(run_dir: Path, name: str) -> Curves:
             f"{run_dir} holds no readable {METRICS_FILE} ({error.strerror}); "
             "give the run_dir of a run that has trained"
         ) from None
+    rows = [row for row in rows if has_numbers(row, "tokens_seen")]
     steps = [row for row in rows if "loss" in row]
     if len(steps) < 2:
         raise UserError(f"{run_dir}: {len(steps)} step(s) recorded so far; a curve needs two")
-    columns = ("loss", "lr", "grad_norm", "tokens_per_s", "skipped")
     return Curves(
         name=name,
         step=_column(steps, "step"),
         tokens=_column(steps, "tokens_seen"),
-        columns={column: _column(steps, column) for column in columns},
+        columns={column: _column(steps, column) for column in COLUMNS},
         heldout=_heldout([row for row in rows if "eval" in row]),
     )
 
@@ -162,6 +179,10 @@ def _heldout(rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, Floats]]:
 
 def _has_bits(run: Curves) -> bool:
     return any(np.isfinite(score["bits_per_byte"]).any() for score in run.heldout.values())
+
+
+def _has(run: Curves, column: str) -> bool:
+    return bool(np.isfinite(run.columns[column]).any())
 
 
 def _save(
@@ -284,6 +305,42 @@ def _draw_grad_norm(axes: Axes, runs: list[Curves]) -> None:
     for index, tokens in enumerate(skipped):
         label = f"{len(skipped)} skipped step(s)" if index == 0 else None
         axes.axvline(tokens, color=ALARM, linewidth=0.9, alpha=0.7, label=label)
+
+
+def _draw_balance(axes: Axes, runs: list[Curves]) -> None:
+    several = len(runs) > 1
+    for position, run in enumerate(runs):
+        if not _has(run, "balance_loss"):
+            continue
+        name = f"{run.name}: " * several
+        colour = _colour(position)
+        axes.plot(
+            run.tokens,
+            smooth(run.columns["balance_loss"] - 1),
+            color=colour,
+            linewidth=2.0,
+            label=f"{name}balance loss - 1",
+        )
+        axes.plot(
+            run.tokens,
+            smooth(run.columns["max_violation"]),
+            color=colour if several else _colour(position + 1),
+            linestyle=(0, (4, 2)),
+            label=f"{name}busiest expert over even use - 1",
+        )
+    axes.set_yscale("log")
+
+
+def _draw_replay(axes: Axes, runs: list[Curves]) -> None:
+    from matplotlib.ticker import PercentFormatter
+
+    for position, run in enumerate(runs):
+        if _has(run, "replayed"):
+            label = f"{run.name}: {_last(run.columns['replayed'])}"
+            colour = _colour(position)
+            axes.plot(run.tokens, run.columns["replayed"], color=colour, linewidth=2.0, label=label)
+    axes.yaxis.set_major_formatter(PercentFormatter(xmax=1))
+    axes.set_ylim(bottom=0)
 
 
 def _colour(position: int) -> str:

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from megascale.config import RunConfig, SegmentConfig, StageConfig
-from megascale.corpus.batches import shares, used_sources
+from megascale.config import GrowthConfig, RunConfig, SegmentConfig, StageConfig
+from megascale.corpus.batches import num_steps, shares, used_sources
 from megascale.monitor.plots import COLOURS, STYLE, Floats
 from megascale.optim.schedule import joints, lr_at
 
@@ -21,6 +21,8 @@ SAMPLES = 2000
 CURVE_COLOUR = COLOURS[0]
 BANDS = ("#92c5de", "#f4a582", "#a6d8c4", "#c2a5cf", "#fdd49e", "#bababa", "#f1b6da", "#b8e0dc")
 INK = "#303030"
+LABEL_WIDTH = 0.15
+"""Of a label of a joint, as part of the picture."""
 LEAST_SHARE, LEAST_WIDTH = 0.1, 0.04
 """Parts of the picture below which a band or a stage is too small to write into."""
 
@@ -29,7 +31,8 @@ def plot_schedule(config: RunConfig, stages: Sequence[StageConfig], title: str, 
     """Draw the learning rate of a finalized config over its tokens into `path`, as PNG.
 
     Joints are marked with their rates. Under it the shares of `stages`, which may be empty where
-    they are not known. Raises OSError where `path` cannot be written.
+    they are not known. A run that grows shows its small model's part before its own. Raises
+    OSError where `path` cannot be written.
     """
     import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -41,14 +44,34 @@ def plot_schedule(config: RunConfig, stages: Sequence[StageConfig], title: str, 
         FigureCanvasAgg(figure)
         heights = [2.6, 1.0][:rows]
         panels = figure.subplots(rows, 1, sharex=True, squeeze=False, height_ratios=heights)[:, 0]
-        _draw_rate(panels[0], config.optim.schedule, config.train.tokens)
+        spans = parts(config)
+        for begin, end in spans:
+            _draw_rate(panels[0], config.optim.schedule, begin, end, whole=spans[-1][1])
+        if config.growth is not None:
+            _mark_growth(panels[0], config.growth, spans[0][1])
+        panels[0].set_ylim(0, 1.16 * (panels[0].dataLim.y1 or 1.0))
         panels[0].set_title(title)
         if stages:
-            _draw_stages(panels[1], stages, config.train.tokens)
+            for begin, end in spans:
+                _draw_stages(panels[1], stages, begin, end, whole=spans[-1][1])
+            _name_sources(panels[1], stages)
             figure.legend(loc="outside lower center", ncols=6)
             figure.align_ylabels()
-        _label_tokens(panels[-1], config.train.tokens)
+        _label_tokens(panels[-1], spans[-1][1])
         figure.savefig(path, format="png")
+
+
+def parts(config: RunConfig) -> list[tuple[int, int]]:
+    """Begin and end of the small model's part of a run that grows, and of the run proper.
+
+    Each follows the schedule and reads the stages from the beginning.
+    """
+    if config.growth is None:
+        return [(0, config.train.tokens)]
+    batch = config.data.global_batch_tokens
+    assert isinstance(batch, int)
+    begin = num_steps(config.data, config.growth.at_tokens) * batch
+    return [(0, begin), (begin, begin + config.train.tokens)]
 
 
 def sampled_tokens(segments: Sequence[SegmentConfig], tokens: int) -> Floats:
@@ -69,23 +92,45 @@ def stage_spans(stages: Sequence[StageConfig], tokens: int) -> list[tuple[int, i
     return spans
 
 
-def _draw_rate(axes: Axes, segments: Sequence[SegmentConfig], tokens: int) -> None:
+def _draw_rate(
+    axes: Axes, segments: Sequence[SegmentConfig], begin: int, end: int, whole: int
+) -> None:
+    """One part of a run, from `begin` to `end` of its `whole` tokens."""
+    tokens = end - begin
     seen = sampled_tokens(segments, tokens)
     rates = np.array([lr_at(int(one), segments) for one in seen])
-    axes.plot(seen, rates, color=CURVE_COLOUR, linewidth=2.2)
-    axes.fill_between(seen, rates, color=CURVE_COLOUR, alpha=0.08, linewidth=0)
+    axes.plot(begin + seen, rates, color=CURVE_COLOUR, linewidth=2.2)
+    axes.fill_between(begin + seen, rates, color=CURVE_COLOUR, alpha=0.08, linewidth=0)
     units = _token_units()
-    for end, lr in joints(segments):
-        if 0 < end < tokens:
-            rises = lr_at(end + tokens // 50, segments) > lr  # and would cross a label above
-            label = f"{short_rate(lr)} at {units.format_data(end)}"
-            _mark(axes, end, lr, label, (14, -3) if rises else (3, 8))
+    labelled = -whole
+    for joint, lr in joints(segments):
+        if 0 < joint < tokens:
+            rises = lr_at(joint + tokens // 50, segments) > lr  # and would cross a label above
+            label = ""
+            if LABEL_WIDTH * whole < joint - labelled and joint > 1:
+                label, labelled = f"{short_rate(lr)} at {units.format_data(begin + joint)}", joint
+            _mark(axes, begin + joint, lr, label, (14, -3) if rises else (3, 8))
     end_lr = lr_at(tokens, segments)
-    _mark(axes, tokens, end_lr, short_rate(end_lr), (8, -3))
-    axes.set_ylim(0, 1.16 * (rates.max() or 1.0))
+    beside = (8, -3) if end == whole else (-46, -14)
+    _mark(axes, end, end_lr, short_rate(end_lr), beside)
     axes.set_ylabel("learning rate")
     axes.ticklabel_format(axis="y", style="sci", scilimits=(0, 0), useMathText=True)
     axes.grid(axis="x", visible=False)
+
+
+def _mark_growth(axes: Axes, growth: GrowthConfig, tokens: int) -> None:
+    axes.axvline(tokens, color=INK, linewidth=1.2)
+    label = f"{growth.operator} x {growth.factor}"
+    place = (tokens, 0.04)
+    axes.annotate(
+        label,
+        place,
+        xycoords=("data", "axes fraction"),
+        xytext=(6, 0),
+        textcoords="offset points",
+        fontsize=9.5,
+        color=INK,
+    )
 
 
 def short_rate(lr: float) -> str:
@@ -105,22 +150,27 @@ def _mark(axes: Axes, tokens: int, lr: float, label: str, offset: tuple[int, int
     )
 
 
-def _draw_stages(axes: Axes, stages: Sequence[StageConfig], tokens: int) -> None:
+def _draw_stages(
+    axes: Axes, stages: Sequence[StageConfig], begin: int, end: int, whole: int
+) -> None:
     """A band for each source, stacked in the order in which sources appear."""
     names = used_sources(stages)
-    for begin, end, stage in stage_spans(stages, tokens):
-        shown, floor = shares(stage), 0.0
+    for first, last, stage in stage_spans(stages, end - begin):
+        shown, floor, left, width = shares(stage), 0.0, begin + first, last - first
         for name in (name for name in names if name in shown):
             height = float(shown[name])
             colour = BANDS[names.index(name) % len(BANDS)]
-            axes.bar(begin, height, end - begin, floor, align="edge", color=colour, linewidth=0)
-            if height >= LEAST_SHARE and end - begin >= LEAST_WIDTH * tokens:
-                place = ((begin + end) / 2, floor + height / 2 - 0.01)
+            axes.bar(left, height, width, floor, align="edge", color=colour, linewidth=0)
+            if height >= LEAST_SHARE and width >= LEAST_WIDTH * whole:
+                place = (left + width / 2, floor + height / 2 - 0.01)
                 axes.text(*place, f"{height:.0%}", ha="center", va="center", fontsize=9, color=INK)
             floor += height
-        if begin:
-            axes.axvline(begin, color="white", linewidth=1.6)
-    for index, name in enumerate(names):
+        if left:
+            axes.axvline(left, color="white", linewidth=1.6)
+
+
+def _name_sources(axes: Axes, stages: Sequence[StageConfig]) -> None:
+    for index, name in enumerate(used_sources(stages)):
         axes.bar(0, 0, color=BANDS[index % len(BANDS)], label=name)
     axes.set_ylim(0, 1)
     axes.set_yticks([0, 0.5, 1], ["0", "50%", "100%"])

@@ -52,17 +52,17 @@ def set_rates(optimizer: Any, lr: float, weight_decay: float) -> None:
 
 @torch.no_grad()
 def apply_gradients(
-    model: Any, optimizer: Any, loss_tokens: int, clip_grad_norm: float, finite_loss: bool
+    model: Any, optimizer: Any, loss_tokens: int, clip_grad_norm: float, good_loss: bool
 ) -> tuple[float, bool]:
     """Divide the summed gradients by the loss tokens of the global batch, clip, and step.
 
-    Returns the gradient norm before clipping and whether the step was taken; with a non-finite
-    loss or norm nothing is changed. Every rank reaches the same verdict, because the norm is
-    reduced over all of them.
+    Returns the gradient norm before clipping and whether the step was taken; without a good loss,
+    or with a norm that is not finite, nothing is changed. Every rank reaches the same verdict,
+    because the norm is reduced over all of them.
     """
     optimizer.prepare_grads()
     norm = float(optimizer.get_grad_norm()) / loss_tokens
-    if not finite_loss or not math.isfinite(norm):
+    if not good_loss or not math.isfinite(norm):
         return norm, False
     clip = min(1.0, clip_grad_norm / (norm + 1e-6)) if clip_grad_norm else 1.0
     model.scale_gradients(clip / loss_tokens)

@@ -96,7 +96,7 @@ def run_growth(args: argparse.Namespace) -> int:
 def _base_layers(text: str, factor: int) -> int:
     layers = whole_number(text, "--layers", 1)
     if layers % factor:
-        works = -(-layers // factor) * factor
+        works = max(1, round(layers / factor)) * factor
         raise UserError(f"--layers {text}: must be a multiple of {factor}; {works} is")
     return layers // factor
 

@@ -200,4 +200,4 @@ def _even_s(
     filled = np.maximum(tokens / held, work / limit_s)
     work += cost.latency * np.log2(sizes) * filled
     micro_batches = max(problem.num_ranks, np.dot(times, tokens) / held)
-    return float((np.dot(times, work) + cost.fixed * micro_batches) / problem.num_ranks)
+    return float((np.dot(times, work) + cost.fixed * micro_batches) / problem.effective_ranks)

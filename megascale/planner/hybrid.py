@@ -45,7 +45,7 @@ GOOD_ENOUGH = 1.002
 
 
 def plan_hybrid(problem: Problem) -> StepPlan:
-    """Plan a step as near to the lower bound as its mode allows.
+    """Plan a step as near to the lower bound as its mode allows; slow ranks are given less.
 
     Free mode: rings stacked on the least busy ranks, the rest leveled with short sequences
     (`planner.stacks`). Aligned and lockstep mode: waves of equal length (`planner.waves`), or of
@@ -88,7 +88,7 @@ def _candidates(problem: Problem, batch: Batch) -> Iterator[Candidate]:
         if problem.pipeline > 1 and has_few_short(problem):
             limit_s = longest_s(problem, batch)
             shelved = (shelve(problem, batch, limit_s * part) for part in LONGEST)
-            yield from (Candidate(*one) for one in shelved if one is not None)
+            yield from (_shelved(problem, *one) for one in shelved if one is not None)
             yield _of_peer(plan_static_best(problem))
         yield from _waves(problem, batch)
         return
@@ -97,6 +97,12 @@ def _candidates(problem: Problem, batch: Batch) -> Iterator[Candidate]:
         yield _stacks(problem, batch, level_s * part, nest)
     if problem.lengths.sum() < SPARSE_BATCHES * problem.num_ranks * problem.capacity:
         yield from _waves(problem, batch)
+
+
+def _shelved(problem: Problem, seconds: float, placed: Callable[[], list[Placed]]) -> Candidate:
+    if max(problem.slowdown, default=1.0) > 1:  # which shelves know nothing of
+        return _of_peer(complete(problem, placed(), 0.0))
+    return Candidate(seconds, placed)
 
 
 def _of_peer(plan: StepPlan) -> Candidate:
@@ -140,7 +146,7 @@ def _reachable_s(problem: Problem, lengths: Integers) -> float:
         sizes = sizes_within(problem, lengths, limit_s)
         seconds = alone_s(problem, lengths, sizes)
         work_s = float(((seconds - fixed) * sizes).sum())
-        return max(float(seconds.max()), fixed + work_s / problem.num_ranks)
+        return max(float(seconds.max()), fixed + work_s / problem.effective_ranks)
 
     low, high = even_s, needed_s(even_s)
     if high <= low * NEAR:
@@ -209,7 +215,7 @@ def _needed_s(problem: Problem, batch: Batch) -> float:
     """Seconds of all work spread evenly, every sequence on as few ranks as hold it."""
     fewest = fewest_ranks(problem, batch.lengths)
     alone = alone_s(problem, batch.lengths, fewest) - problem.cost.fixed
-    return float((alone * fewest).sum()) / problem.num_ranks
+    return float((alone * fewest).sum()) / problem.effective_ranks
 
 
 def _roomiest(problem: Problem, batch: Batch) -> Candidate:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -54,6 +55,9 @@ class Problem:
     budget_s: float | None = None
     """Seconds to spend on improving a plan; None: a fixed number of tries, so that equal problems
     have equal plans."""
+    slowdown: tuple[float, ...] = ()
+    """How many times as long as by `cost` each rank takes, at least 1; a ring is as slow as its
+    slowest rank. Empty: all are alike. Only `hybrid` gives slow ranks less."""
 
     @staticmethod
     def of(
@@ -67,7 +71,7 @@ class Problem:
         """Check and complete the description of a step.
 
         In lockstep mode `expert_group` is all ranks unless given. Raises ValueError for a length
-        below 1 or groups that do not divide the ranks.
+        below 1, groups that do not divide the ranks, or slowdowns that are not one for each rank.
         """
         tokens = np.asarray(lengths, dtype=np.int64)
         if mode == "lockstep":
@@ -80,7 +84,26 @@ class Problem:
             raise ValueError(f"a sequence has {shortest} tokens; every length must be at least 1")
         if num_ranks < 1 or capacity < 1 or group < 1 or num_ranks % group:
             raise ValueError(f"{num_ranks} ranks of {capacity} tokens in expert groups of {group}")
+        slow = problem.slowdown
+        if slow and (len(slow) != num_ranks or not all(1 <= one < math.inf for one in slow)):
+            raise ValueError(f"slowdowns of {len(slow)} ranks, of {num_ranks} of at least 1 each")
         return problem
+
+    def slowest(self, ranks: Iterable[int]) -> float:
+        """How many times as long as by `cost` a ring of these ranks takes."""
+        return max(self.slowdown[rank] for rank in ranks) if self.slowdown else 1.0
+
+    @property
+    def effective_ranks(self) -> float:
+        """Ranks of full speed that do as much as all ranks together."""
+        return sum(1 / slow for slow in self.slowdown) if self.slowdown else self.num_ranks
+
+    def fast_first(self) -> Sequence[int]:
+        """All ranks, those of a node together and the fast ones of it first."""
+        ranks = range(self.num_ranks)
+        if not self.slowdown:
+            return ranks
+        return sorted(ranks, key=lambda one: (one // self.cost.node_size, self.slowdown[one]))
 
     @property
     def stage_layers(self) -> int:
@@ -152,7 +175,7 @@ def complete(problem: Problem, placed: Sequence[Placed], began: float) -> StepPl
         expert_group=group,
         stage_layers=problem.stage_layers,
     )
-    predicted_s = step_s(plan, problem.lengths, problem.cost, problem.pipeline)
+    predicted_s = step_s(plan, problem.lengths, problem.cost, problem.pipeline, problem.slowdown)
     return replace(plan, predicted_s=predicted_s, plan_s=time.perf_counter() - began)
 
 

@@ -112,12 +112,12 @@ def _seconds(clock: Clock, node_size: int, shelf: Shelf, more: int) -> float:
 
 
 def _placed(problem: Problem, waves: list[list[Shelf]]) -> list[Placed]:
-    placed = []
+    placed, order = [], problem.fast_first()
     for members in waves:
         begin = 0
         for shelf in sorted(members, key=lambda one: -one.size):
             offload = needed_offload(problem, shelf.tokens, shelf.size)
-            ranks = range(begin, begin + shelf.size)
+            ranks = order[begin : begin + shelf.size]
             placed.append(Placed(ranks, shelf.sequences, offload))
             begin += shelf.size
     return placed

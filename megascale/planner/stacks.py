@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import bisect
 import heapq
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -42,6 +43,11 @@ class Stacks:
         self._clock = Clock(problem.cost)
         self._node_size = min(problem.cost.node_size, problem.num_ranks)
         self._ranks = [Stack() for _ in range(problem.num_ranks)]
+        self._slow = problem.slowdown or (1.0,) * problem.num_ranks
+        self._paces = sorted(set(self._slow))
+        """How slow ranks may be."""
+        self._ring_s = 0.0
+        """Of the rings that are stacked now."""
         self._units: list[tuple[float, int, Placed]] = []
         self._gaps: list[tuple[float, int, float]] = []
 
@@ -53,12 +59,15 @@ class Stacks:
         nodes: list[tuple[float, list[int], int]] = []
         last_size = 0
         free_s = np.array([one.free_s for one in self._ranks])
+        slow = np.array(self._slow)
         for size, sequence in order:
             if size > self._node_size:
-                ranks = _least_busy(free_s, size)
+                self._ring_s = self._clock.ring_s(self._tokens[sequence], size, False)
+                ranks = self._least_busy(free_s, slow, size)
                 free_s[ranks] = self._stack(sequence, ranks)
                 continue
             if size != last_size:
+                self._ring_s = self._clock.ring_s(self._tokens[sequence], size, True)
                 nodes, last_size = self._by_place(size), size
             _, ranks, begin = nodes[0]
             self._stack(sequence, sorted(ranks))
@@ -73,8 +82,24 @@ class Stacks:
 
     def _place(self, begin: int, size: int) -> tuple[float, list[int], int]:
         """(badness, ranks, `begin`) of the best place in a node: early, and with little waiting."""
-        end = min(begin + self._node_size, len(self._ranks))
-        order = sorted((self._ranks[rank].free_s, rank) for rank in range(begin, end))
+        ranks = range(begin, min(begin + self._node_size, len(self._ranks)))
+        if len(self._paces) == 1:
+            return (*self._among(ranks, size), begin)
+        tried = []
+        for pace in self._paces:
+            able = [rank for rank in ranks if self._slow[rank] <= pace]
+            if len(able) >= size:
+                badness, chosen = self._among(able, size)
+                tried.append((badness + self._drag_s(pace), chosen))
+        return (*min(tried), begin)
+
+    def _drag_s(self, pace: float) -> float:
+        """How bad it is that a ring has a rank of this pace: all others wait for it."""
+        return (1.0 + WAITING) * (pace - 1.0) * self._ring_s
+
+    def _among(self, ranks: Sequence[int], size: int) -> tuple[float, list[int]]:
+        """(badness, ranks) of the best `size` of some ranks of a node."""
+        order = sorted((self._ranks[rank].free_s, rank) for rank in ranks)
         best, best_at = float("inf"), 0
         waited = sum(free_s for free_s, _ in order[: size - 1])
         for at in range(len(order) - size + 1):
@@ -84,14 +109,29 @@ class Stacks:
             waited -= order[at][0]
             if badness <= best:
                 best, best_at = badness, at
-        return best, [rank for _, rank in order[best_at : best_at + size]], begin
+        return best, [rank for _, rank in order[best_at : best_at + size]]
+
+    def _least_busy(
+        self, free_s: NDArray[np.float64], slow: NDArray[np.float64], size: int
+    ) -> list[int]:
+        """`size` ranks that can begin together early, and of these those that wait least."""
+        if len(self._paces) == 1:
+            return _least_busy(free_s, size)
+        tried = []
+        for pace in self._paces:
+            able = np.where(slow <= pace, free_s, np.inf)
+            if np.isfinite(able).sum() >= size:
+                ranks = _least_busy(able, size)
+                tried.append((float(free_s[ranks].max()) + self._drag_s(pace), ranks))
+        return min(tried)[1]
 
     def _stack(self, sequence: int, ranks: list[int]) -> float:
         """Add a ring; when it is done."""
         length, node_size = self._tokens[sequence], self._problem.cost.node_size
         one_node = ranks[0] // node_size == ranks[-1] // node_size
         begin_s = max(self._ranks[rank].free_s for rank in ranks)
-        end_s = begin_s + self._clock.ring_s(length, len(ranks), one_node)
+        slow = max(self._slow[rank] for rank in ranks)
+        end_s = begin_s + slow * self._clock.ring_s(length, len(ranks), one_node)
         for rank in ranks:
             stack = self._ranks[rank]
             if begin_s > stack.free_s:
@@ -107,9 +147,10 @@ class Stacks:
         lengths = [self._tokens[one] for one in left]
         for gap_s, rank, begin_s in sorted(self._gaps, reverse=True):
             while left:
-                batch, seconds = self._fill(gap_s, left, lengths)
+                batch, seconds = self._fill(gap_s / self._slow[rank], left, lengths)
                 if not batch:
                     break
+                seconds *= self._slow[rank]
                 self._units.append((begin_s, len(self._units), Placed((rank,), batch)))
                 begin_s, gap_s = begin_s + seconds, gap_s - seconds
         return left[::-1]
@@ -129,15 +170,20 @@ class Stacks:
         return batch, seconds
 
     def level(self, sequences: list[int]) -> None:
-        """Each of `sequences`, longest first, onto the rank that is free first."""
-        heap = [(stack.free_s, rank) for rank, stack in enumerate(self._ranks)]
-        heapq.heapify(heap)
+        """Each of `sequences`, longest first, onto the rank that has done it first."""
+        heaps: dict[float, list[tuple[float, int]]] = {pace: [] for pace in self._paces}
+        for rank, stack in enumerate(self._ranks):
+            heaps[self._slow[rank]].append((stack.free_s, rank))
+        for heap in heaps.values():
+            heapq.heapify(heap)
         capacity = self._problem.capacity
         for sequence in sequences:
             length = self._tokens[sequence]
+            seconds = self._clock.alone_s(length)
+            _, pace = min((heap[0][0] + pace * seconds, pace) for pace, heap in heaps.items())
+            heap = heaps[pace]
             rank = heap[0][1]
             stack = self._ranks[rank]
-            seconds = self._clock.alone_s(length)
             for place, room in enumerate(stack.rooms):
                 if room >= length:
                     stack.rooms[place] = room - length
@@ -147,7 +193,7 @@ class Stacks:
                 stack.rooms.append(capacity - length)
                 stack.batches.append([sequence])
                 seconds += self._problem.cost.fixed
-            stack.free_s += seconds
+            stack.free_s += pace * seconds
             heapq.heapreplace(heap, (stack.free_s, rank))
 
     @property

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
@@ -37,8 +37,10 @@ class Timeline:
         return self.total_s / mean_s if mean_s > 0 else 1.0
 
 
-def ring_seconds(plan: StepPlan, lengths: ArrayLike, cost: CostModel) -> Seconds:
-    """Seconds of each ring of `plan`, [rings]."""
+def ring_seconds(
+    plan: StepPlan, lengths: ArrayLike, cost: CostModel, slowdown: Sequence[float] = ()
+) -> Seconds:
+    """Seconds of each ring of `plan`, [rings]; see `Problem.slowdown`."""
     tokens = np.asarray(lengths, dtype=np.float64)
     counts = [len(ring.sequences) for ring in plan.rings]
     placed = np.fromiter((i for ring in plan.rings for i in ring.sequences), np.int64, sum(counts))
@@ -49,17 +51,22 @@ def ring_seconds(plan: StepPlan, lengths: ArrayLike, cost: CostModel) -> Seconds
     first = np.array([min(ring.ranks) for ring in plan.rings], dtype=np.int64)
     last = np.array([max(ring.ranks) for ring in plan.rings], dtype=np.int64)
     one_node = first // cost.node_size == last // cost.node_size
-    return cost.seconds(squares, held, sizes, one_node)
+    seconds = cost.seconds(squares, held, sizes, one_node)
+    if slowdown:
+        seconds = seconds * [max(slowdown[rank] for rank in ring.ranks) for ring in plan.rings]
+    return seconds
 
 
-def timeline(plan: StepPlan, lengths: ArrayLike, cost: CostModel) -> Timeline:
+def timeline(
+    plan: StepPlan, lengths: ArrayLike, cost: CostModel, slowdown: Sequence[float] = ()
+) -> Timeline:
     """Run `plan` on paper.
 
     A ring begins when all its ranks are free. In lockstep mode the ranks of an expert group
     also wait for each other after every micro-batch. With pipeline stages these are the times
     of one stage, without filling and draining the pipeline.
     """
-    ring_s = ring_seconds(plan, lengths, cost)
+    ring_s = ring_seconds(plan, lengths, cost, slowdown)
     begin_s, end_s = np.zeros(len(plan.rings)), np.zeros(len(plan.rings))
     free_s, busy_s = np.zeros(plan.num_ranks), np.zeros(plan.num_ranks)
     for positions in _by_index(plan):
@@ -74,7 +81,13 @@ def timeline(plan: StepPlan, lengths: ArrayLike, cost: CostModel) -> Timeline:
     return Timeline(begin_s, end_s, busy_s)
 
 
-def step_s(plan: StepPlan, lengths: ArrayLike, cost: CostModel, pipeline: int = 1) -> float:
+def step_s(
+    plan: StepPlan,
+    lengths: ArrayLike,
+    cost: CostModel,
+    pipeline: int = 1,
+    slowdown: Sequence[float] = (),
+) -> float:
     """Seconds of the step, with `pipeline` stages that each take what `cost` says.
 
     Stages run one forward, one backward (1F1B, as megatron-core's schedule does): stage p of P
@@ -82,9 +95,9 @@ def step_s(plan: StepPlan, lengths: ArrayLike, cost: CostModel, pipeline: int = 
     together; in lockstep mode so does an expert group.
     """
     if pipeline == 1:
-        return timeline(plan, lengths, cost).total_s
+        return timeline(plan, lengths, cost, slowdown).total_s
     waves = list(_by_index(plan))
-    ring_s = ring_seconds(plan, lengths, cost)
+    ring_s = ring_seconds(plan, lengths, cost, slowdown)
     wave_s = [np.repeat(ring_s[one], _members(plan, one)[2]) for one in waves]
     members = [_members(plan, one)[:2] for one in waves]
     free_s = np.zeros((pipeline, plan.num_ranks))

@@ -43,17 +43,25 @@ class Bin:
         "seconds",
         "sequences",
         "size",
+        "slow",
         "wave",
     )
 
     def __init__(
-        self, wave: int, ranks: tuple[int, ...], room: int, target_s: float, rates: Rates
+        self,
+        wave: int,
+        ranks: tuple[int, ...],
+        room: int,
+        target_s: float,
+        rates: Rates,
+        slow: float,
     ) -> None:
         self.wave, self.ranks, self.size, self.room = wave, ranks, len(ranks), room
+        self.slow = slow
         self._target_s = target_s
         self.sequences: list[int] = []
         self.offload = 0.0
-        self.seconds = rates.start_s
+        self.seconds = slow * rates.start_s
         self._rates = rates
         self._attention_s = 0.0
         self._tokens = 0
@@ -81,13 +89,13 @@ class Bin:
     @property
     def spare_s(self) -> float:
         """Seconds of work on one rank that fit into the wave; a little less for rings."""
-        return (self._target_s - self.seconds) * self.size
+        return (self._target_s - self.seconds) * self.size / self.slow
 
     def _seconds(self, tokens: int, attention_s: float) -> float:
         start_s, rate, passing = self._rates
         passing_s = passing * tokens
         shared_s = attention_s if attention_s > passing_s else passing_s
-        return start_s + (rate * tokens + shared_s) / self.size
+        return self.slow * (start_s + (rate * tokens + shared_s) / self.size)
 
 
 @dataclass
@@ -186,6 +194,7 @@ class Sheet:
         self._clock, self._a = Clock(problem.cost), problem.cost.a
         self._node_size = problem.cost.node_size
         self._free = FreeRanks(len(target_s), problem.num_ranks, self._node_size)
+        self._order = problem.fast_first()
         self.bins: list[Bin] = []
 
     def add_rings(self, sequences: list[int], sizes: list[int], wave: int | None = None) -> bool:
@@ -216,11 +225,13 @@ class Sheet:
         for wave, rank in self._free.rest():
             self._open(wave, (rank,))
 
-    def _open(self, wave: int, ranks: tuple[int, ...], sequence: int | None = None) -> Bin:
+    def _open(self, wave: int, places: Sequence[int], sequence: int | None = None) -> Bin:
+        ranks = tuple(self._order[place] for place in places)
         one_node = ranks[0] // self._node_size == ranks[-1] // self._node_size
         rates = self._clock.rates(len(ranks), one_node)
         room = self._problem.capacity * len(ranks)
-        one = Bin(wave, ranks, room, self._target_s[wave], rates)
+        slow = self._problem.slowest(ranks)
+        one = Bin(wave, ranks, room, self._target_s[wave], rates, slow)
         if sequence is not None:
             length = self._tokens[sequence]
             one.offload = needed_offload(self._problem, length, one.size)
@@ -292,7 +303,7 @@ def even_level(
     """
     fewest = fewest_ranks(problem, lengths)
     seconds, sizes = alone_s(problem, lengths, fewest), fewest.copy()
-    fixed, slots = problem.cost.fixed, num_waves * problem.num_ranks
+    fixed, slots = problem.cost.fixed, num_waves * problem.effective_ranks
 
     def even_s() -> float:
         work_s = float(((seconds - fixed) * sizes).sum()) - done_s

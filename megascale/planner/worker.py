@@ -99,10 +99,11 @@ def pack_problem(problem: Problem) -> tuple[dict[str, Any], bytes]:
 def unpack_problem(fields: dict[str, Any], lengths: bytes) -> Problem:
     """Inverse of `pack_problem`, also after a round trip through JSON text."""
     offload = fields["offload"]
-    nested = {
+    nested: dict[str, Any] = {
         "cost": CostModel(**fields["cost"]),
         "offload": OffloadModel(**offload) if offload is not None else None,
     }
+    nested["slowdown"] = tuple(fields["slowdown"])
     return Problem(lengths=np.frombuffer(lengths, "<i8").astype(np.int64), **{**fields, **nested})
 
 

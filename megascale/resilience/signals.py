@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import signal
 import time
+from collections.abc import Sequence
 from types import FrameType
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+INSISTING = (signal.SIGINT, signal.SIGTERM)
 ECHO_S = 2.0
 
 
@@ -19,7 +21,9 @@ class StopRequest:
     Ctrl-C that the terminal has already sent them.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, insisting: Sequence[signal.Signals] = INSISTING) -> None:
+        """`insisting` are the signals of which a second one ends the process."""
+        self._insisting = insisting
         self.signal_name: str | None = None
         """Name of the first signal, or None."""
         self._asked_at = 0.0
@@ -37,5 +41,5 @@ class StopRequest:
         now = time.monotonic()
         if self.signal_name is None:
             self.signal_name, self._asked_at = signal.Signals(number).name, now
-        elif number != signal.SIGUSR1 and now - self._asked_at > ECHO_S:
+        elif number in self._insisting and now - self._asked_at > ECHO_S:
             raise KeyboardInterrupt

@@ -101,8 +101,8 @@ def _gloo_device() -> Any:
 class _GlooGroup(ProcessGroupGloo):  # type: ignore[misc]
     """A group over the one device of this process.
 
-    torch gives every group a device, whose thread wakes a hundred times a second; megatron-core
-    makes some 40 groups, which on a laptop is a tenth of a core for each rank.
+    torch gives every group a device, whose thread wakes a hundred times a second, and
+    megatron-core makes dozens of groups.
     """
 
     def __init__(self, store: Any, rank: int, size: int, timeout: timedelta) -> None:

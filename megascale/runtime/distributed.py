@@ -8,13 +8,17 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
+from numpy.typing import NDArray
 
 from megascale.config import Layout, RunConfig
 from megascale.errors import UserError
 
+NAME_BYTES = 64
 TIMEOUT = timedelta(minutes=10)
 
 
@@ -43,6 +47,9 @@ class Ranks:
     """Position on the HDP axis; ranks that share it hold the same sequences."""
     axis: HdpAxis
     """The HDP axis that this rank is on."""
+    replicas: tuple[dist.ProcessGroup, ...]
+    """Groups whose ranks hold the same weights: those of the axis the same dense ones, those that
+    expert parallelism leaves the same experts."""
     is_first_stage: bool
     """Holds the embedding."""
     is_last_stage: bool
@@ -113,6 +120,11 @@ def start(config: RunConfig) -> Ranks:
     return _describe(layout, rank, local_rank, device, control, why)
 
 
+def device_bytes(device: torch.device) -> int:
+    """Memory of a GPU that tensors of this process take; 0 on CPU."""
+    return torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
+
+
 def stop() -> None:
     """Leave the groups; safe to call when they were never made."""
     if not dist.is_initialized():
@@ -173,6 +185,28 @@ def begin_broadcast(
     return wait
 
 
+def gather_arrays(mine: NDArray[Any], ranks: Ranks) -> NDArray[Any] | None:
+    """Arrays of one shape and type, stacked in the order of ranks, on rank 0; None on others."""
+    if ranks.world == 1:
+        return mine[None]
+    sent = torch.from_numpy(mine)
+    if ranks.rank:
+        dist.gather(sent, None, dst=0, group=ranks.control)
+        return None
+    told = [torch.empty_like(sent) for _ in range(ranks.world)]
+    dist.gather(sent, told, dst=0, group=ranks.control)
+    return torch.stack(told).numpy()
+
+
+def node_names(ranks: Ranks) -> list[str]:
+    """The name of each rank's machine, on rank 0; empty on others."""
+    name = np.zeros(NAME_BYTES, dtype=np.uint8)
+    mine = socket.gethostname().encode()[:NAME_BYTES]
+    name[: len(mine)] = np.frombuffer(mine, dtype=np.uint8)
+    names = gather_arrays(name, ranks)
+    return [] if names is None else [one.tobytes().rstrip(b"\0").decode() for one in names]
+
+
 def all_agree(fine: bool, ranks: Ranks) -> bool:
     """Whether `fine` holds on every rank."""
     flag = torch.tensor([1 if fine else 0])
@@ -184,6 +218,8 @@ def all_agree(fine: bool, ranks: Ranks) -> bool:
 def _join(rank: int, world: int, backend: str) -> None:
     if dist.is_initialized():
         return
+    # n ranks of a gloo group then ask the store for all addresses n times, not n^2 times
+    os.environ.setdefault("GLOO_ENABLE_STORE_V2_API", "1")
     if world == 1 and "MASTER_ADDR" not in os.environ:
         store = dist.HashStore()
         dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=TIMEOUT)
@@ -232,6 +268,7 @@ def _describe(
         layout=layout,
         hdp_rank=state.get_data_parallel_rank(),
         axis=HdpAxis(tuple(dist.get_process_group_ranks(hdp_group)), hdp_group),
+        replicas=(hdp_group, state.get_expert_data_parallel_group()),
         is_first_stage=state.is_pipeline_first_stage(),
         is_last_stage=last,
         reports_loss=last and state.get_tensor_model_parallel_rank() == 0,

@@ -21,6 +21,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from megascale.errors import UserError
+from megascale.runtime.nodes_command import WITH_NODES, add_nodes_arguments, run_nodes
 
 OK, WARN, FAIL = "ok", "warn", "FAIL"
 GIB = 2**30
@@ -56,16 +57,26 @@ def add_doctor_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of `megascale doctor`."""
     parser.add_argument("--json", action="store_true", help="print one JSON object instead")
     parser.add_argument(
-        "--folder", default=".", metavar="DIR", help="folder to test for runs; default: this one"
+        "--folder", metavar="DIR", help="folder to test for runs; default: this one"
     )
+    add_nodes_arguments(parser)
 
 
 def run_doctor(args: argparse.Namespace) -> int:
     """Examine the machine and print what is found; 0 when nothing FAILs, else 2.
 
-    Raises UserError when the folder to test does not exist.
+    With `--nodes` it is the ranks of a job that are examined, see `runtime.nodes`.
+    Raises UserError when the folder to test does not exist, and for options that do not go
+    together.
     """
-    folder, findings = Path(args.folder), []
+    if args.nodes:
+        if args.folder is not None:
+            raise UserError("--folder is tested without --nodes")
+        return run_nodes(args)
+    alone = [name for name in WITH_NODES if getattr(args, name) is not None]
+    if alone:
+        raise UserError(f"--{alone[0].replace('_', '-')} goes with --nodes")
+    folder, findings = Path(args.folder or "."), []
     if not folder.is_dir():
         raise UserError(f"--folder {folder}: no such folder")
     for name, check in _checks(folder):

@@ -5,9 +5,17 @@ from __future__ import annotations
 import argparse
 import os
 import shlex
+from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from megascale.errors import UserError
+from megascale.resilience.driver import ATTEMPT
+from megascale.resilience.processes import die_with_parent
+
+if TYPE_CHECKING:
+    from megascale.config import RunConfig
+    from megascale.corpus.describe import SourceInfo
 
 
 def add_train_arguments(parser: argparse.ArgumentParser) -> None:
@@ -41,25 +49,50 @@ def run_branch(args: argparse.Namespace) -> int:
 
 
 def run_train(args: argparse.Namespace) -> int:
-    """Train; returns the exit status. Raises UserError for bad input."""
+    """Train; returns the exit status. Raises UserError for bad input.
+
+    Under torchrun it ends when its agent is gone, and leaves the agent the cause of a failure.
+    """
+    if "TORCHELASTIC_ERROR_FILE" not in os.environ:
+        return _train(args)
+    die_with_parent()
+    from torch.distributed.elastic.multiprocessing.errors import record
+
+    status = record(_train)(args)
+    assert status is not None
+    return status
+
+
+def _train(args: argparse.Namespace) -> int:
     resume = args.resume
     if resume not in (None, "auto", "latest") and not resume.isdigit():
         raise UserError(f"--resume {resume}: give auto, latest or the number of a step")
-    from megascale.train.describe import cost_model, load_run
+    from megascale.train.describe import load_run
 
     config, sources = load_run(args.config, args.overrides)
+    train_on_device(config, sources, resume, resume_command(args.config, args.overrides))
+    return 0
+
+
+def train_on_device(
+    config: RunConfig, sources: Mapping[str, SourceInfo], resume: str | None, command: str
+) -> bool:
+    """Make the device ready and train as `loop.train` does; whether a signal stopped it."""
+    from megascale.train.describe import cost_model
+
     cost_model(config)  # a bad cost file is found before there is a run folder
     from megascale.runtime import distributed
 
     distributed.prepare_device(config.device)
     from megascale.train.loop import train
 
-    train(config, sources, resume, resume_command(args.config, args.overrides))
-    return 0
+    return train(config, sources, resume, command)
 
 
 def resume_command(config: str, overrides: list[str]) -> str:
     """What a user types to continue this run on as many ranks."""
+    if os.environ.get("TORCHELASTIC_RUN_ID", "").startswith(ATTEMPT):
+        return "megascale launch or submit, as before"
     world = int(os.environ.get("WORLD_SIZE", "1"))
     words = [config, *overrides, "--resume", "auto"]
     launcher = ["megascale", "train"]

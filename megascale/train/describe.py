@@ -9,11 +9,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
+from shlex import quote
 
 import numpy as np
 from numpy.typing import ArrayLike
 
-from megascale.config import Layout, RunConfig, finalize, load_config
+from megascale.config import Layout, MoeConfig, RunConfig, finalize, load_config, validate
 from megascale.corpus.batches import (
     Cursor,
     GlobalBatch,
@@ -31,8 +32,16 @@ from megascale.optim import steplaw
 from megascale.optim.schedule import joints, lr_at
 from megascale.planner import PLANNERS, CostModel, OffloadModel, Problem, StepPlan, timeline
 from megascale.planner.gantt import LEGEND, text_gantt
-from megascale.train.replay import part_seen, with_earlier_sources, with_replay_blend
-from megascale.train.start import model_of_start
+from megascale.train.earlier import unwatched, with_earlier
+from megascale.train.growing import small_and_grown
+from megascale.train.replay import part_seen, with_replay_blend
+from megascale.train.start import (
+    model_of_start,
+    rates_apart,
+    require_model,
+    tokenizers_apart,
+    with_rate_of_start,
+)
 from megascale.train.warnings import warnings_of
 
 
@@ -45,19 +54,27 @@ def load_run(
     smaller than a corpus's and sources that would be read more than `data.max_epochs` times.
     """
     config = load_config(config_path, overrides)
+    of_start = None
     if config.start.checkpoint is not None:
-        config = load_config(config_path, overrides, under={"model": model_of_start(config)})
-    config = with_earlier_sources(steplaw.resolve(config))
+        start = replace(config.start, checkpoint=str(Path(config.start.checkpoint).resolve()))
+        of_start = model_of_start(replace(config, start=start))
+        config = load_config(config_path, overrides, under={"model": of_start})
+        config = replace(config, start=start)
+    config = with_earlier(steplaw.resolve(with_rate_of_start(config)))
     sources = {
         name: part_seen(describe(one.path, one.heldout, one.vocab_size, one.eod_id), one)
         for name, one in config.data.sources.items()
     }
     tokens = source_tokens(sources)
-    new = {name: tokens[name] for name, one in config.data.sources.items() if one.seen is None}
+    new = {name: tokens[name] for name, one in config.data.sources.items() if not one.replay}
     largest = max((info.vocab_size for info in sources.values()), default=1)
     config = with_replay_blend(finalize(config, new, largest))
     _check_vocabulary(config, sources)
+    if of_start is not None:
+        require_model(config, of_start)
     _check_epochs(config, tokens)
+    if config.growth is not None:
+        validate(small_and_grown(config)[1])
     return config, sources
 
 
@@ -67,8 +84,15 @@ def source_tokens(sources: Mapping[str, SourceInfo]) -> dict[str, int]:
 
 
 def _check_vocabulary(config: RunConfig, sources: Mapping[str, SourceInfo]) -> None:
-    known = config.model.vocab_size or 0
+    known, start = config.model.vocab_size or 0, config.start.checkpoint
     for name, info in sources.items():
+        if info.vocab_size > known and start is not None:
+            raise UserError(
+                f"source '{name}' has a vocabulary of {info.vocab_size} ids, the model of "
+                f"{start} knows {known}; prepare the source with its tokenizer, or give it rows "
+                f"for the new ids: megascale grow {quote(start)} --operator resize --vocab "
+                f"{info.vocab_size} --out DIR, then start from DIR"
+            )
         if info.vocab_size > known:
             raise UserError(
                 f"model.vocab_size = {known} is below the vocabulary of {info.vocab_size} of "
@@ -80,12 +104,25 @@ def _check_epochs(config: RunConfig, tokens: Mapping[str, int]) -> None:
     limit = config.data.max_epochs
     if limit is None:
         return
-    for name, epochs in epochs_needed(config.data, config.train.tokens, tokens).items():
+    for name, epochs in _epochs(config, tokens).items():
         if epochs > limit:
+            earlier = config.data.sources[name].earlier
+            before = ", with what earlier runs read," * (earlier is not None)
             raise UserError(
-                f"source '{name}' would be read {epochs:.2f} times, but data.max_epochs = {limit}; "
-                f"set data.max_epochs={int(-(-epochs // 1))}, lower its share or train.tokens"
+                f"source '{name}'{before} would be read {epochs:.2f} times, but data.max_epochs = "
+                f"{limit}; set data.max_epochs={int(-(-epochs // 1))}, lower its share or "
+                "train.tokens"
             )
+
+
+def _epochs(config: RunConfig, tokens: Mapping[str, int]) -> dict[str, float]:
+    """Passes over each source that a run makes, its small model and the runs behind it included."""
+    epochs = epochs_needed(config.data, config.train.tokens, tokens)
+    small = epochs_needed(config.data, config.growth.at_tokens, tokens) if config.growth else {}
+    for name, source in config.data.sources.items():
+        if name in epochs and source.earlier is not None and not source.replay:
+            epochs[name] += source.earlier.tokens / max(1, tokens[name])
+    return {name: passes + small.get(name, 0) for name, passes in epochs.items()}
 
 
 def cost_model(config: RunConfig) -> CostModel:
@@ -174,11 +211,13 @@ def describe_run(
     """
     first = first or first_step(config, layout, sources)
     has_heldout = {name: info.heldout is not None for name, info in sources.items()}
-    epochs = epochs_needed(config.data, config.train.tokens, source_tokens(sources))
+    epochs = _epochs(config, source_tokens(sources))
     warnings = warnings_of(config, layout, epochs, has_heldout, first.batch.num_sequences)
+    warnings += [*tokenizers_apart(config), *rates_apart(config), *unwatched(config)]
     sections = [
         _title(config),
         _model(config, first),
+        _grown(config, layout, first),
         _layout(config, layout),
         _memory(config, layout),
         _data(config, sources, epochs),
@@ -226,7 +265,29 @@ def _model(config: RunConfig, first: FirstStep) -> list[str]:
     ]
     if model.moe is not None:
         lines.insert(-1, f"  active per token      {sizes.active:,}")
+        lines.append(f"  balance of experts    {_balance(model.moe)}")
     return lines
+
+
+def _grown(config: RunConfig, layout: Layout, first: FirstStep) -> list[str]:
+    if config.growth is None:
+        return []
+    _, grown, growth = small_and_grown(config)
+    title = f"grown model             {growth.operator} x {growth.factor}"
+    memory = counts.memory_per_rank(grown, layout)
+    room = f"  memory per rank       {_bytes(memory.total)} on the fullest pipeline stage"
+    return [title, *_model(grown, first)[1:], room]
+
+
+def _balance(moe: MoeConfig) -> str:
+    if moe.balance == "none":
+        return "none"
+    if moe.balance == "loss_free":
+        return f"loss_free, biases move by {moe.bias_rate:g} a step"
+    how = f" by {moe.estimate}" if moe.balance == "global" else ""
+    share = f", {moe.micro_share:g} of it over micro-batches too" if moe.micro_share else ""
+    weight = moe.balance_weights or moe.balance_weight
+    return f"{moe.balance}{how}, weight {weight}{share}"
 
 
 def _experts(config: RunConfig) -> str:
@@ -338,7 +399,7 @@ def _files(config: RunConfig) -> list[str]:
         "config.yaml": "this config, resolved",
         "plan.txt": "this text",
         "metrics.jsonl": "one line per step and per evaluation",
-        "events.jsonl": "starts, stops, saves, skips",
+        "events.jsonl": "starts, stops, saves, skips, failures",
         "checkpoints/": f"{f'every {every:,} steps and ' if every else ''}at the end; keeps {kept}",
         "plots/": "by megascale plot",
         "logs/": "of each rank",

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from megascale.corpus.batches import GlobalBatch, Pieces, heldout_pieces
+from megascale.corpus.batches import GlobalBatch
 from megascale.corpus.describe import SourceInfo
+from megascale.corpus.pieces import Pieces, heldout_pieces
 from megascale.corpus.shards import Shard
 from megascale.errors import UserError
 from megascale.mesh.reader import MicroBatchReader, TokenSource
@@ -17,6 +18,7 @@ from megascale.model.balance import ExpertUse
 from megascale.model.build import pack_multiple
 from megascale.planner.plan import StepPlan
 from megascale.runtime.distributed import broadcast_bytes
+from megascale.train.earlier import PREFIX
 from megascale.train.step import Learner, evaluate, look
 
 
@@ -72,7 +74,9 @@ def heldout_sets(
     config, ranks = learner.config, learner.ranks
     sets: dict[str, HeldoutSet] = {}
     for name, info in sources.items():
-        if info.heldout is None or not config.eval.tokens:
+        plain = sources.get(name.removeprefix(PREFIX))
+        twice = plain is not None and plain is not info and plain.heldout == info.heldout
+        if info.heldout is None or not config.eval.tokens or twice:
             continue
         shard = Shard.open(info.heldout)
         pieces = heldout_pieces(shard, config.data.context_tokens, config.eval.tokens)

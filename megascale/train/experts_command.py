@@ -4,44 +4,46 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from megascale.checkpoint.manifest import MANIFEST, Manifest
 from megascale.errors import UserError
 
 if TYPE_CHECKING:
+    from megascale.config import RunConfig
+    from megascale.corpus.describe import SourceInfo
     from megascale.model.balance import ExpertUse
 
 
 def add_experts_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of `megascale experts`."""
     add = parser.add_argument
-    add("run", metavar="RUN", help="folder of a run with experts")
+    add("run", metavar="RUN", help="folder of a run with experts, or of one checkpoint")
     add("overrides", nargs="*", metavar="a.b=c", help="options that replace those of the run")
     add("--step", metavar="N", help="checkpoint of this step; default: the latest")
-    add("--out", metavar="DIR", help="folder of experts.json and the picture; default: RUN/plots")
+    add("--out", metavar="DIR", help="folder of the picture and its JSON; default: RUN/plots")
 
 
 def run_experts(args: argparse.Namespace) -> int:
     """Route held-out text and draw it; returns the exit status. Raises UserError for bad input."""
-    run = Path(args.run)
-    if not (run / "config.yaml").exists():
-        raise UserError(f"{run} holds no config.yaml; give the run_dir of a run")
-    if args.step is not None and not args.step.isdigit():
-        raise UserError(f"--step {args.step}: give the number of a step")
-    from megascale.train.describe import load_run
-
-    whole = "planner.capacity_tokens=null"  # any number of ranks will do
-    config, sources = load_run(run / "config.yaml", [whole, *args.overrides])
+    run, step = Path(args.run), args.step
+    is_one = (run / MANIFEST).exists()
+    if step is not None and (is_one or not step.isdigit()):
+        why = f"{run} is one checkpoint, leave it out" if is_one else "give the number of a step"
+        raise UserError(f"--step {step}: {why}")
+    config, sources = _load(run, args.overrides, is_one)
     if config.model.moe is None:
         raise UserError(f"{run}: its model has no experts (model.moe)")
     from megascale.runtime import distributed
 
     distributed.prepare_device(config.device)
-    from megascale.checkpoint.load import find, restore
+    from megascale.checkpoint.load import find, find_at, restore
     from megascale.model.build import build_model
     from megascale.train.describe import plan_lengths
     from megascale.train.evaluate import heldout_sets
@@ -49,7 +51,7 @@ def run_experts(args: argparse.Namespace) -> int:
 
     ranks = distributed.start(config)
     try:
-        found = find(run, "latest" if args.step is None else int(args.step), ranks)
+        found = find_at(run, ranks) if step is None else find(run, int(step), ranks)
         assert found is not None, "only auto finds nothing"
         learner = Learner(config, ranks, build_model(config, ranks), None)
         restore(found, learner.model, None, ranks)
@@ -63,6 +65,23 @@ def run_experts(args: argparse.Namespace) -> int:
     finally:
         distributed.stop()
     return 0
+
+
+def _load(
+    run: Path, overrides: Sequence[str], is_one: bool
+) -> tuple[RunConfig, dict[str, SourceInfo]]:
+    """The config of a run, or the one in a checkpoint, with its sources. Raises UserError."""
+    from megascale.train.describe import load_run
+
+    words = ["planner.capacity_tokens=null", *overrides]  # any number of ranks will do
+    if not is_one:
+        if not (run / "config.yaml").exists():
+            raise UserError(f"{run} holds no config.yaml; give a run_dir or a checkpoint's folder")
+        return load_run(run / "config.yaml", words)
+    with TemporaryDirectory() as folder:
+        path = Path(folder, "config.yaml")
+        path.write_text(Manifest.read(run).position.config, encoding="utf-8")
+        return load_run(path, words)
 
 
 def _tell(uses: dict[str, ExpertUse], top_k: int, step: int, out: Path) -> None:

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megascale.config import RunConfig
 from megascale.config.load import whole_number
-from megascale.errors import UserError
-from megascale.train.import_command import add_check_arguments, refuse_existing
+from megascale.train.import_command import add_check_arguments
 
 if TYPE_CHECKING:
     from megascale.checkpoint.load import Found
@@ -43,22 +41,14 @@ def run_export(args: argparse.Namespace) -> int:
     from megascale.runtime import distributed
 
     distributed.prepare_device("auto")
-    from megascale.checkpoint.folder import UNFINISHED
+    from megascale.checkpoint.folder import whole_or_not_at_all
     from megascale.checkpoint.load import find_at
 
     shard_bytes = whole_number(args.shard_bytes, "--shard-bytes", least=1)
     found, out = find_at(args.checkpoint), Path(args.out)
-    refuse_existing(out)
-    unfinished = out.with_name(f"{UNFINISHED}{out.name}")
-    try:
-        shutil.rmtree(unfinished, ignore_errors=True)
+    with whole_or_not_at_all(out) as unfinished:
         unfinished.mkdir()
         said = _convert(found, unfinished, shard_bytes, args)
-        unfinished.rename(out)
-    except OSError as error:
-        raise UserError(f"{out}: {error.strerror}; choose another folder") from None
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
     print("\n".join([f"{out}: {said[0]}", *said[1:]]))
     return 0
 
@@ -94,13 +84,12 @@ def _convert(found: Found, out: Path, shard_bytes: int, args: argparse.Namespace
 
 def tokenizer_folder(found: Found, config: RunConfig, given: str | None) -> Path | None:
     """The corpus or Hugging Face folder whose tokenizer a checkpoint's model was trained with."""
-    from megascale.checkpoint.huggingface.tokenizer import FOLDER
-    from megascale.corpus.describe import CORPUS_FILE
+    from megascale.corpus.describe import CORPUS_FILE, TOKENIZER_FOLDER
 
     if given is not None:
         return Path(given)
-    if (found.folder / FOLDER).is_dir():
-        return found.folder / FOLDER
+    if (found.folder / TOKENIZER_FOLDER).is_dir():
+        return found.folder / TOKENIZER_FOLDER
     paths = (Path(source.path) for source in config.data.sources.values())
     return next((path for path in paths if (path / CORPUS_FILE).is_file()), None)
 
@@ -110,9 +99,13 @@ def _write_configs(theirs: object, out: Path, has_tokenizer: bool) -> None:
     from transformers import AutoTokenizer, GenerationConfig
 
     from megascale.checkpoint.huggingface.config import write_config
+    from megascale.checkpoint.huggingface.tokenizer import INFOWINDOW_CLASS
 
     if has_tokenizer:
-        tokenizer = AutoTokenizer.from_pretrained(out, local_files_only=True)
+        # code that runs is our own, which was just written there
+        tokenizer = AutoTokenizer.from_pretrained(
+            out, local_files_only=True, trust_remote_code=(out / INFOWINDOW_CLASS.name).is_file()
+        )
         theirs.bos_token_id = tokenizer.bos_token_id  # type: ignore[attr-defined]
         theirs.eos_token_id = tokenizer.eos_token_id  # type: ignore[attr-defined]
     write_config(theirs, out)

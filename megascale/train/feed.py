@@ -8,7 +8,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
@@ -70,7 +70,8 @@ class Feed:
     next step's plan in an envelope, which travels and is read while the step trains. Envelopes
     are of a size that all ranks know; one stays empty where the plan is not ready or too big, and
     then that plan is sent, and waited for, when its step begins. All collectives are begun by
-    `take`, in the same order on every rank.
+    `take`, in the same order on every rank. `slowdown_at` gives what `Problem.slowdown` is in a
+    step.
     """
 
     def __init__(
@@ -80,9 +81,11 @@ class Feed:
         ranks: Ranks,
         plans: PlansAhead | None,
         ahead_steps: int,
+        slowdown_at: Callable[[int], tuple[float, ...]] = lambda step: (),
     ) -> None:
         self._batches, self._problem_of, self._ranks = batches, problem_of, ranks
         self._plans, self._ahead_steps = plans, ahead_steps
+        self._slowdown_at = slowdown_at
         self._dealer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="feed-dealer")
         self._reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="feed-reader")
         self._steps: deque[_Step] = deque()
@@ -131,7 +134,9 @@ class Feed:
         batch, following = self._batches.next(cursor)
         if self._plans is None:
             return _Dealt(batch, following, None)
-        return _Dealt(batch, following, self._plans.request(self._problem_of(batch.length)))
+        slowdown = self._slowdown_at(following.step)
+        problem = replace(self._problem_of(batch.length), slowdown=slowdown)
+        return _Dealt(batch, following, self._plans.request(problem))
 
     def _send_now(self, step: _Step) -> Planned:
         if self._plans is not None and step.outcome is None:

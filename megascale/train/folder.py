@@ -21,12 +21,14 @@ class RunFolder:
     checkpoints/<step>/, plots/, logs/.
     """
 
-    def __init__(self, path: Path, lock: IO[str] | None) -> None:
+    def __init__(self, path: Path, lock: IO[str] | None, entered: float) -> None:
         self.path = path
         self._lock = lock
+        self.entered = entered
+        """When this run began to make itself ready, in seconds since the epoch."""
 
     @staticmethod
-    def open(path: str, resume: str | None, ranks: Ranks) -> RunFolder:
+    def open(path: str, resume: str | None, ranks: Ranks, entered: float) -> RunFolder:
         """Make the folder, or enter the one of a run that is continued.
 
         Raises UserError, on every rank, where it holds a run and `resume` is None, and where
@@ -35,7 +37,7 @@ class RunFolder:
         folder = Path(path)
         held: list[IO[str]] = []
         on_first_rank(ranks, lambda: held.append(_enter(folder, resume)))
-        return RunFolder(folder, held[0] if held else None)
+        return RunFolder(folder, held[0] if held else None, entered)
 
     @property
     def logs(self) -> Path:

@@ -1,24 +1,35 @@
-"""Growing checkpoints: what a grown one says of itself, and growth inside a run."""
+"""Growing checkpoints, and what a grown one says of itself."""
 
 from __future__ import annotations
 
+import shutil
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
+from itertools import chain
 from math import prod
 from pathlib import Path
-from typing import Any
 
 from megascale.checkpoint.load import Found
 from megascale.checkpoint.manifest import Position
 from megascale.checkpoint.tensors import Piece, Tensors, write_checkpoint
-from megascale.config import ModelConfig, RunConfig, StartConfig, dump_config, parse_config
-from megascale.corpus.batches import Cursor, num_steps
+from megascale.config import (
+    ModelConfig,
+    SourceConfig,
+    dump_config,
+    parse_config,
+)
+from megascale.corpus.batches import Cursor
+from megascale.corpus.describe import TOKENIZER_FOLDER
 from megascale.errors import UserError
-from megascale.growth.grow import Growth, grow, grown_model
+from megascale.growth.grow import grow, grow_moments
+from megascale.growth.model import Growth
 from megascale.model.counts import count_parameters
-from megascale.train.start import Origin, Parent
+from megascale.train.earlier import read_by
+from megascale.train.growing import command_of
+from megascale.train.learn import Learned, learn_maps
+from megascale.train.start import Origin, Parent, require_relatives
 
 
 def write_grown(found: Sequence[Found], growth: Growth, out: Path) -> str:
@@ -26,48 +37,33 @@ def write_grown(found: Sequence[Found], growth: Growth, out: Path) -> str:
 
     Raises UserError where the checkpoints do not suit, or `out` exists.
     """
+    if growth.operator == "upcycle":
+        require_relatives(found)
     parents = [(_model_of(one), Tensors(one)) for one in found]
     model, pieces = grow(parents, growth)
-    made_by = f"megascale grow --operator {growth.operator} {_detail(growth)}"
-    after = count_parameters(model).total
-    manifest = write_checkpoint(out, _shown(pieces, 4 * after), _position(found, model, made_by))
+    made_by = command_of(growth)
+    after, position = count_parameters(model).total, _position(found, model, made_by)
+    if growth.operator == "learn" and growth.steps:
+        learned = learn_maps(found[0], model, growth.factor, growth.steps)
+        pieces = grow(parents, growth, learned.maps)[1]
+        position = _after(position, learned)
+        made_by += f", loss {learned.losses[0]:.4f} in the first step and {learned.losses[-1]:.4f} "
+        made_by += "in the last"
+    steps, times = 0, 1
+    if growth.optimizer == "grow":
+        steps, times = found[0].manifest.optimizer_steps, 3
+        pieces = chain(pieces, grow_moments(*parents[0], growth))
+    manifest = write_checkpoint(out, _shown(pieces, 4 * times * after), position, steps)
+    tokenizer = found[0].folder / TOKENIZER_FOLDER
+    if tokenizer.is_dir() and growth.operator != "resize":
+        shutil.copytree(tokenizer, out / TOKENIZER_FOLDER)
     before = count_parameters(parents[0][0]).total
     size = sum(file.bytes for file in manifest.files.values())
+    layers = f", {parents[0][0].num_layers} layers become {model.num_layers}"
     return (
-        f"{made_by}: {before:,} parameters become {after:,}, {parents[0][0].num_layers} layers "
-        f"become {model.num_layers}; {size / 1e6:,.1f} MB in {out}"
+        f"{made_by}: {before:,} parameters become {after:,}"
+        f"{layers * (parents[0][0].num_layers != model.num_layers)}; {size / 1e6:,.1f} MB in {out}"
     )
-
-
-def small_and_grown(config: RunConfig) -> tuple[RunConfig, RunConfig, Growth]:
-    """The two runs of a finalized config with `growth`: of the small model, of the grown one."""
-    growth = config.growth
-    assert growth is not None
-    base = Path(f"{config.run_dir.rstrip('/')}-base")
-    steps = num_steps(config.data, growth.at_tokens)
-    small = replace(
-        config,
-        growth=None,
-        run_dir=str(base),
-        train=replace(config.train, stop_after_steps=steps),
-        eval=replace(config.eval, sample_prompt=None),
-    )
-    what = Growth(growth.operator, growth.factor, growth.noise, seed=config.seed)
-    grown = replace(
-        config,
-        growth=None,
-        model=grown_model(config.model, what),
-        start=StartConfig(checkpoint=str(base / "grown")),
-    )
-    return small, grown, what
-
-
-def _detail(growth: Growth) -> str:
-    if growth.operator != "upcycle" or growth.moe is None:
-        return f"--factor {growth.factor}"
-    return f"--experts {growth.moe.num_experts} --top-k {growth.moe.top_k}" + (
-        f" --attention-experts {growth.moe.attention_experts}"
-    ) * (growth.moe.attention_experts > 1)
 
 
 def _model_of(found: Found) -> ModelConfig:
@@ -81,25 +77,44 @@ def _model_of(found: Found) -> ModelConfig:
 def _position(found: Sequence[Found], model: ModelConfig, made_by: str) -> Position:
     """The position of a checkpoint made from others: their place in the data, no optimizer.
 
-    Of a source that several have read, the furthest place counts.
+    Of a source that several have read, the one that has read most of it counts.
     """
     first = found[0].manifest.position
     config = parse_config(first.config, where=str(found[0].folder))
-    cursor: dict[str, Any] = {}
-    for one in found:
-        position = one.manifest.position
-        if "data" in position.cursor:
-            read = Cursor.from_json(position.cursor["data"])
-            known = cursor.setdefault("data", read.to_json())["sources"]
-            cursor["sources"] = position.cursor["sources"] | cursor.get("sources", {})
-            for name, source in read.to_json()["sources"].items():
-                known[name] = max(known.get(name, source), source, key=lambda s: s["pieces"])
+    cursor = {key: first.cursor[key] for key in ("data", "sources") if key in first.cursor}
+    reads: dict[str, SourceConfig] = {}
+    for one in found if len(found) > 1 else ():
+        for name, source in read_by(one.manifest.position, str(one.folder)).items():
+            reads[name] = max(reads.get(name, source), source, key=_tokens_read)
+    if reads:
+        plain = {
+            name: replace(source, earlier=None, begin=0)
+            for name, source in config.data.sources.items()
+            if not source.replay
+        }
+        config = replace(config, data=replace(config.data, sources=plain, earlier=reads))
+        cursor = {"data": Cursor().to_json(), "sources": {}}
     origin = Origin(made_by, tuple(Parent.of(one) for one in found))
     return replace(
         first,
         tokens_seen=sum(one.manifest.position.tokens_seen for one in found),
         config=dump_config(replace(config, model=model)),
         cursor=cursor | {"origin": origin.to_json()},
+    )
+
+
+def _tokens_read(source: SourceConfig) -> int:
+    return source.earlier.tokens if source.earlier is not None else 0
+
+
+def _after(position: Position, learned: Learned) -> Position:
+    """With what the map has learned from counted as read."""
+    was = Cursor.from_json(position.cursor["data"])
+    tokens = learned.cursor.tokens_seen - was.tokens_seen
+    return replace(
+        position,
+        tokens_seen=position.tokens_seen + tokens,
+        cursor=position.cursor | {"data": learned.cursor.to_json()},
     )
 
 

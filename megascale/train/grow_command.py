@@ -11,7 +11,19 @@ from megascale.config.load import whole_number
 from megascale.errors import UserError
 
 if TYPE_CHECKING:
-    from megascale.growth.grow import Growth
+    from megascale.growth.model import Growth
+
+ONLY_WITH = {
+    "factor": ("stack", "interpolate", "zero", "random", "learn", "width"),
+    "noise": ("stack", "interpolate", "resize"),
+    "vocab": ("resize",),
+    "mask_tokens": ("random",),
+    "steps": ("learn",),
+    "experts": ("upcycle",),
+    "top_k": ("upcycle",),
+    "attention_experts": ("upcycle",),
+}
+"""The operators that an option has an effect with."""
 
 
 def add_grow_arguments(parser: argparse.ArgumentParser) -> None:
@@ -22,20 +34,31 @@ def add_grow_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--operator",
         default="stack",
-        metavar="{stack,interpolate,zero,width,upcycle}",
+        metavar="{stack,interpolate,zero,random,learn,width,resize,upcycle}",
         help="stack: all layers again and again (default); interpolate: each layer several times; "
-        "zero: as stack, but new layers add nothing at first; width: wider, and the same function; "
+        "zero: as stack, but new layers add nothing at first; random: new layers with initial "
+        "weights behind a mask that opens in training; learn: each new layer a learned "
+        "combination of all old ones; width: wider, and the same function; resize: rows for the "
+        "ids of a larger vocabulary; "
         "upcycle: experts, copies of one checkpoint or from several branches of it",
     )
-    add("--factor", default="4", metavar="G", help="times the layers, or the width; default: 4")
-    add("--noise", default="0", metavar="A", help="random part of deepened layers; default: 0")
-    add("--experts", default="8", metavar="E", help="with upcycle; default: 8")
-    add("--top-k", default="2", metavar="K", help="experts per token; default: 2")
+    add("--factor", metavar="G", help="times the layers, or the width; default: 4")
+    add("--noise", metavar="A", help="with stack, interpolate or resize: random part; default: 0")
+    add("--vocab", metavar="N", help="with resize: ids of the larger vocabulary")
+    add("--mask-tokens", metavar="N", help="with random: tokens over which new layers open")
+    add("--steps", metavar="N", help="with learn: steps, each with a global batch; default: 100")
+    add("--experts", metavar="E", help="with upcycle; default: 8")
+    add("--top-k", metavar="K", help="with upcycle: experts per token; default: 2")
     add(
         "--attention-experts",
-        default="1",
         metavar="A",
         help="with upcycle: attentions per layer, mixed per token (BAM); default: 1",
+    )
+    add(
+        "--optimizer",
+        default="drop",
+        metavar="{drop,grow}",
+        help="AdamW's moments: left behind, or grown for a branch with start.optimizer=keep",
     )
     add("--seed", default="1234", metavar="N", help="of what is drawn; default: 1234")
 
@@ -44,37 +67,59 @@ def run_grow(args: argparse.Namespace) -> int:
     """Write the grown checkpoint; returns the exit status. Raises UserError for bad input."""
     from megascale.runtime import distributed
 
-    distributed.prepare_device("cpu")
+    distributed.prepare_device("auto" if args.operator == "learn" else "cpu")
     from megascale.checkpoint.load import find_at
     from megascale.train.grow import write_grown
+    from megascale.train.start import home_of
 
     growth, out = growth_of(args), Path(args.out)
-    print(write_grown([find_at(path) for path in args.checkpoints], growth, out))
+    found = [find_at(path) for path in args.checkpoints]
+    for one in found:
+        home = home_of(one.folder.resolve())
+        if home in out.resolve().parents:
+            raise UserError(f"--out {out} is in {home}, which growing only reads; take another")
+    print(write_grown(found, growth, out))
     print(f"train it with:  megascale branch {out} CONFIG   (without a model section)")
     return 0
 
 
 def growth_of(args: argparse.Namespace) -> Growth:
     """The options as what to do. Raises UserError."""
-    from megascale.growth.grow import OPERATORS, Growth
+    from megascale.growth.model import OPERATORS, Growth
 
     if args.operator not in OPERATORS:
         raise UserError(f"--operator {args.operator}: give one of {', '.join(OPERATORS)}")
+    if args.optimizer not in ("drop", "grow"):
+        raise UserError(f"--optimizer {args.optimizer}: give drop or grow")
+    for name, operators in ONLY_WITH.items():
+        if getattr(args, name) is not None and args.operator not in operators:
+            word = name.replace("_", "-")
+            raise UserError(f"--{word} goes with {' or '.join(operators)}, not {args.operator}")
     try:
-        noise = float(args.noise)
+        noise = float(args.noise or 0)
     except ValueError:
         noise = -1.0
     if not 0 <= noise < 1:
         raise UserError(f"--noise {args.noise} must be a number from 0 to below 1")
+    if args.operator == "random" and args.mask_tokens is None:
+        raise UserError("--operator random needs --mask-tokens, such as 1B")
+    if args.operator == "resize" and args.vocab is None:
+        raise UserError("--operator resize needs --vocab, the ids of the larger vocabulary")
     moe = MoeConfig(
-        num_experts=whole_number(args.experts, "--experts", 1, 1 << 20),
-        top_k=whole_number(args.top_k, "--top-k", 1, 1 << 20),
-        attention_experts=whole_number(args.attention_experts, "--attention-experts", 1, 1 << 10),
+        num_experts=whole_number(args.experts or "8", "--experts", 1, 1 << 20),
+        top_k=whole_number(args.top_k or "2", "--top-k", 1, 1 << 20),
+        attention_experts=whole_number(
+            args.attention_experts or "1", "--attention-experts", 1, 1 << 10
+        ),
     )
     return Growth(
         operator=args.operator,
-        factor=whole_number(args.factor, "--factor", 2, 1 << 10),
+        factor=whole_number(args.factor or "4", "--factor", 2, 1 << 10),
         noise=noise,
         moe=moe,
+        vocab_size=args.vocab and whole_number(args.vocab, "--vocab", 1, 1 << 31),
+        optimizer=args.optimizer,
+        steps=whole_number(args.steps or "100", "--steps"),
+        mask_tokens=args.mask_tokens and whole_number(args.mask_tokens, "--mask-tokens", 1),
         seed=whole_number(args.seed, "--seed"),
     )

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import shutil
 from pathlib import Path
 
 from megascale.config import DataConfig, RunConfig, TrainConfig, dump_config
-from megascale.errors import UserError
 
 TOLERANCE = 1e-2
 """Rounding in fp32 reached 7e-4 with a real model of 30 layers; weights in a wrong order give more
@@ -50,31 +48,13 @@ def run_import(args: argparse.Namespace) -> int:
     from megascale.runtime import distributed
 
     distributed.prepare_device("auto")
-    from megascale.checkpoint.folder import UNFINISHED
+    from megascale.checkpoint.folder import whole_or_not_at_all
 
     out = Path(args.out)
-    refuse_existing(out)
-    unfinished = out.with_name(f"{UNFINISHED}import-{out.name}")
-    try:
-        shutil.rmtree(unfinished, ignore_errors=True)
+    with whole_or_not_at_all(out) as unfinished:
         said = _convert(Path(args.model), unfinished, args)
-        unfinished.rename(out)
-    except OSError as error:
-        raise UserError(f"{out}: {error.strerror}; choose another folder") from None
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
     print("\n".join([f"{out}: {said[0]}", *said[1:]]))
     return 0
-
-
-def refuse_existing(out: Path) -> None:
-    """Raise UserError where `out` exists; make the folder it is to be in."""
-    if out.exists():
-        raise UserError(f"{out} exists; choose another folder or remove it")
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{out}: {error.strerror}; choose another folder") from None
 
 
 def _convert(source: Path, out: Path, args: argparse.Namespace) -> list[str]:
@@ -83,10 +63,11 @@ def _convert(source: Path, out: Path, args: argparse.Namespace) -> list[str]:
 
     from megascale.checkpoint.huggingface.config import CONFIG, model_of, read_config
     from megascale.checkpoint.huggingface.files import ModelFiles
-    from megascale.checkpoint.huggingface.tokenizer import FOLDER, copy_tokenizer
+    from megascale.checkpoint.huggingface.tokenizer import copy_tokenizer
     from megascale.checkpoint.huggingface.weights import check_files, import_pieces
     from megascale.checkpoint.manifest import Position
     from megascale.checkpoint.tensors import write_checkpoint
+    from megascale.corpus.describe import TOKENIZER_FOLDER
     from megascale.model.counts import count_parameters
 
     theirs = read_config(source)
@@ -103,8 +84,8 @@ def _convert(source: Path, out: Path, args: argparse.Namespace) -> list[str]:
     said = [f"{theirs.model_type} of {size:,} parameters in {precision}"]
     if args.check:
         said.append(f"  logits      {_compare(source, out, dtype, args.tolerance)}")
-    has_tokenizer = copy_tokenizer(source, out / FOLDER)
-    what = f"{args.out}/{FOLDER}" if has_tokenizer else "none there"
+    has_tokenizer = copy_tokenizer(source, out / TOKENIZER_FOLDER)
+    what = f"{args.out}/{TOKENIZER_FOLDER}" if has_tokenizer else "none there"
     return [*said, f"  tokenizer   {what}"]
 
 

@@ -3,40 +3,72 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import math
+import time
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+import numpy as np
+import psutil
+
+from megascale.checkpoint.emergency import Emergency
 from megascale.checkpoint.folder import checkpoints_dir, name_latest
-from megascale.checkpoint.load import begin_from, find, find_at, restore
+from megascale.checkpoint.load import (
+    Found,
+    begin_from,
+    find,
+    find_at,
+    find_before,
+    newest_step,
+    restore,
+)
 from megascale.checkpoint.manifest import Position
-from megascale.checkpoint.save import Saver
-from megascale.config import RunConfig, dump_config, validate
-from megascale.corpus.batches import Cursor, GlobalBatches, num_steps
+from megascale.checkpoint.save import Saver, SaveResult
+from megascale.config import RunConfig, dump_config, parse_config, validate
+from megascale.corpus.batches import Cursor, GlobalBatches, num_steps, with_stages
 from megascale.corpus.describe import SourceInfo, identity
 from megascale.corpus.shards import Shard
 from megascale.errors import UserError
 from megascale.mesh.reader import MicroBatchReader, TokenSource
 from megascale.model.build import build_model, pack_multiple
+from megascale.model.timing import SAMPLED
 from megascale.monitor.profile import profiler
+from megascale.monitor.speeds import RankSpeeds
+from megascale.monitor.stragglers import slowdown_R
 from megascale.optim.build import build_optimizer
 from megascale.planner.ahead import PlansAhead
 from megascale.resilience.signals import StopRequest
+from megascale.resilience.spikes import SpikeWatch
 from megascale.runtime import distributed
-from megascale.runtime.distributed import Ranks, broadcast_bytes
+from megascale.runtime.distributed import (
+    Ranks,
+    broadcast_bytes,
+    device_bytes,
+    gather_arrays,
+    node_names,
+)
 from megascale.runtime.logs import log_to, note_failure
+from megascale.runtime.pulse import begin_pulse, pulse
 from megascale.train.describe import describe_run, plan_lengths, step_problem
+from megascale.train.earlier import places_told, with_earlier
 from megascale.train.evaluate import HeldoutSet, heldout_sets
 from megascale.train.feed import Feed, PlannedBatch, start_plans
 from megascale.train.folder import RunFolder, on_first_rank
-from megascale.train.grow import small_and_grown, write_grown
+from megascale.train.grow import write_grown
+from megascale.train.growing import require_growth, small_and_grown
 from megascale.train.report import Report
 from megascale.train.resume import compare_configs, compare_sources
 from megascale.train.sample import sample_tokens
-from megascale.train.start import LINEAGE, Origin, Parent, continued, taken_over
+from megascale.train.start import LINEAGE, Origin, Parent, taken_over
 from megascale.train.step import Learner, StepResult, train_step
+
+COMPARED_STEPS = 10
+"""Steps before a comparison of ranks in which they are timed."""
+LAST_SAVE_PAUSES_S = (1, 2, 4, 8, 16, 32)
+"""Pauses between the tries to save at the end of a run."""
 
 
 @dataclass
@@ -53,9 +85,16 @@ class Run:
     report: Report
     stop_request: StopRequest
     cursor: Cursor
+    spikes: SpikeWatch
+    speeds: RankSpeeds | None = None
+    """On rank 0, where plans are to count with them."""
     stopped: bool = False
     """Some rank was asked to stop, and all ranks have."""
     skipped_in_a_row: int = 0
+    failed_saves: int = 0
+    """In a row."""
+    save_again_at: int | None = None
+    """Step after which a failed save is tried again."""
 
     @property
     def num_steps(self) -> int:
@@ -66,34 +105,42 @@ class Run:
 
 def train(
     config: RunConfig, sources: Mapping[str, SourceInfo], resume: str | None, command: str
-) -> None:
-    """Train from start or checkpoint to the end, or until a signal asks to stop.
+) -> bool:
+    """Train from start or checkpoint to the end; whether a signal stopped it before.
 
     `config` is finalized; `resume` is None, 'auto', 'latest' or a step; `command` is what a
     user types to continue the run. Raises UserError for everything that a user can mend.
     """
     with ExitStack() as leave:
+        if config.monitor.heartbeats:
+            begin_pulse()
+        leave.callback(pulse.enter, "ended")
         ranks = distributed.start(config)
         leave.callback(distributed.stop)
         stop = StopRequest()
         leave.callback(stop.restore)
+        run = partial(_train, sources=sources, command=command, ranks=ranks, stop=stop)
         if config.growth is None:
-            _train(config, sources, resume, command, ranks, stop)
-        else:
-            _train_growing(config, sources, resume, command, ranks, stop)
+            return run(config, resume, psutil.Process().create_time())
+        return _train_growing(config, resume, ranks, run)
 
 
 def _train(
     config: RunConfig,
-    sources: Mapping[str, SourceInfo],
     resume: str | None,
+    entered: float,
+    sources: Mapping[str, SourceInfo],
     command: str,
     ranks: Ranks,
     stop: StopRequest,
 ) -> bool:
-    """Train in one run_dir; whether it was stopped before its end."""
+    """Train in one run_dir; whether it was stopped before its end.
+
+    `entered` is when the run began to make itself ready.
+    """
+    pulse.restart()
     with ExitStack() as leave:
-        folder = RunFolder.open(config.run_dir, resume, ranks)
+        folder = RunFolder.open(config.run_dir, resume, ranks, entered)
         leave.callback(folder.close)
         log_to(folder.logs, ranks.rank)
         leave.push(_note_failure)
@@ -112,26 +159,26 @@ def _train(
 
 def _train_growing(
     config: RunConfig,
-    sources: Mapping[str, SourceInfo],
     resume: str | None,
-    command: str,
     ranks: Ranks,
-    stop: StopRequest,
-) -> None:
-    """Train the small model, grow it, and train the grown one; each where that is not yet done."""
+    run: Callable[[RunConfig, str | None, float], bool],
+) -> bool:
+    """Train the small model, grow it, and train the grown one; each where that is not yet done.
+
+    Whether a signal stopped one of them.
+    """
     small, grown, growth = small_and_grown(config)
     validate(grown)
     folder = Path(grown.start.checkpoint or "")
-    if not _on_rank_0(ranks, folder.exists() or checkpoints_dir(grown.run_dir).exists()):
-        if _train(small, sources, None if resume is None else "auto", command, ranks, stop):
-            return
+    is_grown = folder.exists() or checkpoints_dir(grown.run_dir).exists()
+    if not broadcast_bytes(b"1" if is_grown else b"", ranks):  # as rank 0 sees it
+        if run(small, None if resume is None else "auto", psutil.Process().create_time()):
+            return True
+        pulse.restart()
         on_first_rank(ranks, lambda: print(write_grown([find_at(small.run_dir)], growth, folder)))
-    _train(grown, sources, resume, command, ranks, stop)
-
-
-def _on_rank_0(ranks: Ranks, answer: bool) -> bool:
-    """What rank 0 sees, on every rank."""
-    return broadcast_bytes(b"1" if answer else b"", ranks) == b"1"
+    steps = small.train.stop_after_steps
+    on_first_rank(ranks, lambda: require_growth(grown, growth, steps))
+    return run(with_earlier(grown), resume, time.time())
 
 
 def _note_failure(kind: object, error: BaseException | None, trace: object) -> None:
@@ -142,38 +189,72 @@ def _note_failure(kind: object, error: BaseException | None, trace: object) -> N
 def _steps(run: Run) -> None:
     """Step until the end of the run or a request to stop; save last."""
     config = run.config
+    pulse.begin_at(run.cursor.step)
     if run.cursor.step == 0 and config.start.checkpoint is not None:
         _evaluate(run)  # what there is to forget
     with profiler(config.monitor, config.run_dir, run.learner.ranks) as profiled_step:
         while run.cursor.step < run.num_steps and not run.stopped:
+            pulse.enter("planning")
             planned = run.feed.take(run.cursor, end=run.num_steps)
             result = _step(run, planned)
             run.cursor, run.stopped = planned.after, result.stop
+            pulse.step(run.cursor.step, device_bytes(run.learner.ranks.device))
+            pulse.enter("profiling")
             profiled_step()
+            pulse.enter("reporting")
             run.report.step(run.cursor, planned, result)
             if run.saver.pending and result.writes_done:
-                run.report.saved(run.saver.finalize())
-            _guard_skips(run, result)
+                _saved(run, run.saver.finalize())
+            _compare_ranks(run)
+            _guard_loss(run, result)
             ends = run.cursor.step == run.num_steps
             if _due(run.cursor.step, config.eval.every_steps) or (ends and not run.stopped):
                 _evaluate(run)
-            if ends or run.stopped or _due(run.cursor.step, config.checkpoint.save_every_steps):
+            due = _due(run.cursor.step, config.checkpoint.save_every_steps)
+            if ends or run.stopped or due or run.cursor.step == run.save_again_at:
                 _save(run)
-    run.report.saved(run.saver.wait())
+            elif _due(run.cursor.step, config.checkpoint.emergency_every_steps):
+                _copy(run)
+    _finish_save(run)
+    if run.saver.emergency is not None:
+        run.saver.emergency.forget_after(-1)  # the checkpoint is as new
 
 
 def _evaluate(run: Run) -> None:
-    scores = {name: held.score(run.learner) for name, held in run.heldout.items()}
+    pulse.enter("evaluation")
+    with run.report.spending("evaluation"):
+        scores = {name: held.score(run.learner) for name, held in run.heldout.items()}
     run.report.evaluation(run.cursor, scores)
 
 
+def _compare_ranks(run: Run) -> None:
+    """Every so many steps: let rank 0 know how fast all ranks computed."""
+    every, ranks = run.config.monitor.compare_ranks_every_steps, run.learner.ranks
+    if ranks.world == 1 or not _due(run.cursor.step, every):
+        return
+    timed = run.learner.model.timer.take()
+    room = np.full((COMPARED_STEPS * SAMPLED, 3), np.nan)
+    room[: len(timed)] = timed[: len(room)]
+    everybody = gather_arrays(room, ranks)
+    if everybody is None:
+        return
+    step, over_R = run.cursor.step, slowdown_R(everybody)
+    run.report.ranks(step, over_R)
+    if run.speeds is not None and (first := run.speeds.see(step, over_R)) is not None:
+        run.report.speeds(step, first, run.speeds.at(first))
+
+
 def _step(run: Run, planned: PlannedBatch) -> StepResult:
+    every = run.config.monitor.compare_ranks_every_steps
+    if run.learner.ranks.world > 1 and every and -planned.after.step % every < COMPARED_STEPS:
+        run.learner.model.timer.begin_step()
     return train_step(
         run.learner,
         run.reader.read(planned.plan, planned.batch),
         count=len(planned.plan.rings_of(run.reader.hdp_rank)),
         loss_tokens=planned.batch.num_tokens,
         tokens_seen=planned.after.tokens_seen,
+        most_loss=run.spikes.most_loss,
         stop=bool(run.stop_request),
         writes_done=run.saver.pending_done(),
     )
@@ -183,8 +264,47 @@ def _due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
 
 
+def _guard_loss(run: Run, result: StepResult) -> None:
+    """Notice leaps, go back where they persist, and stop where nothing helps."""
+    limit, step = run.spikes.limit, run.cursor.step
+    leapt = run.spikes.see(result.loss)
+    if leapt and math.isfinite(result.loss):
+        run.report.spike(step, result.loss, limit)
+    if leapt and run.spikes.persists:
+        if run.config.train.spikes.action == "rollback":
+            _roll_back(run)
+            return
+        run.spikes.begin_anew()
+    broken = result.skipped and not (leapt and math.isfinite(result.loss))
+    run.skipped_in_a_row = run.skipped_in_a_row + 1 if broken else 0
+    _guard_skips(run, result)
+
+
+def _roll_back(run: Run) -> None:
+    """Restore a checkpoint from before the leaps, and go on with the data that comes next."""
+    pulse.enter("restoring")
+    run.report.saved(run.saver.wait())
+    spikes, ranks = run.spikes, run.learner.ranks
+    before = run.cursor.step - spikes.in_a_row
+    if spikes.rolled_to is not None:  # that did not help
+        before = min(before, spikes.rolled_to - 1)
+    try:
+        found = find_before(run.config.run_dir, before, ranks)
+    except UserError as error:
+        raise UserError(
+            f"the loss stays too high for {spikes.in_a_row} steps up to step {run.cursor.step} "
+            f"and cannot go back: {error}; lower optim.lr and resume an earlier checkpoint with "
+            "--resume STEP"
+        ) from None
+    restore(found, run.learner.model, run.learner.optimizer, ranks)
+    if run.saver.emergency is not None:
+        run.saver.emergency.forget_after(found.manifest.position.step)
+    run.report.rolled_back(run.cursor.step, spikes.in_a_row, found)
+    spikes.begin_anew(found.manifest.position.step)
+    run.skipped_in_a_row = 0
+
+
 def _guard_skips(run: Run, result: StepResult) -> None:
-    run.skipped_in_a_row = run.skipped_in_a_row + 1 if result.skipped else 0
     limit = run.config.optim.max_skipped_steps
     if run.skipped_in_a_row >= limit:
         raise UserError(
@@ -194,16 +314,66 @@ def _guard_skips(run: Run, result: StepResult) -> None:
         )
 
 
-def _save(run: Run) -> None:
-    position = Position(
+def _position(run: Run) -> Position:
+    return Position(
         step=run.cursor.step,
         tokens_seen=run.cursor.tokens_seen,
         seed=run.config.seed,
         config=dump_config(run.config),
-        cursor={"data": run.cursor.to_json(), "sources": _identity(run.sources)},
+        cursor={
+            "data": run.cursor.to_json(),
+            "sources": _identity(run.sources),
+            "cwd": str(Path.cwd()),
+            "spikes": run.spikes.to_json(),
+            **({"speeds": run.speeds.to_json()} if run.speeds is not None else {}),
+        },
     )
-    for outcome in run.saver.save(position, run.learner.model, run.learner.optimizer):
-        run.report.saved(outcome)
+
+
+def _save(run: Run) -> None:
+    pulse.enter("saving")
+    with run.report.spending("saving"):
+        outcomes = run.saver.save(_position(run), run.learner.model, run.learner.optimizer)
+    for outcome in outcomes:
+        _saved(run, outcome)
+
+
+def _copy(run: Run) -> None:
+    pulse.enter("saving")
+    with run.report.spending("saving"):
+        copied = run.saver.copy(_position(run), run.learner.model, run.learner.optimizer)
+    _saved(run, copied)
+
+
+def _saved(run: Run, outcome: SaveResult | None) -> None:
+    """Record how a save ended; one that failed is tried again after 1, 2, 4, ... steps."""
+    run.report.saved(outcome)
+    if outcome is None or outcome.emergency:
+        return
+    run.failed_saves = run.failed_saves + 1 if outcome.error is not None else 0
+    run.save_again_at = run.cursor.step + 2 ** (run.failed_saves - 1) if run.failed_saves else None
+
+
+def _finish_save(run: Run) -> None:
+    """Wait for the last save; one that fails is tried again after 1, 2, 4, ... seconds.
+
+    Raises UserError where it keeps failing.
+    """
+    pulse.enter("saving")
+    for pause_s in (*LAST_SAVE_PAUSES_S, None):
+        with run.report.spending("saving"):
+            outcome = run.saver.wait()
+        _saved(run, outcome)
+        if not run.failed_saves:
+            return
+        if pause_s is not None:
+            time.sleep(pause_s)
+            _save(run)
+    raise UserError(
+        f"no checkpoint could be written at the end of the run, after step {run.cursor.step}: "
+        f"{outcome.error if outcome else 'see the warnings'}; make room or access, and run again "
+        "with --resume auto"
+    )
 
 
 def _identity(sources: Mapping[str, SourceInfo]) -> dict[str, str]:
@@ -235,23 +405,31 @@ def _begin(
     """Build everything a run needs, and put it where its checkpoint left it."""
     model = build_model(config, ranks)
     learner = Learner(config, ranks, model, build_optimizer(config, model))
-    cursor, notes = _restore(learner, sources, folder, resume)
+    spikes, speeds = SpikeWatch(config.train.spikes), _rank_speeds(config, ranks)
+    saver = Saver(folder.path, config.checkpoint, ranks, _emergency(folder.path, config, ranks))
+    cursor, notes = _restore(learner, sources, folder, resume, spikes, speeds, saver.emergency)
     shards = {name: Shard.open(info.train) for name, info in sources.items()}
     batches = GlobalBatches(config.data, shards, config.seed)
-    problem_of = partial(step_problem, config, ranks.layout)
+    feed = Feed(
+        batches,
+        partial(step_problem, config, ranks.layout),
+        ranks,
+        plans,
+        config.planner.ahead_steps,
+        *([speeds.at] if speeds is not None else []),
+    )
     readable = [
         TokenSource(name, shards[name], sources[name].eod_id, config.model.vocab_size or 0)
         for name in batches.names
     ]
-    saver = Saver(folder.path, config.checkpoint, ranks)
     saver.prepare(model, learner.optimizer)
-    report = Report(config, ranks, folder, sources, cursor)
+    report = Report(config, ranks, folder, sources, cursor, node_names(ranks))
     report.started(cursor, describe_run(config, ranks.layout, sources), notes)
     return Run(
         config=config,
         sources=sources,
         learner=learner,
-        feed=Feed(batches, problem_of, ranks, plans, config.planner.ahead_steps),
+        feed=feed,
         reader=MicroBatchReader(
             readable, ranks.hdp_rank, pack_multiple(config), ranks.device, ranks.axis
         ),
@@ -260,28 +438,76 @@ def _begin(
         report=report,
         stop_request=stop,
         cursor=cursor,
+        spikes=spikes,
+        speeds=speeds,
     )
 
 
+def _emergency(run_dir: Path, config: RunConfig, ranks: Ranks) -> Emergency | None:
+    directory = config.checkpoint.emergency_dir
+    if directory is None:
+        return None
+    on_first_rank(ranks, lambda: checkpoints_dir(run_dir).mkdir(parents=True, exist_ok=True))
+    return Emergency(run_dir, directory, ranks)
+
+
+def _rank_speeds(config: RunConfig, ranks: Ranks) -> RankSpeeds | None:
+    """What plans count with, where they are to; on rank 0, which alone has them made."""
+    if config.planner.rank_speeds == "equal":
+        return None
+    places = gather_arrays(np.array([ranks.hdp_rank]), ranks)
+    return None if places is None else RankSpeeds(places[:, 0], config.planner.ahead_steps)
+
+
 def _restore(
-    learner: Learner, sources: Mapping[str, SourceInfo], folder: RunFolder, resume: str | None
+    learner: Learner,
+    sources: Mapping[str, SourceInfo],
+    folder: RunFolder,
+    resume: str | None,
+    spikes: SpikeWatch,
+    speeds: RankSpeeds | None,
+    emergency: Emergency | None,
 ) -> tuple[Cursor, list[str]]:
     """Load the checkpoint to continue from; (its cursor, what the user should know)."""
     if resume is None:
+        if emergency is not None:
+            emergency.forget_after(-1)
         return _start(learner, sources, folder)
-    which = resume if resume in ("auto", "latest") else int(resume)
-    found = find(folder.path, which, learner.ranks)
+    found, warnings = _find(folder.path, resume, learner.ranks, emergency)
+    if emergency is not None:
+        emergency.forget_after(-1 if found is None else found.manifest.position.step)
     if found is None:
         return _start(learner, sources, folder)
     position = found.manifest.position
+    cursor = Cursor.from_json(position.cursor["data"])
     changed = compare_configs(position.config, learner.config)
+    was = parse_config(position.config).data.stages
+    cursor = with_stages(cursor, was, learner.config.data.stages)
     compare_sources(position.cursor["sources"], _identity(sources))
     restore(found, learner.model, learner.optimizer, learner.ranks)
+    spikes.go_on(position.cursor["spikes"])
+    if speeds is not None and not speeds.go_on(position.cursor.get("speeds")):
+        changed = [*changed, "number of ranks, whose speeds are measured anew"]
     # whoever went back to a step means it: a crash before the next save must not undo that
     checkpoints = checkpoints_dir(folder.path)
-    on_first_rank(learner.ranks, lambda: name_latest(checkpoints, position.step))
-    notes = [*found.warnings, *(f"changed since the checkpoint: {line}" for line in changed)]
-    return Cursor.from_json(position.cursor["data"]), notes
+    if found.bring is None:
+        on_first_rank(learner.ranks, lambda: name_latest(checkpoints, position.step))
+    notes = [*warnings, *(f"changed since the checkpoint: {line}" for line in changed)]
+    return cursor, notes
+
+
+def _find(
+    run_dir: Path, resume: str, ranks: Ranks, emergency: Emergency | None
+) -> tuple[Found | None, list[str]]:
+    """The checkpoint to continue from, or the emergency copy that is newer; what is wrong."""
+    warnings: list[str] = []
+    if emergency is not None and resume in ("auto", "latest"):
+        found, warnings = emergency.find(newest_step(run_dir, ranks))
+        if found is not None:
+            step = found.manifest.position.step
+            return found, [*warnings, f"goes on from the emergency copy of step {step}"]
+    found = find(run_dir, resume if resume in ("auto", "latest") else int(resume), ranks)
+    return found, [*warnings, *(found.warnings if found is not None else ())]
 
 
 def _start(
@@ -295,7 +521,6 @@ def _start(
     keep = config.start.optimizer == "keep"
     begin_from(found, learner.model, learner.optimizer, keep, learner.ranks)
     parent = found.manifest.position
-    cursor, notes = continued(parent, config, _identity(sources))
     origin = json.dumps(Origin("start.checkpoint", (Parent.of(found),)).to_json(), indent=1)
     on_first_rank(learner.ranks, lambda: folder.write(LINEAGE, f"{origin}\n"))
-    return cursor, [*found.warnings, *taken_over(parent, config), *notes]
+    return Cursor(), [*found.warnings, *taken_over(parent, config), *places_told(config)]

@@ -13,10 +13,8 @@ import numpy as np
 import torch
 
 from megascale.checkpoint.huggingface.config import complete
-from megascale.checkpoint.load import Found
-from megascale.checkpoint.shards import boxes
-from megascale.checkpoint.tensors import Tensors
-from megascale.config import RunConfig, TrainConfig, parse_config
+from megascale.checkpoint.load import Found, begin_from
+from megascale.config import ModelConfig, RunConfig, TrainConfig, parse_config
 from megascale.errors import UserError
 from megascale.mesh.packing import TokenSequence, pack
 from megascale.model.build import build_model
@@ -60,7 +58,7 @@ def open_model(found: Found, precision: Literal["fp32", "bf16"]) -> Iterator[One
     ranks = distributed.start(config)
     try:
         model = build_model(config, ranks)
-        _fill(model, Tensors(found))
+        begin_from(found, model, None, False, ranks)
         model.eval()
         yield OneRankModel(config, model, ranks.device)
     finally:
@@ -75,20 +73,16 @@ def run_config(found: Found) -> RunConfig:
 
 def _config(found: Found, precision: Literal["fp32", "bf16"]) -> RunConfig:
     config = run_config(found)
-    rows = math.lcm(config.model.vocab_multiple, config.parallel.tensor)
-    # the same arithmetic on every device; and the padding that the run gave its vocabulary
-    model = replace(config.model, implementation="local", vocab_multiple=rows)
-    if model.moe is not None:  # the other dispatcher pads every pass to one length
-        model = replace(model, moe=replace(model.moe, dispatcher="alltoall"))
+    model = for_one_rank(config.model, config.parallel.tensor)
     return complete(replace(config, model=model, train=TrainConfig(precision=precision)))
 
 
-def _fill(model: Any, stored: Tensors) -> None:
-    shapes = stored.shapes
-    for box in boxes(model, None):
-        if shapes.get(box.key) != box.global_shape:
-            raise UserError(
-                f"checkpoint {stored.found.folder}: {box.key} is not of the model that its "
-                "manifest speaks of"
-            )
-        box.live().copy_(stored.read(box.key, box.offset, box.shape))
+def for_one_rank(model: ModelConfig, tensor: int) -> ModelConfig:
+    """The model of a run over `tensor` ranks, so that one process builds it on any device."""
+    # the same arithmetic on every device; and the padding that the run gave its vocabulary
+    rows = math.lcm(model.vocab_multiple, tensor)
+    model = replace(model, implementation="local", vocab_multiple=rows)
+    if model.moe is None:
+        return model
+    # the other dispatcher pads every pass to one length
+    return replace(model, moe=replace(model.moe, dispatcher="alltoall"))

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
+from megascale.checkpoint.load import Found
 from megascale.checkpoint.save import SaveResult
 from megascale.config import RunConfig, dump_config
-from megascale.corpus.batches import Cursor, num_steps
+from megascale.corpus.batches import Cursor, num_steps, used_sources
 from megascale.corpus.describe import SourceInfo
 from megascale.model.balance import ExpertUse
 from megascale.model.counts import batch_flops
@@ -20,12 +26,17 @@ from megascale.monitor.device import mfu, peak_flops
 from megascale.monitor.events import EventLog
 from megascale.monitor.experts import CollapseWatch, ExpertLog
 from megascale.monitor.metrics import METRICS_FILE, MetricsWriter, read_rows
+from megascale.monitor.story import SPENT
+from megascale.monitor.stragglers import IN_A_ROW, RankLog, StragglerWatch
 from megascale.optim.schedule import joints, lr_at
 from megascale.runtime.distributed import Ranks
 from megascale.train.evaluate import HeldoutScore
 from megascale.train.feed import PlannedBatch
 from megascale.train.folder import RunFolder
 from megascale.train.step import StepResult
+
+PROGRESS_S = 30.0
+"""Seconds between two accounts of where the time goes, of which a crash loses the last."""
 
 
 class Report:
@@ -38,7 +49,9 @@ class Report:
         folder: RunFolder,
         sources: Mapping[str, SourceInfo],
         cursor: Cursor,
+        nodes: Sequence[str],
     ) -> None:
+        """`nodes` are the names of the ranks' machines, on rank 0."""
         self._config, self._ranks, self._folder = config, ranks, folder
         self._speaks = ranks.rank == 0
         self._bytes_per_token = _bytes_per_token(sources)
@@ -48,29 +61,55 @@ class Report:
         monitor, resolved = config.monitor, dump_config(config)
         folder.write("config.yaml", resolved)
         self._events = EventLog(folder.path)
+        self._note_rewind(cursor.step)
         self._metrics = MetricsWriter(
             folder.path, monitor.tensorboard, monitor.trackers, cursor.step, asdict(config)
         )
         if config.model.moe is not None:
             self._expert_log = ExpertLog(folder.path, cursor.step)
             self._collapse = CollapseWatch(config.model.moe)
+        if ranks.world > 1:
+            self._rank_log = RankLog(folder.path, cursor.step)
+            self._stragglers = StragglerWatch(ranks.world)
+        self._nodes = nodes
         self._plan_waits_s: list[float] = []
         self._first_scores = first_scores(folder.path)
+        self._spent = dict.fromkeys(SPENT, 0.0)
+        self._told = time.monotonic()
         steps = num_steps(config.data, config.train.tokens)
         self._console = Console(min(steps, config.train.stop_after_steps or steps), cursor.step)
+
+    def _note_rewind(self, step: int) -> None:
+        """Keep account of steps that are about to be trained again."""
+        path = self._folder.path / METRICS_FILE
+        rows = read_rows(path) if path.exists() else []
+        again = [row for row in rows if row["step"] > step and "step_s" in row]
+        if again:
+            last_step, step_s = again[-1]["step"], fmean(row["step_s"] for row in again)
+            written = path.stat().st_mtime
+            self._event("rewind", step=step, last_step=last_step, step_s=step_s, written=written)
 
     def started(self, cursor: Cursor, description: str, notes: Sequence[str]) -> None:
         """Say where the run runs, and from where it goes on; keep its description."""
         if not self._speaks:
             return
         self._folder.write("plan.txt", description)
+        for line in description.splitlines():
+            if line.startswith("warning: "):
+                self._say(line)
         ranks, layout = self._ranks, self._ranks.layout
         self._say(
             f"{ranks.world} rank(s) on {ranks.device.type} over {ranks.backend} ({ranks.why}): "
             f"tensor {layout.tensor} x pipeline {layout.pipeline} x HDP {layout.hdp}, "
             f"expert {layout.expert}, {layout.mode} mode, {self._config.train.precision}"
         )
-        self._event("start", step=cursor.step, world=ranks.world, layout=asdict(layout))
+        self._event(
+            "start",
+            began=round(self._folder.entered, 3),
+            step=cursor.step,
+            world=ranks.world,
+            layout=asdict(layout),
+        )
         if cursor.step:
             self._say(f"resumed at step {cursor.step}: {_lr_outlook(self._config, cursor)}")
         for note in notes:
@@ -96,7 +135,7 @@ class Report:
             "plan_over_bound": planned.plan.predicted_s / planned.plan.lower_bound_s,
             "skipped": result.skipped,
         }
-        if self._config.data.replay_fraction:
+        if replays(self._config):
             row["replayed"] = replayed_share(cursor, self._config)
         if result.offload_gib:
             row["offload_gib"] = result.offload_gib
@@ -104,6 +143,11 @@ class Report:
             self._experts(cursor.step, result.experts, row)
         self._metrics.write(row)
         self._plan_waits_s.append(planned.plan_wait_s)
+        self._spent["training"] += result.seconds
+        self._spent["planning"] += planned.plan_wait_s
+        if time.monotonic() - self._told > PROGRESS_S:
+            self._told = time.monotonic()
+            self._event("progress", **self._progress(cursor))
         if planned.trouble is not None:
             self._event("planner", step=cursor.step, problem=planned.trouble)
             self._say(f"warning: step {cursor.step}: {planned.trouble}")
@@ -165,6 +209,55 @@ class Report:
                 self._event("forgetting", step=step, source=name, rise=rise)
                 self._say(f"warning: step {step}: {problem}")
 
+    @contextmanager
+    def spending(self, part: str) -> Iterator[None]:
+        """Put the time of the block down to `part`, one of `monitor.story.SPENT`."""
+        began = time.monotonic()
+        try:
+            yield
+        finally:
+            if self._speaks:
+                self._spent[part] += time.monotonic() - began
+
+    def _progress(self, cursor: Cursor) -> dict[str, Any]:
+        spent = {part: round(seconds, 3) for part, seconds in self._spent.items()}
+        return {"step": cursor.step, "tokens_seen": cursor.tokens_seen, "spent": spent}
+
+    def ranks(self, step: int, over_R: NDArray[np.float64]) -> None:
+        """Record how slow the ranks were (`slowdown_R`), and name those that stay slow."""
+        self._rank_log.write(step, over_R)
+        for rank in self._stragglers.see(over_R):
+            node, over = self._nodes[rank], float(over_R[rank])
+            self._event("straggler", step=step, rank=rank, node=node, slowdown=round(over, 3))
+            self._say(
+                f"warning: step {step}: rank {rank} on {node} takes {over:.2f} times as long as "
+                f"others for the same work, for {IN_A_ROW} comparisons now"
+            )
+
+    def speeds(self, step: int, first: int, slowdown: Sequence[float]) -> None:
+        """Say that plans count with other speeds of ranks from step `first` on."""
+        slow = {place: one for place, one in enumerate(slowdown) if one > 1}
+        self._event("speeds", step=step, first=first, slowdown=list(slowdown))
+        counted = [f"rank {place} of the HDP axis as {one:g}" for place, one in slow.items()]
+        said = f"{', '.join(counted[:8])} times as slow" if slow else "all ranks as alike"
+        self._say(f"step {step}: from step {first} on plans count {said}")
+
+    def spike(self, step: int, loss: float, limit: float) -> None:
+        """Say that a loss leapt above what was usual."""
+        self._event("spike", step=step, loss=loss, limit=limit)
+        self._say(f"warning: step {step}: loss {loss:.4f} leaps above {limit:.4f}")
+
+    def rolled_back(self, step: int, in_a_row: int, found: Found) -> None:
+        """Say that the weights are those of an earlier step again."""
+        to_step = found.manifest.position.step
+        self._event("rollback", step=step, to_step=to_step, in_a_row=in_a_row)
+        self._say(
+            f"warning: step {step}: {in_a_row} leaps of the loss in a row; weights and optimizer "
+            f"are those of step {to_step} again, the data goes on"
+        )
+        for warning in found.warnings:
+            self._say(warning)
+
     def saved(self, outcome: SaveResult | None) -> None:
         """Record a finished checkpoint, or why there is none."""
         if outcome is None:
@@ -175,13 +268,13 @@ class Report:
 
     def finished(self, cursor: Cursor, stopped: bool, command: str) -> None:
         """Say how the run ended, and how to go on."""
-        self._event("stop", step=cursor.step, asked=stopped)
+        if self._speaks:
+            self._event("stop", **self._progress(cursor), asked=stopped)
         if stopped:
             self._say(f"stopped by a signal after step {cursor.step}; go on with:\n  {command}")
         else:
-            replayed = ""
-            if self._config.data.replay_fraction:
-                replayed = f", {replayed_share(cursor, self._config):.2%} of them replayed"
+            share = replayed_share(cursor, self._config)
+            replayed = f", {share:.2%} of them replayed" if share else ""
             self._say(f"done: {cursor.step} steps, {cursor.tokens_seen:,} tokens{replayed}")
 
     def sample(self, prompt: str, text: str) -> None:
@@ -193,6 +286,8 @@ class Report:
         """Flush and close the files."""
         if self._speaks:
             self._metrics.close()
+            if self._ranks.world > 1:
+                self._rank_log.close()
             if self._config.model.moe is not None:
                 self._expert_log.close()
 
@@ -205,9 +300,14 @@ class Report:
             self._events.write(kind, **fields)
 
 
+def replays(config: RunConfig) -> bool:
+    """Whether a run reads what earlier runs have read."""
+    return any(config.data.sources[name].replay for name in used_sources(config.data.stages))
+
+
 def replayed_share(cursor: Cursor, config: RunConfig) -> float:
     """Part of the run's tokens so far that earlier runs had read already."""
-    old = [name for name, source in config.data.sources.items() if source.seen is not None]
+    old = [name for name, source in config.data.sources.items() if source.replay]
     again = sum(cursor.sources[name].tokens for name in old if name in cursor.sources)
     return again / max(1, cursor.tokens_seen)
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -11,7 +13,7 @@ from megascale.config import RunConfig, dump_config, parse_config
 from megascale.errors import UserError
 
 ORDER_OF_DATA = ("seed", "data.context_tokens", "data.global_batch_tokens")
-WEIGHTS = ("model",)
+WEIGHTS_AND_START = ("model", "start")
 CHANGEABLE = ("implementation", "moe.balance_weight", "moe.balance_weights", "moe.micro_share")
 CHANGEABLE += ("moe.estimate", "moe.bias_rate", "moe.z_loss_coeff")
 """Of the model's options, those that change no weight and no function."""
@@ -21,19 +23,34 @@ def compare_configs(saved_yaml: str, config: RunConfig) -> list[str]:
     """Lines `key: old -> new` for what changed since the checkpoint.
 
     Raises UserError for a change that would silently continue another run: of the model's
-    shape, or of what decides the order of the data.
+    shape, of where the run started, or of what decides the order of the data.
     """
-    old = yaml.safe_load(dump_config(parse_config(saved_yaml)))  # options may be new
+    saved = parse_config(saved_yaml)
+    old = yaml.safe_load(dump_config(saved))  # options may be new
     new = yaml.safe_load(dump_config(config))
     changed = changes(old, new)
     for key, (was, now) in changed.items():
-        fixed = key in ORDER_OF_DATA or key.split(".")[0] in WEIGHTS
+        fixed = key in ORDER_OF_DATA or key.split(".")[0] in WEIGHTS_AND_START
+        fixed = fixed and not (key == "start.checkpoint" and same_start(saved, config))
         if fixed and key.removeprefix("model.") not in CHANGEABLE:
             raise UserError(
                 f"{key} was {was} when the checkpoint was written and is "
                 f"{now} now; set it back, or branch off into a new run_dir with start.checkpoint"
             )
     return [f"{key}: {was} -> {now}" for key, (was, now) in changed.items()]
+
+
+def same_start(was: RunConfig, now: RunConfig) -> bool:
+    """Whether both start alike: from one checkpoint, or each from what its own small model became,
+    wherever their folders were moved."""
+    beside = [_starts_beside(one) for one in (was, now)]
+    checkpoint = now.start.checkpoint if all(beside) else was.start.checkpoint
+    return replace(was.start, checkpoint=checkpoint) == now.start
+
+
+def _starts_beside(config: RunConfig) -> bool:
+    start = Path(config.start.checkpoint or "")
+    return start.parts[-2:] == (f"{Path(config.run_dir).name}-base", "grown")
 
 
 def changes(old: Any, new: Any) -> dict[str, tuple[Any, Any]]:

@@ -6,6 +6,7 @@ lose their beginning.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -25,6 +26,8 @@ class TextTokens:
     decode: Callable[[list[int]], str]
     first_id: int
     end_id: int
+    follow_what_comes: bool = False
+    """Whether ids depend on the text behind them, as those of Equal-Info Windows do."""
 
 
 @dataclass(frozen=True)
@@ -80,11 +83,17 @@ class TextScorer:
         return self.model.config.data.context_tokens
 
     def _split(self, context: str, text: str) -> tuple[list[int], list[int]]:
-        """Tokens of both; spaces between them go to the second, where tokenizers want them."""
+        """Tokens of both; spaces between them go to the second, where tokenizers want them.
+
+        Where ids follow what comes, the second begins with the first id that knows of it. What it
+        then holds of the context is the same for every text that is compared.
+        """
         stripped = context.rstrip()
         text = context[len(stripped) :] + text
         before = self.tokens.encode(stripped) if stripped else []
         both = self.tokens.encode(stripped + text)
+        if self.tokens.follow_what_comes:
+            before = os.path.commonprefix([before, both])
         return [self.tokens.first_id, *before], both[len(before) :]
 
     def _cut(self, context: list[int], text: list[int]) -> tuple[list[int], list[int]]:

@@ -2,24 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 import yaml
 
+from megascale.checkpoint.folder import EMERGENCY, checkpoints_dir, steps_in
 from megascale.checkpoint.load import Found, read_manifest
-from megascale.checkpoint.manifest import Position
-from megascale.config import RunConfig, dump_config, load_config
-from megascale.corpus.batches import Cursor, SourceCursor
+from megascale.checkpoint.manifest import MANIFEST, Position
+from megascale.config import RunConfig, dump_config, load_config, parse_config
+from megascale.corpus.describe import tokenizer_mark
 from megascale.errors import UserError
-from megascale.train.resume import changes
+from megascale.model.counts import padded_vocab_size
+from megascale.optim.schedule import lr_at
+from megascale.train.resume import changes, same_start
 
 LINEAGE = "lineage.json"
 """File of a run_dir: the origin of the run."""
-DECIDES_PIECES = ("seed", "data.context_tokens")
-"""What must be as it was for a source to go on without repeating itself."""
+DECIDES_WEIGHTS = frozenset(
+    "num_layers hidden_size num_heads num_kv_heads head_dim ffn_hidden_size tied_embeddings "
+    "qk_norm qkv_bias parallel_block mask_tokens moe moe.num_experts moe.ffn_hidden_size "
+    "moe.shared_ffn_hidden_size moe.shared_gate moe.normalize_top_k moe.attention_experts".split()
+)
+"""Options of the model that must be as they were for its weights to fit."""
+SAME_RATE = 0.01
+"""Part by which learning rates may differ and count as equal."""
 
 
 @dataclass(frozen=True)
@@ -56,57 +67,212 @@ class Origin:
         return Origin(value["made_by"], tuple(Parent(**one) for one in value["parents"]))
 
 
+def origin_of(folder: Path) -> Origin | None:
+    """Where a run or a checkpoint that is no run's own comes from; None where nothing says."""
+    try:
+        if (folder / LINEAGE).exists():
+            return Origin.from_json(json.loads((folder / LINEAGE).read_bytes()))
+        document = json.loads((folder / MANIFEST).read_bytes())
+        return Origin.from_json(document["position"]["cursor"]["origin"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def home_of(checkpoint: str | Path) -> Path:
+    """The run that a checkpoint belongs to, or its own folder where it belongs to none."""
+    path = Path(checkpoint)
+    return path.parents[1] if path.parent.name == "checkpoints" else path
+
+
+def require_relatives(branches: Sequence[Found]) -> None:
+    """Raise UserError where two of these come from different initial weights, as far as known."""
+    first, *others = branches
+    for other in others:
+        if not _ancestry(other) & _ancestry(first):
+            raise UserError(
+                f"{other.folder} and {first.folder} do not come from one model (megascale lineage "
+                "shows from which they come); experts need branches of one"
+            )
+
+
+def _ancestry(found: Found) -> set[str]:
+    """The folders that a checkpoint comes from, and the initial weights where it is known."""
+    folders = [home_of(found.folder.resolve())]
+    known: set[str] = set()
+    while folders:
+        folder = folders.pop()
+        origin = origin_of(folder)
+        parents = origin.parents if origin is not None else ()
+        folders += [home for one in parents if str(home := home_of(one.checkpoint)) not in known]
+        known |= {str(folder)} if parents else {str(folder), *_seed_of(folder)}
+    return known
+
+
+def _seed_of(folder: Path) -> list[str]:
+    """The seed that a run without parents drew its weights by; equal runs have equal ones."""
+    try:
+        position = read_manifest(folder).position
+    except UserError:
+        return []
+    if not position.step:
+        return []  # an import has drawn nothing
+    return [f"seed {parse_config(position.config).seed}"]
+
+
 def model_of_start(config: RunConfig) -> dict[str, Any]:
     """The model section, as nested mappings, of the checkpoint that `config` starts from.
 
     A run that has begun keeps it in its own folder, so it can be resumed when its parent is gone.
     Raises UserError where there is no checkpoint.
     """
-    own, start = Path(config.run_dir) / "config.yaml", Path(config.start.checkpoint or "")
-    if Path(config.run_dir).resolve() in (start.resolve(), *start.resolve().parents):
+    start = Path(config.start.checkpoint or "")
+    own, home = Path(config.run_dir).resolve(), home_of(start.resolve())
+    is_run = checkpoints_dir(home).is_dir() or (home / MANIFEST).exists()
+    if own in (start.resolve(), *start.resolve().parents) or (is_run and home in own.parents):
         raise UserError(
-            f"start.checkpoint = {start} is in run_dir {config.run_dir}; a run that starts from "
-            "another needs a run_dir of its own"
+            f"start.checkpoint = {start} and run_dir {config.run_dir} lie in one another; a run "
+            "that starts from another needs a run_dir of its own"
         )
-    if own.exists():
-        begun = load_config(own)
-        if begun.start == config.start:
-            return _model(dump_config(begun))
+    begun = begun_run(config)
+    return _model(dump_config(begun) if begun is not None else _parent(config).config)
+
+
+def require_model(config: RunConfig, of_start: Mapping[str, Any]) -> None:
+    """Raise UserError where a finalized config asks for other weights than `model_of_start`."""
+    start = config.start.checkpoint
+    for key, (was, now) in changes(dict(of_start), _model(dump_config(config))).items():
+        if key == "vocab_size":
+            grow = f", or: megascale grow {quote(start or '')} --operator resize --vocab {now}"
+            raise UserError(
+                f"model.vocab_size = {now}, but the model of {start} knows {was} ids; leave it "
+                f"out{f'{grow} --out DIR' * (now > was)}"
+            )
+        if key in DECIDES_WEIGHTS or (key == "vocab_multiple" and _rows_differ(config, was)):
+            raise UserError(
+                f"model.{key} = {json.dumps(now)}, but the model of {start} has {json.dumps(was)}; "
+                f"leave model.{key} out, or make another model of it with megascale grow"
+            )
+
+
+def _rows_differ(config: RunConfig, vocab_multiple: int) -> bool:
+    was = replace(config.model, vocab_multiple=vocab_multiple)
+    return padded_vocab_size(was) != padded_vocab_size(config.model)
+
+
+def with_rate_of_start(config: RunConfig) -> RunConfig:
+    """With `optim.lr` of an anneal that leaves it out: the rate where the checkpoint stands.
+
+    Raises UserError where that is not known, or no rate to go down from.
+    """
+    optim = config.optim
+    if config.start.checkpoint is None or optim.curve != "anneal" or optim.lr is not None:
+        return config
+    begun = begun_run(config)
+    rate = begun.optim.schedule[0].lr if begun is not None else rate_of(_parent(config))
+    if not rate:
+        raise UserError(
+            f"optim.curve=anneal needs optim.lr: {config.start.checkpoint} does not say at which "
+            "rate it was trained, e.g. optim.lr=1.65e-4"
+        )
+    return replace(config, optim=replace(optim, lr=rate))
+
+
+def rate_of(parent: Position) -> float | None:
+    """The learning rate at which a checkpoint's run stood; None where it has trained nothing."""
+    schedule = parse_config(parent.config).optim.schedule
+    return lr_at(parent.tokens_seen, schedule) if parent.tokens_seen and schedule else None
+
+
+def rates_apart(config: RunConfig) -> Iterator[str]:
+    """Warnings, where a finalized config goes on from its checkpoint at another rate at once, or
+    re-warms it above its peak (arXiv 2403.08763, section 5.1: that adapts, and forgets, more).
+    """
+    start, (first, *_) = config.start.checkpoint, config.optim.schedule
     try:
-        position = read_manifest(start).position
+        parent = read_manifest(start).position if start is not None else None
+    except UserError:
+        return  # a run that has begun does without its parent
+    rate = rate_of(parent) if parent is not None else None
+    if parent is None or rate is None:
+        return
+    if first.shape == "constant" and abs(first.lr - rate) > SAME_RATE * rate:
+        yield (
+            f"the learning rate begins at {first.lr:.4g}, and that of {start} was {rate:.4g} "
+            f"there; optim.lr={rate:.6g} goes on from it (an anneal without optim.lr does)"
+        )
+    before = max(segment.lr for segment in parse_config(parent.config).optim.schedule)
+    peak = max(segment.lr for segment in config.optim.schedule)
+    if peak > (1 + SAME_RATE) * before:
+        yield (
+            f"the learning rate rises to {peak:.4g}, above the peak of {before:.4g} of {start}; "
+            "the same peak is usual, and a higher one forgets more"
+        )
+
+
+def tokenizers_apart(config: RunConfig) -> Iterator[str]:
+    """Warnings, where sources, or they and the checkpoint's, were made by different tokenizers.
+
+    Only what is still there can be compared.
+    """
+    marks = {name: _mark(Path(one.path)) for name, one in config.data.sources.items()}
+    known = {name: mark for name, mark in marks.items() if mark is not None}
+    for name, mark in known.items():
+        first = next(iter(known))
+        if mark != known[first]:
+            yield (
+                f"source '{name}' was made by another tokenizer than '{first}': the same ids mean "
+                "other text; unless one only adds to the other, prepare one of them again"
+            )
+    before = {mark for mark in _marks_of_start(config) if mark is not None}
+    if before and known and not before & set(known.values()):
+        yield (
+            f"the model of {config.start.checkpoint} knows another tokenizer than the sources were "
+            "made by, so their ids mean other text to it; prepare them with its own"
+        )
+
+
+def _marks_of_start(config: RunConfig) -> Iterator[str | None]:
+    try:
+        parent = _parent(config) if config.start.checkpoint is not None else None
+    except UserError:
+        return  # a run that has begun does without its parent
+    if parent is None:
+        return
+    yield _mark(Path(config.start.checkpoint or ""))  # an import brings its tokenizer
+    for one in parse_config(parent.config).data.sources.values():
+        yield _mark(Path(one.path))
+
+
+def _mark(folder: Path) -> str | None:
+    try:
+        return tokenizer_mark(folder)
+    except (OSError, UserError):
+        return None
+
+
+def begun_run(config: RunConfig) -> RunConfig | None:
+    """The resolved config that a run keeps in its folder, once it has something to resume from.
+
+    What it says of the data holds for its seed and context; of a run that may have nothing but
+    emergency copies it counts for these alone.
+    """
+    own, checkpoints = Path(config.run_dir) / "config.yaml", checkpoints_dir(config.run_dir)
+    has_saved, has_copies = steps_in(checkpoints), (checkpoints / EMERGENCY).exists()
+    if not own.exists() or not (has_saved or has_copies):
+        return None
+    begun = load_config(own)
+    same_order = (begun.seed, begun.data.context_tokens) == (
+        config.seed,
+        config.data.context_tokens,
+    )
+    return begun if same_start(begun, config) and (has_saved or same_order) else None
+
+
+def _parent(config: RunConfig) -> Position:
+    try:
+        return read_manifest(config.start.checkpoint or "").position
     except UserError as error:
         raise UserError(f"start.checkpoint: {error}") from None
-    return _model(position.config)
-
-
-def continued(
-    parent: Position, config: RunConfig, identity: Mapping[str, str]
-) -> tuple[Cursor, list[str]]:
-    """Where the data of a run that starts from `parent` begins, and what the user should know.
-
-    `identity` says what each source of this run holds.
-    """
-    if config.start.data == "restart" or "data" not in parent.cursor:
-        return Cursor(), ["every source is read from its beginning"]
-    was = yaml.safe_load(parent.config)
-    old = {"seed": was["seed"], "data.context_tokens": was["data"]["context_tokens"]}
-    new = {"seed": config.seed, "data.context_tokens": config.data.context_tokens}
-    changed = [name for name in DECIDES_PIECES if old[name] != new[name]]
-    read = Cursor.from_json(parent.cursor["data"]).sources
-    sources, notes = {}, []
-    for name, one in read.items():
-        if name not in identity:
-            continue
-        reasons = [f"{key} changed" for key in changed]
-        if parent.cursor["sources"].get(name) != identity[name]:
-            reasons.append("it holds other documents now")
-        if reasons:
-            notes.append(f"source '{name}' is read from its beginning: {', '.join(reasons)}")
-            continue
-        sources[name] = SourceCursor(pieces=one.pieces, tokens=one.tokens)
-        notes.append(f"source '{name}' goes on after the {one.tokens:,} tokens read before")
-    notes += [f"source '{name}' is new" for name in identity if name not in read]
-    return Cursor(sources=sources), notes
 
 
 def taken_over(parent: Position, config: RunConfig) -> list[str]:

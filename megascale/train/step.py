@@ -20,6 +20,7 @@ from megascale.model.build import pack_multiple
 from megascale.optim.build import apply_gradients, set_rates
 from megascale.optim.schedule import lr_at
 from megascale.runtime.distributed import Ranks
+from megascale.runtime.pulse import pulse
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class StepResult:
     lr: float
     """Learning rate of this step."""
     skipped: bool
-    """Loss or gradient norm was not finite, and the weights were left alone."""
+    """Loss or gradient norm was not finite, or the loss too high: the weights were left alone."""
     stop: bool
     """Some rank was asked to stop."""
     writes_done: bool
@@ -64,18 +65,22 @@ def train_step(
     count: int,
     loss_tokens: int,
     tokens_seen: int,
+    most_loss: float = math.inf,
     stop: bool = False,
     writes_done: bool = True,
 ) -> StepResult:
     """Train on one global batch, of which `micro_batches` (`count` of them) are this rank's.
 
     `loss_tokens` are those of the whole batch and `tokens_seen` those up to and including it.
+    With a mean loss above `most_loss`, or one that is not finite, the weights are left alone.
     Raises RuntimeError when the ranks together did not run every token exactly once.
     """
     began = time.perf_counter()
     config, model, optimizer = learner.config, learner.model, learner.optimizer
     lr = lr_at(tokens_seen, config.optim.schedule)
     set_rates(optimizer, lr, config.optim.weight_decay)
+    for layer in model.masked_layers:
+        layer.open_by(loss_tokens)
     model.zero_grad_buffer()
     optimizer.zero_grad()
     balance = model.balance
@@ -84,7 +89,9 @@ def train_step(
             micro_batches = list(micro_batches)
             balance.adopt(look(learner, micro_batches, count))
         balance.begin(count, loss_tokens)
+    pulse.enter("micro-batches")
     loss_sum, ran = run_micro_batches(learner, micro_batches, count)
+    pulse.enter("gradients")
     if balance is not None:
         balance.begin_sum()
     finalize_model_grads([model])
@@ -94,8 +101,13 @@ def train_step(
     )
     if int(ran) != loss_tokens:
         raise RuntimeError(f"the plan ran {int(ran)} tokens of a batch of {loss_tokens}")
+    pulse.enter("optimizer")
     norm, stepped = apply_gradients(
-        model, optimizer, loss_tokens, config.optim.clip_grad_norm, math.isfinite(loss_sum)
+        model,
+        optimizer,
+        loss_tokens,
+        config.optim.clip_grad_norm,
+        math.isfinite(loss_sum) and loss_sum <= most_loss * loss_tokens,
     )
     experts = balance.finish_sum() if balance is not None else None
     if experts is not None and stepped:
@@ -163,6 +175,8 @@ def run_micro_batches(
 
 def _forward(data: Iterator[MicroBatch], model: Any) -> tuple[torch.Tensor, Any]:
     batch = next(data)
+    model.timer.micro_batch()
+    pulse.mark()
     with model.offloader.micro_batch(batch.offload):
         loss_T = model(
             input_ids=batch.tokens_T[None],
@@ -183,4 +197,5 @@ def _forward(data: Iterator[MicroBatch], model: Any) -> tuple[torch.Tensor, Any]
 def _sum_over_ranks(ranks: Ranks, values: list[float]) -> list[float]:
     total = torch.tensor(values, dtype=torch.float64, device=ranks.device)
     dist.all_reduce(total)
-    return [float(value) for value in total]
+    with pulse.waiting():  # on a GPU it is here that this process waits
+        return [float(value) for value in total]

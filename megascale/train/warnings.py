@@ -46,7 +46,7 @@ def _data(
             )
     used = used_sources(data.stages)
     for name in data.sources:
-        if name not in used and data.sources[name].seen is None:
+        if name not in used and not data.sources[name].replay:
             yield f"source '{name}' is in no blend and will not be read"
         if config.eval.tokens and not has_heldout[name]:
             yield f"source '{name}' has no held-out documents and will not be evaluated"
@@ -63,6 +63,15 @@ def _model(config: RunConfig, layout: Layout, num_sequences: int) -> Iterator[st
     window, context = config.model.sliding_window, config.data.context_tokens
     if window is not None and window >= context:
         yield f"model.sliding_window = {window} has no effect on a context of {context} tokens"
+    if config.model.mask_tokens is not None and config.start.checkpoint is None:
+        yield "model.mask_tokens has no effect without start.checkpoint; random models are open"
+    grows = config.growth
+    opening = (grows.mask_tokens if grows is not None else config.model.mask_tokens) or 0
+    if opening > config.train.tokens:
+        yield (
+            f"the new layers open over {opening:,} tokens, but training ends at "
+            f"{config.train.tokens:,}, when they are {config.train.tokens / opening:.0%} open"
+        )
     if num_sequences < layout.hdp:
         yield (
             f"step 0 has {num_sequences} sequences for {layout.hdp} HDP ranks, so some ranks idle; "
@@ -79,6 +88,10 @@ def _model(config: RunConfig, layout: Layout, num_sequences: int) -> Iterator[st
 
 
 def _steps(config: RunConfig) -> Iterator[str]:
+    if config.start.checkpoint is None:
+        for name, default in (("optimizer", "reset"), ("data", "continue")):
+            if getattr(config.start, name) != default:
+                yield f"start.{name} has no effect without start.checkpoint"
     steps = num_steps(config.data, config.train.tokens)
     if config.train.tokens < config.data.global_batch_tokens:
         yield (

@@ -24,7 +24,7 @@ def test_resume_on_other_numbers_of_ranks(config, tmp_path):
     """The order of documents goes on exactly, and the losses to 1e-4 over 20 steps."""
     finish(start(config, tmp_path / "calm", 2))
     expected = curve(tmp_path / "calm")
-    for world in (1, 3, 4):
+    for world in (1, 3):
         run_dir = tmp_path / str(world)
         finish(start(config, run_dir, 2, "train.stop_after_steps=10"))
         output = finish(start(config, run_dir, world, "--resume", "latest"))

@@ -272,6 +272,55 @@ def test_weights_alone(ranks: Any, tmp_path: Path) -> None:
             assert reloaded[key].equal(weight.float())
 
 
+def bytes_read(folder: str, overrides: list[str]) -> tuple[int, dict[str, int]]:
+    """(bytes this rank read in a load, bytes of the global tensors of its boxes)."""
+    import math
+
+    from megascale.checkpoint import read
+    from megascale.checkpoint.shards import boxes, optimizer_steps, set_optimizer_steps
+
+    run = Run(overrides, seed=2)
+    honest, taken = read._read, []
+
+    def counting(folder: Any, index: Any, plan: Any, wanted: list[Any]) -> None:
+        taken.extend(box.live().nbytes for box in wanted)
+        honest(folder, index, plan, wanted)
+
+    read._read = counting
+    try:
+        run.load(folder)
+    finally:
+        read._read = honest
+    set_optimizer_steps(run.optimizer, optimizer_steps(run.optimizer))
+    mine = boxes(run.model, run.optimizer)
+    whole = {box.key: math.prod(box.global_shape) * box.live().element_size() for box in mine}
+    return sum(taken), whole
+
+
+@pytest.mark.parametrize(
+    "world, overrides",
+    [
+        (3, []),
+        (3, ["optim.distributed_optimizer=false"]),
+        (4, [MOE, "parallel.expert=2"]),
+        (4, [TENSOR, "train.precision=bf16"]),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_replicas_are_read_once(
+    ranks: Any, tmp_path: Path, world: int, overrides: list[str]
+) -> None:
+    """Ranks that hold the same read it once between them, in parts of about the same size."""
+    saved, after = ranks(2, trained_and_saved, str(tmp_path), overrides, range(2, 4))[0]
+    told = ranks(world, bytes_read, str(tmp_path), overrides)
+    whole = sum(dict(kv for _, tensors in told for kv in tensors.items()).values())
+    tensor_copies = 2 if TENSOR in overrides else 1  # norms are on every tensor rank
+    assert whole <= sum(read for read, _ in told) <= 1.1 * tensor_copies * whole
+    assert max(read for read, _ in told) <= 1.3 * sum(read for read, _ in told) / world
+    state, losses = ranks(world, loaded, str(tmp_path), overrides, range(2, 4))[0]
+    assert same(saved, state)
+
+
 def refused(folder: str, overrides: list[str]) -> str:
     """The line that loading is refused with."""
     run = Run(overrides)
@@ -521,6 +570,24 @@ def test_a_failed_write_keeps_the_last_good_checkpoint(
         )
         assert told[0].startswith("checkpoint at step 1: ") and "step 3: " in told[2]
         assert left == ["00000001", "latest"]
+
+
+def saves_where_the_folder_is_gone(folder: str) -> list[str]:
+    """A mount that is lost after a good save."""
+    run = Run([])
+    saver = run.saver(folder)
+    run.save(saver, 1)
+    saver.wait()
+    (Path(folder) / "checkpoints").rename(Path(folder) / "gone")
+    (Path(folder) / "checkpoints").write_text("in the way")
+    told = run.save(saver, 2) + [saver.wait()]
+    run.train(range(1))
+    return [str(result) for result in told if result]
+
+
+def test_a_save_where_the_folder_is_gone_names_it(ranks: Any, tmp_path: Path) -> None:
+    (told,) = ranks(1, saves_where_the_folder_is_gone, str(tmp_path))[0]
+    assert f"{tmp_path}/checkpoints/.tmp-00000002: Not a directory; last good is 1" in told
 
 
 @pytest.fixture

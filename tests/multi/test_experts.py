@@ -5,9 +5,9 @@ import json
 import numpy as np
 import pytest
 from test_train import command
-from tiny_corpus import EOD, VOCAB, tiny_config, write_tiny_corpus
+from tiny_corpus import EOD, VOCAB, rows, tiny_config, write_tiny_corpus
 
-MOE = ("model.moe.num_experts=4", "monitor.log_every_steps=5", "model.moe.balance_weight=0.1")
+MOE = ("model.moe.num_experts=4", "monitor.log_every_steps=5")
 
 
 @pytest.fixture(scope="module")
@@ -24,13 +24,16 @@ def config(tmp_path_factory):
     return path
 
 
-def rows(path):
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
 @pytest.mark.parametrize("estimate", ["trend", "previous", "exact"])
 def test_a_run_records_its_experts_and_resumes_bit_equal(ranks, config, tmp_path, estimate):
-    words = ("train", config, *MOE, f"model.moe.estimate={estimate}", "train.tokens=16000")
+    words = (
+        "train",
+        config,
+        *MOE,
+        "model.moe.balance_weight=0.1",
+        f"model.moe.estimate={estimate}",
+        "train.tokens=16000",
+    )
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     assert ranks(2, command, *words, f"run_dir={whole}")[0][0] == 0
     assert ranks(2, command, *words, f"run_dir={parts}", "train.stop_after_steps=6")[0][0] == 0
@@ -88,10 +91,16 @@ def test_experts_of_a_checkpoint_are_shown(ranks, config, tmp_path):
         assert (out / "experts_heldout.png").stat().st_size > 5000
         pictures[world] = json.loads((out / "experts_heldout.json").read_text())
     assert pictures[1] == pictures[2]
+    checkpoint = max(run.glob("checkpoints/*/manifest.json")).parent
+    status, said = ranks(1, command, "experts", checkpoint, "--out", tmp_path / "one")[0]
+    assert status == 0, said
+    assert json.loads((tmp_path / "one" / "experts_heldout.json").read_text()) == pictures[1]
+    status, said = ranks(1, command, "experts", checkpoint, "--step", "3")[0]
+    assert status == 2 and "--step 3: " in said and "is one checkpoint, leave it out" in said
     assert set(pictures[1]["share"]) == {"other", "tiny"}
     for bad, problem in (
         (("--step", "x"), "--step x: give the number of a step"),
-        (("--step", "99"), "99"),
+        (("--step", "99"), "holds no checkpoint of step 99; there are: "),
         (("eval.tokens=0",), "no source has held-out text"),
     ):
         status, said = ranks(1, command, "experts", run, *bad)[0]

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,14 +20,26 @@ SHAPE = {
     "max_position_embeddings": 128,
 }
 EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}
+LLAMA_3 = {
+    "rope_type": "llama3",
+    "rope_theta": 1e4,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,  # within which some pairs turn often, some seldom
+}
 FAMILIES = {
     "llama": {"rope_theta": 5e5},
+    "llama 3": {"rope_parameters": LLAMA_3},
     "mistral": {"sliding_window": 16, "tie_word_embeddings": True},
     "qwen2": {"vocab_size": 100, "tie_word_embeddings": True},
     "qwen3": {"head_dim": 16, "tie_word_embeddings": True},
     "mixtral": EXPERTS,
+    "qwen2_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+    | {"shared_expert_intermediate_size": 24},
     "qwen3_moe": EXPERTS
     | {"moe_intermediate_size": 16, "norm_topk_prob": True, "head_dim": 16, "vocab_size": 100},
+    "qwen3_moe probabilities": EXPERTS | {"moe_intermediate_size": 16, "norm_topk_prob": False},
 }
 
 
@@ -36,7 +49,7 @@ def make(folder, family, max_shard_size="5GB", **options):
     from transformers import AutoConfig, AutoModelForCausalLM
 
     torch.manual_seed(0)
-    config = AutoConfig.for_model(family, **SHAPE | FAMILIES[family] | options)
+    config = AutoConfig.for_model(family.split()[0], **SHAPE | FAMILIES[family] | options)
     model = AutoModelForCausalLM.from_config(config)
     for name, weight in model.named_parameters():
         if "norm" in name or name.endswith("bias"):
@@ -235,6 +248,40 @@ def test_the_tokenizer_goes_along(ranks, corpus, tmp_path):
     assert status == 0, said
     for name in ("tokenizer.json", "tokenizer_config.json"):
         assert (tmp_path / "back" / name).read_bytes() == (tmp_path / "hf" / name).read_bytes()
+
+
+def rows_of(run):
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_the_config_continues_a_model(ranks, corpus, tmp_path):
+    """configs/continue_from_hf.yaml as it stands, but for sizes."""
+    ranks(1, make_with_tokenizer, tmp_path / "hf", corpus)
+    ours, run = tmp_path / "imports/model", tmp_path / "run"
+    ours.parent.mkdir()
+    assert ranks(1, command, "import", tmp_path / "hf", ours)[0][0] == 0
+    for name in ("new", "general"):
+        tokenizer = f"tokenizer={{kind: hf, path: {ours}/tokenizer}}"
+        words = (corpus.parent / "recipe.yaml", "--out", tmp_path / name, tokenizer)
+        status, said = command("prepare", *words)
+        assert status == 0, said
+    words = [Path(__file__).parents[2] / "configs/continue_from_hf.yaml", f"run_dir={run}"]
+    words += [f"start.checkpoint={ours}", "data.context_tokens=64", "train.threads=1"]
+    words += [f"data.sources.{name}.path={tmp_path / name}" for name in ("new", "general")]
+    words += ["data.global_batch_tokens=1024", "train.tokens=6000", "optim.warmup_tokens=2000"]
+    status, said = command("plan", *words)
+    assert status == 0 and "257 ids" in said and "new 95.00%, general 5.00%" in said, said
+    answers = ranks(2, command, "train", *words, "optim.lr=1e-2")
+    assert answers[0][0] == 0, answers[0][1]
+    steps = [row for row in rows_of(run) if "loss" in row]
+    first, last = (row["eval"] for row in rows_of(run) if "eval" in row)
+    assert len(steps) >= 6 and steps[0]["lr"] < steps[1]["lr"] > steps[-1]["lr"]
+    assert first.keys() == last.keys() == {"new", "general"}
+    assert last["new"]["loss"] < first["new"]["loss"] - 0.5
+    assert ranks(1, command, "export", run, tmp_path / "back")[0][0] == 0
+    assert (tmp_path / "back/tokenizer.json").exists()
+    status, said = command("plan", *words, "data.replay_fraction=0.05")
+    assert status == 2 and "has read nothing that could be replayed; give text like" in said
 
 
 @pytest.mark.parametrize(

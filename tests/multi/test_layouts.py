@@ -4,6 +4,8 @@ The oracle is one process in fp32; a layout may differ by 1e-5 relative in the f
 1e-4 over 20 steps.
 """
 
+import functools
+
 import numpy as np
 import pytest
 
@@ -17,6 +19,8 @@ optim: {lr: 3e-3, clip_grad_norm: 0.5}
 train: {precision: fp32, tokens: 10000, threads: 1}
 """
 VOCAB = 257
+GATED = ("model.moe.num_experts=4", "model.moe.shared_ffn_hidden_size=32")
+GATED += ("model.moe.shared_gate=true",)
 
 
 def train_curve(overrides, steps=20):
@@ -58,8 +62,10 @@ def train_curve(overrides, steps=20):
     return curve
 
 
-def single(ranks, overrides=()):
-    (curve,) = ranks(1, train_curve, tuple(overrides))
+@functools.cache
+def single(ranks, *overrides):
+    """The oracle, computed once for each model."""
+    (curve,) = ranks(1, train_curve, overrides)
     return np.array(curve)
 
 
@@ -86,6 +92,8 @@ def single(ranks, overrides=()):
         (2, ["model.moe.num_experts=4", "parallel.tensor=2"]),
         (2, ["model.moe.num_experts=4", "model.moe.top_k=1"]),
         (2, ["model.moe.num_experts=4", "model.moe.shared_ffn_hidden_size=32"]),
+        (2, [*GATED, "parallel.tensor=2"]),
+        (2, [*GATED, "parallel.pipeline=2", "model.moe.normalize_top_k=false"]),
         (3, ["model.moe.num_experts=4", "model.moe.balance=loss_free", "model.moe.bias_rate=0.1"]),
         (4, ["model.moe.num_experts=4", "parallel.expert=2", "parallel.pipeline=2"]),
         (4, ["model.moe.num_experts=4", "parallel.expert=2", "parallel.tensor=2"]),
@@ -98,7 +106,7 @@ def test_a_layout_trains_the_same_model(ranks, world, overrides):
     """Also with experts, though a token that likes two of them equally may change its mind, which
     shows in the norm of that step."""
     shape = [o for o in overrides if o.startswith("model.")]
-    expected = single(ranks, shape)
+    expected = single(ranks, *shape)
     of_norms = 5e-4 if any("moe" in o for o in shape) else 1e-4
     for curve in map(np.array, ranks(world, train_curve, tuple(overrides))):
         np.testing.assert_allclose(curve[0], expected[0], rtol=1e-5)
@@ -110,7 +118,7 @@ def test_options_of_the_model_change_it(ranks):
     """Each option above would pass its test if it were ignored; here it may not be."""
     plain = single(ranks)
     for option in ("parallel_block=true", "sliding_window=16", "qk_norm=false", "rope_base=10"):
-        assert abs(single(ranks, [f"model.{option}"])[0] - plain[0]).max() > 1e-6, option
+        assert abs(single(ranks, f"model.{option}")[0] - plain[0]).max() > 1e-6, option
 
 
 def test_bf16_follows_fp32(ranks):
@@ -121,18 +129,22 @@ def test_bf16_follows_fp32(ranks):
 
 def test_balances_of_experts_change_it(ranks):
     experts = "model.moe.num_experts=4"
-    plain = single(ranks, [experts, "model.moe.balance=none"])
+    plain = single(ranks, experts, "model.moe.balance=none")
+    for option in ("normalize_top_k=false", "shared_ffn_hidden_size=32"):
+        assert abs(single(ranks, experts, f"model.moe.{option}")[0] - plain[0]).max() > 1e-4
+    shared = single(ranks, *GATED[:2])
+    assert abs(single(ranks, *GATED)[0] - shared[0]).max() > 1e-4
     for option in ("balance_weight=0.5", "balance=micro", "balance=sequence", "z_loss_coeff=0.1"):
-        assert abs(single(ranks, [experts, f"model.moe.{option}"])[-1] - plain[-1]).max() > 1e-6
-    free = single(ranks, [experts, "model.moe.balance=loss_free", "model.moe.bias_rate=0.1"])
+        assert abs(single(ranks, experts, f"model.moe.{option}")[-1] - plain[-1]).max() > 1e-6
+    free = single(ranks, experts, "model.moe.balance=loss_free", "model.moe.bias_rate=0.1")
     assert abs(free[-1] - plain[-1]).max() > 1e-4
     one = [experts, "model.moe.top_k=1"]
-    unbalanced = single(ranks, [*one, "model.moe.balance=none"])
-    unbiased = single(ranks, [*one, "model.moe.balance=loss_free", "model.moe.bias_rate=0"])
+    unbalanced = single(ranks, *one, "model.moe.balance=none")
+    unbiased = single(ranks, *one, "model.moe.balance=loss_free", "model.moe.bias_rate=0")
     np.testing.assert_allclose(unbiased, unbalanced, rtol=1e-5)
 
 
 def test_balanced_experts_in_bf16_follow_fp32(ranks):
     experts = ("model.moe.num_experts=4", "model.moe.balance_weight=0.1")
     (curve,) = ranks(1, train_curve, ("train.precision=bf16", *experts))
-    np.testing.assert_allclose(np.array(curve)[:, 0], single(ranks, experts)[:, 0], rtol=2e-2)
+    np.testing.assert_allclose(np.array(curve)[:, 0], single(ranks, *experts)[:, 0], rtol=2e-2)

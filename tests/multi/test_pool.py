@@ -1,8 +1,10 @@
 """The pool of ranks itself: results, exceptions and hangs are told apart."""
 
 import os
+import signal
 import time
 
+import psutil
 import pytest
 import torch
 import torch.distributed as dist
@@ -57,3 +59,11 @@ def test_a_rank_that_dies_is_named_at_once(ranks):
         ranks(2, die_on_rank_1, timeout_s=60)
     assert time.monotonic() - start < 40
     assert ranks(2, all_reduce, 0) == [1, 1]
+
+
+def test_a_rank_that_is_killed_between_two_calls_is_replaced(rank_pools):
+    (process,) = rank_pools.run(1, os.getpid)
+    os.kill(process, signal.SIGKILL)
+    while psutil.pid_exists(process) and psutil.Process(process).status() != psutil.STATUS_ZOMBIE:
+        time.sleep(0.01)
+    assert rank_pools.run(2, all_reduce, 1) == [3, 3]

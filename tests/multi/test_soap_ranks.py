@@ -114,7 +114,7 @@ def broken_step(overrides: list[str]) -> bool:
     before = run.state()
     weight = next(run.model.parameters())
     weight.main_grad.fill_(float("inf"))
-    _, stepped = apply_gradients(run.model, run.optimizer, 64, 1.0, finite_loss=True)
+    _, stepped = apply_gradients(run.model, run.optimizer, 64, 1.0, good_loss=True)
     return not stepped and same(before, run.state())
 
 

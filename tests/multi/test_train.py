@@ -223,8 +223,8 @@ def test_steps_that_are_not_finite_are_skipped(ranks, config, tmp_path, broken, 
         assert all(math.isfinite(row["loss"]) for row in rows if row.get("skipped") is False)
 
 
-def command_with_broken_steps(broken, *words):
-    """Like `command`, with a loss that is not a number in some steps of rank 1."""
+def command_with_broken_steps(broken, *words, factor=math.nan):
+    """Like `command`, with a loss times `factor` (not a number) in some steps of rank 1."""
     from megascale.train import step as steps
 
     honest, calls = steps.run_micro_batches, []
@@ -233,7 +233,7 @@ def command_with_broken_steps(broken, *words):
         loss_sum, ran = honest(learner, micro_batches, count, forward_only)
         calls.extend([] if forward_only else [1])
         if len(calls) in broken and not forward_only and os.environ["RANK"] == "1":
-            return math.nan, ran
+            return factor * loss_sum, ran
         return loss_sum, ran
 
     steps.run_micro_batches = dishonest

@@ -214,19 +214,23 @@ def test_loads_without_a_choice_are_even():
 
 def test_a_bias_changes_the_choice_and_not_the_weights():
     logits = torch.tensor([[2.0, 1.0, 0.0]])
-    _, chosen = balance._choose(logits, torch.zeros(3), 2)
+    _, chosen = balance._choose(logits, torch.zeros(3), MoeConfig(top_k=2))
     assert chosen.tolist() == [[True, True, False]]
-    probs, chosen = balance._choose(logits, torch.tensor([0.0, 0.0, 0.9]), 2)
+    bias = torch.tensor([0.0, 0.0, 0.9])
+    probs, chosen = balance._choose(logits, bias, MoeConfig(top_k=2))
     assert chosen.tolist() == [[True, False, True]]
     expected = [1 / (1 + math.exp(-2)), 0.0, 1 / (1 + math.exp(2))]
     assert probs.tolist() == [pytest.approx(expected)]
+    probs, _ = balance._choose(logits, bias, MoeConfig(top_k=2, normalize_top_k=False))
+    e, _, h = torch.softmax(logits, dim=-1)[0].tolist()
+    assert probs.tolist() == [pytest.approx([e, 0.0, h])]
 
 
 def test_one_expert_alone_is_weighted_by_its_probability():
     logits = torch.tensor([[2.0, 1.0, 0.0]])
     everything = torch.softmax(logits, dim=-1)[0]
     for bias, best in ((0.0, 0), (0.9, 2)):
-        probs, chosen = balance._choose(logits, torch.tensor([0.0, 0.0, bias]), 1)
+        probs, chosen = balance._choose(logits, torch.tensor([0.0, 0.0, bias]), MoeConfig(top_k=1))
         assert chosen[0].tolist() == [expert == best for expert in range(3)]
         expected = [float(everything[best]) * (expert == best) for expert in range(3)]
         assert probs[0].tolist() == pytest.approx(expected)

@@ -17,12 +17,11 @@ from megascale.corpus.batches import (
     Cursor,
     GlobalBatch,
     GlobalBatches,
-    PieceIndex,
     epochs_needed,
-    heldout_pieces,
     num_steps,
     tokens_needed,
 )
+from megascale.corpus.pieces import PieceIndex, heldout_pieces
 from megascale.errors import UserError
 
 NOWHERE = "/nonexistent/shard"

@@ -126,6 +126,7 @@ def test_bad_overrides(override):
         ("model.head_dim=15", "must be even"),
         ("planner={name: longest_first, capacity_tokens: 8}", "set planner.capacity_tokens=1024"),
         ("planner.budget_s=-1", "planner.budget_s = -1.0 must be at least 0"),
+        ("planner={name: flexsp, rank_speeds: measured}", "measured needs planner.name=hybrid"),
         ("data.sources={}", "data.sources is empty"),
         ("data.stages=[{blend: {wb: 1}}]", "data.sources has: web"),
         ("data.stages=[{blend: {web: -1}}]", "at least 0"),
@@ -141,6 +142,12 @@ def test_bad_overrides(override):
         ("optim.weight_decay=-1", "at least 0"),
         ("parallel.sequence_parallel=true", "needs parallel.tensor > 1"),
         ("monitor.profile_steps=[3, 2]", "[first, last]"),
+        ("model.rope_scaling.factor=0.5", "must be at least 1, such as 8 and 8192"),
+        ("model.rope_scaling.low_turns=4", "low_turns = 4 must be below high_turns = 4"),
+        ("growth={at_tokens: 0}", "growth.at_tokens = 0 must be at least 1"),
+        ("growth={at_tokens: 100, factor: 1}", "growth.factor = 1 must be at least 2"),
+        ("growth={at_tokens: 100, operator: random}", "needs growth.mask_tokens, over which"),
+        ("growth={at_tokens: 100, mask_tokens: 5}", "goes with growth.operator = random, not st"),
     ],
 )
 def test_impossible_combinations_name_what_works(override, message):
@@ -185,6 +192,8 @@ def test_experts_must_divide():
         ("balance: even", "must be one of global, micro"),
         ("balance: micro, micro_share: 0.1", "goes with model.moe.balance=global, not micro"),
         ("balance: sequence, estimate: exact", "goes with model.moe.balance=global, not sequence"),
+        ("bias_rate: 0.1", "bias_rate = 0.1 goes with model.moe.balance=loss_free, not global"),
+        ("balance: loss_free, balance_weight: 0.1", "or none, not loss_free; leave it out, or at "),
         ("z_loss_coeff: -0.1", "model.moe.z_loss_coeff = -0.1 must be a finite number, at least 0"),
     ],
 )

@@ -7,6 +7,8 @@ import yaml
 from tiny_corpus import EOD, VOCAB, write_tiny_corpus
 
 from megascale import cli
+from megascale.checkpoint.manifest import Manifest, Position
+from megascale.config import DataConfig, RunConfig, SourceConfig, dump_config, finalize
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
 
@@ -16,13 +18,33 @@ def corpus(tmp_path_factory):
     return write_tiny_corpus(tmp_path_factory.mktemp("corpus"), files=200, max_bytes=40000)
 
 
+def write_parent(folder):
+    """What a plan reads of a checkpoint: its manifest."""
+    config = finalize(
+        RunConfig(data=DataConfig(sources={"a": SourceConfig(path="a")})), {"a": 1}, VOCAB
+    )
+    folder.mkdir()
+    Manifest(Position(0, 0, 1, dump_config(config), {}), 0, {}, {}, {}).write(folder)
+
+
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_a_config_is_planned(corpus, tmp_path, path, capsys):
     heldout = corpus.parent / "heldout"
     source = f"{{path: {corpus}, heldout: {heldout}, vocab_size: {VOCAB}, eod_id: {EOD}}}"
-    names = yaml.safe_load(path.read_text())["data"]["sources"]
-    given = [f"data.sources.{name}={source}" for name in names]
-    words = ("plan", str(path), "--ranks", "2", f"run_dir={tmp_path}", "data.max_epochs=", *given)
+    config = yaml.safe_load(path.read_text())
+    given = [f"data.sources.{name}={source}" for name in config["data"]["sources"]]
+    if "start" in config:
+        write_parent(tmp_path / "parent")
+        given.append(f"start.checkpoint={tmp_path / 'parent'}")
+    words = (
+        "plan",
+        str(path),
+        "--ranks",
+        "2",
+        f"run_dir={tmp_path / 'run'}",
+        "data.max_epochs=",
+        *given,
+    )
     assert cli.main(words) == 0, capsys.readouterr().err
     shown = capsys.readouterr().out
     assert "step 0" in shown and "warning" not in shown, shown

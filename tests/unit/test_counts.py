@@ -45,6 +45,7 @@ MODELS = {
     "parallel": replace(DENSE, parallel_block=True),
     "moe": MOE,
     "shared": replace(MOE, moe=replace(MOE.moe, shared_ffn_hidden_size=10)),
+    "gated": replace(MOE, moe=replace(MOE.moe, shared_ffn_hidden_size=10, shared_gate=True)),
     "attentions": replace(MOE, qk_norm=True, moe=replace(MOE.moe, attention_experts=3)),
 }
 EVERY_MODEL = pytest.mark.parametrize("name", list(MODELS))
@@ -86,6 +87,7 @@ def shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
             own["router"] = (moe.num_experts, hidden)
             feeds = {f"expert{i}": moe.ffn_hidden_size for i in range(moe.num_experts)}
             feeds |= {"shared": moe.shared_ffn_hidden_size}
+            own |= {"gate": (1, hidden)} if moe.shared_gate else {}
         for feed, size in feeds.items():
             own |= {f"{feed}.fc1": (2 * size, hidden), f"{feed}.fc2": (hidden, size)}
         found |= {f"{layer}.{key}": shape for key, shape in own.items()}
@@ -176,7 +178,7 @@ def test_ranks_hold_everything_once_and_copies_of_what_is_not_cut(
     vectors = {
         key: math.prod(s)
         for key, s in shapes(model).items()
-        if (len(s) == 1 and "bias" not in key) or "rout" in key
+        if (len(s) == 1 and "bias" not in key) or "rout" in key or "gate" in key
     }
     copies = (tensor - 1) * sum(vectors.values())
     if model.tied_embeddings and pipeline > 1:

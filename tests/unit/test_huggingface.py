@@ -7,16 +7,18 @@ from pathlib import Path
 
 import pytest
 
-from megascale.config import ModelConfig, MoeConfig, RunConfig
+from megascale.config import ModelConfig, MoeConfig, RopeScalingConfig, RunConfig
 from megascale.errors import UserError
 
 PLAIN = ModelConfig(
     num_layers=2, hidden_size=8, num_heads=4, num_kv_heads=2, vocab_size=24, vocab_multiple=8
 )
 MOE = MoeConfig(num_experts=4, top_k=2, ffn_hidden_size=6)
+GATED = replace(MOE, shared_ffn_hidden_size=10, shared_gate=True)
 MODELS = {
     "llama": PLAIN,
     "llama untied": replace(PLAIN, tied_embeddings=False, rope_base=5e5, norm_eps=1e-6),
+    "llama 3": replace(PLAIN, rope_scaling=RopeScalingConfig(factor=4, original_tokens=32)),
     "mistral": replace(PLAIN, sliding_window=3, head_dim=6),
     "mistral odd heads": replace(PLAIN, num_heads=6, head_dim=2),
     "qwen2": replace(PLAIN, qkv_bias=True),
@@ -24,6 +26,8 @@ MODELS = {
     "qwen3": replace(PLAIN, qk_norm=True, head_dim=6),
     "qwen3 window": replace(PLAIN, qk_norm=True, sliding_window=5),
     "mixtral": replace(PLAIN, moe=MOE, sliding_window=3),
+    "qwen2_moe": replace(PLAIN, moe=GATED, qkv_bias=True),
+    "qwen2_moe without biases": replace(PLAIN, moe=replace(GATED, normalize_top_k=False)),
     "qwen3_moe": replace(PLAIN, moe=MOE, qk_norm=True),
     "qwen3_moe window": replace(PLAIN, moe=MOE, qk_norm=True, sliding_window=4),
 }
@@ -69,6 +73,8 @@ def test_a_config_comes_back(hf, tmp_path, name):
         ({"qkv_bias": True, "moe": MOE}, "qkv_bias with model.moe"),
         ({"moe": replace(MOE, shared_ffn_hidden_size=4)}, "shared_ffn_hidden_size"),
         ({"moe": replace(MOE, balance="loss_free")}, "loss_free"),
+        ({"moe": replace(MOE, normalize_top_k=False)}, "normalize_top_k = false"),
+        ({"moe": GATED, "qk_norm": True}, "shared_gate with model.qk_norm"),
     ],
 )
 def test_models_of_no_family_are_refused(hf, changes, said):
@@ -108,8 +114,6 @@ def test_defaults_and_names_of_old_configs(hf, tmp_path):
     [
         ({"model_type": "gpt2"}, "model_type 'gpt2' is not built; llama, mistral"),
         ({"model_type": ["llama"]}, "is not built"),
-        ({"model_type": "qwen2_moe"}, "the gated shared expert of qwen2_moe"),
-        ({"model_type": "qwen3_moe"}, "norm_topk_prob = False"),
         (
             {"model_type": "qwen3_moe", "norm_topk_prob": True, "mlp_only_layers": [0]},
             r"mlp_only_layers = \[0\]",

@@ -80,7 +80,7 @@ def problems(draw: st.DrawFn) -> Problem:
     )
 
 
-@settings(deadline=None, max_examples=150)
+@settings(deadline=None, max_examples=100)
 @given(problem=problems())
 def test_every_plan_is_valid_deterministic_and_no_better_than_the_bound(problem: Problem) -> None:
     plan = plan_hybrid(problem)
@@ -90,7 +90,7 @@ def test_every_plan_is_valid_deterministic_and_no_better_than_the_bound(problem:
     assert plan_hybrid(problem).digest() == plan.digest()
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=40)
 @given(
     lengths=st.lists(st.integers(1, 40), min_size=1, max_size=3),
     num_ranks=st.integers(1, 3),

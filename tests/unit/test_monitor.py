@@ -55,6 +55,9 @@ def test_what_json_cannot_say_is_null(tmp_path: Path, value: float) -> None:
     metrics.close()
     expected = {"step": 1, "loss": None, "eval": {"a": {"loss": None}}}
     assert json.loads((tmp_path / "metrics.jsonl").read_text()) == expected
+    EventLog(tmp_path).write("skip", loss=value, slowdown=[value, 1.0])
+    said = json.loads((tmp_path / "events.jsonl").read_text())
+    assert said["loss"] is None and said["slowdown"] == [None, 1.0]
 
 
 def test_resume_drops_later_steps_and_the_half_written_line(tmp_path: Path) -> None:

@@ -212,6 +212,7 @@ def test_mistakes_are_one_clear_line(config: Path, arguments: list[str], problem
         (["eval.tokens=100"], "source 'code' has no held-out documents"),
         (["optim.lr=steplaw"], "learning rate: the Step Law was fitted on 60M to 1.1B parameters"),
         (["data.global_batch_tokens=steplaw"], "global_batch_tokens: the Step Law was fitted on"),
+        (["start.optimizer=keep"], "start.optimizer has no effect without start.checkpoint"),
         (["optim.soap_max_dim=64"], "optim.soap_max_dim has no effect with optim.name = adamw"),
     ],
 )

@@ -80,6 +80,7 @@ def test_a_problem_survives_the_pipe():
         expert_group=4,
         offload=offload,
         budget_s=1 / 3,
+        slowdown=(1.0, 1.5) * 4,
     )
     for field in dataclasses.fields(Problem):
         if field.default is not dataclasses.MISSING:

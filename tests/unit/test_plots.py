@@ -9,8 +9,8 @@ import pytest
 from PIL import Image
 
 from megascale.errors import UserError
-from megascale.monitor.plot_command import add_plot_arguments, run_plot
 from megascale.monitor.plots import load_curves, plot_run, smooth
+from megascale.train.plot_command import add_plot_arguments, run_plot
 
 PICTURES = ["loss", "bits_per_byte", "learning_rate", "speed", "grad_norm"]
 
@@ -60,6 +60,28 @@ def test_pictures_lie_in_the_run_folder(tmp_path: Path, capsys) -> None:
         blue = np.all(np.abs(image.astype(int) - (0x21, 0x66, 0xAC)) < 12, axis=-1)
         if path.stem != "bits_per_byte":
             assert blue.sum() > 500  # the curve itself, not only its frame
+
+
+def test_experts_get_a_picture_of_their_balance(tmp_path: Path) -> None:
+    runs = [make_run(tmp_path / "a", 30), make_run(tmp_path / "b", 30)]
+    path = runs[1] / "metrics.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    experts = [row | {"balance_loss": 1.1, "max_violation": 0.5} for row in rows if "loss" in row]
+    path.write_text("".join(json.dumps(row) + "\n" for row in experts))
+    assert plot(*map(str, runs)) == 0
+    compared = {path.stem for path in (runs[0] / "plots" / "compared").iterdir()}
+    assert compared == {*PICTURES, "balance"}
+    assert set(load_curves(runs[1], "b").columns["max_violation"]) == {0.5}
+    assert np.isnan(load_curves(runs[0], "a").columns["max_violation"]).all()
+
+
+def test_replay_gets_a_picture(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "a", 30)
+    path = run / "metrics.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    path.write_text("".join(json.dumps(row | {"replayed": 0.25}) + "\n" for row in rows))
+    assert plot(str(run)) == 0
+    assert {path.stem for path in (run / "plots").iterdir()} == {*PICTURES, "replay"}
 
 
 def test_several_runs_share_the_axes_and_leave_the_own_pictures_alone(tmp_path: Path) -> None:

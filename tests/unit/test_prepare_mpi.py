@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from toy_m1 import small_book
 
 ROOT = Path(__file__).parents[2]
 ENVIRONMENT = {
@@ -67,9 +68,14 @@ def _tree(folder):
     return {str(path.relative_to(folder)): path.read_bytes() for path in paths}
 
 
-def test_three_ranks_write_the_bytes_of_one(mpiexec, tmp_path):
+@pytest.mark.parametrize("tokenizer", ["the recipe's", "infowindow:book"])
+def test_three_ranks_write_the_bytes_of_one(mpiexec, tmp_path, tokenizer):
     _corpus_text(tmp_path)
-    prepare = [sys.executable, "-m", "megascale", "prepare", "r.yaml", "--out"]
+    prepare = [sys.executable, "-m", "megascale", "prepare", "r.yaml"]
+    if tokenizer.startswith("infowindow"):
+        small_book().save(tmp_path / "book")
+        prepare += ["--tokenizer", tokenizer]
+    prepare += ["--out"]
     alone = _run([*prepare, "alone", "--processes", "1"], tmp_path)
     assert alone.returncode == 0, alone.stderr
     many = _run([mpiexec, "-n", "3", *prepare, "many"], tmp_path)
@@ -123,7 +129,14 @@ def test_one_rank_needs_no_mpi(tmp_path):
     assert done.returncode == 0, done.stderr
 
 
-def test_a_launcher_of_another_mpi(tmp_path):
+@pytest.mark.parametrize(
+    "variables",
+    [
+        {"PMI_SIZE": "3", "PMI_RANK": "0"},
+        {"SLURM_STEP_NUM_TASKS": "3", "SLURM_PROCID": "0"},
+    ],
+)
+def test_a_launcher_of_another_mpi(tmp_path, variables):
     """Every rank sees itself alone; all would write the same files."""
     (tmp_path / "mpi4py").mkdir()
     (tmp_path / "mpi4py" / "__init__.py").write_text("")
@@ -131,10 +144,8 @@ def test_a_launcher_of_another_mpi(tmp_path):
         "class COMM_WORLD:\n    Get_size = staticmethod(lambda: 1)\n"
         "Get_library_version = lambda: 'Some MPI v1, built today'\n"
     )
-    done = _alone_but_said_to_be(
-        tmp_path, PMI_SIZE="3", PMI_RANK="0", PYTHONPATH=f"{tmp_path}:{ROOT}"
-    )
+    done = _alone_but_said_to_be(tmp_path, **variables, PYTHONPATH=f"{tmp_path}:{ROOT}")
     assert done.returncode == 2
-    assert "megascale: mpiexec started 3 ranks or more and MPI sees 1" in done.stderr
+    assert "megascale: 3 ranks or more were started and MPI sees 1" in done.stderr
     assert "Some MPI v1" in done.stderr and "Traceback" not in done.stderr
     assert not (tmp_path / "corpora").exists()

@@ -90,7 +90,7 @@ def test_shares_that_follow_from_corpora_are_theirs(config, tmp_path) -> None:
         ([], "give RUN, the folder of a run, or --schedule CONFIG"),
         (["--schedule", "no_such.yaml"], "no_such.yaml"),
         (["--schedule", "CONFIG", "--out", "x.pdf"], "--out x.pdf: must end in .png"),
-        (["--schedule", "CONFIG", "--out", "no/such/x.png"], "choose a file you may write"),
+        (["--schedule", "CONFIG", "--out", "/proc/no/x.png"], "choose a file you may write"),
         (["--schedule", "CONFIG", "optim.curv=wsd"], "did you mean 'curve'"),
         (["--schedule", "CONFIG", "runs/quickstart"], "override 'runs/quickstart': write it as"),
     ],

@@ -8,16 +8,23 @@ from pathlib import Path
 from typing import Any
 
 from megascale.checkpoint.storage import one_line
-from megascale.config import DataConfig, ModelConfig, MoeConfig, RunConfig, SourceConfig, finalize
+from megascale.config import (
+    DataConfig,
+    ModelConfig,
+    MoeConfig,
+    RopeScalingConfig,
+    RunConfig,
+    SourceConfig,
+    finalize,
+)
 from megascale.errors import UserError
 
 CONFIG = "config.json"
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "mixtral", "qwen3_moe")
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "mixtral", "qwen2_moe", "qwen3_moe")
 ONLY = {
     "hidden_act": "silu",
     "attention_bias": False,
     "mlp_bias": False,
-    "norm_topk_prob": True,
     "decoder_sparse_step": 1,
     "mlp_only_layers": [],
     "quantization_config": None,
@@ -44,8 +51,6 @@ def read_config(folder: Path) -> Any:
         ) from None
     except (ValueError, AttributeError):
         raise UserError(f"{path} is not the JSON of a config; copy the model again") from None
-    if kind == "qwen2_moe":
-        raise UserError(f"{path}: the gated shared expert of qwen2_moe is not built; qwen3_moe is")
     if kind not in FAMILIES:
         raise UserError(f"{path}: model_type {kind!r} is not built; {', '.join(FAMILIES)} are")
     try:
@@ -64,8 +69,11 @@ def model_of(config: Any, where: Path) -> ModelConfig:
         if value != wanted:
             raise UserError(f"{where}: {name} = {value} is not built; only {wanted} is")
     rope, vocabulary = config.rope_parameters, math.gcd(config.vocab_size, 128)
-    if rope["rope_type"] != "default" or rope.get("partial_rotary_factor", 1.0) != 1.0:
-        raise UserError(f"{where}: rotary embedding {rope} is not built; rope_type = default is")
+    known = rope["rope_type"] in ("default", "llama3")
+    if not known or rope.get("partial_rotary_factor", 1.0) != 1.0:
+        raise UserError(
+            f"{where}: rotary embedding {rope} is not built; rope_type = default and llama3 are"
+        )
     model = ModelConfig(
         num_layers=config.num_hidden_layers,
         hidden_size=config.hidden_size,
@@ -77,9 +85,10 @@ def model_of(config: Any, where: Path) -> ModelConfig:
         vocab_multiple=vocabulary if vocabulary >= LEAST_MULTIPLE else 128,
         tied_embeddings=config.tie_word_embeddings,
         rope_base=float(rope["rope_theta"]),
+        rope_scaling=_scaling(rope),
         norm_eps=config.rms_norm_eps,
         qk_norm=config.model_type in ("qwen3", "qwen3_moe"),
-        qkv_bias=config.model_type == "qwen2",
+        qkv_bias=config.model_type == "qwen2" or getattr(config, "qkv_bias", False),
         sliding_window=_window(config, where),
         init_std=config.initializer_range,
         moe=_moe(config, where),
@@ -98,6 +107,29 @@ def complete(config: RunConfig) -> RunConfig:
     return finalize(RunConfig(model=config.model, data=data, train=config.train), {"none": 1}, 1)
 
 
+SCALING = {
+    "factor": "factor",
+    "low_freq_factor": "low_turns",
+    "high_freq_factor": "high_turns",
+    "original_max_position_embeddings": "original_tokens",
+}
+"""Their names of Llama 3's rope scaling, and ours."""
+
+
+def _scaling(rope: dict[str, Any]) -> RopeScalingConfig | None:
+    if rope["rope_type"] != "llama3":
+        return None
+    return RopeScalingConfig(**{ours: rope[theirs] for theirs, ours in SCALING.items()})
+
+
+def _rope(model: ModelConfig) -> dict[str, Any]:
+    rope = {"rope_type": "default", "rope_theta": model.rope_base}
+    if model.rope_scaling is None:
+        return rope
+    scaling = {theirs: getattr(model.rope_scaling, ours) for theirs, ours in SCALING.items()}
+    return rope | {"rope_type": "llama3"} | scaling
+
+
 def _window(config: Any, where: Path) -> int | None:
     layers = set(getattr(config, "layer_types", None) or ())
     if len(layers) > 1 or layers - {"full_attention", "sliding_attention"}:
@@ -110,7 +142,7 @@ def _window(config: Any, where: Path) -> int | None:
 
 
 def _moe(config: Any, where: Path) -> MoeConfig | None:
-    if config.model_type not in ("mixtral", "qwen3_moe"):
+    if config.model_type not in ("mixtral", "qwen2_moe", "qwen3_moe"):
         return None
     if config.num_experts_per_tok == 1:
         raise UserError(
@@ -120,7 +152,10 @@ def _moe(config: Any, where: Path) -> MoeConfig | None:
     return MoeConfig(
         num_experts=config.num_experts,
         top_k=config.num_experts_per_tok,
+        normalize_top_k=getattr(config, "norm_topk_prob", True),
         ffn_hidden_size=getattr(config, "moe_intermediate_size", size),
+        shared_ffn_hidden_size=getattr(config, "shared_expert_intermediate_size", 0),
+        shared_gate=config.model_type == "qwen2_moe",
     )
 
 
@@ -130,9 +165,19 @@ def family_of(model: ModelConfig) -> str:
     lacking = {
         "model.parallel_block": model.parallel_block,
         "model.qkv_bias with model.qk_norm": model.qkv_bias and model.qk_norm,
-        "model.qkv_bias with model.moe": model.qkv_bias and moe is not None,
-        "model.moe.shared_ffn_hidden_size": moe is not None and moe.shared_ffn_hidden_size > 0,
+        "model.qkv_bias with model.moe without model.moe.shared_gate": model.qkv_bias
+        and moe is not None
+        and not moe.shared_gate,
+        "model.moe.shared_ffn_hidden_size without model.moe.shared_gate": moe is not None
+        and moe.shared_ffn_hidden_size > 0
+        and not moe.shared_gate,
+        "model.moe.shared_gate with model.qk_norm": moe is not None
+        and moe.shared_gate
+        and model.qk_norm,
         "model.moe.attention_experts": moe is not None and moe.attention_experts > 1,
+        "model.moe.normalize_top_k = false without model.qk_norm or model.moe.shared_gate": moe
+        is not None
+        and not (moe.normalize_top_k or moe.shared_gate or model.qk_norm),
         "model.moe.top_k = 1": moe is not None and moe.top_k == 1,
         "model.moe.balance = loss_free": moe is not None and moe.balance == "loss_free",
     }
@@ -140,6 +185,8 @@ def family_of(model: ModelConfig) -> str:
         if is_set:
             raise UserError(f"no family of Hugging Face has {option}; such a model stays here")
     if moe is not None:
+        if moe.shared_gate:
+            return "qwen2_moe"
         return "qwen3_moe" if model.qk_norm else "mixtral"
     if model.qk_norm or model.qkv_bias:
         return "qwen3" if model.qk_norm else "qwen2"
@@ -165,7 +212,16 @@ def config_of(model: ModelConfig, context_tokens: int, dtype: str) -> Any:
         if kind == "mixtral":
             inner = moe.ffn_hidden_size
         else:
-            options |= {"moe_intermediate_size": moe.ffn_hidden_size, "norm_topk_prob": True}
+            options |= {
+                "moe_intermediate_size": moe.ffn_hidden_size,
+                "norm_topk_prob": moe.normalize_top_k,
+            }
+        if kind == "qwen2_moe":
+            options |= {
+                "num_experts": moe.num_experts,
+                "qkv_bias": model.qkv_bias,
+                "shared_expert_intermediate_size": moe.shared_ffn_hidden_size,
+            }
     return CONFIG_MAPPING[kind](
         architectures=[MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[kind]],
         dtype=dtype,
@@ -177,7 +233,7 @@ def config_of(model: ModelConfig, context_tokens: int, dtype: str) -> Any:
         intermediate_size=inner,
         vocab_size=model.vocab_size,
         tie_word_embeddings=model.tied_embeddings,
-        rope_parameters={"rope_type": "default", "rope_theta": model.rope_base},
+        rope_parameters=_rope(model),
         rms_norm_eps=model.norm_eps,
         sliding_window=model.sliding_window,
         max_position_embeddings=context_tokens,
@@ -187,7 +243,7 @@ def config_of(model: ModelConfig, context_tokens: int, dtype: str) -> Any:
 
 
 def write_config(config: Any, folder: Path) -> None:
-    """Write config.json, with the base of the rotary angles where versions before 5 look for it.
+    """Write config.json, with the rotary angles where versions before 5 look for them.
 
     Raises OSError.
     """
@@ -195,4 +251,7 @@ def write_config(config: Any, folder: Path) -> None:
     path = folder / CONFIG
     document = json.loads(path.read_bytes())
     document["rope_theta"] = config.rope_parameters["rope_theta"]
+    if config.rope_parameters["rope_type"] != "default":
+        rope = config.rope_parameters.items()
+        document["rope_scaling"] = {name: value for name, value in rope if name != "rope_theta"}
     path.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")

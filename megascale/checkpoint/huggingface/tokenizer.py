@@ -10,9 +10,11 @@ from typing import Any
 from megascale.corpus.describe import CORPUS_FILE
 from megascale.corpus.tokenizers import EOD_TEXT, TOKENIZER_FILE, Tokenizer, load_tokenizer
 from megascale.errors import UserError
+from megascale.infowindow import tokenizer as tokenizer_module
+from megascale.infowindow.tokenizer import InfoWindowTokenizer
 
-FOLDER = "tokenizer"
-"""Of an imported checkpoint: where it keeps the tokenizer it came with."""
+INFOWINDOW_CLASS = Path(tokenizer_module.__file__).with_name("tokenization_infowindow.py")
+"""Copied beside an exported model."""
 CONFIG = "tokenizer_config.json"
 FILES = (
     TOKENIZER_FILE,
@@ -53,6 +55,9 @@ def write_tokenizer(source: Path, out: Path, context_tokens: int) -> None:
             )
         return
     tokenizer = load_tokenizer(source)
+    if isinstance(tokenizer, InfoWindowTokenizer):
+        _write_infowindow(tokenizer, out, context_tokens)
+        return
     backend = _byte_backend(tokenizer) if tokenizer.kind == "bytes" else _backend(tokenizer, out)
     end = backend.id_to_token(tokenizer.eod_id)
     if tokenizer.kind != "hf":
@@ -64,6 +69,28 @@ def write_tokenizer(source: Path, out: Path, context_tokens: int) -> None:
         "eos_token": end,
         "model_max_length": context_tokens,
         "clean_up_tokenization_spaces": False,
+    }
+    (out / CONFIG).write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+
+
+def _write_infowindow(tokenizer: InfoWindowTokenizer, out: Path, context_tokens: int) -> None:
+    """The codebook, and the class that reads it, which `trust_remote_code=True` lets run.
+
+    Raises UserError for a code without a dictionary.
+    """
+    if not tokenizer.book.is_compiled:
+        raise UserError(
+            "only codes with a dictionary (windows of 16 bits) can be exported as a tokenizer; "
+            "give another with --tokenizer"
+        )
+    tokenizer.save(out)
+    shutil.copyfile(INFOWINDOW_CLASS, out / INFOWINDOW_CLASS.name)
+    name = "InfoWindowTokenizer"
+    document = {
+        "tokenizer_class": name,
+        "auto_map": {"AutoTokenizer": [f"{INFOWINDOW_CLASS.stem}.{name}", None]},
+        "vocabulary": tokenizer.eod_id,
+        "model_max_length": context_tokens,
     }
     (out / CONFIG).write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
 

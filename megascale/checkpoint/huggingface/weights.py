@@ -14,8 +14,10 @@ from megascale.checkpoint.tensors import Piece, Tensors
 from megascale.config import ModelConfig
 from megascale.errors import UserError
 from megascale.model.counts import padded_vocab_size
+from megascale.model.initialise import CLOSED_TOKENS
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+CLOSED = f"decoder.layers.{CLOSED_TOKENS}"
 LOADS = ("decoder.layers.mlp.router.load_E", "decoder.layers.mlp.router.earlier_E")
 NOT_WEIGHTS = ".rotary_emb.inv_freq"
 """End of the names of tables that old versions of transformers saved too."""
@@ -89,6 +91,7 @@ def matches(model: ModelConfig) -> Iterator[Match]:
 
 _MOE_NAMES = {
     "mixtral": ("block_sparse_moe", ("w1", "w3", "w2")),
+    "qwen2_moe": ("mlp", ("gate_proj", "up_proj", "down_proj")),
     "qwen3_moe": ("mlp", ("gate_proj", "up_proj", "down_proj")),
 }
 """By family: the part of a layer that holds the experts; gate, up and down of one expert."""
@@ -129,6 +132,12 @@ def _experts(model: ModelConfig, layer: int, block: str, parts: tuple[str, ...])
     names = (f"{theirs}.gate.weight",)
     key, layers = "decoder.layers.mlp.router.weight", (model.num_layers,)
     yield Match(key, names, (experts,), (width,), layers, (layer,))
+    if moe.shared_gate:
+        shared = "decoder.layers.mlp.shared_experts"
+        gate = (f"{theirs}.shared_expert_gate.weight",)
+        yield Match(f"{shared}.gate_weight", gate, (1,), (width,), layers, (layer,))
+        names = tuple(f"{theirs}.shared_expert.{part}" for part in parts)
+        yield from _swiglu(shared, names, width, moe.shared_ffn_hidden_size, layers, (layer,))
     key, stack = "decoder.layers.mlp.experts.experts", (model.num_layers, experts)
     for expert in range(experts):
         names = tuple(f"{theirs}.experts.{expert}.{part}" for part in parts)
@@ -203,6 +212,11 @@ def export_tensors(stored: Tensors, model: ModelConfig) -> Iterator[tuple[str, t
     Raises UserError where the checkpoint is not of this model.
     """
     shapes = stored.shapes
+    if CLOSED in shapes and bool(stored.read(CLOSED).any()):
+        raise UserError(
+            f"checkpoint {stored.found.folder} has layers that are still masked, which no family "
+            f"has; train it for {int(stored.read(CLOSED).max()):,} more tokens"
+        )
     for match in matches(model):
         rows = sum(match.rows)
         held = shapes.get(match.key, ())

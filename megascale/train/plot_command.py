@@ -5,8 +5,10 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from megascale.config import RunConfig, finalize, load_config
+from megascale.config import RunConfig, StageConfig, finalize, load_config
 from megascale.errors import UserError
+from megascale.optim import steplaw
+from megascale.train.describe import load_run
 
 
 def add_plot_arguments(parser: argparse.ArgumentParser) -> None:
@@ -48,22 +50,35 @@ def run_plot(args: argparse.Namespace) -> int:
 
 def _draw_schedule(args: argparse.Namespace) -> int:
     from megascale.monitor.schedule_plot import plot_schedule
-    from megascale.optim import steplaw
 
-    config = steplaw.resolve(load_config(args.schedule, args.runs))
+    config, stages = _resolved(args.schedule, args.runs)
     out = Path(args.out or f"{Path(args.schedule).stem}_schedule.png")
     if out.suffix.lower() != ".png":
         raise UserError(f"--out {out}: must end in .png")
-    tokens = _source_tokens(config)
-    weights = tokens or dict.fromkeys(config.data.sources, 1)
-    config = finalize(config, weights, config.model.vocab_size or 1)
-    title = f"Learning rate{' and data' if tokens else ''} - {Path(config.run_dir).name}"
+    title = f"Learning rate{' and data' if stages else ''} - {Path(config.run_dir).name}"
     try:
-        plot_schedule(config, config.data.stages if tokens else (), title, out)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        plot_schedule(config, stages, title, out)
     except OSError as error:
         raise UserError(f"--out {out}: {error.strerror}; choose a file you may write") from None
     print(f"wrote {out}")
     return 0
+
+
+def _resolved(path: str, overrides: list[str]) -> tuple[RunConfig, tuple[StageConfig, ...]]:
+    """A finalized config, and its stages as far as they are known.
+
+    One that starts from a checkpoint takes from it what it replays, and at which rate it anneals.
+    """
+    config = load_config(path, overrides)
+    if config.start.checkpoint is not None:
+        config, _ = load_run(path, overrides)
+        return config, config.data.stages
+    config = steplaw.resolve(config)
+    tokens = _source_tokens(config)
+    weights = tokens or dict.fromkeys(config.data.sources, 1)
+    config = finalize(config, weights, config.model.vocab_size or 1)
+    return config, config.data.stages if tokens else ()
 
 
 def _source_tokens(config: RunConfig) -> dict[str, int]:

@@ -1,0 +1,59 @@
+"""More rows for the ids of a larger vocabulary."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+from megascale.checkpoint.tensors import Piece, Tensors
+from megascale.growth.tensors import is_layered
+from megascale.model.initialise import named_generator
+
+ROWS = ("embedding.word_embeddings.weight", "output_layer.weight")
+"""Tensors with a row for each id."""
+
+
+def resize(
+    base: Tensors, old: int, rows: int, noise: float = 0.0, seed: int = 0
+) -> Iterator[Piece]:
+    """The base's tensors, with `rows` rows of which the first `old`, those of its ids, stay.
+
+    A new row, of padding too, is the mean of the old ones: a new id is then neither likely nor
+    unlikely, and all new ones are alike. `noise` a tells them apart: a times the deviation of the
+    old rows, drawn anew for each number.
+    """
+    for key, shape in base.shapes.items():
+        if key in ROWS:
+            yield Piece.whole(key, _resized(key, base.read(key)[:old], rows, noise, seed))
+        else:
+            yield from _copied(base, key, shape)
+
+
+def resize_moment(moment: Tensors, old: int, rows: int) -> Iterator[Piece]:
+    """AdamW's moments of those: zeros for new rows."""
+    for key, shape in moment.shapes.items():
+        if key in ROWS:
+            kept = moment.read(key)[:old]
+            new = kept.new_zeros(rows - old, kept.shape[1])
+            yield Piece.whole(key, torch.cat([kept, new]))
+        else:
+            yield from _copied(moment, key, shape)
+
+
+def _resized(key: str, kept: torch.Tensor, rows: int, noise: float, seed: int) -> torch.Tensor:
+    exact = kept.float()
+    new = exact.mean(dim=0).expand(rows - len(kept), -1)
+    if noise:
+        drawn = torch.randn(new.shape, generator=named_generator(key, seed))
+        new = new + noise * exact.std(dim=0) * drawn
+    return torch.cat([kept, new.to(kept.dtype)])
+
+
+def _copied(base: Tensors, key: str, shape: tuple[int, ...]) -> Iterator[Piece]:
+    if not is_layered(key):
+        yield Piece.whole(key, base.read(key))
+        return
+    for layer in range(shape[0]):
+        offset = (layer, *(0 for _ in shape[1:]))
+        yield Piece(key, shape, offset, base.read(key, (layer,), (1,)))

@@ -1,0 +1,192 @@
+"""`megascale infowindow compile | encode | decode | inspect`."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from megascale.errors import UserError
+from megascale.runtime.progress import progress
+
+if TYPE_CHECKING:
+    from megascale.infowindow.codebook import Codebook, PartCoder
+    from megascale.infowindow.reference import ReferenceCoder
+
+
+def add_compile_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments of `megascale infowindow compile`."""
+    add = parser.add_argument
+    add("m1", metavar="M1", help="file of a frozen M1, as train-m1 writes it")
+    add("--out", required=True, metavar="FILE", help="codebook to write")
+    add(
+        "--code",
+        choices=["ac", "tunstall", "plain"],
+        default="ac",
+        help="ac: windows of arithmetic coding (default); tunstall: the most probable strings; "
+        "plain: arithmetic coding of whole documents, a baseline",
+    )
+    add(
+        "--bits",
+        type=int,
+        metavar="B",
+        help="of a window: 16 (default), or 24, 32, 64, 128, whose coder runs M1 all the time",
+    )
+
+
+def run_compile(args: argparse.Namespace) -> int:
+    """Run M1 once and write the codebook; the exit status. Raises UserError."""
+    from megascale.infowindow.codebook import Codebook
+    from megascale.infowindow.expand import NUM_CODES
+    from megascale.infowindow.files import make_place
+    from megascale.infowindow.m1 import M1
+
+    out = Path(args.out)
+    bits = args.bits if args.bits is not None else 0 if args.code == "plain" else 16
+    _require_other(out, Path(args.m1))
+    model, began = M1.open(Path(args.m1)), time.monotonic()
+    make_place(out)  # before minutes of work
+    with progress(NUM_CODES, "compiling", " codes") as bar:
+        book = Codebook.compile(model, args.code, bits, bar.update)
+    book.save(out)
+    print(f"{out}: {described(out)}")
+    print(f"  M1 of {model.num_parameters:,} parameters, {time.monotonic() - began:.1f} s")
+    return 0
+
+
+def described(path: Path) -> str:
+    """A codebook in a line. Raises UserError."""
+    from megascale.infowindow.codebook import Codebook
+
+    book = Codebook.open(path)
+    name = f"code {book.code}" + (f", windows of {book.bits} bits" if book.bits else "")
+    if not book.is_compiled:
+        return f"{name}, by M1 while coding; {book.digest[:12]}"
+    return (
+        f"{name}, {len(book.strings):,} strings up to {book.facts['longest']} bytes, "
+        f"{book.facts['expected_bytes']:.2f} bytes in a window by M1; {book.digest[:12]}"
+    )
+
+
+def add_encode_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments of `megascale infowindow encode`."""
+    _add_files(parser)
+    add = parser.add_argument
+    add("--reference", action="store_true", help="by the slow reference coder, which asks M1")
+    add(
+        "--m1",
+        metavar="FILE",
+        help="for --reference: the M1 of the codebook; default: m1.safetensors beside it",
+    )
+
+
+def add_decode_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments of `megascale infowindow decode`."""
+    _add_files(parser)
+
+
+def _add_files(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("source", metavar="IN", help="file to read")
+    add("target", metavar="OUT", help="file to write")
+    add("--codebook", required=True, metavar="FILE", help="as `megascale infowindow compile` makes")
+
+
+def run_encode(args: argparse.Namespace) -> int:
+    """Code any file as one document; the exit status. Raises UserError."""
+    from megascale.infowindow.codebook import Codebook
+    from megascale.infowindow.stream import encode_file
+
+    if args.m1 and not args.reference:
+        raise UserError("--m1 is for --reference; a codebook needs no M1 to code")
+    source, target, codebook = Path(args.source), Path(args.target), Path(args.codebook)
+    _require_other(target, codebook)
+    book = Codebook.open(codebook)
+    coder: PartCoder = book.windows
+    if args.reference:
+        m1 = Path(args.m1) if args.m1 else codebook.with_name("m1.safetensors")
+        _require_other(target, m1)
+        coder = _reference(book, m1)
+    with progress(_size(source), "encoding", "B") as bar:
+        sizes = encode_file(source, target, book, coder, bar.update)
+    each = f", {sizes.text_bytes / sizes.windows:.3f} bytes each" if sizes.windows else ""
+    print(f"{target}: {sizes.text_bytes:,} bytes in {sizes.windows:,} windows{each}")
+    return 0
+
+
+def _require_other(target: Path, read: Path) -> None:
+    """Raises UserError where a file to be written would take the place of one that is read."""
+    try:
+        same = os.path.samefile(target, read)
+    except OSError:  # one is not there, or cannot be reached: said where it is opened
+        return
+    if same:
+        raise UserError(f"{target}: would take the place of {read}, which is read; choose another")
+
+
+def _reference(book: Codebook, where: Path) -> ReferenceCoder:
+    """The reference coder of a codebook. Raises UserError where M1 is missing or another."""
+    from megascale.infowindow.m1 import M1
+    from megascale.infowindow.reference import ReferenceCoder
+
+    if book.code != "ac":
+        raise UserError(f"--reference is a coder of ac, and this codebook is of {book.code}")
+    model = M1.open(where)
+    book.require_m1(model, where)
+    return ReferenceCoder(model, book.bits)
+
+
+def run_decode(args: argparse.Namespace) -> int:
+    """Decode a file of `encode`; the exit status. Raises UserError."""
+    from megascale.infowindow.codebook import Codebook
+    from megascale.infowindow.stream import HEADER, decode_file
+
+    source, target, codebook = Path(args.source), Path(args.target), Path(args.codebook)
+    _require_other(target, codebook)
+    book = Codebook.open(codebook)
+    with progress(max(0, _size(source) - HEADER.size), "decoding", "B") as bar:
+        sizes = decode_file(source, target, book, bar.update)
+    print(f"{target}: {sizes.text_bytes:,} bytes from {sizes.windows:,} windows")
+    return 0
+
+
+def _size(path: Path) -> int:
+    """Bytes of a file; 0 for pipes, and for what cannot be opened, which is said where it is."""
+    return os.path.getsize(path) if os.path.isfile(path) else 0
+
+
+def add_inspect_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments of `megascale infowindow inspect`."""
+    add = parser.add_argument
+    add("codebook", metavar="CODEBOOK", help="as `megascale infowindow compile` makes")
+    add("--text", metavar="FILE", help="text to look at through it; default: Python's argparse.py")
+    add("--rows", type=int, default=20, metavar="N", help="windows in the table; default: 20")
+    add("--picture", metavar="FILE", help="where to draw; default: CODEBOOK.png")
+
+
+def run_inspect(args: argparse.Namespace) -> int:
+    """Print and draw what windows hold; the exit status. Raises UserError."""
+    from megascale.infowindow.codebook import Codebook
+    from megascale.infowindow.inspect import draw, look, require_picture, table
+
+    path = Path(args.codebook)
+    if args.rows < 1:
+        raise UserError(f"--rows {args.rows} must be at least 1")
+    book = Codebook.open(path)
+    source = Path(args.text) if args.text else Path(argparse.__file__)
+    picture = Path(args.picture) if args.picture else path.with_suffix(".png")
+    require_picture(picture)
+    for read in (path, source):
+        _require_other(picture, read)
+    try:
+        text = source.read_bytes()
+    except OSError as error:
+        raise UserError(f"{source}: {error.strerror}; give the path of a text") from None
+    found = look(book, text)
+    print(f"{path}: {described(path)}")
+    print(*table(found, args.rows), sep="\n")
+    draw(found, source.name, picture)
+    print(f"written: {picture}")
+    return 0

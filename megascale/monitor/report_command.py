@@ -1,0 +1,163 @@
+"""`megascale report`: a run as one HTML page that needs no other file."""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import json
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from html import escape
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from megascale.checkpoint.folder import replace_file
+from megascale.errors import UserError
+from megascale.monitor.console import show_count, show_duration
+from megascale.monitor.events import at
+from megascale.monitor.status_command import show_step, start_rows
+from megascale.monitor.story import PARTS, Story, clock, read_story
+
+STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; color: #222; margin: 2rem auto; max-width: 76rem;
+  padding: 0 1rem }
+h1 { font-size: 1.5rem; margin-bottom: 0 } h2 { font-size: 1.1rem; margin-top: 2rem }
+table { border-collapse: collapse } td, th { text-align: left; padding: .15rem 1.2rem .15rem 0 }
+th { color: #777; font-weight: normal }
+td.n { text-align: right; font-variant-numeric: tabular-nums }
+.bar { display: flex; height: 1.4rem; border-radius: 4px; overflow: hidden; margin: .6rem 0 }
+.bar span { display: block } .key { display: inline-block; width: .8rem; height: .8rem;
+  border-radius: 2px; margin-right: .4rem }
+.pictures { display: grid; grid-template-columns: repeat(auto-fit, minmax(30rem, 1fr)); gap: 1rem }
+img { width: 100% } pre { background: #f6f6f6; padding: 1rem; overflow-x: auto; font-size: 13px }
+details { margin: .6rem 0 } summary { cursor: pointer }
+"""
+COLOURS = {
+    "training": "#1b9e77",
+    "skipped": "#e7298a",
+    "undone": "#e6ab02",
+    "repeated": "#d95f02",
+    "starting": "#7570b3",
+    "planning": "#a6761d",
+    "evaluation": "#66a61e",
+    "saving": "#2166ac",
+    "down": "#c0392b",
+    "other": "#bbbbbb",
+}
+MOST_EVENTS = 500
+
+
+def add_report_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments of `megascale report`."""
+    parser.add_argument("run", metavar="RUN", help="folder of a run")
+    parser.add_argument("--out", metavar="HTML", help="file to write; default: RUN/report.html")
+
+
+def run_report(args: argparse.Namespace) -> int:
+    """Write the page; returns the exit status. Raises UserError for bad input."""
+    run = Path(args.run)
+    out = Path(args.out) if args.out else run / "report.html"
+    if out.exists() and not out.is_file():
+        raise UserError(f"--out {out}: there, and not a file; choose another name")
+    story = read_story(run)
+    page = "\n".join(render(run, story, _pictures(run), time.time()))
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        replace_file(out.resolve(), page.encode())
+    except OSError as error:
+        raise UserError(f"--out {out}: {error.strerror}; choose a file you may write") from None
+    print(f"wrote {out}")
+    return 0
+
+
+def _pictures(run: Path) -> dict[str, bytes]:
+    """The run's curves as PNG files, by name; none before there are two steps."""
+    from megascale.monitor.plots import plot_run
+
+    with TemporaryDirectory() as folder:
+        try:
+            return {path.stem: path.read_bytes() for path in plot_run([run], Path(folder))}
+        except UserError:
+            return {}
+
+
+def render(run: Path, story: Story, pictures: Mapping[str, bytes], now: float) -> Iterator[str]:
+    """The page, in pieces."""
+    name = escape(run.resolve().name)
+    yield "<!doctype html>"
+    yield '<html lang="en"><head><meta charset="utf-8">'
+    yield '<meta name="viewport" content="width=device-width, initial-scale=1">'
+    yield f"<title>{name}</title><style>{STYLE}</style></head><body>"
+    yield f"<h1>{name}</h1><p>{escape(story.state(now))}, told on {clock(now)}</p>"
+    yield _table([], _facts(story))
+    yield f"<h2>Goodput {story.goodput:.1%} of {show_duration(story.wall_s)}</h2>"
+    yield from _goodput(story)
+    yield "<h2>Starts</h2>"
+    yield _table(["started", "ranks", "steps", "took", "end"], start_rows(story, now))
+    yield '<h2>Curves</h2><div class="pictures">'
+    for stem, content in pictures.items():
+        encoded = base64.b64encode(content).decode()
+        yield f'<img alt="{escape(stem)}" src="data:image/png;base64,{encoded}">'
+    yield "</div>"
+    yield "<h2>Events</h2>"
+    yield from _events(story)
+    for file in ("config.yaml", "plan.txt"):
+        if (run / file).exists():
+            text = escape((run / file).read_text(encoding="utf-8", errors="replace"))
+            yield f"<details><summary>{file}</summary><pre>{text}</pre></details>"
+    yield "</body></html>"
+
+
+def _facts(story: Story) -> Iterator[tuple[str, str]]:
+    yield "done", show_step(story)
+    last = story.last
+    if last:
+        yield "tokens", f"{last['tokens_seen']:,}"
+        yield "loss", "not finite" if last["loss"] is None else f"{last['loss']:.4f} nats per token"
+        yield "speed", f"{show_count(float(last['tokens_per_s']))} tokens/s"
+    if story.eta_s:
+        yield "time left", show_duration(story.eta_s)
+
+
+def _goodput(story: Story) -> Iterator[str]:
+    whole = max(story.wall_s, 1e-9)
+    parts = {name: seconds for name, seconds in story.parts.items() if seconds > 0}
+    yield '<div class="bar">'
+    for name, seconds in parts.items():
+        style = f"width:{seconds / whole:.4%};background:{COLOURS[name]}"
+        yield f'<span style="{style}" title="{name} {show_duration(seconds)}"></span>'
+    yield "</div><table>"
+    for name, seconds in parts.items():
+        key = f'<span class="key" style="background:{COLOURS[name]}"></span>'
+        yield (
+            f'<tr><td>{key}{name}</td><td class="n">{show_duration(seconds)}</td>'
+            f'<td class="n">{seconds / whole:.1%}</td><td>{PARTS[name]}</td></tr>'
+        )
+    yield "</table>"
+
+
+def _events(story: Story) -> Iterator[str]:
+    events = [event for event in story.events if event["event"] not in ("progress", "sample")]
+    if len(events) > MOST_EVENTS:
+        yield f"<p>the last {MOST_EVENTS} of {len(events):,}; all are in events.jsonl</p>"
+    rows = [
+        (clock(at(event)), str(event["event"]), str(event.get("step", "")), _detail(event))
+        for event in events[-MOST_EVENTS:]
+    ]
+    yield "<details open><summary>newest last</summary>"
+    yield _table(["when", "event", "step", ""], rows)
+    yield "</details>"
+
+
+def _detail(event: Mapping[str, Any]) -> str:
+    shown = {k: v for k, v in event.items() if k not in ("time", "event", "step", "spent", "began")}
+    return ", ".join(f"{key} {json.dumps(value)}" for key, value in shown.items())
+
+
+def _table(titles: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    head = "".join(f"<th>{escape(title)}</th>" for title in titles)
+    body = "".join(
+        "<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows
+    )
+    return f"<table><tr>{head}</tr>{body}</table>"

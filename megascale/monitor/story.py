@@ -1,0 +1,302 @@
+"""Where a run is and where its time went, told from the files of its folder. No torch."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from megascale.config import RunConfig, load_config
+from megascale.corpus.batches import num_steps
+from megascale.errors import UserError
+from megascale.monitor.events import EVENTS_FILE, at, read_events
+from megascale.monitor.metrics import METRICS_FILE, has_numbers, read_rows
+
+SPENT = ("training", "planning", "evaluation", "saving")
+"""What a run keeps account of in its `progress` events, in seconds."""
+PARTS = {
+    "training": "steps that count",
+    "skipped": "steps whose update was left out",
+    "undone": "steps that a rollback took back",
+    "repeated": "steps that a later start trained again",
+    "starting": "from the start of the process to the first step",
+    "planning": "waiting for a plan",
+    "evaluation": "held-out loss",
+    "saving": "training stood still for a checkpoint",
+    "down": "between two starts",
+    "other": "not accounted for",
+}
+"""What the wall time of a run is made of."""
+HEARTBEATS_FILE = "heartbeats.json"
+"""How the ranks were a moment ago, as the driver that leads them keeps it."""
+TURNS = ("launch", "attempt", "start", "stop", "failure", "gave_up", "leave")
+"""Events after which a run is in another state than before."""
+NUMBERS = {
+    "start": ("began", "step", "world"),
+    "progress": ("step",),
+    "stop": ("step",),
+    "skip": ("step",),
+    "rollback": ("step", "to_step"),
+    "rewind": ("last_step", "step_s", "written"),
+}
+"""What of an event is counted with; one that lacks it is left out."""
+SILENT = "silent: dead or hung"
+QUIET_S, QUIET_STEPS = 120.0, 10
+"""A run that says nothing for so long, and for so many of its steps, is thought dead or hung."""
+
+
+@dataclass(frozen=True)
+class Session:
+    """One start of a run, until it ended or another began. Times are seconds since the epoch."""
+
+    began: float
+    started: float
+    """When it was ready to train."""
+    ended: float
+    """Its last word."""
+    world: int
+    first_step: int
+    """Steps that were done when it started."""
+    last_step: int
+    spent: Mapping[str, float]
+    """Seconds by SPENT."""
+    skipped: frozenset[int]
+    """Steps that were skipped."""
+    undone: tuple[range, ...]
+    """Steps that each of its rollbacks took back, also steps of earlier starts."""
+    end: str | None
+    """How it ended: 'done', 'stopped', or what failed; None where it left no word."""
+
+
+@dataclass(frozen=True)
+class Story:
+    """All starts of a run."""
+
+    config: RunConfig | None
+    """None before the run has written it, which it does when its ranks have met."""
+    sessions: tuple[Session, ...]
+    last: Mapping[str, Any]
+    """The last step's row of metrics; empty before there is one."""
+    events: Sequence[Mapping[str, Any]]
+
+    @property
+    def total_steps(self) -> int | None:
+        """Steps of the whole run; None where it has no config yet."""
+        config = self.config
+        return None if config is None else num_steps(config.data, config.train.tokens)
+
+    @property
+    def step(self) -> int:
+        """Steps done."""
+        return int(self.last.get("step", 0))
+
+    @property
+    def wall_s(self) -> float:
+        """From the start of the first process to the last word."""
+        return self.sessions[-1].ended - self.sessions[0].began if self.sessions else 0.0
+
+    @cached_property
+    def parts(self) -> dict[str, float]:
+        """Seconds of `wall_s` by PARTS, which they add up to.
+
+        Of a start some of whose steps do not count, every step is taken to last equally long.
+        """
+        parts = dict.fromkeys(PARTS, 0.0)
+        for index, one in enumerate(self.sessions):
+            following = self.sessions[index + 1] if index + 1 < len(self.sessions) else None
+            steps = max(1, one.last_step - one.first_step)
+            step_s = one.spent.get("training", 0.0) / steps
+            if following is not None:
+                parts["down"] += max(0.0, following.began - one.ended)
+            lost = {name: step_s * number for name, number in self._lost(index).items()}
+            for name, seconds in lost.items():
+                parts[name] += seconds
+            parts["training"] += one.spent.get("training", 0.0) - sum(lost.values())
+            parts["starting"] += one.started - one.began
+            for name in SPENT[1:]:
+                parts[name] += one.spent.get(name, 0.0)
+        parts["other"] = max(0.0, self.wall_s - sum(parts.values()))
+        return parts
+
+    def _lost(self, index: int) -> dict[str, int]:
+        """How many steps of a start do not count, by PARTS; each is in one of them."""
+        one = self.sessions[index]
+        kept = self._kept(index)
+        done = range(one.first_step + 1, min(one.last_step, kept) + 1)
+        undone: set[int] = set()
+        for later in range(index, len(self.sessions)):
+            for steps in self.sessions[later].undone:
+                # a rollback may itself have been gone back on
+                if steps.stop - 1 <= self._kept(later):
+                    undone.update(step for step in steps if step in done)
+        skipped = {step for step in one.skipped if step in done} - undone
+        repeated = one.last_step - max(one.first_step, min(one.last_step, kept))
+        return {"skipped": len(skipped), "undone": len(undone), "repeated": repeated}
+
+    def _kept(self, index: int) -> int:
+        """The step up to which no later start trained the steps of a start again."""
+        return min((one.first_step for one in self.sessions[index + 1 :]), default=sys.maxsize)
+
+    @property
+    def goodput(self) -> float:
+        """Time in steps that count, over wall time."""
+        return self.parts["training"] / self.wall_s if self.wall_s else 0.0
+
+    @property
+    def seconds_per_step(self) -> float | None:
+        """Wall time per step of the last start; None where it has none yet."""
+        if not self.sessions:
+            return None
+        one = self.sessions[-1]
+        steps = one.last_step - one.first_step
+        return (one.ended - one.started) / steps if steps > 0 else None
+
+    @property
+    def eta_s(self) -> float | None:
+        """Seconds left at that pace; None where it is not known."""
+        pace, total_steps = self.seconds_per_step, self.total_steps
+        if pace is None or total_steps is None:
+            return None
+        return pace * max(0, total_steps - self.step)
+
+    def state(self, now: float) -> str:
+        """What the run seems to be doing at `now`, seconds since the epoch."""
+        turns = [event for event in self.events if event["event"] in TURNS]
+        if not turns:
+            return "has not started"
+        last, before = turns[-1], turns[-2] if len(turns) > 1 else turns[-1]
+        if last["event"] == "gave_up":
+            return f"given up: {last.get('why')}"
+        if last["event"] == "leave" and before["event"] != "stop":
+            return f"left: {last.get('why')}"
+        if last["event"] in ("stop", "leave"):
+            return str(_end((before if last["event"] == "leave" else last,)))
+        if last["event"] == "start":
+            return self._pace(now)
+        if now - at(last) > QUIET_S:
+            return SILENT
+        ends = (one for one in reversed(turns) if one["event"] not in ("launch", "attempt"))
+        end = next(ends, last)
+        return f"starting again after: {_end((end,))}" if end["event"] == "failure" else "starting"
+
+    def _pace(self, now: float) -> str:
+        """What a run seems to be doing that has started and not ended."""
+        one = self.sessions[-1]
+        if now - one.ended > max(QUIET_S, QUIET_STEPS * (self.seconds_per_step or 0.0)):
+            return SILENT
+        return "training" if one.last_step > one.first_step else "starting"
+
+    @property
+    def failed_starts(self) -> Iterator[Mapping[str, Any]]:
+        """The failures before which ranks had not begun to train, oldest first."""
+        trains = False
+        for event in self.events:
+            if event["event"] == "failure" and not trains:
+                yield event
+            trains = event["event"] == "start" or (trains and event["event"] != "failure")
+
+
+def read_story(run_dir: Path) -> Story:
+    """The story of a run so far. Raises UserError for a folder that holds no run."""
+    path = run_dir / "config.yaml"
+    try:
+        events = [event for event in read_events(run_dir) if _is_whole(event)]
+        config = load_config(path) if path.exists() or not events else None
+    except OSError as error:
+        raise UserError(f"{run_dir / EVENTS_FILE}: {error.strerror}") from None
+    except UserError as error:
+        raise UserError(f"{run_dir} holds no run: {error}; give a run_dir") from None
+    path = run_dir / METRICS_FILE
+    rows = [row for row in read_rows(path) if _is_step(row)] if path.exists() else []
+    sessions = tuple(_sessions(events))
+    if rows and sessions and sessions[-1].end is None:
+        last_step, step_s = int(rows[-1]["step"]), rows[-1]["step_s"]
+        now = _until(sessions[-1], last_step, path.stat().st_mtime, step_s)
+        sessions = (*sessions[:-1], now)
+    return Story(config, sessions, rows[-1] if rows else {}, events)
+
+
+def _is_whole(event: Mapping[str, Any]) -> bool:
+    kind = event["event"]
+    has_spent = kind not in ("progress", "stop") or isinstance(event.get("spent"), dict)
+    return has_spent and has_numbers(event, *NUMBERS.get(kind, ()))
+
+
+def _is_step(row: Mapping[str, Any]) -> bool:
+    return "loss" in row and has_numbers(row, "tokens_seen", "tokens_per_s", "step_s")
+
+
+def read_heartbeats(run_dir: Path, now: float) -> Mapping[str, Any] | None:
+    """How the ranks were a moment before `now`: `told_s` ago, and `ranks`, each as
+    `resilience.hangs.RankPulse` with the name of its `node`. None where nobody has told lately,
+    as without `megascale launch`."""
+    try:
+        told = json.loads((run_dir / HEARTBEATS_FILE).read_text(encoding="utf-8"))
+        told_s, ranks = now - told["time"], told["ranks"]
+    except (OSError, ValueError, TypeError, KeyError):
+        return None
+    return {"told_s": told_s, "ranks": ranks} if abs(told_s) < QUIET_S else None
+
+
+def _sessions(events: Sequence[Mapping[str, Any]]) -> Iterator[Session]:
+    """The starts that `events` tell of, oldest first."""
+    starts = [index for index, event in enumerate(events) if event["event"] == "start"]
+    for begin, end in pairwise([*starts, len(events)]):
+        start, rest = events[begin], events[begin + 1 : end]
+        progress = [event for event in rest if event["event"] in ("progress", "stop")]
+        spoken = [event for event in (start, *rest) if event["event"] not in OF_OTHERS]
+        one = Session(
+            began=float(start["began"]),
+            started=at(start),
+            ended=at(spoken[-1]),
+            world=int(start["world"]),
+            first_step=int(start["step"]),
+            last_step=int(progress[-1]["step"]) if progress else int(start["step"]),
+            spent=progress[-1]["spent"] if progress else {},
+            skipped=frozenset(event["step"] for event in rest if event["event"] == "skip"),
+            undone=tuple(
+                range(int(event["to_step"]) + 1, int(event["step"]) + 1)
+                for event in rest
+                if event["event"] == "rollback"
+            ),
+            end=_end(rest),
+        )
+        for event in rest:
+            if event["event"] == "rewind":
+                last_step, seconds = int(event["last_step"]), float(event["written"])
+                one = _until(one, last_step, seconds, float(event["step_s"]))
+        yield one
+
+
+OF_OTHERS = ("launch", "attempt", "failure", "gave_up", "leave", "slow", "hang", "rewind")
+"""Events that are not the word of the run which was started last, but of a driver, or of the next
+start. `rewind`: that one found metrics up to `last_step`, the last of them `written` then, and
+went back before them."""
+
+
+def _end(rest: Sequence[Mapping[str, Any]]) -> str | None:
+    for event in rest:
+        if event["event"] == "failure":
+            return str(event.get("error", "failed"))
+        if event["event"] == "stop":
+            return "stopped" if event.get("asked") else "done"
+    return None
+
+
+def _until(one: Session, last_step: int, ended: float, step_s: float) -> Session:
+    """A start that went on after its last account of itself, in steps of so many seconds."""
+    more = max(0, last_step - one.last_step)
+    spent = {**one.spent, "training": one.spent.get("training", 0.0) + more * step_s}
+    ended = max(one.ended, ended)
+    return replace(one, ended=ended, last_step=one.last_step + more, spent=spent)
+
+
+def clock(seconds: float) -> str:
+    """A moment as local date and time."""
+    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(seconds))

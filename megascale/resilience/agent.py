@@ -1,0 +1,52 @@
+"""torchrun, as a driver starts it: the cause of a failure is written where the driver finds it."""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from megascale.resilience.failures import Cause, culprit
+from megascale.resilience.processes import die_with_parent
+
+
+def main(words: list[str]) -> int:
+    """Run the agent: `words` are the file for the cause, and the command line of torchrun.
+
+    Returns the exit status: 0 when all ranks ended well, else 1.
+    """
+    die_with_parent()
+    # ranks inherit this until they can save; the driver repeats the signal until they do
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.run import parse_args, run
+
+    verdict, *options = words
+    try:
+        run(parse_args(options))
+        return 0
+    except ChildFailedError as error:
+        cause = culprit([_cause(rank, failure) for rank, failure in error.failures.items()])
+    except Exception as error:
+        cause = Cause(f"{type(error).__name__}: {error}", time.time())
+    Path(verdict).write_text(json.dumps(cause.to_json()), encoding="utf-8")
+    return 1
+
+
+def _cause(rank: int, failure: Any) -> Cause:
+    said: Any = failure.message
+    if isinstance(said, Mapping):
+        said = said["message"]
+    if failure.exitcode < 0:
+        said = f"killed by {failure.signal_name()}"
+    elif failure.error_file_data.get("message") is None:
+        said = f"ended with status {failure.exitcode}"
+    return Cause(str(said), float(failure.timestamp), rank)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,263 @@
+"""`megascale launch`: the driver of one node, which keeps a run going in spite of failures."""
+
+from __future__ import annotations
+
+import argparse
+import fcntl
+import os
+import signal
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+
+from megascale.config import Layout, RunConfig, load_config
+from megascale.config.load import whole_number
+from megascale.errors import UserError
+from megascale.resilience.board import Board, Ledger, hold_meeting, join_board, serve_board
+from megascale.resilience.channel import TOKEN_VARIABLE, check_token, new_token, write_token
+from megascale.resilience.driver import BEAT_S, Driver, Node
+from megascale.resilience.failures import FailureBook
+from megascale.resilience.leader import (
+    AGAIN,
+    FINISHED,
+    GIVE_UP,
+    LEADERLESS,
+    Fleet,
+    Leader,
+    Timing,
+)
+from megascale.resilience.signals import StopRequest
+from megascale.resilience.slurm import MOST_NODES, node_range, requeue
+
+MOST_RANKS = 1024
+DIARY_S = 60.0
+"""For a full disk, before a run is given up because its failures cannot be written down."""
+HELD_S = 180.0
+"""For the folder of a run to be free."""
+LEAST_HANG_S = 5.0
+STAGGER_S, MOST_STAGGER_S = 0.02, 20.0
+"""Between what two nodes ask of Slurm: the first to be heard ends the job for all."""
+
+
+def add_launch_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments of `megascale launch`."""
+    add = parser.add_argument
+    add("config", metavar="CONFIG", help="YAML file of the run")
+    add("overrides", nargs="*", metavar="a.b=c", help="options that replace those of the file")
+    add(
+        "--nodes",
+        metavar="N|MIN-MAX",
+        help="how many nodes train; more stand by. Default: all, and on while one is left",
+    )
+    ranks = "ranks on every node; default: one per CUDA device, 1 without"
+    add("--ranks-per-node", metavar="N", help=ranks)
+    add(
+        "--rendezvous",
+        metavar="HOST:PORT",
+        default="127.0.0.1:0",
+        help="where the driver of node 0 listens; default: a free port of this machine",
+    )
+    add("--node", metavar="I", help="number of this node, from 0; default: Slurm's, else 0")
+    add("--num-nodes", metavar="N", help="drivers of the job; default: Slurm's, else 1")
+    add(
+        "--check",
+        metavar="COMMAND",
+        help="a shell command that fails where a node is not fit; run before every attempt",
+    )
+    default = Timing()
+    for name, meaning in _TIMES.items():
+        known = getattr(default, f"{name}_s")
+        shown = "for ever" if known is None else f"{known:g}"
+        help_ = f"seconds to wait {meaning}; default: {shown}"
+        add(f"--{name}-s", type=float, metavar="S", default=known, help=help_)
+
+
+_TIMES = {
+    "join": "for nodes that have not said whether they are fit",
+    "lost": "for a word of a node before it counts as lost",
+    "backoff": "before the second attempt; doubled for each further one without a save",
+    "hang": "while nothing moves on any rank, before all are killed and started again; longer at "
+    "the start, in evaluations and in saves; 0: for ever",
+    "leave": "for ranks that were asked to save and stop, before they are killed",
+}
+
+
+def run_launch(args: argparse.Namespace) -> int:
+    """Drive this node until the job ends.
+
+    Returns 0 when the run is done or was asked to stop, 1 when a new job may do better, 3 when the
+    run is given up, 4 when the driver of node 0 is gone. Raises UserError for bad input.
+    """
+    config = load_config(args.config, args.overrides)
+    number = _from_slurm(args.node, "--node", "SLURM_NODEID", 0, least=0)
+    fleet = _fleet(args, config, number)
+    timing = _timing(args)
+    asked = StopRequest(insisting=(signal.SIGINT,))
+    host, port = _endpoint(args.rendezvous, fleet.num_nodes)
+    node = Node(
+        number=number,
+        name=os.environ.get("SLURMD_NODENAME", socket.gethostname()),
+        host=host,
+        ranks=fleet.ranks_per_node,
+        heartbeats=config.monitor.heartbeats,
+        run_dir=config.run_dir,
+        check=args.check,
+        training=("train", args.config, *args.overrides, "--resume", "auto"),
+    )
+    given = os.environ.pop(TOKEN_VARIABLE, None)  # what this driver starts has no use for it
+    if number == 0:
+        return _lead(node, fleet, timing, asked, port, given)
+    token = partial(_find_token, _token_path(config, port), given)
+    board = join_board(host, port, token, timing.join_s, timing.lost_s)
+    status = Driver(node, board, timing, asked).run()
+    job = os.environ.get("SLURM_JOB_ID")
+    if status == LEADERLESS and job is not None:
+        # with node 0 the batch script may be lost, and a job with --no-kill would go on without it
+        time.sleep(min(MOST_STAGGER_S, number * STAGGER_S))
+        requeue(job)
+    return status
+
+
+def _lead(
+    node: Node, fleet: Fleet, timing: Timing, asked: StopRequest, port: int, token: str | None
+) -> int:
+    """Drive node 0, and lead the others, on `port` of it; the exit status."""
+    with ExitStack() as leave:
+        ledger = Ledger()
+        meeting, meeting_port = hold_meeting(node.host)
+        leave.callback(lambda: meeting)  # it must live as long as the job
+        Board(ledger).announce_meeting(meeting_port)
+        book = _open_book(fleet.config, os.environ.get("SLURM_JOB_ID"))
+        leave.enter_context(_only_job(Path(fleet.config.run_dir)))
+        if fleet.num_nodes > 1:
+            if token is None:
+                token, path = new_token(), _token_path(fleet.config, port)
+                leave.callback(serve_board(ledger, node.host, port, token).close)
+                write_token(path, token)  # not that of another job, which holds the port
+                leave.callback(path.unlink, missing_ok=True)
+            else:
+                leave.callback(serve_board(ledger, node.host, port, check_token(token)).close)
+        given_up = book.begin(nodes=fleet.num_nodes)
+        if given_up is not None:
+            return _give_up(given_up)
+        leader = Leader(Board(ledger), book, fleet, timing)
+        status = Driver(node, Board(ledger), timing, asked, leader).run()
+    if status == GIVE_UP:
+        return status
+    why = f"asked by {asked.signal_name}" if asked else _ENDS[status]
+    given_up = book.leave(why, time_is_up=asked.signal_name == "SIGUSR1")
+    if status == AGAIN and given_up is None and not book.is_kept(DIARY_S):
+        given_up = f"{fleet.config.run_dir} cannot be written, so failures cannot be counted"
+    return status if given_up is None else _give_up(given_up)
+
+
+@contextmanager
+def _only_job(run_dir: Path) -> Iterator[None]:
+    """Hold the folder of a run, so that no other job drives it. Raises UserError where one does.
+
+    What a lost node held, a file server may free only after minutes, so a job of Slurm waits.
+    """
+    deadline = time.monotonic() + (HELD_S if "SLURM_JOB_ID" in os.environ else 0.0)
+    with ExitStack() as leave:
+        try:
+            lock = leave.enter_context(open(run_dir / ".job", "a+", encoding="utf-8"))
+        except OSError:  # a full disk; the nodes are checked for it
+            yield
+            return
+        while True:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    lock.seek(0)
+                    raise UserError(
+                        f"run_dir {run_dir} is driven by another job ({lock.read().strip()}); "
+                        "stop that one or set another run_dir"
+                    ) from None
+                time.sleep(1.0)
+            except OSError:  # a file system without locks
+                break
+        with suppress(OSError):
+            lock.truncate(0)
+            lock.write(f"process {os.getpid()} on {socket.gethostname()}")
+            lock.flush()
+        yield
+
+
+def _token_path(config: RunConfig, port: int) -> Path:
+    """Where drivers find the token of a job that was given none."""
+    return Path(config.run_dir) / f".token-{port}"
+
+
+def _find_token(path: Path, given: str | None) -> str:
+    return check_token(given) if given is not None else path.read_text(encoding="utf-8")
+
+
+def _fleet(args: argparse.Namespace, config: RunConfig, number: int) -> Fleet:
+    num_nodes = _from_slurm(args.num_nodes, "--num-nodes", "SLURM_STEP_NUM_NODES", 1, least=1)
+    if number >= num_nodes:
+        raise UserError(f"--node {number}: nodes are numbered from 0 to {num_nodes - 1}")
+    least, most = (1, num_nodes) if args.nodes is None else node_range(args.nodes)
+    fleet = Fleet(config, num_nodes, least, most, _ranks_per_node(args.ranks_per_node))
+    if not fleet.usable(num_nodes):
+        Layout.of(config, min(num_nodes, most) * fleet.ranks_per_node)  # says what does not fit
+        raise UserError(f"--nodes {args.nodes}: the job has {num_nodes}")
+    return fleet
+
+
+def _timing(args: argparse.Namespace) -> Timing:
+    timing = Timing(**{f"{name}_s": getattr(args, f"{name}_s") for name in _TIMES})
+    if not all(value is None or value >= 0 for value in asdict(timing).values()):
+        raise UserError("times are 0 seconds or more")
+    if timing.lost_s < 3 * BEAT_S:
+        raise UserError(
+            f"--lost-s {timing.lost_s:g}: nodes speak every {BEAT_S:g} s; give 3 or more"
+        )
+    if 0 < timing.hang_s < LEAST_HANG_S:
+        raise UserError(f"--hang-s {timing.hang_s:g}: give {LEAST_HANG_S:g} or more, or 0 for ever")
+    return timing
+
+
+_ENDS = {FINISHED: "the ranks ended well", AGAIN: "too few nodes are fit"}
+
+
+def _give_up(why: str) -> int:
+    print(f"megascale: the run is given up: {why}", flush=True)
+    return GIVE_UP
+
+
+def _open_book(config: RunConfig, job: str | None) -> FailureBook:
+    try:
+        return FailureBook(config.run_dirs, job)
+    except OSError as error:
+        raise UserError(
+            f"run_dir {config.run_dir}: {error.strerror}; choose a folder you own"
+        ) from None
+
+
+def _from_slurm(given: str | None, option: str, variable: str, default: int, least: int) -> int:
+    """A number from the command line, from Slurm, or the default."""
+    text, where = (given, option) if given is not None else (os.environ.get(variable), variable)
+    return default if text is None else whole_number(text, where, least, MOST_NODES)
+
+
+def _endpoint(text: str, num_nodes: int) -> tuple[str, int]:
+    host, colon, port = text.rpartition(":")
+    if not (colon and host and port.isascii() and port.isdigit() and int(port) < 2**16):
+        raise UserError(f"--rendezvous {text}: write it as HOST:PORT, e.g. node1:29500")
+    if num_nodes > 1 and not int(port):
+        raise UserError("--rendezvous is missing; give an address of node 0, e.g. node1:29500")
+    return host, int(port)
+
+
+def _ranks_per_node(given: str | None) -> int:
+    if given is not None:
+        return whole_number(given, "--ranks-per-node", 1, MOST_RANKS)
+    import torch
+
+    return max(1, torch.cuda.device_count())

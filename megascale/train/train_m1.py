@@ -1,0 +1,221 @@
+"""`megascale infowindow train-m1`: the byte model behind the windows, by our own loop.
+
+Windows begin anywhere, and M1 knows nothing of the text before. So it learns on pieces that begin
+anywhere: documents are cut at random into lengths from 8 bytes to its context, as many of each
+order of magnitude.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import yaml
+
+from megascale.errors import UserError
+from megascale.infowindow.files import make_place
+from megascale.infowindow.m1 import M1, MOST_TERMS, Shape
+
+if TYPE_CHECKING:
+    from megascale.config import RunConfig
+
+M1_FILE = "m1.safetensors"
+SHORTEST_PIECE, SHORTEST_CONTEXT = 8, 16
+SHAPES = {
+    "paper": (
+        {"num_layers": 3, "hidden_size": 256, "num_heads": 4, "ffn_hidden_size": 1024},
+        1024,
+    ),
+    "small": ({"num_layers": 2, "hidden_size": 96, "num_heads": 3, "ffn_hidden_size": 256}, 256),
+}
+"""Model and context in tokens. paper: 3.2M parameters, the 3M of arXiv 2404.03626, section 3.2,
+with a third matrix in the feed-forward part. small: 0.2M, for tests and short runs."""
+CONFIG = """
+planner: {capacity_tokens: 4Ki}
+optim: {lr: 3.0e-3, warmup_tokens: 500K}
+train: {tokens: 20M, precision: fp32}
+eval: {every_steps: 200, tokens: 50K}
+checkpoint: {save_every_steps: 200}
+monitor: {log_every_steps: 50}
+"""
+
+
+def add_train_m1_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments of `megascale infowindow train-m1`."""
+    add = parser.add_argument
+    add(
+        "corpus",
+        metavar="CORPUS",
+        help="corpora of bytes as `megascale prepare` makes them, separated by commas",
+    )
+    add("overrides", nargs="*", metavar="a.b=c", help="options of the run, e.g. train.tokens=200M")
+    add("--out", required=True, metavar="DIR", help=f"folder for the run and {M1_FILE}")
+    add("--shape", choices=SHAPES, default="paper", help="paper: 3.2M parameters; small: 0.2M")
+
+
+def run_train_m1(args: argparse.Namespace) -> int:
+    """Cut, train (or go on with it) and freeze; the exit status. Raises UserError.
+
+    A run that a signal stopped is not frozen, and the status is 1: there is no M1 of it yet.
+    """
+    from megascale.train.command import train_on_device
+    from megascale.train.describe import load_run
+
+    out = Path(args.out)
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        raise UserError(
+            "train-m1 is for one process; for more, call it with train.stop_after_steps=1, then "
+            f"torchrun ... -m megascale train {shlex.quote(str(config_of(out)))} --resume auto, "
+            "then it again"
+        )
+    corpora = [Path(one) for one in args.corpus.split(",")]
+    write_config(corpora, out, args.shape, args.overrides)
+    config, sources = load_run(config_of(out), args.overrides)
+    require_freezable(config)
+    if train_on_device(config, sources, "auto", again_command(args)):
+        return 1
+    model = freeze(out / "run")
+    model.save(out / M1_FILE)
+    print(f"{out / M1_FILE}: {model.num_parameters:,} parameters, {model.digest[:12]}")
+    return 0
+
+
+def again_command(args: argparse.Namespace) -> str:
+    """What a user types to go on, up to the frozen model."""
+    words = [args.corpus, *args.overrides, "--out", args.out, "--shape", args.shape]
+    return shlex.join(["megascale", "infowindow", "train-m1", *words])
+
+
+def config_of(out: Path) -> Path:
+    """The config of the run below `out`."""
+    return out / "m1.yaml"
+
+
+def write_config(
+    corpora: Sequence[Path], out: Path, shape: str, overrides: Sequence[str] = ()
+) -> None:
+    """Cut the corpora into pieces below `out`, where they are not yet, and write the run's config.
+
+    Pieces are cut for the context that the overrides leave in force. Raises UserError for a corpus
+    that does not hold bytes, a folder that cannot be written, and a run that cannot be frozen.
+    """
+    from megascale.config import parse_config
+
+    model, context_tokens = SHAPES[shape]
+    tree: dict[str, Any] = yaml.safe_load(CONFIG)
+    tree["run_dir"] = str(out / "run")
+    tree["model"] = {**model, "vocab_multiple": 1}
+    tree["data"] = {"context_tokens": context_tokens, "global_batch_tokens": "16Ki"}
+    tree["data"]["sources"] = _sources(corpora, out, context_tokens)
+    config = parse_config(yaml.safe_dump(tree), overrides, str(config_of(out)))
+    if config.run_dir != tree["run_dir"]:
+        raise UserError(f"run_dir={config.run_dir}: the run lies below --out; leave run_dir out")
+    _require_plain(config)
+    context_tokens = config.data.context_tokens
+    tree["data"]["sources"] = sources = _sources(corpora, out, context_tokens)
+    make_place(out / M1_FILE)
+    try:
+        for corpus, source in zip(corpora, sources.values(), strict=True):
+            pieces = Path(source["path"]).parent
+            for part in ("train", "heldout"):
+                _cut(corpus / part, pieces / part, context_tokens - 1)
+        config_of(out).write_text(yaml.safe_dump(tree, sort_keys=False), encoding="utf-8")
+    except OSError as error:
+        where = error.filename or out
+        raise UserError(f"{where}: {error.strerror}; choose another --out") from None
+
+
+def _sources(corpora: Sequence[Path], out: Path, context_tokens: int) -> dict[str, dict[str, Any]]:
+    """The pieces of every corpus as a source of the run, in a folder that its content names."""
+    from megascale.corpus.describe import describe, read_corpus_file
+
+    sources: dict[str, dict[str, Any]] = {}
+    for i, corpus in enumerate(corpora):
+        facts = read_corpus_file(corpus)
+        describe(str(corpus))
+        if facts["tokenizer"]["kind"] != "bytes":
+            raise UserError(
+                f"{corpus}: M1 learns from bytes, and this is a corpus of "
+                f"{facts['tokenizer']['kind']}; prepare one with tokenizer.kind=bytes"
+            )
+        shards = {name: facts["files"][f"{name}.bin"]["sha256"] for name in ("train", "heldout")}
+        content = hashlib.sha256(json.dumps(shards).encode()).hexdigest()[:12]
+        pieces = out / f"pieces-{context_tokens}" / content
+        source = {"path": str(pieces / "train"), "vocab_size": 257, "eod_id": 256}
+        if facts["heldout"]["documents"] > 0:
+            source["heldout"] = str(pieces / "heldout")
+        sources[f"{i}_{corpus.resolve().name}"] = source
+    return sources
+
+
+def _cut(source: Path, target: Path, longest: int) -> None:
+    """Cut every document of a shard at random, the same way every time."""
+    from megascale.corpus.shards import Shard, writing
+
+    if Path(f"{target}.idx").exists():
+        return
+    target.parent.mkdir(parents=True, exist_ok=True)
+    shard, random = Shard.open(source), np.random.default_rng(0)
+    with writing(target, shard.dtype) as writer:
+        for i in range(shard.num_documents):
+            tokens = shard.read(i)[:-1]
+            begin = 0
+            while begin < len(tokens):
+                length = int(SHORTEST_PIECE * (longest / SHORTEST_PIECE) ** random.random())
+                writer.add(np.append(tokens[begin : begin + length], shard.dtype.type(256)))
+                begin += length
+
+
+def freeze(run: Path) -> M1:
+    """The M1 of a run's latest good checkpoint.
+
+    Raises UserError for a model that M1's arithmetic does not know.
+    """
+    from megascale.checkpoint.huggingface.weights import export_tensors
+    from megascale.checkpoint.load import find_at
+    from megascale.checkpoint.tensors import Tensors
+    from megascale.train.one_rank import run_config
+
+    found = find_at(run)
+    config = run_config(found)
+    require_freezable(config)
+    weights = {
+        name: tensor.float().numpy()
+        for name, tensor in export_tensors(Tensors(found), config.model)
+    }
+    return M1.freeze(shape_of(config), weights)
+
+
+def shape_of(config: RunConfig) -> Shape:
+    """M1's sizes, from the config of its run."""
+    model = config.model
+    numbers: dict[str, Any] = {
+        name: getattr(model, name) for name in Shape.__dataclass_fields__ if hasattr(model, name)
+    }
+    return Shape(context_bytes=config.data.context_tokens - 1, **numbers)
+
+
+def require_freezable(config: RunConfig) -> None:
+    """Raises UserError for a run whose model cannot be frozen; `config` is finalized."""
+    _require_plain(config)
+    shape_of(config).require_exact()
+
+
+def _require_plain(config: RunConfig) -> None:
+    model = config.model
+    names = ("moe", "qk_norm", "qkv_bias", "parallel_block", "sliding_window", "rope_scaling")
+    for name in names:
+        if getattr(model, name):
+            raise UserError(f"M1: model.{name} is not among what can be frozen; leave it out")
+    if not SHORTEST_CONTEXT <= config.data.context_tokens <= MOST_TERMS:
+        raise UserError(
+            f"M1: data.context_tokens = {config.data.context_tokens} must be from "
+            f"{SHORTEST_CONTEXT} to {MOST_TERMS}"
+        )

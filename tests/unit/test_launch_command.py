@@ -1,0 +1,136 @@
+"""`megascale launch`: what it refuses, and what torchrun is told."""
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from tiny_corpus import tiny_config
+
+from megascale.cli import main
+from megascale.resilience import launch_command
+from megascale.resilience.driver import Node
+
+
+@pytest.fixture
+def config(tmp_path, monkeypatch):
+    for name in ("SLURM_NODEID", "SLURM_STEP_NUM_NODES", "SLURM_JOB_ID"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.chdir(tmp_path)
+    return str(tiny_config(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--rendezvous=node1"], "write it as HOST:PORT"),
+        (["--rendezvous=node1:http"], "write it as HOST:PORT"),
+        (["--rendezvous=node1:70000"], "write it as HOST:PORT"),
+        (["--num-nodes=2"], "--rendezvous is missing"),
+        (["--num-nodes=2", "--node=2"], "nodes are numbered from 0 to 1"),
+        (["--node=one"], "--node must be a whole number"),
+        (["--nodes=2-3"], "--nodes 2-3: the job has 1"),
+        (["--nodes=3-2"], "write 8, or 6-8"),
+        (["--ranks-per-node=0"], "--ranks-per-node must be at least 1"),
+        (["--leave-s=-1"], "times are 0 seconds or more"),
+        (["--hang-s=nan"], "times are 0 seconds or more"),
+        (["--hang-s=2"], "--hang-s 2: give 5 or more, or 0"),
+        (["--lost-s=1"], "nodes speak every 1 s; give 3"),
+        (["parallel.tensor=2"], "must divide the 1 ranks started"),
+        (["modle.num_layers=3"], "did you mean 'model'"),
+        (["--rendezvous=192.0.2.1:29500"], "give an address of node 0"),
+        (["run_dir=config.yaml/x"], "Not a directory; choose a folder you own"),
+    ],
+)
+def test_bad_input_is_one_line(config, capsys, words, message):
+    assert main(["launch", config, "--ranks-per-node=1", *words]) == 2
+    said = capsys.readouterr()
+    assert message in said.err and said.err.count("\n") == 1 and said.out == ""
+
+
+@pytest.mark.parametrize(
+    "token, message",
+    [("a" * 64, "no driver of node 0 answers there within 0.2 s"), (None, "/.token-9 after 0.2 s")],
+)
+def test_a_node_that_nobody_leads_gives_up(config, capsys, monkeypatch, token, message):
+    if token is not None:
+        monkeypatch.setenv("MEGASCALE_TOKEN", token)
+    words = ["--node=1", "--num-nodes=2", "--rendezvous=127.0.0.1:9", "--join-s=0.2"]
+    assert main(["launch", config, "--ranks-per-node=1", *words]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_slurm_numbers_the_nodes(config, capsys, monkeypatch):
+    monkeypatch.setenv("SLURM_NODEID", "5")
+    monkeypatch.setenv("SLURM_STEP_NUM_NODES", "4")
+    assert main(["launch", config, "--ranks-per-node=1"]) == 2
+    assert "--node 5: nodes are numbered from 0 to 3" in capsys.readouterr().err
+
+
+def test_every_attempt_is_a_rendezvous_of_its_own():
+    node = Node(1, "n1", "n0", 8, True, "runs/x", None, ("train", "x.yaml", "a=$(b)"))
+    words = node.torchrun(3, 6, 29500)
+    assert words[-4:] == ["megascale", "train", "x.yaml", "a=$(b)"]
+    expected = {
+        "--nnodes=6",
+        "--nproc-per-node=8",
+        "--rdzv-id=attempt-3",
+        "--rdzv-endpoint=n0:29500",
+    }
+    assert expected <= set(words) and not any("local-addr" in word for word in words)
+    local = Node(0, "n0", "127.0.0.1", 1, True, "r", None, ()).torchrun(0, 1, 1)
+    assert "--local-addr=127.0.0.1" in local
+
+
+def test_one_job_drives_a_run(config, capsys, tmp_path):
+    (tmp_path / "run").mkdir()
+    words = ["launch", config, "--ranks-per-node=1", f"run_dir={tmp_path / 'run'}"]
+    with launch_command._only_job(tmp_path / "run"):
+        assert main(words) == 2
+    said = capsys.readouterr().err
+    assert f"is driven by another job (process {os.getpid()} on " in said and said.count("\n") == 1
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == [".job"]  # no diary
+
+
+def test_the_token_of_a_job_that_holds_the_port_stays(config, capsys, tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as held:
+        port = held.getsockname()[1]
+        token = tmp_path / "run" / f".token-{port}"
+        token.parent.mkdir()
+        token.write_text("mine")
+        words = [f"--rendezvous=127.0.0.1:{port}", f"run_dir={tmp_path / 'run'}", "--num-nodes=2"]
+        assert main(["launch", config, "--ranks-per-node=1", *words]) == 2
+    assert "Address already in use" in capsys.readouterr().err and token.read_text() == "mine"
+
+
+FULL_DISK = """
+import errno, sys
+from megascale.cli import main
+from megascale.monitor.lines import LineFile
+from megascale.resilience import launch_command
+
+def full(lines):
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+LineFile._catch_up, launch_command.DIARY_S = full, 0.0
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def test_a_run_whose_failures_cannot_be_counted_is_given_up(config, tmp_path):
+    """Else Slurm would requeue it for ever. In a process of its own: a driver ends all below it."""
+    words = [
+        "launch",
+        config,
+        "--check=exit 1",
+        "--ranks-per-node=1",
+        f"run_dir={tmp_path / 'run'}",
+    ]
+    command = [sys.executable, "-c", FULL_DISK, *words]
+    root = Path(__file__).parents[2]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=root)
+    assert done.returncode == 3, done.stderr
+    assert "given up: " in done.stdout
+    assert "cannot be written, so failures cannot be counted" in done.stdout
