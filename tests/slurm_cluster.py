@@ -101,6 +101,12 @@ class SlurmCluster:
         """Start the slurmd of a node."""
         self._daemon(node, "slurmd", "-D", "-N", node)
 
+    def start_dead_nodes(self) -> None:
+        """Start the nodes that a test has killed and not started."""
+        for node in ("n1", "n2"):
+            if self._daemons[node].poll() is not None:
+                self.start_node(node)
+
     def kill_node(self, node: str) -> None:
         """End the slurmd of a node and all that runs there, as a power cut would."""
         self._daemons[node].kill()

@@ -43,6 +43,7 @@ def a_quiet_cluster(request):
     slurm = request.getfixturevalue("slurm")
     slurm.wait_until_idle()
     yield
+    slurm.start_dead_nodes()
     slurm.run("scancel", "--partition", "main")
 
 
@@ -158,6 +159,10 @@ def test_lost_nodes(slurm, config, calm, tmp_path):
     run.wait_for_steps(2)
     assert slurm.job(run.number)["Restarts"] == "0"
     assert run.events("attempt")[1]["nodes"] == ["n1"]
+    for rank in run.ranks():
+        rank.send_signal(signal.SIGSTOP)  # the run must last until Slurm has missed the node:
+    # one that is back before that would keep the job, without its batch script
+    slurm.wait_for(lambda: slurm.job(run.number)["NodeList"] == "n1")
     slurm.kill_node("n1")
     slurm.start_node("n2")
     said = run.ends("COMPLETED", "FAILED")
