@@ -161,6 +161,8 @@ VERBS = {
     ),
 }
 
+HELP = ("-h", "--help")
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb; returns the exit status: 0, or 2 for bad input, in one line on stderr."""
@@ -179,11 +181,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _answer(words: list[str]) -> int:
-    if not words or words[0] in ("-h", "--help"):
+    if not words or words[0] in HELP:
         print(_overview())
         return 0
     if words[0] == "--version":
         print(f"megascale {__version__}")
+        return 0
+    family = [verb for verb in VERBS if verb.startswith(f"{words[0]} ")]
+    if family and len(words) == 2 and words[1] in HELP:
+        print(f"usage: megascale {words[0]} VERB ...\n\n{_purposes(family)}")
         return 0
     return _run(*_split(words))
 
@@ -225,19 +231,22 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _overview() -> str:
-    width = max(map(len, VERBS))
-    lines = [f"  {verb:<{width}}  {purpose}" for verb, (_, purpose, _) in VERBS.items()]
     return "\n".join(
         [
             "usage: megascale VERB ...",
             "",
             "Pretrain and continually train language models on megatron-core.",
             "",
-            *lines,
+            _purposes(list(VERBS)),
             "",
             "'megascale VERB --help' says more.  --version prints the version.",
         ]
     )
+
+
+def _purposes(verbs: Sequence[str]) -> str:
+    width = max(map(len, verbs))
+    return "\n".join(f"  {verb:<{width}}  {VERBS[verb][1]}" for verb in verbs)
 
 
 def _complain(error: UserError) -> int:

@@ -9,16 +9,12 @@ that of a run which nothing befell but the NaN gradients, which change what is l
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
-import os
-import random
-import secrets
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -26,11 +22,9 @@ from statistics import median
 
 sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[1] / "tests")]
 from crash_drill import compare, curve  # noqa: E402
-from drill_faults import FAULTS, NAN_EVERY, UNDISTURBED, Proxy, draw, write_control  # noqa: E402
-from drive import Job, free_port  # noqa: E402
-
-from megascale.monitor.events import read_events  # noqa: E402
-from megascale.monitor.metrics import read_rows  # noqa: E402
+from drill_faults import FAULTS, UNDISTURBED, draw  # noqa: E402
+from drill_scene import WORDS, Scene, environment  # noqa: E402
+from drive import Job  # noqa: E402
 
 COUNTS = {
     "kill -9 of a worker": 6,
@@ -52,9 +46,6 @@ RESULTS = Path(__file__).parents[1] / "configs/results"
 STEPS_BETWEEN = 6
 """That a run trains before the next fault, with a save among them."""
 DISK_MIB = 48
-PATIENCE_S = 300.0
-"""For a fault to be noticed, and to be got over."""
-WORDS = ("--nodes=2", "--join-s=60", "--hang-s=10")
 
 
 @dataclass(frozen=True)
@@ -85,117 +76,6 @@ class Result:
     goodput: float
     """Time in steps that count over wall time."""
     wall_s: float
-
-
-class Scene:
-    """A run that faults befall, and the scheduler that requeues its job."""
-
-    def __init__(self, config: Path, folder: Path, disk: Path, seed: int) -> None:
-        """`disk` is where the run lies, alone on its file system where it is to be filled."""
-        self.random = random.Random(seed)
-        self.run_dir, self._config, self._folder = disk / "run", config, folder
-        self._control = folder / "control"
-        self.control()
-        self._port, self._starts = free_port(), 0
-        self.proxy = Proxy(self._port)
-        self.job = self._start()
-
-    def _start(self) -> Job:
-        self._starts += 1
-        return Job(
-            self._config,
-            self.run_dir,
-            2,
-            *WORDS,
-            folder=self._folder,
-            ports=(self._port, self.proxy.port),
-            environment=environment(self._control),
-        )
-
-    def close(self) -> None:
-        """End all processes."""
-        self.job.__exit__()
-        self.proxy.close()
-
-    def wait_for(self, done: Callable[[], bool], what: str) -> None:
-        """Until `done`. A job that has ended is started again; raises AssertionError where the
-        run was given up, and where it takes too long."""
-        deadline = time.monotonic() + PATIENCE_S
-        while not done():
-            time.sleep(0.02)
-            statuses = [driver.poll() for driver in self.job.drivers]
-            if None not in statuses:
-                if {2, 3} & set(statuses):
-                    raise AssertionError(f"{what}: drivers ended with {statuses}\n{self.said()}")
-                self.job = self._start()
-            if time.monotonic() > deadline:
-                raise AssertionError(f"{what}: not within {PATIENCE_S:g} s\n{self.said()}")
-
-    def any_node(self) -> int:
-        """The number of a node."""
-        return self.random.randrange(2)
-
-    def step(self) -> int:
-        """The last step whose metrics are written."""
-        with contextlib.suppress(OSError):
-            rows = [row for row in read_rows(self.run_dir / "metrics.jsonl") if "loss" in row]
-            return int(rows[-1]["step"]) if rows else 0
-        return 0
-
-    def saved(self) -> int:
-        """The step of the latest checkpoint."""
-        with contextlib.suppress(OSError, ValueError):
-            return int((self.run_dir / "checkpoints/latest").read_text())
-        return 0
-
-    def count(self, kind: str, **facts: object) -> int:
-        """Events of a kind so far, with these facts among theirs."""
-        wanted = {"event": kind, **facts}.items()
-        return sum(wanted <= _simple(event).items() for event in read_events(self.run_dir))
-
-    def new_event(self, kind: str, **facts: object) -> Callable[[], bool]:
-        """Whether there is one of a kind that is not there yet."""
-        before = self.count(kind, **facts)
-        return lambda: self.count(kind, **facts) > before
-
-    def new_words(self, words: str) -> Callable[[], bool]:
-        """Whether a driver or a rank says what it has not said yet."""
-        before = self.output().count(words)
-        return lambda: self.output().count(words) > before
-
-    def new_job(self) -> Callable[[], bool]:
-        """Whether the job was requeued."""
-        before = self._starts
-        return lambda: self._starts > before
-
-    def control(self, ahead_s: float = 0.0, slow_rank: int | None = None) -> None:
-        """Have the wall clock of all processes be wrong, or a rank be slow."""
-        write_control(self._control, ahead_s, slow_rank)
-
-    def output(self) -> str:
-        """All that drivers and ranks have printed."""
-        return "".join(path.read_text(errors="replace") for path in self.job.outputs)
-
-    def said(self) -> str:
-        """The end of it."""
-        return self.job.said()
-
-
-def _simple(event: Mapping[str, object]) -> dict[str, object]:
-    return {key: value for key, value in event.items() if isinstance(value, (int, str))}
-
-
-def environment(control: Path) -> dict[str, str]:
-    """Of the processes of a drill."""
-    hooks = str(Path(__file__).parent / "drill_hooks")
-    root = str(Path(__file__).parents[1])
-    paths = os.pathsep.join([hooks, root, *filter(None, [os.environ.get("PYTHONPATH")])])
-    return {
-        "PYTHONPATH": paths,
-        "DRILL_CONTROL": str(control),
-        "DRILL_NAN_EVERY": str(NAN_EVERY),
-        "MEGASCALE_TOKEN": secrets.token_hex(32),
-    }
 
 
 def drill(config: Path, folder: Path, faults: Sequence[str], seed: int = 0) -> Result:

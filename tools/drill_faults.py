@@ -6,28 +6,20 @@ import contextlib
 import os
 import random
 import signal
-import socket
-import struct
-import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import psutil
+from drill_scene import NAN_EVERY, Scene
 from drive import kill
 
 from megascale.checkpoint.folder import checkpoints_dir
 
-if TYPE_CHECKING:
-    from drill import Scene
-
 AWAY_S = 3.0
 """For how long a channel, a clock or a disk is wrong."""
 AHEAD_S = 3600.0
-NAN_EVERY = 97
-"""Steps between two whose gradients are NaN."""
 
 
 @dataclass(frozen=True)
@@ -190,69 +182,6 @@ FAULTS: Mapping[str, Callable[[Scene], Injected]] = {
 }
 UNDISTURBED = ("slow rank", "NaN gradients", "full disk", "lost heartbeat channel", "clock jump")
 """Faults after which no rank may have been started again."""
-
-
-class Proxy:
-    """Stands between the driver of a node and the leading one, and can be cut."""
-
-    def __init__(self, to_port: int) -> None:
-        self._to_port, self._whole = to_port, threading.Event()
-        self._whole.set()
-        self._open: set[socket.socket] = set()
-        self._listener = socket.create_server(("127.0.0.1", 0))
-        self.port = int(self._listener.getsockname()[1])
-        threading.Thread(target=self._accept, daemon=True).start()
-
-    def cut(self) -> None:
-        """Break all connections, and new ones at once."""
-        self._whole.clear()
-        for one in list(self._open):
-            _end(one)
-
-    def restore(self) -> None:
-        """Let connections pass again."""
-        self._whole.set()
-
-    def close(self) -> None:
-        """End it."""
-        self.cut()
-        self._listener.close()
-
-    def _accept(self) -> None:
-        with contextlib.suppress(OSError):
-            while True:
-                here, _ = self._listener.accept()
-                try:
-                    if not self._whole.is_set():
-                        raise ConnectionError
-                    there = socket.create_connection(("127.0.0.1", self._to_port))
-                except OSError:
-                    here.close()
-                    continue
-                self._open |= {here, there}
-                for pair in ((here, there), (there, here)):
-                    threading.Thread(target=self._pass_on, args=pair, daemon=True).start()
-
-    def _pass_on(self, one: socket.socket, other: socket.socket) -> None:
-        with contextlib.suppress(OSError):
-            while content := one.recv(2**16):
-                other.sendall(content)
-        _end(one)
-        _end(other)
-        self._open -= {one, other}
-
-
-def _end(connection: socket.socket) -> None:
-    with contextlib.suppress(OSError):
-        connection.shutdown(socket.SHUT_RDWR)
-    connection.close()
-
-
-def write_control(path: Path, ahead_s: float, slow_rank: int | None) -> None:
-    """What `drill_hooks` do to the drill's processes."""
-    slow = 0 if slow_rank is None else slow_rank + 1
-    with open(path, "r+b" if path.exists() else "wb") as file:
-        file.write(struct.pack("dd", ahead_s, slow))
 
 
 def draw(counts: Mapping[str, int], seed: int) -> list[str]:

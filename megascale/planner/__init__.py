@@ -6,8 +6,9 @@ from megascale.planner.cost import CostModel
 from megascale.planner.flexsp import plan_flexsp
 from megascale.planner.hybrid import plan_hybrid
 from megascale.planner.longest_first import plan_longest_first
+from megascale.planner.placing import Placed, complete
 from megascale.planner.plan import PlanError, Ring, StepPlan
-from megascale.planner.problem import OffloadModel, Placed, Planner, Problem, complete
+from megascale.planner.problem import OffloadModel, Planner, Problem
 from megascale.planner.static import plan_static, plan_static_balanced, plan_static_best
 from megascale.planner.timeline import Timeline, step_s, timeline
 

@@ -19,8 +19,9 @@ from megascale.planner.bound import (
 from megascale.planner.bytescale import plan_bytescale
 from megascale.planner.levels import STRETCH, Batch, Level, even_levels, long_levels
 from megascale.planner.longest_first import plan_longest_first
+from megascale.planner.placing import Placed, complete
 from megascale.planner.plan import StepPlan
-from megascale.planner.problem import Placed, Problem, complete
+from megascale.planner.problem import Problem
 from megascale.planner.shelves import LONGEST, has_few_short, longest_s, shelve
 from megascale.planner.stacks import Stacks
 from megascale.planner.static import plan_static_balanced, plan_static_best

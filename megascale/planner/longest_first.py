@@ -8,8 +8,9 @@ import time
 import numpy as np
 
 from megascale.errors import UserError
+from megascale.planner.placing import Placed, complete
 from megascale.planner.plan import StepPlan
-from megascale.planner.problem import Placed, Problem, complete
+from megascale.planner.problem import Problem
 
 
 def plan_longest_first(problem: Problem) -> StepPlan:

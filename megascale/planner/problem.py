@@ -1,19 +1,17 @@
-"""What every planner is given, and how what it decides becomes a plan."""
+"""What every planner is given."""
 
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from megascale.errors import UserError
 from megascale.planner.cost import CostModel
-from megascale.planner.plan import Mode, Ring, StepPlan, kept_share
+from megascale.planner.plan import Mode, StepPlan, kept_share
 
 
 @dataclass(frozen=True)
@@ -125,71 +123,7 @@ class Problem:
             )
 
 
-class Placed(NamedTuple):
-    """A micro-batch as a planner decides it, in execution order."""
-
-    ranks: Sequence[int]
-    sequences: Sequence[int]
-    offload: float = 0.0
-
-
 Planner = Callable[[Problem], StepPlan]
 """Pure, and deterministic but for `plan_s` (and for solvers stopped by a time limit).
 
 Raises UserError where no plan exists (`Problem.require_fit`)."""
-
-
-def complete(problem: Problem, placed: Sequence[Placed], began: float) -> StepPlan:
-    """A plan of micro-batches given in execution order; `began` is when planning did.
-
-    A micro-batch stands at the first index that is free on all its ranks. Empty micro-batches
-    are added for ranks without any, in aligned and lockstep mode where a rank of a ring is behind
-    the others, and in lockstep mode for ranks with fewer than others of their expert group.
-    """
-    from megascale.planner.bound import lower_bound_s
-    from megascale.planner.timeline import step_s
-
-    done: list[Indexed] = []
-    counts = [0] * problem.num_ranks
-    for one in placed:
-        if problem.mode != "free":
-            _catch_up(done, counts, one.ranks, max(counts[rank] for rank in one.ranks))
-        _add(done, counts, one)
-    group = problem.expert_group
-    for first in range(0, problem.num_ranks, group):
-        ranks = range(first, first + group)
-        _catch_up(done, counts, ranks, max(1, *(counts[rank] for rank in ranks)))
-    if problem.mode != "free":
-        done.sort(key=lambda one: one[0])
-    plan = StepPlan(
-        num_ranks=problem.num_ranks,
-        mode=problem.mode,
-        capacity=problem.capacity,
-        predicted_s=0.0,
-        lower_bound_s=lower_bound_s(problem),
-        plan_s=0.0,
-        rings=tuple(
-            Ring(id_, tuple(one.ranks), tuple(one.sequences), one.offload, index)
-            for id_, (index, one) in enumerate(done)
-        ),
-        expert_group=group,
-        stage_layers=problem.stage_layers,
-    )
-    predicted_s = step_s(plan, problem.lengths, problem.cost, problem.pipeline, problem.slowdown)
-    return replace(plan, predicted_s=predicted_s, plan_s=time.perf_counter() - began)
-
-
-Indexed = tuple[int, Placed]
-
-
-def _catch_up(done: list[Indexed], counts: list[int], ranks: Sequence[int], index: int) -> None:
-    for rank in ranks:
-        while counts[rank] < index:
-            _add(done, counts, Placed((rank,), ()))
-
-
-def _add(done: list[Indexed], counts: list[int], one: Placed) -> None:
-    index = max(counts[rank] for rank in one.ranks)
-    done.append((index, one))
-    for rank in one.ranks:
-        counts[rank] = index + 1

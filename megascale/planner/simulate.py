@@ -10,8 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megascale.errors import UserError
+from megascale.planner.placing import Placed, complete
 from megascale.planner.plan import PlanError, StepPlan, kept_share
-from megascale.planner.problem import Placed, Planner, Problem, complete
+from megascale.planner.problem import Planner, Problem
 from megascale.planner.timeline import ring_seconds, timeline
 
 SIZE_CLASSES = (1, 2, 9, 65, 513)

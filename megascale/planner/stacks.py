@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 
 from megascale.planner.bound import needed_offload
 from megascale.planner.clock import Clock
-from megascale.planner.problem import Placed, Problem
+from megascale.planner.placing import Placed
+from megascale.planner.problem import Problem
 
 WAITING = 2.0
 """How bad a second of waiting of all ranks of a ring is, beside a second of starting later."""

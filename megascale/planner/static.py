@@ -10,8 +10,9 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from megascale.planner.bytescale import best_fit, offload_to_fit
+from megascale.planner.placing import Placed, complete
 from megascale.planner.plan import StepPlan
-from megascale.planner.problem import Placed, Problem, complete
+from megascale.planner.problem import Problem
 
 Seconds = NDArray[np.float64]
 Groups = list[list[list[int]]]

@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 
 from megascale.planner.bound import alone_s, fewest_ranks, needed_offload, smallest_sizes
 from megascale.planner.clock import Clock, Rates
-from megascale.planner.problem import Placed, Problem
+from megascale.planner.placing import Placed
+from megascale.planner.problem import Problem
 
 Integers = NDArray[np.int64]
 

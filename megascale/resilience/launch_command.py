@@ -134,13 +134,12 @@ def _lead(
         book = _open_book(fleet.config, os.environ.get("SLURM_JOB_ID"))
         leave.enter_context(_only_job(Path(fleet.config.run_dir)))
         if fleet.num_nodes > 1:
+            secret = new_token() if token is None else check_token(token)
+            leave.callback(serve_board(ledger, node.host, port, secret).close)
             if token is None:
-                token, path = new_token(), _token_path(fleet.config, port)
-                leave.callback(serve_board(ledger, node.host, port, token).close)
-                write_token(path, token)  # not that of another job, which holds the port
+                path = _token_path(fleet.config, port)
+                write_token(path, secret)  # a job that held the port would need its own
                 leave.callback(path.unlink, missing_ok=True)
-            else:
-                leave.callback(serve_board(ledger, node.host, port, check_token(token)).close)
         given_up = book.begin(nodes=fleet.num_nodes)
         if given_up is not None:
             return _give_up(given_up)

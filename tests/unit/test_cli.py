@@ -99,6 +99,16 @@ print([name for name in {HEAVY!r} if name in sys.modules], file=sys.stderr)
     assert done.stderr.strip() == "[]"
 
 
+def test_a_family_names_its_verbs(capsys):
+    for words in (["infowindow", "-h"], ["infowindow", "--help"]):
+        assert cli.main(words) == 0
+        said = capsys.readouterr().out.splitlines()
+        assert said[0] == "usage: megascale infowindow VERB ..."
+        assert [line.split()[1] for line in said[2:]] == [
+            verb.split()[1] for verb in cli.VERBS if verb.startswith("infowindow ")
+        ]
+
+
 def test_the_overview_is_quick():
     took_s = []
     for _ in range(5):

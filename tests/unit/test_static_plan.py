@@ -8,7 +8,8 @@ from megascale.errors import UserError
 from megascale.planner import static
 from megascale.planner.cost import CostModel
 from megascale.planner.lengths import draw_lengths
-from megascale.planner.problem import OffloadModel, Problem, complete
+from megascale.planner.placing import complete
+from megascale.planner.problem import OffloadModel, Problem
 from megascale.planner.static import plan_static, plan_static_balanced, plan_static_best
 
 K = 1024
