@@ -107,8 +107,10 @@ class GlobalBatches:
 
     After k steps of a stage of share w, a source has given the first count of its pieces whose
     tokens reach w * k * global_batch_tokens, so its share is exact to within one sequence at
-    every step. Pieces come in the order of a permutation of the whole source, a new one for
-    each epoch. A step that begins at or after the end of a stage belongs to the next one.
+    every step. Where all sources have given that much already, because sequences are long beside
+    a batch, the one nearest to owing some gives one more: no batch is empty. Pieces come in the
+    order of a permutation of the whole source, a new one for each epoch. A step that begins at or
+    after the end of a stage belongs to the next one.
     """
 
     def __init__(self, data: DataConfig, sources: Mapping[str, Documents], seed: int) -> None:
@@ -130,9 +132,14 @@ class GlobalBatches:
         cursor = _enter_stage(cursor, self._data.stages)
         stage_nominal_tokens = cursor.stage_nominal_tokens + self._data.global_batch_tokens
         sources, dealt = dict(cursor.sources), []
+        owed = {}
         for name, share in shares(self._data.stages[cursor.stage]).items():
-            old = sources.get(name) or SourceCursor(self._data.sources[name].begin)
-            need = math.ceil(share * stage_nominal_tokens) - old.stage_tokens
+            sources.setdefault(name, SourceCursor(self._data.sources[name].begin))
+            owed[name] = math.ceil(share * stage_nominal_tokens) - sources[name].stage_tokens
+        if max(owed.values()) <= 0:
+            owed[max(owed, key=lambda name: owed[name])] = 1
+        for name, need in owed.items():
+            old = sources[name]
             pieces = self._take(name, old.pieces, need, cursor.step)
             tokens = int(pieces.length.sum())
             sources[name] = SourceCursor(

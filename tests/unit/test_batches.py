@@ -128,11 +128,13 @@ def test_shares_are_exact_to_one_sequence_at_every_step(
     config = data([(None, blend)], context_tokens=context, global_batch_tokens=batch_tokens)
     shards = {name: random_shard(50 + i, i) for i, name in enumerate(blend)}
     total = sum(Fraction(weight) for weight in weights)
-    for step, (_, cursor) in enumerate(deal(GlobalBatches(config, shards, 1), 12)):
+    somebody_owes = batch_tokens >= len(blend) * context
+    for step, (batch, cursor) in enumerate(deal(GlobalBatches(config, shards, 1), 12)):
+        assert batch.num_sequences
         for name, weight in blend.items():
             target = Fraction(weight) / total * (step + 1) * batch_tokens
             excess = cursor.sources[name].tokens - target
-            assert 0 <= excess < context + 1
+            assert 0 <= excess and (excess < context + 1 or not somebody_owes)
         assert cursor.tokens_seen == sum(one.tokens for one in cursor.sources.values())
 
 
@@ -208,6 +210,16 @@ def test_no_sequence_more_than_the_tokens_owed() -> None:
     config = data([(None, {"a": 1})], global_batch_tokens=40)
     steps = deal(GlobalBatches(config, {"a": shard(*[10] * 50)}, 1), 20)
     assert [batch.num_sequences for batch, _ in steps] == [4] * 20
+
+
+def test_no_batch_is_empty_where_sequences_are_longer_than_what_sources_owe() -> None:
+    config = data([(None, {"a": 3, "b": 1})], context_tokens=512, global_batch_tokens=512)
+    batches = GlobalBatches(config, {name: shard(*[9001] * 50) for name in "ab"}, 1)
+    tokens = [0, 0]
+    for step, (batch, _) in enumerate(deal(batches, 40), start=1):
+        assert batch.num_sequences
+        tokens = [tokens[i] + int(batch.length[batch.source == i].sum()) for i in (0, 1)]
+        assert all(0 <= n - share * step * 512 <= 1024 for n, share in zip(tokens, (0.75, 0.25)))
 
 
 def test_max_epochs_can_be_used_up_but_no_more() -> None:
