@@ -181,6 +181,11 @@ def _validate_growth(config: RunConfig) -> None:
     growth = config.growth
     if growth is None:
         return
+    if config.start.checkpoint is not None:
+        raise UserError(
+            "growth trains a small model from its beginning, and start.checkpoint begins with "
+            "another run's; branch first, then 'megascale grow' the branch and branch from that"
+        )
     if growth.at_tokens < 1:
         raise UserError(f"growth.at_tokens = {growth.at_tokens} must be at least 1")
     if growth.at_tokens > config.train.tokens:

@@ -95,7 +95,7 @@ def _require_open(base: Tensors) -> None:
 
 def _drawn(key: str, layer: int, like: torch.Tensor, model: ModelConfig, seed: int) -> torch.Tensor:
     """Initial weights in place of `like`, the tensor of one layer, expert by expert."""
-    if ".experts." not in key or like.dim() < 3:
+    if like.dim() < 4:  # only the experts of feed-forward layers share a tensor
         return initial(key, (layer,), tuple(like.shape[1:]), model, seed)[None].to(like)
     each = [
         initial(key, (layer, expert), tuple(like.shape[2:]), model, seed)

@@ -196,6 +196,11 @@ def test_branches_become_experts(ranks, tmp_path):
         assert after[key].equal((one[key] + two[key]) / 2)
     routers = after["decoder.layers.mlp.router.weight"]
     assert routers.shape == (2, 4, 32) and 0.01 < routers.std() < 0.03
+    ranks(1, grow, out, *MASKED, "--out", tmp_path / "deeper")
+    (deeper,) = ranks(1, tensors, tmp_path / "deeper")
+    for expert in (0, 1):
+        drawn = deeper[f"decoder.layers.self_attention.experts.{expert}.linear_qkv.weight"][2:]
+        assert 0.01 < drawn.std() < 0.03
 
 
 @pytest.mark.parametrize(

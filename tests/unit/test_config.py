@@ -169,6 +169,11 @@ def test_all_ranks_together_hold_the_longest_sequence():
         Layout.of(config, 2)
 
 
+def test_growth_begins_from_nothing():
+    with pytest.raises(UserError, match="growth trains a small model from its beginning"):
+        final("growth={at_tokens: 100}", "start.checkpoint=x")
+
+
 def test_experts_must_divide():
     with pytest.raises(UserError, match="does not divide model.moe.num_experts = 8; 2 would"):
         final("model.moe.num_experts=8", "parallel.expert=3")
