@@ -17,7 +17,8 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -64,8 +65,11 @@ class _Peers:
 class Emergency:
     """The copies of one run, as one rank sees them. All ranks call all methods."""
 
-    def __init__(self, run_dir: str | Path, directory: str, ranks: Ranks) -> None:
-        """Raises UserError, on every rank, where nodes have unequal numbers of ranks or a node
+    def __init__(self, run_dir: str | Path, directory: str, ranks: Ranks, anew: bool) -> None:
+        """`anew`: the run leaves behind what it was, and all copies of it, also those of nodes
+        that are not here now.
+
+        Raises UserError, on every rank, where nodes have unequal numbers of ranks or a node
         cannot write to its directory."""
         self._ranks, name = ranks, node_name()
         self._group = dist.new_group(backend="gloo", timeout=TIMEOUT)
@@ -79,7 +83,8 @@ class Emergency:
         run = Path(run_dir).resolve()
         key = f"{run.name[:64]}-{xxhash.xxh3_64_hexdigest(str(run).encode())}"
         home = Path(directory) / name / key
-        self.checkpoints = home / self._identity(folders.checkpoints_dir(run)) / "checkpoints"
+        identity = self._identity(folders.checkpoints_dir(run), anew)
+        self.checkpoints = home / identity / "checkpoints"
         self._prepare(home)
 
     @property
@@ -87,14 +92,14 @@ class Emergency:
         """This rank does for its node what one must do."""
         return self._peers.place == 0
 
-    def _identity(self, checkpoints: Path) -> str:
-        """What the run is known by, drawn by its first start."""
+    def _identity(self, checkpoints: Path, anew: bool) -> str:
+        """What the run is known by, drawn by its first start and whenever it goes back."""
         payload = None
         if self._ranks.rank == 0:
             path, known = checkpoints / folders.EMERGENCY, ""
             with contextlib.suppress(OSError, UnicodeDecodeError):
                 known = path.read_text(encoding="ascii").strip()
-            if not re.fullmatch("[0-9a-f]{32}", known):
+            if anew or not re.fullmatch("[0-9a-f]{32}", known):
                 known = secrets.token_hex(16)
                 folders.write_synced(path, known.encode())
             payload = known.encode()
@@ -306,19 +311,28 @@ class Emergency:
                 dist.send(chunk, receiver, group=self._group)
 
     def _receive(self, folder: Path, name: str, sender: int, manifest: Manifest) -> None:
-        size = torch.zeros(1, dtype=torch.int64)
-        dist.recv(size, sender, group=self._group)
-        folder.mkdir(parents=True, exist_ok=True)
-        aside, left = folder / f"{folders.UNFINISHED}{name}", int(size)
-        with aside.open("wb") as sink:
-            while left > 0:
-                buffer = torch.empty(min(CHUNK_BYTES, left), dtype=torch.uint8)
-                dist.recv(buffer, sender, group=self._group)
-                sink.write(buffer.numpy().tobytes())
-                left -= buffer.numel()
+        blocks = self._blocks(sender)
+        aside = folder / f"{folders.UNFINISHED}{name}"
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            with aside.open("wb") as sink:
+                sink.writelines(blocks)
+        finally:
+            deque(blocks, maxlen=0)  # the sender waits until all of it is taken
         if sum_file(aside) != manifest.files[name]:
             raise UserError("its checksum differs from the manifest")
         aside.replace(folder / name)
+
+    def _blocks(self, sender: int) -> Iterator[bytes]:
+        """What a rank sends of a file."""
+        size = torch.zeros(1, dtype=torch.int64)
+        dist.recv(size, sender, group=self._group)
+        left = int(size)
+        while left > 0:
+            buffer = torch.empty(min(CHUNK_BYTES, left), dtype=torch.uint8)
+            dist.recv(buffer, sender, group=self._group)
+            left -= buffer.numel()
+            yield buffer.numpy().tobytes()
 
     def forget_after(self, step: int) -> None:
         """Drop the copies of a future that the run goes back from; -1: all of them."""

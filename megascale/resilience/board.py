@@ -28,7 +28,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from typing import Any, Protocol
 
@@ -201,7 +201,8 @@ class Board:
 
     def answer(self, attempt: int, node: int, answer: Answer) -> None:
         """Answer the call of an attempt."""
-        self._put(f"answer/{attempt}/{node}", asdict(answer))
+        problem = answer.problem and answer.problem[:MOST_TEXT]
+        self._put(f"answer/{attempt}/{node}", {"name": answer.name, "problem": problem})
 
     def answers(self, attempt: int, nodes: Iterable[int]) -> dict[int, Answer]:
         """The answers that are there."""
@@ -218,7 +219,7 @@ class Board:
 
     def give_order(self, attempt: int, order: Order) -> None:
         """Say who takes part in an attempt."""
-        self._put(f"order/{attempt}", asdict(order))
+        self._put(f"order/{attempt}", _told(order))
 
     def order(self, attempt: int) -> Order | None:
         """Who takes part in an attempt, once that is known."""
@@ -226,7 +227,8 @@ class Board:
 
     def report(self, attempt: int, node: int, cause: Cause | None) -> None:
         """Say how the ranks of a node ended; None: well."""
-        self._put(f"report/{attempt}/{node}", {"cause": cause and cause.to_json()})
+        told = cause and replace(cause, error=cause.error[:MOST_TEXT]).to_json()
+        self._put(f"report/{attempt}/{node}", {"cause": told})
 
     def reports(self, attempt: int, nodes: Iterable[int]) -> dict[int, Cause | None]:
         """How the ranks of nodes ended, as far as they have."""
@@ -252,7 +254,7 @@ class Board:
 
     def end(self, attempt: int, order: Order) -> None:
         """Say that an attempt is over."""
-        self._put(f"over/{attempt}", asdict(order))
+        self._put(f"over/{attempt}", _told(order))
 
     def over(self, attempt: int) -> Order | None:
         """What follows an attempt that is over; None while it is not."""
@@ -288,6 +290,10 @@ def _lost_if_it_fails() -> Iterator[None]:
         yield
     except ChannelLost as error:
         raise BoardLost(str(error)) from None
+
+
+def _told(order: Order) -> dict[str, Any]:
+    return asdict(replace(order, stop=order.stop and order.stop[:MOST_TEXT]))
 
 
 def _order(value: Any) -> Order | None:

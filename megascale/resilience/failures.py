@@ -33,6 +33,9 @@ FAILURES_WITHOUT_A_SAVE = 10
 """So many failures in a row after the same checkpoint, whatever they were, are one too."""
 MOST_BACKOFF_S = 60.0
 RETRY_S = 1.0
+DIARY_S = 60.0
+"""For a full disk, before a run is given up because its failures cannot be written down."""
+NOT_KEPT = "cannot be written, so failures cannot be counted"
 NO_TIME = "the time limit came before anything new was saved; ask for more time"
 WITHOUT_A_WORD = "the job ended without a word (a lost node, or SIGKILL before all was saved)"
 PEER_GONE = re.compile(
@@ -115,7 +118,8 @@ class FailureBook:
         self._log.write(
             "failure", step=self._step(), saved=self._saved(), error=cause.error, **where
         )
-        why = verdict(self._events())
+        kept = self.is_kept()
+        why = verdict(self._events()) if kept else f"{self._folders[-1]} {NOT_KEPT}"
         if why is not None:
             self._log.write("gave_up", why=why, job=self._job)
         return why
@@ -148,9 +152,9 @@ class FailureBook:
         self._log.write("leave", why=why, step=self._step())
         return None
 
-    def is_kept(self, patience_s: float) -> bool:
-        """Whether all that was noted is in the folder of the run, within so many seconds."""
-        deadline = time.monotonic() + patience_s
+    def is_kept(self) -> bool:
+        """Whether all that was noted is in the folder of the run, within a minute."""
+        deadline = time.monotonic() + DIARY_S
         while not (kept := self._log.settle()) and time.monotonic() < deadline:
             time.sleep(RETRY_S)
         return kept

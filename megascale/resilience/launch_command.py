@@ -7,6 +7,7 @@ import fcntl
 import os
 import signal
 import socket
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -19,8 +20,8 @@ from megascale.config.load import whole_number
 from megascale.errors import UserError
 from megascale.resilience.board import Board, Ledger, hold_meeting, join_board, serve_board
 from megascale.resilience.channel import TOKEN_VARIABLE, check_token, new_token, write_token
-from megascale.resilience.driver import BEAT_S, Driver, Node
-from megascale.resilience.failures import FailureBook
+from megascale.resilience.driver import BEAT_S, HELD_S, Driver, Node
+from megascale.resilience.failures import NOT_KEPT, FailureBook
 from megascale.resilience.leader import (
     AGAIN,
     FINISHED,
@@ -34,10 +35,6 @@ from megascale.resilience.signals import StopRequest
 from megascale.resilience.slurm import MOST_NODES, node_range, requeue
 
 MOST_RANKS = 1024
-DIARY_S = 60.0
-"""For a full disk, before a run is given up because its failures cannot be written down."""
-HELD_S = 180.0
-"""For the folder of a run to be free."""
 LEAST_HANG_S = 5.0
 STAGGER_S, MOST_STAGGER_S = 0.02, 20.0
 """Between what two nodes ask of Slurm: the first to be heard ends the job for all."""
@@ -92,8 +89,19 @@ def run_launch(args: argparse.Namespace) -> int:
     Returns 0 when the run is done or was asked to stop, 1 when a new job may do better, 3 when the
     run is given up, 4 when the driver of node 0 is gone. Raises UserError for bad input.
     """
-    config = load_config(args.config, args.overrides)
     number = _from_slurm(args.node, "--node", "SLURM_NODEID", 0, least=0)
+    try:
+        return _drive(args, number)
+    except UserError as error:
+        if not (number and "SLURM_JOB_ID" in os.environ):
+            raise
+        # srun's status is the highest of all nodes, and what becomes of the job is node 0's to say
+        print(f"megascale: node {number} takes no part: {error}", file=sys.stderr)
+        return FINISHED
+
+
+def _drive(args: argparse.Namespace, number: int) -> int:
+    config = load_config(args.config, args.overrides)
     fleet = _fleet(args, config, number)
     timing = _timing(args)
     asked = StopRequest(insisting=(signal.SIGINT,))
@@ -133,24 +141,29 @@ def _lead(
         Board(ledger).announce_meeting(meeting_port)
         book = _open_book(fleet.config, os.environ.get("SLURM_JOB_ID"))
         leave.enter_context(_only_job(Path(fleet.config.run_dir)))
+        given_up = book.begin(nodes=fleet.num_nodes)
+        if given_up is not None:  # before anybody joins, who would miss this driver
+            return _give_up(given_up)
         if fleet.num_nodes > 1:
             secret = new_token() if token is None else check_token(token)
-            leave.callback(serve_board(ledger, node.host, port, secret).close)
+            try:
+                leave.callback(serve_board(ledger, node.host, port, secret).close)
+            except UserError as error:
+                book.leave(str(error), time_is_up=False)
+                raise
             if token is None:
                 path = _token_path(fleet.config, port)
                 write_token(path, secret)  # a job that held the port would need its own
                 leave.callback(path.unlink, missing_ok=True)
-        given_up = book.begin(nodes=fleet.num_nodes)
-        if given_up is not None:
-            return _give_up(given_up)
         leader = Leader(Board(ledger), book, fleet, timing)
         status = Driver(node, Board(ledger), timing, asked, leader).run()
     if status == GIVE_UP:
         return status
     why = f"asked by {asked.signal_name}" if asked else _ENDS[status]
     given_up = book.leave(why, time_is_up=asked.signal_name == "SIGUSR1")
-    if status == AGAIN and given_up is None and not book.is_kept(DIARY_S):
-        given_up = f"{fleet.config.run_dir} cannot be written, so failures cannot be counted"
+    goes_on = status == AGAIN or asked.signal_name == "SIGUSR1"
+    if goes_on and given_up is None and not book.is_kept():
+        given_up = f"{fleet.config.run_dir} {NOT_KEPT}"
     return status if given_up is None else _give_up(given_up)
 
 

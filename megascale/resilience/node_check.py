@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -54,14 +56,20 @@ def _check_folder(run_dir: Path, name: str) -> str | None:
 
 def _check_command(words: Sequence[str], alive: Callable[[], object]) -> str | None:
     with tempfile.TemporaryFile() as said:
-        process = subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=said, stderr=said)
+        process = subprocess.Popen(
+            words, stdin=subprocess.DEVNULL, stdout=said, stderr=said, start_new_session=True
+        )
         deadline = time.monotonic() + CHECK_TIMEOUT_S
-        while process.poll() is None:
-            alive()
-            if time.monotonic() > deadline:
-                process.kill()
-                return f"the check did not end in {CHECK_TIMEOUT_S:g} s"
-            time.sleep(POLL_S)
+        try:
+            while process.poll() is None:
+                alive()
+                if time.monotonic() > deadline:
+                    return f"the check did not end in {CHECK_TIMEOUT_S:g} s"
+                time.sleep(POLL_S)
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)  # what it has started, too
+            process.wait()
         said.seek(0)
         lines = said.read().decode(errors="replace").split("\n")
     last = next((line.strip() for line in reversed(lines) if line.strip()), "no output")

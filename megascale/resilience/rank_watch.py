@@ -55,10 +55,11 @@ class RankWatch:
         return None if hang is None else self._diagnose(hang)
 
     def _ranks(self) -> list[RankPulse] | None:
-        """All ranks of the attempt; None while a node has not told of them."""
-        told = self._board.pulses(self._members)
+        """The ranks of nodes that have not ended; None while one of these has not told of them."""
+        ended = self._board.reports(self._attempt, self._members)
+        told = self._board.pulses([node for node in self._members if node not in ended])
         told = {node: one for node, one in told.items() if one["attempt"] == self._attempt}
-        if len(told) < len(self._members):
+        if not told or len(told) + len(ended) < len(self._members):
             return None
         ranks = []
         for node, one in sorted(told.items()):

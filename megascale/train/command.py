@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megascale.errors import UserError
-from megascale.resilience.driver import ATTEMPT
+from megascale.resilience.driver import is_driven
 from megascale.resilience.processes import die_with_parent
 
 if TYPE_CHECKING:
@@ -91,7 +91,7 @@ def train_on_device(
 
 def resume_command(config: str, overrides: list[str]) -> str:
     """What a user types to continue this run on as many ranks."""
-    if os.environ.get("TORCHELASTIC_RUN_ID", "").startswith(ATTEMPT):
+    if is_driven():
         return "megascale launch or submit, as before"
     world = int(os.environ.get("WORLD_SIZE", "1"))
     words = [config, *overrides, "--resume", "auto"]

@@ -406,7 +406,9 @@ def _begin(
     model = build_model(config, ranks)
     learner = Learner(config, ranks, model, build_optimizer(config, model))
     spikes, speeds = SpikeWatch(config.train.spikes), _rank_speeds(config, ranks)
-    saver = Saver(folder.path, config.checkpoint, ranks, _emergency(folder.path, config, ranks))
+    saver = Saver(
+        folder.path, config.checkpoint, ranks, _emergency(folder.path, config, ranks, resume)
+    )
     cursor, notes = _restore(learner, sources, folder, resume, spikes, speeds, saver.emergency)
     shards = {name: Shard.open(info.train) for name, info in sources.items()}
     batches = GlobalBatches(config.data, shards, config.seed)
@@ -443,12 +445,14 @@ def _begin(
     )
 
 
-def _emergency(run_dir: Path, config: RunConfig, ranks: Ranks) -> Emergency | None:
+def _emergency(
+    run_dir: Path, config: RunConfig, ranks: Ranks, resume: str | None
+) -> Emergency | None:
     directory = config.checkpoint.emergency_dir
     if directory is None:
         return None
     on_first_rank(ranks, lambda: checkpoints_dir(run_dir).mkdir(parents=True, exist_ok=True))
-    return Emergency(run_dir, directory, ranks)
+    return Emergency(run_dir, directory, ranks, anew=resume not in ("auto", "latest"))
 
 
 def _rank_speeds(config: RunConfig, ranks: Ranks) -> RankSpeeds | None:
@@ -470,8 +474,6 @@ def _restore(
 ) -> tuple[Cursor, list[str]]:
     """Load the checkpoint to continue from; (its cursor, what the user should know)."""
     if resume is None:
-        if emergency is not None:
-            emergency.forget_after(-1)
         return _start(learner, sources, folder)
     found, warnings = _find(folder.path, resume, learner.ranks, emergency)
     if emergency is not None:

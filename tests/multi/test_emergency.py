@@ -148,6 +148,15 @@ def test_whoever_goes_back_means_it(interrupted):
     assert not list(interrupted.disk.glob("*/*/*/checkpoints/0*"))
 
 
+def test_a_node_that_was_away_does_not_bring_the_future_back(interrupted):
+    away = interrupted.disk.with_name("away")
+    (interrupted.disk / "b").rename(away)
+    words = ("--resume", "6", "train.stop_after_steps=7")
+    assert interrupted.start(1, 0, *words)[0][0] == 0
+    away.rename(interrupted.disk / "b")
+    assert interrupted.resume()[0] == 7
+
+
 def test_a_disk_that_takes_nothing_is_said_at_once(ranks, interrupted):
     (status, said), _ = interrupted.start(
         2, 0, "checkpoint.emergency_dir=/dev/null/x", "--resume", "auto"

@@ -244,6 +244,10 @@ def test_what_goes_over_the_wire_comes_back(served):
     cause = Cause("it broke", 1.5, rank=3, node="n")
     remote.report(0, 1, cause)
     assert local.reports(0, [1]) == {1: cause}
+    remote.answer(0, 2, Answer("n2", "p" * 20_000))  # as much as may be said
+    remote.report(0, 2, Cause("e" * 20_000, 1.5))
+    assert local.answers(0, [2])[2].problem == "p" * 16_000
+    assert local.reports(0, [2])[2].error == "e" * 16_000
     local.ask_to_look(0, "folder")
     assert remote.look(0) == "folder" and remote.look(1) is None
     remote.looked(0, 1)

@@ -5,6 +5,8 @@ import json
 import pytest
 
 from megascale.monitor.events import EventLog
+from megascale.monitor.lines import LineFile
+from megascale.resilience import failures
 from megascale.resilience.failures import (
     FAILURES_WITHOUT_A_SAVE,
     MOST_BACKOFF_S,
@@ -84,6 +86,14 @@ def test_a_failure_tells_how_far_the_run_was(run_dir):
     first, second = events(run_dir)
     assert (first["step"], first["saved"]) == (0, 0)
     assert (second["step"], second["saved"], second["rank"], second["node"]) == (8, 6, 1, "n1")
+
+
+def test_failures_that_cannot_be_written_down_end_too(run_dir, monkeypatch):
+    book = FailureBook([str(run_dir)], "7")
+    monkeypatch.setattr(failures, "DIARY_S", 0.0)
+    monkeypatch.setattr(LineFile, "settle", lambda lines: False)
+    why = f"{run_dir} cannot be written, so failures cannot be counted"
+    assert book.failed(Cause("boom", 0.0)) == why
 
 
 def test_a_growing_run_has_two_folders(run_dir, tmp_path):

@@ -212,6 +212,21 @@ def test_the_leader_has_the_stacks_written_and_tells_why(tmp_path, monkeypatch):
     assert event["stacks"] == f"hangs/{board.look(3)}" and event["why"] == cause.error
 
 
+def test_ranks_that_have_ended_do_not_hide_a_hang(tmp_path, monkeypatch):
+    clock, board = Clock(monkeypatch), Board(Ledger())
+    watch = RankWatch(board, FailureBook([str(tmp_path)], None), 3, (0, 4), str)
+    quiet, at_work = ranks({}, AT_WORK)
+    for node, its in ((0, quiet), (4, replace(at_work, quiet_s=0.0))):
+        board.pulse(node, {"attempt": 3, "ranks": [json.loads(json.dumps(asdict(its)))]})
+    clock.now += 1.5
+    assert watch.look() is None
+    board.report(3, 4, None)
+    board.looked(3, 0)
+    board.looked(3, 4)
+    clock.now += 1.5
+    assert "stand still" in watch.look().error
+
+
 RANK = """
 import time
 from megascale.runtime.pulse import begin_pulse, pulse

@@ -7,11 +7,16 @@ import sys
 from pathlib import Path
 
 import pytest
+from drive import free_port
 from tiny_corpus import tiny_config
 
 from megascale.cli import main
+from megascale.errors import UserError
+from megascale.monitor.events import read_events
 from megascale.resilience import launch_command
 from megascale.resilience.driver import Node
+from megascale.resilience.failures import Cause, FailureBook
+from megascale.train import folder
 
 
 @pytest.fixture
@@ -62,6 +67,34 @@ def test_a_node_that_nobody_leads_gives_up(config, capsys, monkeypatch, token, m
     assert message in capsys.readouterr().err
 
 
+def test_what_becomes_of_a_job_is_for_node_0_to_say(config, capsys, monkeypatch):
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    words = ["--num-nodes=2", "--rendezvous=127.0.0.1:9", "--join-s=0.2", "--ranks-per-node=1"]
+    assert main(["launch", config, "--node=1", *words]) == 0
+    assert "node 1 takes no part: --rendezvous 127.0.0.1:9: no " in capsys.readouterr().err
+    assert main(["launch", "nowhere.yaml", "--node=1", *words]) == 0
+    assert main(["launch", "nowhere.yaml", "--node=0", *words]) == 2
+
+
+def test_nobody_joins_a_run_that_was_given_up(config, capsys, monkeypatch, tmp_path):
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    book = FailureBook([str(tmp_path / "run")], "7")
+    assert [book.failed(Cause("boom", 0.0)) for _ in range(3)][2] is not None
+    monkeypatch.setattr(launch_command, "serve_board", lambda *_: pytest.fail("somebody may join"))
+    words = ["--num-nodes=2", f"--rendezvous=127.0.0.1:{free_port()}", "--ranks-per-node=1"]
+    assert main(["launch", config, *words, f"run_dir={tmp_path / 'run'}"]) == 3
+    assert "given up: 3 times the same failure" in capsys.readouterr().out
+
+
+def test_ranks_wait_for_what_a_lost_node_held(tmp_path, monkeypatch):
+    held = folder._enter(tmp_path / "run", None)
+    with pytest.raises(UserError, match="is in use by another run"):
+        folder._enter(tmp_path / "run", "auto")
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "attempt-0")
+    monkeypatch.setattr(folder.time, "sleep", lambda _: held.close())
+    folder._enter(tmp_path / "run", "auto").close()
+
+
 def test_slurm_numbers_the_nodes(config, capsys, monkeypatch):
     monkeypatch.setenv("SLURM_NODEID", "5")
     monkeypatch.setenv("SLURM_STEP_NUM_NODES", "4")
@@ -103,18 +136,19 @@ def test_the_token_of_a_job_that_holds_the_port_stays(config, capsys, tmp_path):
         words = [f"--rendezvous=127.0.0.1:{port}", f"run_dir={tmp_path / 'run'}", "--num-nodes=2"]
         assert main(["launch", config, "--ranks-per-node=1", *words]) == 2
     assert "Address already in use" in capsys.readouterr().err and token.read_text() == "mine"
+    assert [event["event"] for event in read_events(tmp_path / "run")] == ["launch", "leave"]
 
 
 FULL_DISK = """
 import errno, sys
 from megascale.cli import main
 from megascale.monitor.lines import LineFile
-from megascale.resilience import launch_command
+from megascale.resilience import failures
 
 def full(lines):
     raise OSError(errno.ENOSPC, "No space left on device")
 
-LineFile._catch_up, launch_command.DIARY_S = full, 0.0
+LineFile._catch_up, failures.DIARY_S = full, 0.0
 sys.exit(main(sys.argv[1:]))
 """
 

@@ -1,5 +1,6 @@
 """Batch scripts: all that is filled in is quoted, and they do what they say on a false Slurm."""
 
+import contextlib
 import json
 import os
 import re
@@ -10,11 +11,13 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 from tiny_corpus import tiny_config
 
 from megascale.cli import main
 from megascale.errors import UserError
+from megascale.resilience import node_check
 from megascale.resilience.node_check import check_node
 from megascale.resilience.slurm import BatchJob, node_range, script_path, time_limit_s
 from megascale.train.submit_command import sweep_words
@@ -402,7 +405,7 @@ def test_time_limits(text, seconds):
     assert time_limit_s(text) == seconds
 
 
-def test_node_checks(tmp_path):
+def test_node_checks(tmp_path, monkeypatch):
     beats = []
     fit = check_node(str(tmp_path / "run"), "exit 0", lambda: beats.append(1), "n1")
     assert fit is None and not list((tmp_path / "run").iterdir())
@@ -410,5 +413,10 @@ def test_node_checks(tmp_path):
     assert problem == "the check failed: two"
     check_node(str(tmp_path), "sleep 0.5", lambda: beats.append(1), "n1")
     assert len(beats) > 2
+    monkeypatch.setattr(node_check, "CHECK_TIMEOUT_S", 0.3)
+    slow = f"sleep 60 & echo $! >{tmp_path / 'pid'}; wait"
+    assert "did not end in 0.3 s" in check_node(str(tmp_path), slow, lambda: None, "n1")
+    with contextlib.suppress(psutil.NoSuchProcess):
+        psutil.Process(int((tmp_path / "pid").read_text())).wait(10)
     (tmp_path / "file").touch()
     assert "Not a directory" in check_node(str(tmp_path / "file/run"), None, lambda: None, "n1")
