@@ -23,7 +23,7 @@ def run_list(args: argparse.Namespace) -> int:
     Sizes of files are compared with the manifest, contents are not read.
     """
     checkpoints, steps = _steps(Path(args.run))
-    latest = folders.read_latest(checkpoints)
+    latest, left = folders.read_latest(checkpoints), folders.left_behind(checkpoints)
     print(f"{'step':>10}  {'tokens':>16}  {'MB':>9}  {'saved':<16}  layout")
     for step in steps:
         folder = checkpoints / folders.name_of(step)
@@ -36,6 +36,7 @@ def run_list(args: argparse.Namespace) -> int:
         saved = time.strftime("%Y-%m-%d %H:%M", time.localtime((folder / MANIFEST).stat().st_mtime))
         cut = " ".join(f"{axis} {ranks}" for axis, ranks in manifest.layout.items() if ranks > 1)
         notes = [cut or "one rank", *_missing(folder, manifest)] + ["latest"] * (step == latest)
+        notes += ["left behind"] * (step in left)
         tokens = manifest.position.tokens_seen
         print(f"{step:>10}  {tokens:>16,}  {size / 1e6:>9,.1f}  {saved}  {', '.join(notes)}")
     return 0
@@ -111,14 +112,15 @@ def run_prune(args: argparse.Namespace) -> int:
     """Delete checkpoints that are not to be kept; returns the exit status.
 
     Nothing goes unless the newest that stays is good. Steps after the one that `latest` names
-    stay too. Raises UserError for bad input.
+    stay too, and so do those that the run left behind. Raises UserError for bad input.
     """
     if args.keep_last < 1 or args.keep_every < 0:
         raise UserError("--keep-last must be at least 1, and --keep-every at least 0")
     checkpoints, steps = _steps(Path(args.run))
     latest = folders.read_latest(checkpoints)
     newest = latest if latest in steps else steps[-1]
-    doomed = folders.prunable(steps, newest, args.keep_last, args.keep_every)
+    own = folders.own_steps(checkpoints)
+    doomed = folders.prunable(own, newest, args.keep_last, args.keep_every)
     if not doomed:
         print(f"nothing to delete: {_named(steps)} stay")
         return 0

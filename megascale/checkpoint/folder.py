@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from megascale.errors import UserError
 
 LATEST = "latest"
+LEFT = "left-behind"
+"""File with the steps, a line each, of futures that the run went back from."""
 EMERGENCY = "emergency"
 """File of a run that makes emergency copies: which of them belong to it."""
 UNFINISHED = ".tmp-"
@@ -44,23 +46,42 @@ def read_latest(checkpoints: Path) -> int | None:
     return int(text) if text.isdigit() and len(text) < 19 else None
 
 
-def by_preference(steps: list[int], latest: int | None) -> list[int]:
+def left_behind(checkpoints: Path) -> set[int]:
+    """Steps of futures that the run went back from: they are not ours to go on from, or to drop."""
+    try:
+        words = (checkpoints / LEFT).read_text(encoding="ascii").split()
+    except (OSError, UnicodeDecodeError):
+        return set()
+    return {int(word) for word in words if word.isdigit()}
+
+
+def _leave_behind(checkpoints: Path, steps: set[int]) -> None:
+    if steps != left_behind(checkpoints):
+        lines = "".join(f"{name_of(step)}\n" for step in sorted(steps))
+        replace_file(checkpoints / LEFT, lines.encode())
+
+
+def own_steps(checkpoints: Path) -> list[int]:
+    """`steps_in` without those that were left behind."""
+    left = left_behind(checkpoints)
+    return [step for step in steps_in(checkpoints) if step not in left]
+
+
+def by_preference(steps: list[int], latest: int | None, left: Collection[int] = ()) -> list[int]:
     """Steps in the order in which a resume should try them.
 
-    First the one that `latest` names, then the ones before it, newest first; steps after it come
-    last, because they are what is left of a future that this run went back from.
+    First the one that `latest` names, then the ones before it, newest first; steps after it and
+    those that were `left` behind come last: they are of futures that this run went back from.
     """
-    newest_first = sorted(steps, reverse=True)
-    if latest is None:
-        return newest_first
-    return [s for s in newest_first if s <= latest] + [s for s in newest_first if s > latest]
+    last = max(steps, default=0) if latest is None else latest
+    return sorted(steps, key=lambda step: (step > last or step in left, -step))
 
 
 def prunable(steps: list[int], newest: int, keep_last: int, keep_every_steps: int) -> list[int]:
-    """Steps that may be deleted after saving `newest`.
+    """Of a run's own steps those that may be deleted after saving `newest`.
 
     The last `keep_last` up to `newest` and multiples of `keep_every_steps` stay, and so do steps
-    after `newest`: they belong to a future that this run went back from, and are not ours to drop.
+    after `newest`.
     """
     past = sorted(step for step in steps if step <= newest)
     for_ever = {step for step in past if keep_every_steps and step % keep_every_steps == 0}
@@ -129,8 +150,16 @@ def publish(checkpoints: Path, step: int) -> None:
         target.rename(aside)
     (checkpoints / f"{UNFINISHED}{name}").rename(target)
     sync_folder(checkpoints)
+    _leave_behind(checkpoints, left_behind(checkpoints) - {step})
     name_latest(checkpoints, step)
     shutil.rmtree(aside, ignore_errors=True)
+
+
+def go_on_from(checkpoints: Path, step: int) -> None:
+    """Let `latest` name the checkpoint of `step`, and leave behind those after it."""
+    later = {one for one in steps_in(checkpoints) if one > step}
+    _leave_behind(checkpoints, (left_behind(checkpoints) | later) - {step})
+    name_latest(checkpoints, step)
 
 
 def name_latest(checkpoints: Path, step: int) -> None:

@@ -69,7 +69,7 @@ def newest_step(run_dir: str | Path, ranks: Ranks | None = None) -> int:
 def find_before(run_dir: str | Path, step: int, ranks: Ranks | None = None) -> Found:
     """The newest good checkpoint of at most `step`. Raises UserError when there is none."""
     checkpoints = folders.checkpoints_dir(run_dir)
-    steps = _on_rank_0(ranks, lambda: folders.steps_in(checkpoints))
+    steps = _on_rank_0(ranks, lambda: folders.own_steps(checkpoints))
     found, _ = _first_good(checkpoints, [one for one in reversed(steps) if one <= step], ranks)
     if found is None:
         raise UserError(
@@ -142,7 +142,8 @@ def _candidates(checkpoints: Path, which: str | int) -> list[int]:
     steps = folders.steps_in(checkpoints)
     if isinstance(which, int):
         return [which] if which in steps else []
-    return folders.by_preference(steps, folders.read_latest(checkpoints))
+    left = folders.left_behind(checkpoints)
+    return folders.by_preference(steps, folders.read_latest(checkpoints), left)
 
 
 def _inspect(

@@ -248,7 +248,7 @@ class Saver:
         return sum(entry.bytes for entry in files.values())
 
     def _prune(self, newest: int) -> None:
-        steps, config = folders.steps_in(self.checkpoints), self.config
+        steps, config = folders.own_steps(self.checkpoints), self.config
         folders.remove_steps(
             self.checkpoints,
             folders.prunable(steps, newest, config.keep_last, config.keep_every_steps),

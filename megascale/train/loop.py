@@ -15,7 +15,7 @@ import numpy as np
 import psutil
 
 from megascale.checkpoint.emergency import Emergency
-from megascale.checkpoint.folder import checkpoints_dir, name_latest
+from megascale.checkpoint.folder import checkpoints_dir, go_on_from
 from megascale.checkpoint.load import (
     Found,
     begin_from,
@@ -493,7 +493,7 @@ def _restore(
     # whoever went back to a step means it: a crash before the next save must not undo that
     checkpoints = checkpoints_dir(folder.path)
     if found.bring is None:
-        on_first_rank(learner.ranks, lambda: name_latest(checkpoints, position.step))
+        on_first_rank(learner.ranks, lambda: go_on_from(checkpoints, position.step))
     notes = [*warnings, *(f"changed since the checkpoint: {line}" for line in changed)]
     return cursor, notes
 

@@ -77,6 +77,16 @@ def test_prune_counts_from_what_latest_names(run, capsys):
     assert folders.steps_in(folders.checkpoints_dir(run)) == [20, 25, 30]
 
 
+def test_what_was_left_behind_is_shown_and_stays(run, capsys):
+    folders.go_on_from(folders.checkpoints_dir(run), 20)
+    checkpoint(run, 40)
+    assert main(["checkpoint", "list", str(run)]) == 0
+    lines = capsys.readouterr().out.splitlines()[1:]
+    assert ["left behind" in line for line in lines] == [False, False, True, True, False]
+    assert main(["checkpoint", "prune", str(run), "--keep-last", "1"]) == 0
+    assert folders.steps_in(folders.checkpoints_dir(run)) == [25, 30, 40]
+
+
 def test_prune_leaves_all_where_the_newest_is_damaged(run, capsys):
     damage(run, 30)
     assert main(["checkpoint", "prune", str(run), "--keep-last", "1"]) == 2

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megascale.checkpoint import folder as folders
-from megascale.checkpoint.load import find
+from megascale.checkpoint.load import find, find_before
 from megascale.checkpoint.manifest import (
     MANIFEST,
     FileSum,
@@ -230,6 +230,27 @@ def test_order_of_preference() -> None:
     assert folders.by_preference([1, 2, 3, 4], 3) == [3, 2, 1, 4]
     assert folders.by_preference([1, 2], None) == [2, 1]
     assert folders.by_preference([1, 2], 9) == [2, 1]
+    assert folders.by_preference([1, 2, 3, 4], 4, {2, 3}) == [4, 1, 3, 2]
+
+
+def test_a_future_that_was_left_stays_behind(tmp_path: Path) -> None:
+    checkpoints = folders.checkpoints_dir(tmp_path)
+    for step in (100, 200, 237):
+        checkpoint(tmp_path, step)
+    folders.go_on_from(checkpoints, 200)
+    checkpoint(tmp_path, 300)
+    assert find_before(tmp_path, 289).manifest.position.step == 200
+    assert folders.own_steps(checkpoints) == [100, 200, 300]
+    damage = checkpoints / folders.name_of(300) / "__0_0.distcp"
+    damage.write_bytes(b"")
+    found = find(tmp_path, "auto")
+    assert found is not None and found.manifest.position.step == 200
+    found = find(tmp_path, 237)
+    assert found is not None
+    folders.go_on_from(checkpoints, 237)  # back to it after all
+    assert folders.own_steps(checkpoints) == [100, 200, 237]
+    checkpoint(tmp_path, 300)
+    assert folders.own_steps(checkpoints) == [100, 200, 237, 300]
 
 
 def test_what_may_go() -> None:
