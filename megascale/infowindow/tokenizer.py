@@ -44,6 +44,12 @@ class InfoWindowTokenizer:
             vocabulary = 256 if book.bits % 16 else LARGEST
         return InfoWindowTokenizer(book, vocabulary)
 
+    @property
+    def window_tokens(self) -> int | None:
+        """Tokens of a window; None for codes without windows."""
+        bits = self.book.bits
+        return bits // token_bits(bits, self.eod_id) if bits else None
+
     def encode(self, text: str) -> Tokens:
         """The ids of a text, without an end-of-document token."""
         return self.encode_batch([text])[0]

@@ -91,7 +91,7 @@ def text_tokens(found: Any, config: Any, given: str | None) -> TextTokens:
         ours.decode,
         first_id,
         end_id,
-        follow_what_comes=isinstance(ours, InfoWindowTokenizer),
+        unsettled=ours.window_tokens if isinstance(ours, InfoWindowTokenizer) else 0,
     )
 
 

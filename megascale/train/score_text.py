@@ -26,8 +26,9 @@ class TextTokens:
     decode: Callable[[list[int]], str]
     first_id: int
     end_id: int
-    follow_what_comes: bool = False
-    """Whether ids depend on the text behind them, as those of Equal-Info Windows do."""
+    unsettled: int | None = 0
+    """So many ids at the end of a text depend on what follows it, as those of the last of
+    Equal-Info Windows do; None: nobody knows how many."""
 
 
 @dataclass(frozen=True)
@@ -85,15 +86,17 @@ class TextScorer:
     def _split(self, context: str, text: str) -> tuple[list[int], list[int]]:
         """Tokens of both; spaces between them go to the second, where tokenizers want them.
 
-        Where ids follow what comes, the second begins with the first id that knows of it. What it
-        then holds of the context is the same for every text that is compared.
+        Ids of the context that depend on what follows are part of the second. So what it holds of
+        the context is the same for every text that is compared (but where nobody knows how many).
         """
         stripped = context.rstrip()
         text = context[len(stripped) :] + text
         before = self.tokens.encode(stripped) if stripped else []
         both = self.tokens.encode(stripped + text)
-        if self.tokens.follow_what_comes:
+        if self.tokens.unsettled is None:
             before = os.path.commonprefix([before, both])
+        elif self.tokens.unsettled:
+            before = before[: -self.tokens.unsettled]
         return [self.tokens.first_id, *before], both[len(before) :]
 
     def _cut(self, context: list[int], text: list[int]) -> tuple[list[int], list[int]]:

@@ -64,19 +64,22 @@ def test_a_window_that_is_cut_off_is_left_out():
 
 @pytest.mark.parametrize("vocabulary", [256, 65536])
 def test_a_continuation_is_judged_by_all_that_it_changes(vocabulary):
-    """The last window of a context may hold some of what follows it."""
+    """The last window of a context may hold some of what follows it, and for all that may follow
+    the same is judged."""
     tokenizer = InfoWindowTokenizer(small_book(), vocabulary)
 
     def encode(text):
         return tokenizer.encode(text).tolist()
 
-    scorer = TextScorer(None, TextTokens(encode, tokenizer.decode, 9, 9, follow_what_comes=True))
+    scorer = TextScorer(None, TextTokens(encode, tokenizer.decode, 9, 9, tokenizer.window_tokens))
     for cut in range(len(STORY)):
         context, text = STORY[:cut], STORY[cut:]
         first, second = scorer._split(context, text)
         assert first[0] == 9 and second
         assert first[1:] + second == encode(STORY)
         assert context.startswith(tokenizer.decode(first[1:]))
+        for choice in ("A", "B", "C", "D", " no", "é"):
+            assert scorer._split(context, choice)[0] == first
 
 
 def test_plain_ac_that_was_cut_off_is_a_beginning():
