@@ -315,13 +315,16 @@ def replayed_share(cursor: Cursor, config: RunConfig) -> float:
 
 
 def first_scores(run_dir: Path) -> dict[str, float]:
-    """Held-out losses of the first evaluation that a run has recorded; empty before it."""
+    """Held-out losses of the first evaluation that a run has recorded; empty before it.
+
+    One that was not finite, which a record says as null, is left out.
+    """
     try:
         rows = read_rows(run_dir / METRICS_FILE)
     except OSError:
         return {}
-    evaluations = [row["eval"] for row in rows if "eval" in row]
-    return {name: one["loss"] for name, one in evaluations[0].items()} if evaluations else {}
+    first = next((row["eval"] for row in rows if "eval" in row), {})
+    return {name: one["loss"] for name, one in first.items() if one["loss"] is not None}
 
 
 def _lr_outlook(config: RunConfig, cursor: Cursor) -> str:

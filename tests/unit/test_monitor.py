@@ -62,6 +62,17 @@ def test_what_json_cannot_say_is_null(tmp_path: Path, value: float) -> None:
     assert said["loss"] is None and said["slowdown"] == [None, 1.0]
 
 
+def test_a_first_score_that_was_not_finite_is_none(tmp_path: Path) -> None:
+    from megascale.train.report import first_scores
+
+    assert first_scores(tmp_path) == {}
+    metrics = writer(tmp_path)
+    for step, loss in ((1, float("nan")), (2, 3.0)):
+        metrics.write({"step": step, "eval": {"a": {"loss": loss}, "b": {"loss": 2.0}}})
+    metrics.close()
+    assert first_scores(tmp_path) == {"b": 2.0}
+
+
 def test_resume_drops_later_steps_and_the_half_written_line(tmp_path: Path) -> None:
     write_steps(tmp_path, range(1, 8))
     with open(tmp_path / "metrics.jsonl", "a") as file:
