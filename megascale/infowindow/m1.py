@@ -22,7 +22,7 @@ Shape suffixes: B texts, T places, H hidden, D head size, A heads, V symbols.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -147,6 +147,12 @@ class M1:
             for i, states in zip(batch, hidden, strict=True):
                 found[i] = self._weights_of(states[: len(pieces[i]) + 1])
         return [np.concatenate([found[i][skip:] for i, skip in parts]) for parts in keep]
+
+    def weights_in_parts(self, text: bytes) -> Iterator[Ints]:
+        """See `ByteModel`."""
+        for start, first, stop in _pieces(len(text), self.shape.context_bytes):
+            (weights,) = self.weights_along([text[start:stop]])
+            yield weights[first - start :]
 
     def weights_after(self, contexts: list[bytes]) -> Ints:
         """See `ByteModel`."""

@@ -17,7 +17,8 @@ from toy_m1 import random_m1
 from megascale.errors import UserError
 from megascale.infowindow import m1 as m1_module
 from megascale.infowindow.m1 import M1, _begin, _exp, _pieces
-from megascale.infowindow.tables import TOTAL, byte_tables
+from megascale.infowindow.reference import plain_tables
+from megascale.infowindow.tables import TOTAL, byte_tables, cumulative
 
 ROOT = Path(__file__).parents[2]
 TEXT = "".join(f"line {i} of a tëxt, {i * i}\n" for i in range(20)).encode()[:300]
@@ -37,6 +38,14 @@ def test_every_prefix_of_a_long_text_is_seen_as_by_itself():
     (along,) = MODEL.weights_along([TEXT])
     each = MODEL.weights_after([TEXT[:i] for i in range(len(TEXT) + 1)])
     assert (along == each).all() and along.shape == (301, 257)
+
+
+def test_the_tables_of_a_long_text_come_in_parts_of_what_the_model_sees():
+    parts = list(MODEL.weights_in_parts(TEXT))
+    assert max(map(len, parts)) <= MODEL.shape.context_bytes + 1
+    (along,) = MODEL.weights_along([TEXT])
+    assert (np.concatenate(parts) == along).all()
+    assert (np.stack(list(plain_tables(TEXT, MODEL))) == cumulative(along)).all()
 
 
 def test_sums_in_any_order_give_the_same_bits(monkeypatch):
