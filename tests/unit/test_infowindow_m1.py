@@ -178,6 +178,29 @@ def test_files_come_back_and_bad_ones_are_refused(tmp_path):
         M1.open(tmp_path / "other")
 
 
+@pytest.mark.parametrize(
+    "changes, size",
+    [
+        ({"model.layers.1.self_attn.o_proj.weight": None}, {}),
+        ({"model.norm.weight.exponent": None}, {}),
+        ({"lm_head.weight": np.zeros((257, 31), np.int16)}, {}),
+        ({"lm_head.weight": np.zeros((257, 32))}, {}),
+        ({"model.layers.2.mlp.up_proj.weight": np.zeros((64, 32), np.int16)}, {}),
+        ({}, {"num_layers": 3}),
+        ({}, {"num_layers": 10**12}),
+        ({}, {"context_bytes": 65}),
+        ({"rotary.cos": np.zeros((4001, 8), np.int16), "rotary.sin": np.zeros((4001, 8), np.int16)},
+         {"context_bytes": 4000}),
+    ],
+)  # fmt: skip
+def test_tensors_are_those_of_the_shape(tmp_path, changes, size):
+    path, arrays = tmp_path / "m1.safetensors", {**MODEL.arrays, **changes}
+    whole = {name: one for name, one in arrays.items() if one is not None}
+    M1(replace(MODEL.shape, **size), whole).save(path)
+    with pytest.raises(UserError, match="m1.safetensors: no M1 that this program knows; megascale"):
+        M1.open(path)
+
+
 def test_what_cannot_be_frozen_is_refused():
     weights = {name: MODEL._weights[name] for name in MODEL._weights}
     with pytest.raises(UserError, match="sizes up to 2048"):
