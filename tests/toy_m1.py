@@ -32,6 +32,9 @@ class FormulaModel:
     def weights_along(self, texts):
         return [self.weights_after([text[:i] for i in range(len(text) + 1)]) for text in texts]
 
+    def weights_in_parts(self, text):
+        yield from np.array_split(self.weights_along([text])[0], 2)
+
     def _weights(self, context):
         known = context[max(0, len(context) - self.order) :]
         digest = hashlib.sha256(bytes([self.seed]) + known).digest()

@@ -81,14 +81,22 @@ def parse_as(
     tree = {} if tree is None else tree
     if not isinstance(tree, dict):
         raise UserError(f"{where}: a config is a YAML mapping such as 'seed: 1', not {_kind(tree)}")
-    for override in overrides:
-        _apply_override(tree, override)
+    apply_overrides(tree, overrides)
     _fill_in(tree, under or {})
     try:
         built: T = _build(kind, tree, "")
     except UserError as error:
         raise UserError(f"{where}: {error}") from None
     return built
+
+
+def apply_overrides(tree: dict[str, Any], overrides: Sequence[str]) -> None:
+    """Set what `a.b=c` overrides say in nested mappings.
+
+    Raises UserError for an override that is not of that form, or goes into what has no keys.
+    """
+    for override in overrides:
+        _apply_override(tree, override)
 
 
 def dump_config(config: RunConfig) -> str:

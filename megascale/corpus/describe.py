@@ -55,7 +55,8 @@ def tokenizer_mark(folder: Path) -> str | None:
 
     None where it is not known. Files that only configure it do not count.
     """
-    if (folder / CORPUS_FILE).is_file() and read_corpus_file(folder)["tokenizer"]["path"] is None:
+    facts = read_corpus_file(folder)["tokenizer"] if (folder / CORPUS_FILE).is_file() else None
+    if facts is not None and facts["path"] is None:
         return "bytes"
     inside = folder / TOKENIZER_FOLDER
     files = sorted(one for one in inside.glob("*") if one.is_file())
@@ -65,6 +66,9 @@ def tokenizer_mark(folder: Path) -> str | None:
     digest = hashlib.sha256()
     for file in vocabulary:
         digest.update(file.read_bytes())
+    if facts is not None and facts["kind"] == "infowindow":
+        # a codebook does not say into which tokens its codes are cut
+        digest.update(str(facts["vocab_size"]).encode())
     return digest.hexdigest()[:12]
 
 

@@ -78,7 +78,7 @@ def prepare(
     `force` replaces a corpus that differs. The folder appears whole or not at all. Raises
     UserError on every rank for inputs that cannot be read and where no text is left.
     """
-    out, team = Path(out), Team()
+    out, team = Path(os.path.abspath(out)), Team()  # `.` has no name to put others beside
     if processes is None:
         processes = _cores() if team.size == 1 else 1
     if processes < 1:

@@ -29,6 +29,8 @@ from megascale.infowindow.walk import Bytes, Tree
 KIND = "megascale.infowindow.codebook"
 MADE_BY = "megascale infowindow compile"
 CODES = ("ac", "tunstall", "plain")
+MOST_STRING_BYTES = 1 << 26
+"""Of all strings of a dictionary; that of an M1 that is as sure as can be has 4 MB."""
 
 
 class Coder(Protocol):
@@ -148,14 +150,18 @@ class Codebook:
     def strings(self) -> list[bytes]:
         """What each code of a dictionary stands for.
 
-        Raises ValueError where the tree is none, or lacks a byte.
+        Raises ValueError where the tree is none, lacks a byte, or would fill the memory.
         """
         lengths, lasts = self.arrays["length"].tolist(), self.arrays["last"].tolist()
         strings: list[bytes] = []
         path: list[bytes] = [b""]
+        total = 0
         for length, last in zip(lengths, lasts, strict=True):
             if not 1 <= length <= len(path):
                 raise ValueError("a string without its beginning")
+            total += length
+            if total > MOST_STRING_BYTES:
+                raise ValueError("strings that no M1 makes so long")
             path[length:] = [path[length - 1] + bytes([last])]
             strings.append(path[length])
         rises = all(a < b for a, b in zip(strings, strings[1:], strict=False))

@@ -22,7 +22,7 @@ Shape suffixes: B texts, T places, H hidden, D head size, A heads, V symbols.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -73,6 +73,31 @@ class Shape:
                 f"{longest} and {self.vocab_size}; train a smaller one on a corpus of bytes"
             )
 
+    def tensors(self) -> Iterator[tuple[str, tuple[int, ...]]]:
+        """Names and shapes of an M1's arrays, without the exponents."""
+        hidden, inner = self.hidden_size, self.ffn_hidden_size
+        queries, keys = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
+        yield "model.embed_tokens.weight", (self.vocab_size, hidden)
+        yield "model.norm.weight", (hidden,)
+        if not self.tied_embeddings:
+            yield "lm_head.weight", (self.vocab_size, hidden)
+        for one in ("cos", "sin"):
+            yield f"rotary.{one}", (self.context_bytes + 1, self.head_dim // 2)
+        of_layer: dict[str, tuple[int, ...]] = {
+            "input_layernorm": (hidden,),
+            "post_attention_layernorm": (hidden,),
+            "self_attn.q_proj": (queries, hidden),
+            "self_attn.k_proj": (keys, hidden),
+            "self_attn.v_proj": (keys, hidden),
+            "self_attn.o_proj": (hidden, queries),
+            "mlp.gate_proj": (inner, hidden),
+            "mlp.up_proj": (inner, hidden),
+            "mlp.down_proj": (hidden, inner),
+        }
+        for layer in range(self.num_layers):
+            for name, size in of_layer.items():
+                yield f"model.layers.{layer}.{name}.weight", size
+
 
 @dataclass(frozen=True)
 class M1:
@@ -118,10 +143,23 @@ class M1:
         """An M1 from the content of a file; `where` names that."""
         try:
             model = M1(Shape(**facts), arrays)
-            assert len(model._weights) > 0
+            model.shape.require_exact()
+            model._require_tensors()
         except (TypeError, KeyError, ValueError):
             raise UserError(f"{where}: no M1 that this program knows; {MADE_BY} again") from None
         return model
+
+    def _require_tensors(self) -> None:
+        """Raises KeyError or ValueError unless the arrays are those of the shape."""
+        known = 0
+        for name, size in self.shape.tensors():
+            for one, wanted in ((name, size), (f"{name}.exponent", (1,))):
+                found = self.arrays[one]
+                if found.dtype != np.int16 or found.shape != wanted or not found.size:
+                    raise ValueError(f"{one} is {found.dtype} of {found.shape}")
+                known += 1
+        if known != len(self.arrays):
+            raise ValueError("tensors that no M1 has")
 
     @property
     def num_parameters(self) -> int:
@@ -147,6 +185,12 @@ class M1:
             for i, states in zip(batch, hidden, strict=True):
                 found[i] = self._weights_of(states[: len(pieces[i]) + 1])
         return [np.concatenate([found[i][skip:] for i, skip in parts]) for parts in keep]
+
+    def weights_in_parts(self, text: bytes) -> Iterator[Ints]:
+        """See `ByteModel`."""
+        for start, first, stop in _pieces(len(text), self.shape.context_bytes):
+            (weights,) = self.weights_along([text[start:stop]])
+            yield weights[first - start :]
 
     def weights_after(self, contexts: list[bytes]) -> Ints:
         """See `ByteModel`."""

@@ -290,9 +290,10 @@ def _half_of(low: int, high: int) -> tuple[int | None, int] | None:
     return None
 
 
-def plain_tables(text: bytes, model: ByteModel) -> Ints:
-    """Tables (len + 1, 258) of the symbols of a document, each with the model's view before it."""
-    return cumulative(model.weights_along([text])[0])
+def plain_tables(text: bytes, model: ByteModel) -> Iterator[Ints]:
+    """Tables (258) of the symbols of a document, each with the model's view before it."""
+    for weights in model.weights_in_parts(text):
+        yield from cumulative(weights)
 
 
 def static_table(counts: Sequence[int]) -> Ints:

@@ -5,6 +5,7 @@ Shape suffixes: N contexts, V symbols.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, Protocol
 
 import numpy as np
@@ -30,6 +31,9 @@ class ByteModel(Protocol):
     def weights_along(self, texts: list[bytes]) -> list[Ints]:
         """For each text an array (len + 1, 257): weights of the symbol after each of its prefixes,
         the empty one first; whole numbers below 2^40."""
+
+    def weights_in_parts(self, text: bytes) -> Iterator[Ints]:
+        """The rows of `weights_along` for one text, some at a time, however long it is."""
 
     def weights_after(self, contexts: list[bytes]) -> Ints:
         """(N, 257): weights of the symbol after each context."""

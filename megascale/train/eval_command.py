@@ -71,7 +71,7 @@ def text_tokens(found: Any, config: Any, given: str | None) -> TextTokens:
     from megascale.corpus.describe import CORPUS_FILE
     from megascale.corpus.tokenizers import load_hf, load_tokenizer
     from megascale.infowindow.tokenizer import InfoWindowTokenizer
-    from megascale.train.export_command import tokenizer_folder
+    from megascale.train.export_command import require_known, tokenizer_folder
     from megascale.train.score_text import TextTokens
 
     folder = tokenizer_folder(found, config, given)
@@ -86,6 +86,7 @@ def text_tokens(found: Any, config: Any, given: str | None) -> TextTokens:
         ours = load_hf(str(folder))
         theirs, end_id = AutoTokenizer.from_pretrained(folder, local_files_only=True), ours.eod_id
         first_id = end_id if theirs.bos_token_id is None else theirs.bos_token_id
+    require_known(ours.vocab_size, config.model.vocab_size, folder)
     return TextTokens(
         lambda text: ours.encode(text).tolist(),
         ours.decode,

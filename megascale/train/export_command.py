@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from megascale.config import RunConfig
+from megascale.config import RunConfig, SourceConfig
 from megascale.config.load import whole_number
+from megascale.errors import UserError
 from megascale.train.import_command import add_check_arguments
 
 if TYPE_CHECKING:
@@ -67,12 +68,12 @@ def _convert(found: Found, out: Path, shard_bytes: int, args: argparse.Namespace
     context_tokens, shapes = config.data.context_tokens, export_shapes(config.model)
     dtype = stored.read("decoder.final_layernorm.weight").dtype
     theirs = config_of(config.model, context_tokens, str(dtype).removeprefix("torch."))
-    tensors = export_tensors(stored, config.model)
-    files = write_files(out, shapes, dtype, tensors, shard_bytes)
     source = tokenizer_folder(found, config, args.tokenizer)
     if source is not None:
         write_tokenizer(source, out, context_tokens)
-    _write_configs(theirs, out, source is not None)
+    write_configs(theirs, out, source)
+    tensors = export_tensors(stored, config.model)
+    files = write_files(out, shapes, dtype, tensors, shard_bytes)
     number = f"{len(files)} file{'s' * (len(files) > 1)}"
     said = [f"{theirs.model_type} in {str(dtype).removeprefix('torch.')}, {number}"]
     if args.check:
@@ -83,30 +84,67 @@ def _convert(found: Found, out: Path, shard_bytes: int, args: argparse.Namespace
 
 
 def tokenizer_folder(found: Found, config: RunConfig, given: str | None) -> Path | None:
-    """The corpus or Hugging Face folder whose tokenizer a checkpoint's model was trained with."""
+    """The corpus or Hugging Face folder whose tokenizer a checkpoint's model was trained with.
+
+    Raises UserError for a corpus of the run that is not what the run has read.
+    """
     from megascale.corpus.describe import CORPUS_FILE, TOKENIZER_FOLDER
 
     if given is not None:
         return Path(given)
     if (found.folder / TOKENIZER_FOLDER).is_dir():
         return found.folder / TOKENIZER_FOLDER
-    paths = (Path(source.path) for source in config.data.sources.values())
-    return next((path for path in paths if (path / CORPUS_FILE).is_file()), None)
+    for name, source in config.data.sources.items():
+        if (Path(source.path) / CORPUS_FILE).is_file():
+            held = found.manifest.position.cursor.get("sources", {}).get(name)
+            if held is not None:
+                _require_same(name, source, held)
+            return Path(source.path)
+    return None
 
 
-def _write_configs(theirs: object, out: Path, has_tokenizer: bool) -> None:
-    """Write config.json and generation_config.json, with the ids that begin and end a text."""
+def _require_same(name: str, source: SourceConfig, held: str) -> None:
+    from megascale.corpus.describe import describe, identity
+    from megascale.train.replay import part_seen
+
+    try:
+        now = identity(part_seen(describe(source.path), source))
+    except UserError as error:
+        now = str(error)
+    if now != held:
+        raise UserError(
+            f"source '{name}' held {held} when the checkpoint was written, now: {now}; if its "
+            f"tokenizer is still the same, give --tokenizer {source.path}"
+        )
+
+
+def require_known(num_ids: int, model_ids: int, folder: Path) -> None:
+    """Raises UserError where the tokenizer of a folder has ids that the model lacks."""
+    if num_ids > model_ids:
+        raise UserError(
+            f"tokenizer of {folder}: it has {num_ids:,} ids, the model knows {model_ids:,}; give "
+            "the one that the model was trained with, --tokenizer FOLDER"
+        )
+
+
+def write_configs(theirs: Any, out: Path, source: Path | None) -> None:
+    """Write config.json and generation_config.json, with the ids that begin and end a text.
+
+    `source` is where the tokenizer in `out` comes from. Raises UserError where it has ids that
+    the model lacks.
+    """
     from transformers import AutoTokenizer, GenerationConfig
 
     from megascale.checkpoint.huggingface.config import write_config
     from megascale.checkpoint.huggingface.tokenizer import INFOWINDOW_CLASS
 
-    if has_tokenizer:
+    if source is not None:
         # code that runs is our own, which was just written there
         tokenizer = AutoTokenizer.from_pretrained(
             out, local_files_only=True, trust_remote_code=(out / INFOWINDOW_CLASS.name).is_file()
         )
-        theirs.bos_token_id = tokenizer.bos_token_id  # type: ignore[attr-defined]
-        theirs.eos_token_id = tokenizer.eos_token_id  # type: ignore[attr-defined]
+        require_known(max(tokenizer.get_vocab().values()) + 1, theirs.vocab_size, source)
+        theirs.bos_token_id = tokenizer.bos_token_id
+        theirs.eos_token_id = tokenizer.eos_token_id
     write_config(theirs, out)
     GenerationConfig.from_model_config(theirs).save_pretrained(out)

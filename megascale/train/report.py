@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from megascale.checkpoint.load import Found
 from megascale.checkpoint.save import SaveResult
 from megascale.config import RunConfig, dump_config
-from megascale.corpus.batches import Cursor, num_steps, used_sources
+from megascale.corpus.batches import Cursor, GlobalBatch, num_steps, used_sources
 from megascale.corpus.describe import SourceInfo
 from megascale.model.balance import ExpertUse
 from megascale.model.counts import batch_flops
@@ -54,7 +54,7 @@ class Report:
         """`nodes` are the names of the ranks' machines, on rank 0."""
         self._config, self._ranks, self._folder = config, ranks, folder
         self._speaks = ranks.rank == 0
-        self._bytes_per_token = _bytes_per_token(sources)
+        self._bytes_per_token = bytes_per_token(sources[name] for name in config.data.sources)
         self._peak = peak_flops(_device_name(ranks), config.train.precision)
         if not self._speaks:
             return
@@ -156,8 +156,10 @@ class Report:
             self._say(f"step {cursor.step} skipped: loss {result.loss}, norm {result.grad_norm}")
         last = cursor.step == self._console.total_steps
         if cursor.step % self._config.monitor.log_every_steps == 0 or last:
-            if self._bytes_per_token:
-                row["bits_per_byte"] = result.loss / math.log(2) / self._bytes_per_token
+            num_bytes = bytes_of(planned.batch, self._bytes_per_token)
+            if num_bytes:
+                nats = result.loss * planned.batch.num_tokens
+                row["bits_per_byte"] = nats / math.log(2) / num_bytes
             row["plan_wait_s"] = fmean(self._plan_waits_s)
             self._plan_waits_s.clear()
             self._say(self._console.line(row))
@@ -313,13 +315,16 @@ def replayed_share(cursor: Cursor, config: RunConfig) -> float:
 
 
 def first_scores(run_dir: Path) -> dict[str, float]:
-    """Held-out losses of the first evaluation that a run has recorded; empty before it."""
+    """Held-out losses of the first evaluation that a run has recorded; empty before it.
+
+    One that was not finite, which a record says as null, is left out.
+    """
     try:
         rows = read_rows(run_dir / METRICS_FILE)
     except OSError:
         return {}
-    evaluations = [row["eval"] for row in rows if "eval" in row]
-    return {name: one["loss"] for name, one in evaluations[0].items()} if evaluations else {}
+    first = next((row["eval"] for row in rows if "eval" in row), {})
+    return {name: one["loss"] for name, one in first.items() if one["loss"] is not None}
 
 
 def _lr_outlook(config: RunConfig, cursor: Cursor) -> str:
@@ -331,12 +336,20 @@ def _lr_outlook(config: RunConfig, cursor: Cursor) -> str:
     return ", ".join(parts)
 
 
-def _bytes_per_token(sources: Mapping[str, SourceInfo]) -> float | None:
-    """Of all sources together; None where one does not know its bytes."""
-    if any(info.train_bytes is None for info in sources.values()):
-        return None
-    tokens = sum(info.train_tokens for info in sources.values())
-    return sum(info.train_bytes or 0 for info in sources.values()) / max(tokens, 1)
+def bytes_per_token(sources: Iterable[SourceInfo]) -> NDArray[np.float64]:
+    """Of the text of each source; NaN where it does not know its bytes."""
+    return np.array(
+        [
+            math.nan if one.train_bytes is None else one.train_bytes / max(one.train_tokens, 1)
+            for one in sources
+        ]
+    )
+
+
+def bytes_of(batch: GlobalBatch, per_token: NDArray[np.float64]) -> float | None:
+    """Bytes of text that a batch holds, by the means of its sources; None where one is unknown."""
+    num_bytes = float(per_token[batch.source] @ batch.length)
+    return None if math.isnan(num_bytes) else num_bytes
 
 
 def _device_name(ranks: Ranks) -> str:

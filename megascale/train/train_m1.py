@@ -103,10 +103,12 @@ def write_config(
 ) -> None:
     """Cut the corpora into pieces below `out`, where they are not yet, and write the run's config.
 
-    Pieces are cut for the context that the overrides leave in force. Raises UserError for a corpus
+    Pieces are cut for the context that the overrides leave in force. The config holds what the
+    overrides say, but for where to stop early, which is of one call. Raises UserError for a corpus
     that does not hold bytes, a folder that cannot be written, and a run that cannot be frozen.
     """
     from megascale.config import parse_config
+    from megascale.config.load import apply_overrides
 
     model, context_tokens = SHAPES[shape]
     tree: dict[str, Any] = yaml.safe_load(CONFIG)
@@ -126,6 +128,8 @@ def write_config(
             pieces = Path(source["path"]).parent
             for part in ("train", "heldout"):
                 _cut(corpus / part, pieces / part, context_tokens - 1)
+        apply_overrides(tree, overrides)
+        tree["train"].pop("stop_after_steps", None)
         config_of(out).write_text(yaml.safe_dump(tree, sort_keys=False), encoding="utf-8")
     except OSError as error:
         where = error.filename or out

@@ -136,6 +136,16 @@ def test_pieces_are_cut_for_the_context_in_force(texts, tmp_path):
     assert longest[64] <= 64 and 200 < longest[256] <= 256
 
 
+def test_the_written_config_is_that_of_the_run(texts, tmp_path):
+    words = ["train.tokens=200M", "optim.lr=6e-3", "data.context_tokens=128"]
+    write_config([texts], tmp_path, "small", [*words, "train.stop_after_steps=1"])
+    config = load_config(tmp_path / "m1.yaml")
+    assert (config.train.tokens, config.optim.lr) == (200_000_000, 6e-3)
+    assert config.train.stop_after_steps is None and config.train.precision == "fp32"
+    assert config.data.context_tokens == 128
+    assert "pieces-128" in config.data.sources["0_bytes"].path
+
+
 @pytest.mark.parametrize("name", ["x #y", "a: b", "q'uote", "tëxt"])
 def test_any_name_of_a_folder_will_do(texts, tmp_path, name):
     copy = tmp_path / "c" / name

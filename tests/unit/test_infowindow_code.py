@@ -151,7 +151,7 @@ def test_3_one_more_byte_has_no_code(text, bits):
 @settings(max_examples=40, deadline=None)
 @given(TEXTS)
 def test_4_plain_ac_is_within_two_bits_of_the_information(text):
-    tables = plain_tables(text, MODEL)
+    tables = list(plain_tables(text, MODEL))
     bits = information(text, tables) + 14 - log2(tables[-1][257] - tables[-1][256])
     for size in (8, 16):
         tokens = encode_plain(text, tables, size)

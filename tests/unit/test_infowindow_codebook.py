@@ -331,6 +331,8 @@ def test_codebooks_come_back_and_bad_ones_are_refused(tmp_path):
 
     lengths = np.array(book.arrays["length"])
     lengths[0] = 2
+    chain = np.r_[np.arange(1, NUM_CODES - 254), np.ones(255)].astype(np.uint16)
+    bytes_of_chain = np.r_[np.zeros(NUM_CODES - 255), np.arange(1, 256)].astype(np.uint8)
     for content, said in [
         (bytes(flipped), "damaged, its checksum is not that of its content"),
         (raw[: len(raw) // 2], "damaged or no megascale.infowindow.codebook file"),
@@ -340,6 +342,7 @@ def test_codebooks_come_back_and_bad_ones_are_refused(tmp_path):
         (forged({"code": "huffman"}), "no code that this program knows"),
         (forged({"bits": 32}), "no code that this program knows"),
         (forged(length=lengths), "no code that this program knows"),
+        (forged(length=chain, last=bytes_of_chain), "no code that this program knows"),
         (forged(last=np.zeros(NUM_CODES, np.uint8)), "no code that this program knows"),
         (forged(last=book.arrays["last"][:-1], length=lengths[:-1]), "no code that this program"),
     ]:

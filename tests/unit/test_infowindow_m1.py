@@ -17,7 +17,8 @@ from toy_m1 import random_m1
 from megascale.errors import UserError
 from megascale.infowindow import m1 as m1_module
 from megascale.infowindow.m1 import M1, _begin, _exp, _pieces
-from megascale.infowindow.tables import TOTAL, byte_tables
+from megascale.infowindow.reference import plain_tables
+from megascale.infowindow.tables import TOTAL, byte_tables, cumulative
 
 ROOT = Path(__file__).parents[2]
 TEXT = "".join(f"line {i} of a tëxt, {i * i}\n" for i in range(20)).encode()[:300]
@@ -37,6 +38,14 @@ def test_every_prefix_of_a_long_text_is_seen_as_by_itself():
     (along,) = MODEL.weights_along([TEXT])
     each = MODEL.weights_after([TEXT[:i] for i in range(len(TEXT) + 1)])
     assert (along == each).all() and along.shape == (301, 257)
+
+
+def test_the_tables_of_a_long_text_come_in_parts_of_what_the_model_sees():
+    parts = list(MODEL.weights_in_parts(TEXT))
+    assert max(map(len, parts)) <= MODEL.shape.context_bytes + 1
+    (along,) = MODEL.weights_along([TEXT])
+    assert (np.concatenate(parts) == along).all()
+    assert (np.stack(list(plain_tables(TEXT, MODEL))) == cumulative(along)).all()
 
 
 def test_sums_in_any_order_give_the_same_bits(monkeypatch):
@@ -167,6 +176,29 @@ def test_files_come_back_and_bad_ones_are_refused(tmp_path):
         M1.open(path)
     with pytest.raises(UserError, match="no such file; make it with megascale infowindow train-m1"):
         M1.open(tmp_path / "other")
+
+
+@pytest.mark.parametrize(
+    "changes, size",
+    [
+        ({"model.layers.1.self_attn.o_proj.weight": None}, {}),
+        ({"model.norm.weight.exponent": None}, {}),
+        ({"lm_head.weight": np.zeros((257, 31), np.int16)}, {}),
+        ({"lm_head.weight": np.zeros((257, 32))}, {}),
+        ({"model.layers.2.mlp.up_proj.weight": np.zeros((64, 32), np.int16)}, {}),
+        ({}, {"num_layers": 3}),
+        ({}, {"num_layers": 10**12}),
+        ({}, {"context_bytes": 65}),
+        ({"rotary.cos": np.zeros((4001, 8), np.int16), "rotary.sin": np.zeros((4001, 8), np.int16)},
+         {"context_bytes": 4000}),
+    ],
+)  # fmt: skip
+def test_tensors_are_those_of_the_shape(tmp_path, changes, size):
+    path, arrays = tmp_path / "m1.safetensors", {**MODEL.arrays, **changes}
+    whole = {name: one for name, one in arrays.items() if one is not None}
+    M1(replace(MODEL.shape, **size), whole).save(path)
+    with pytest.raises(UserError, match="m1.safetensors: no M1 that this program knows; megascale"):
+        M1.open(path)
 
 
 def test_what_cannot_be_frozen_is_refused():

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from toy_m1 import random_m1, small_book
 
 from megascale.cli import main
-from megascale.corpus.describe import describe
+from megascale.corpus.describe import describe, tokenizer_mark
 from megascale.corpus.shards import Shard
 from megascale.corpus.tokenizers import load_tokenizer
 from megascale.errors import UserError
@@ -135,6 +135,8 @@ def test_a_corpus_in_windows_is_the_same_by_any_number_of_processes(tmp_path, ca
     status, plain = prepare(tmp_path, "bytes", "--tokenizer", "bytes")
     large, half, raw = (load_tokenizer(folder) for folder in (one, small, plain))
     assert (large.vocab_size, half.vocab_size) == (65537, 257)
+    marks = [tokenizer_mark(folder) for folder in (one, two, small)]
+    assert marks[0] == marks[1] != marks[2]
     for part in ("train", "heldout"):
         shards = [Shard.open(folder / part) for folder in (one, small, plain)]
         for i in range(shards[0].num_documents):

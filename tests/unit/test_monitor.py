@@ -8,10 +8,12 @@ import types
 from datetime import datetime, timedelta
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from megascale.config.schema import MonitorConfig
+from megascale.corpus.batches import GlobalBatch
 from megascale.errors import UserError
 from megascale.monitor.console import Console, show_count, show_duration
 from megascale.monitor.device import mfu, peak_flops
@@ -58,6 +60,17 @@ def test_what_json_cannot_say_is_null(tmp_path: Path, value: float) -> None:
     EventLog(tmp_path).write("skip", loss=value, slowdown=[value, 1.0])
     said = json.loads((tmp_path / "events.jsonl").read_text())
     assert said["loss"] is None and said["slowdown"] == [None, 1.0]
+
+
+def test_a_first_score_that_was_not_finite_is_none(tmp_path: Path) -> None:
+    from megascale.train.report import first_scores
+
+    assert first_scores(tmp_path) == {}
+    metrics = writer(tmp_path)
+    for step, loss in ((1, float("nan")), (2, 3.0)):
+        metrics.write({"step": step, "eval": {"a": {"loss": loss}, "b": {"loss": 2.0}}})
+    metrics.close()
+    assert first_scores(tmp_path) == {"b": 2.0}
 
 
 def test_resume_drops_later_steps_and_the_half_written_line(tmp_path: Path) -> None:
@@ -262,6 +275,20 @@ def test_a_line_reads_as_documented() -> None:
     )
     assert "MFU 41.2 %" in console.line(row(84, mfu=0.412))
     assert "bits/byte" not in console.line(row(84))
+
+
+def test_bytes_are_those_of_the_sources_that_a_batch_reads() -> None:
+    from megascale.train.report import bytes_of, bytes_per_token
+
+    sizes = [(None, 100), (90_000_000, 20_000_000), (10_000_000, 4_000_000)]
+    per_token = bytes_per_token(
+        types.SimpleNamespace(train_bytes=size, train_tokens=tokens) for size, tokens in sizes
+    )
+    length = np.array([10, 30], np.int32)
+    for source, num_bytes in (([2, 2], 100.0), ([1, 2], 120.0), ([1, 1], 180.0), ([0, 1], None)):
+        number = np.zeros(2, np.int64)
+        batch = GlobalBatch(0, np.array(source, np.int16), number, number, length)
+        assert bytes_of(batch, per_token) == num_bytes
 
 
 def test_time_left_counts_evaluations_but_not_the_first_step() -> None:

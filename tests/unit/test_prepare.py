@@ -519,6 +519,14 @@ def test_command_line(tmp_path, monkeypatch, capsys):
     assert "did you mean 'min_characters'" in error and "Traceback" not in error
 
 
+def test_the_folder_may_be_the_one_that_we_are_in(tmp_path, monkeypatch):
+    paths, out = _files(tmp_path / "in", {"a": "one"}), tmp_path / "out"
+    out.mkdir()
+    monkeypatch.chdir(out)
+    prepare(_recipe(paths=paths), ".", processes=1)
+    assert _texts(out) == ["one"] and {path.name for path in tmp_path.iterdir()} == {"in", "out"}
+
+
 def test_no_torch(tmp_path):
     _files(tmp_path / "in", {"a": "one"})
     script = """
