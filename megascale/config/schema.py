@@ -478,7 +478,7 @@ class StartConfig:
     """What a new run begins with. A resumed one goes on from its own checkpoint instead."""
 
     checkpoint: str | None = None
-    """A run_dir (its latest good checkpoint) or the folder of one checkpoint, as `megascale grow`
+    """A run_dir (its latest checkpoint) or the folder of one checkpoint, as `megascale grow`
     and `megascale import` write them. The run begins with its weights, in any layout and
     precision, and where `model` leaves a value out, with its value. None: random weights."""
     optimizer: Literal["reset", "keep"] = "reset"
