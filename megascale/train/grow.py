@@ -29,7 +29,7 @@ from megascale.model.counts import count_parameters
 from megascale.train.earlier import read_by
 from megascale.train.growing import command_of
 from megascale.train.learn import Learned, learn_maps
-from megascale.train.start import Origin, Parent, require_relatives
+from megascale.train.start import RATE_TOKENS, Origin, Parent, require_relatives
 
 
 def write_grown(found: Sequence[Found], growth: Growth, out: Path) -> str:
@@ -95,11 +95,12 @@ def _position(found: Sequence[Found], model: ModelConfig, made_by: str) -> Posit
         config = replace(config, data=replace(config.data, sources=plain, earlier=reads))
         cursor = {"data": Cursor().to_json(), "sources": {}}
     origin = Origin(made_by, tuple(Parent.of(one) for one in found))
+    of_rate = first.cursor.get(RATE_TOKENS, first.tokens_seen)
     return replace(
         first,
         tokens_seen=sum(one.manifest.position.tokens_seen for one in found),
         config=dump_config(replace(config, model=model)),
-        cursor=cursor | {"origin": origin.to_json()},
+        cursor=cursor | {"origin": origin.to_json(), RATE_TOKENS: of_rate},
     )
 
 

@@ -29,6 +29,9 @@ DECIDES_WEIGHTS = frozenset(
     "moe.shared_ffn_hidden_size moe.shared_gate moe.normalize_top_k moe.attention_experts".split()
 )
 """Options of the model that must be as they were for its weights to fit."""
+RATE_TOKENS = "rate_tokens"
+"""In the cursor of a grown checkpoint: where its config's schedule stands. Its tokens seen are
+those of all branches, and those that a map has learned from."""
 SAME_RATE = 0.01
 """Part by which learning rates may differ and count as equal."""
 
@@ -196,7 +199,8 @@ def with_rate_of_start(config: RunConfig) -> RunConfig:
 def rate_of(parent: Position) -> float | None:
     """The learning rate at which a checkpoint's run stood; None where it has trained nothing."""
     schedule = parse_config(parent.config).optim.schedule
-    return lr_at(parent.tokens_seen, schedule) if parent.tokens_seen and schedule else None
+    tokens = parent.cursor.get(RATE_TOKENS, parent.tokens_seen)
+    return lr_at(tokens, schedule) if tokens and schedule else None
 
 
 def rates_apart(config: RunConfig) -> Iterator[str]:

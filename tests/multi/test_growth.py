@@ -176,6 +176,14 @@ def test_equal_branches_give_the_dense_model(ranks, tmp_path, experts, model):
     np.testing.assert_allclose(after, before, rtol=2e-6)
 
 
+def rate(folder):
+    """The learning rate at which the run of a checkpoint stood."""
+    from megascale.checkpoint.load import read_manifest
+    from megascale.train.start import rate_of
+
+    return rate_of(read_manifest(folder).position)
+
+
 def test_branches_become_experts(ranks, tmp_path):
     for steps in (1, 2):  # of equal initial weights
         ranks(1, run_and_save, tmp_path / f"b{steps}", (), 1, steps)
@@ -196,6 +204,9 @@ def test_branches_become_experts(ranks, tmp_path):
         assert after[key].equal((one[key] + two[key]) / 2)
     routers = after["decoder.layers.mlp.router.weight"]
     assert routers.shape == (2, 4, 32) and 0.01 < routers.std() < 0.03
+    assert rate(out) == rate(tmp_path / "b1") != rate(tmp_path / "b2")
+    ranks(1, grow, out, "--factor", "2", "--out", tmp_path / "deep")
+    assert rate(tmp_path / "deep") == rate(out)
 
 
 @pytest.mark.parametrize(
