@@ -171,7 +171,8 @@ class ParallelConfig:
 @dataclass(frozen=True, kw_only=True)
 class ReadConfig:
     """What one run has read of a source: the first pieces of what those before it had left,
-    shuffled. Written by megascale, not by hand.
+    shuffled. One of no pieces at all is a `start.data: restart`: what comes after it was read as if
+    nothing had been before. Written by megascale, not by hand.
     """
 
     name: str

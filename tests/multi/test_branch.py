@@ -417,6 +417,21 @@ def test_a_source_goes_on_under_another_name(ranks, old, new, tmp_path):
     assert all(set(one) == {"python"} for one in evaluations)
 
 
+def test_a_restart_forgets_nothing_that_was_read_before(ranks, old, tmp_path):
+    from megascale.train.describe import load_run
+
+    config, run = old.parent / "config.yaml", tmp_path / "run"
+    status, said = branch(ranks, old, config, run, "start.data=restart", "train.tokens=2000")
+    assert status == 0 and "source 'tiny' is read from its beginning" in said
+    assert batches_of(run, 2) == batches_of(old, 2)
+    words = [f"run_dir={tmp_path / 'child'}", "train.tokens=1000", REPLAY]
+    sources = load_run(config, [*words, f"start.checkpoint={run}"])[0].data.sources
+    before, after = (sum(map(len, batches_of(*one))) for one in ((old, 8), (run, 2)))
+    replayed, tiny = sources["replay/tiny"].earlier, sources["tiny"]
+    assert [one.pieces for one in replayed.reads] == [before, 0, after]
+    assert tiny.begin == after and tiny.earlier.tokens == replayed.tokens > 9900
+
+
 def test_epochs_count_what_earlier_runs_read(old, tmp_path):
     words = (old.parent / "config.yaml", f"run_dir={tmp_path}", f"start.checkpoint={old}")
     everything = 150_000
