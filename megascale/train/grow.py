@@ -26,6 +26,7 @@ from megascale.errors import UserError
 from megascale.growth.grow import grow, grow_moments
 from megascale.growth.model import Growth
 from megascale.model.counts import count_parameters
+from megascale.runtime.pulse import pulse
 from megascale.train.earlier import read_by
 from megascale.train.growing import command_of
 from megascale.train.learn import Learned, learn_maps
@@ -120,9 +121,10 @@ def _after(position: Position, learned: Learned) -> Position:
 
 
 def _shown(pieces: Iterable[Piece], bytes_all: int) -> Iterator[Piece]:
-    """The pieces, with a line on a terminal that says how far they are."""
+    """The pieces, each marked, with a line on a terminal that says how far they are."""
     began, done, shows = time.monotonic(), 0, sys.stderr.isatty()
     for one in pieces:
+        pulse.mark()
         yield one
         done += 4 * prod(one.tensor.shape)
         if shows:

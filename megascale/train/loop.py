@@ -176,7 +176,9 @@ def _train_growing(
         if run(small, None if resume is None else "auto", psutil.Process().create_time()):
             return True
         pulse.restart()
-        on_first_rank(ranks, lambda: print(write_grown([find_at(small.run_dir)], growth, folder)))
+        found = [find_at(small.run_dir, ranks)]
+        waiting = distributed.patient(ranks)  # a piece at a time on one rank, it may take hours
+        on_first_rank(waiting, lambda: print(write_grown(found, growth, folder)))
     steps = small.train.stop_after_steps
     on_first_rank(ranks, lambda: require_growth(grown, growth, steps))
     return run(with_earlier(grown), resume, time.time())

@@ -335,6 +335,35 @@ def growing(tmp_path_factory):
     return [config, *words, "parallel.pipeline=2", "checkpoint.save_every_steps=2"]
 
 
+def growing_patiently(*words):
+    """(exit status, the longest that this rank would wait for another, marks while it grew)."""
+    from unittest.mock import patch
+
+    import torch
+
+    from megascale.runtime.pulse import MARKS, pulse
+    from megascale.train import folder, loop
+
+    seen = []
+
+    def watched(ranks, action):
+        marks = pulse._page[MARKS]
+        folder.on_first_rank(ranks, action)
+        options = ranks.control._get_backend(torch.device("cpu")).options
+        seen.append((options._timeout.total_seconds(), pulse._page[MARKS] - marks))
+
+    with patch.object(loop, "on_first_rank", watched):
+        status, _ = command("train", *words)
+    return status, *max(seen)
+
+
+def test_ranks_wait_while_one_grows_the_model_for_them(ranks, growing, tmp_path):
+    words = (*growing, f"run_dir={tmp_path / 'run'}", "train.tokens=3000")
+    first, second = ranks(2, growing_patiently, *words)
+    assert first[:2] == second[:2] == (0, 7 * 24 * 3600)
+    assert first[2] > second[2]
+
+
 def test_a_run_grows_by_itself(ranks, growing, tmp_path):
     run = tmp_path / "run"
     (status, said), _ = ranks(2, command, "train", *growing, f"run_dir={run}")
