@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -110,19 +111,29 @@ def find_at(path: str | Path, ranks: Ranks | None = None) -> Found:
     return Found(folder, manifest, ())
 
 
-def read_manifest(path: str | Path) -> Manifest:
-    """The manifest of what `find_at` would take if its files are good; none of them is read.
+def folder_at(path: str | Path) -> Path:
+    """The folder of what `find_at` would take if its files are good; only manifests are read.
 
     Raises UserError when there is none.
     """
     folder = Path(path)
-    if not (folder / MANIFEST).exists():
-        checkpoints = folders.checkpoints_dir(folder)
-        steps = _candidates(checkpoints, "latest")
-        if not steps:
-            raise UserError(_nothing_at(folder))
-        folder = checkpoints / folders.name_of(steps[0])
-    return Manifest.read(folder)
+    if (folder / MANIFEST).exists():
+        return folder
+    checkpoints = folders.checkpoints_dir(folder)
+    steps = _candidates(checkpoints, "latest")
+    if not steps:
+        raise UserError(_nothing_at(folder))
+    for step in steps:
+        with suppress(UserError):
+            one = checkpoints / folders.name_of(step)
+            if Manifest.read(one).position.step == step:
+                return one
+    raise UserError(f"no checkpoint in {checkpoints} is good; there are: {_listed(steps)}")
+
+
+def read_manifest(path: str | Path) -> Manifest:
+    """The manifest of the checkpoint in `folder_at(path)`. Raises UserError when there is none."""
+    return Manifest.read(folder_at(path))
 
 
 def _nothing_at(folder: Path) -> str:

@@ -171,7 +171,8 @@ class ParallelConfig:
 @dataclass(frozen=True, kw_only=True)
 class ReadConfig:
     """What one run has read of a source: the first pieces of what those before it had left,
-    shuffled. Written by megascale, not by hand.
+    shuffled. One of no pieces at all is a `start.data: restart`: what comes after it was read as if
+    nothing had been before. Written by megascale, not by hand.
     """
 
     name: str
@@ -478,7 +479,7 @@ class StartConfig:
     """What a new run begins with. A resumed one goes on from its own checkpoint instead."""
 
     checkpoint: str | None = None
-    """A run_dir (its latest good checkpoint) or the folder of one checkpoint, as `megascale grow`
+    """A run_dir (its latest checkpoint) or the folder of one checkpoint, as `megascale grow`
     and `megascale import` write them. The run begins with its weights, in any layout and
     precision, and where `model` leaves a value out, with its value. None: random weights."""
     optimizer: Literal["reset", "keep"] = "reset"

@@ -118,9 +118,10 @@ def left_by(shard: Documents, reads: Sequence[ReadConfig], context_tokens: int) 
     """What `reads`, one after another, have left of a shard, cut into pieces of `context_tokens`.
 
     Each of them read the first pieces of what those before it had left, shuffled; one that came
-    to the end of that went on with the whole shard, shuffled anew for every epoch.
+    to the end of that went on with the whole shard, shuffled anew for every epoch. One of no
+    pieces leaves all.
     """
-    if not reads:
+    if not reads or not reads[-1].pieces:
         return PieceIndex.of_shard(shard, context_tokens)
     key = repr([(one.name, one.seed, one.context_tokens, one.pieces) for one in reads])
     folder, spans = Path(shard.prefix), f"left-{_digest(key)}"
@@ -138,6 +139,8 @@ def epochs_begun(shard: Documents, reads: Sequence[ReadConfig]) -> int:
     """How often `reads`, one after another, have come to the end of a shard."""
     ended = 0
     for number, read in enumerate(reads):
+        if not read.pieces:
+            continue
         left = left_by(shard, reads[:number], read.context_tokens).num_pieces
         if read.pieces >= left:
             whole = PieceIndex.of_shard(shard, read.context_tokens).num_pieces
@@ -181,6 +184,8 @@ class ReadIndex:
         self.num_tokens = 0
         self._parts: list[tuple[Index, Permutation, int]] = []
         for number, read in enumerate(reads):
+            if not read.pieces:
+                continue
             index = left_by(shard, reads[:number], read.context_tokens)
             if read.pieces >= index.num_pieces:  # all that was left: by now, everything
                 whole = PieceIndex.of_shard(shard, read.context_tokens)

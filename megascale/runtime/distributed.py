@@ -6,7 +6,7 @@ import os
 import socket
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any
 
@@ -20,6 +20,7 @@ from megascale.errors import UserError
 
 NAME_BYTES = 64
 TIMEOUT = timedelta(minutes=10)
+PATIENCE = timedelta(days=7)
 
 
 @dataclass(frozen=True)
@@ -213,6 +214,13 @@ def all_agree(fine: bool, ranks: Ranks) -> bool:
     if ranks.world > 1:
         dist.all_reduce(flag, dist.ReduceOp.MIN, group=ranks.control)
     return bool(flag)
+
+
+def patient(ranks: Ranks) -> Ranks:
+    """The same ranks with a `control` that waits for days; for all of them to call."""
+    if ranks.world == 1:
+        return ranks
+    return replace(ranks, control=dist.new_group(backend="gloo", timeout=PATIENCE))
 
 
 def _join(rank: int, world: int, backend: str) -> None:

@@ -39,6 +39,7 @@ from megascale.train.start import (
     model_of_start,
     rates_apart,
     require_model,
+    start_of,
     tokenizers_apart,
     with_rate_of_start,
 )
@@ -56,7 +57,7 @@ def load_run(
     config = load_config(config_path, overrides)
     of_start = None
     if config.start.checkpoint is not None:
-        start = replace(config.start, checkpoint=str(Path(config.start.checkpoint).resolve()))
+        start = start_of(config)
         of_start = model_of_start(replace(config, start=start))
         config = load_config(config_path, overrides, under={"model": of_start})
         config = replace(config, start=start)

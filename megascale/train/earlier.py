@@ -47,7 +47,10 @@ def _read(config: RunConfig, cursor: Cursor, held: Mapping[str, str]) -> dict[st
         if source.replay:
             continue
         if not place.pieces:
-            found |= {name: source} if source.earlier is not None else {}
+            if source.earlier is not None:
+                *before, last = reads = source.earlier.reads
+                known = replace(source.earlier, reads=reads if last.pieces else tuple(before))
+                found[name] = replace(source, earlier=known)
             continue
         before = source.earlier or EarlierConfig(reads=(), tokens=0, held=held.get(name, ""))
         own = ReadConfig(
@@ -137,9 +140,12 @@ def _place(
 ) -> SourceConfig:
     """A source from where this run goes on: in the same order if name, seed and context allow it,
     else in what is left."""
-    if earlier is None or config.start.data == "restart":
+    if earlier is None:
         return replace(source, earlier=None, begin=0)
     *before, last = earlier.reads
+    if config.start.data == "restart":
+        earlier = replace(earlier, reads=(*earlier.reads, replace(last, pieces=0)))
+        return replace(source, earlier=earlier, begin=0)
     order = (name, config.seed, config.data.context_tokens)
     if (last.name, last.seed, last.context_tokens) != order:
         return replace(source, earlier=earlier, begin=0)
@@ -212,14 +218,14 @@ def places_told(config: RunConfig) -> Iterator[str]:
     for name, source in config.data.sources.items():
         if source.replay:
             continue
-        if source.earlier is not None:
+        if source.earlier is not None and config.start.data == "restart":
+            yield f"source '{name}' is read from its beginning"
+        elif source.earlier is not None:
             tokens = source.earlier.tokens
             cut = "" if source.begin else "; what they left is cut and shuffled anew"
             yield f"source '{name}' goes on after the {tokens:,} tokens read before{cut}"
         elif name not in config.data.earlier:
             yield f"source '{name}' is new"
-        elif config.start.data == "restart":
-            yield f"source '{name}' is read from its beginning"
         else:
             reason = trouble(source, _earlier(config.data.earlier[name]))
             yield f"source '{name}' is read from its beginning: {reason}"

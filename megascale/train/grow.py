@@ -26,10 +26,11 @@ from megascale.errors import UserError
 from megascale.growth.grow import grow, grow_moments
 from megascale.growth.model import Growth
 from megascale.model.counts import count_parameters
+from megascale.runtime.pulse import pulse
 from megascale.train.earlier import read_by
 from megascale.train.growing import command_of
 from megascale.train.learn import Learned, learn_maps
-from megascale.train.start import Origin, Parent, require_relatives
+from megascale.train.start import RATE_TOKENS, Origin, Parent, require_relatives
 
 
 def write_grown(found: Sequence[Found], growth: Growth, out: Path) -> str:
@@ -95,11 +96,12 @@ def _position(found: Sequence[Found], model: ModelConfig, made_by: str) -> Posit
         config = replace(config, data=replace(config.data, sources=plain, earlier=reads))
         cursor = {"data": Cursor().to_json(), "sources": {}}
     origin = Origin(made_by, tuple(Parent.of(one) for one in found))
+    of_rate = first.cursor.get(RATE_TOKENS, first.tokens_seen)
     return replace(
         first,
         tokens_seen=sum(one.manifest.position.tokens_seen for one in found),
         config=dump_config(replace(config, model=model)),
-        cursor=cursor | {"origin": origin.to_json()},
+        cursor=cursor | {"origin": origin.to_json(), RATE_TOKENS: of_rate},
     )
 
 
@@ -119,9 +121,10 @@ def _after(position: Position, learned: Learned) -> Position:
 
 
 def _shown(pieces: Iterable[Piece], bytes_all: int) -> Iterator[Piece]:
-    """The pieces, with a line on a terminal that says how far they are."""
+    """The pieces, each marked, with a line on a terminal that says how far they are."""
     began, done, shows = time.monotonic(), 0, sys.stderr.isatty()
     for one in pieces:
+        pulse.mark()
         yield one
         done += 4 * prod(one.tensor.shape)
         if shows:

@@ -9,6 +9,7 @@ from typing import Any
 
 import yaml
 
+from megascale.checkpoint.folder import checkpoints_dir
 from megascale.config import RunConfig, dump_config, parse_config
 from megascale.errors import UserError
 
@@ -41,10 +42,13 @@ def compare_configs(saved_yaml: str, config: RunConfig) -> list[str]:
 
 
 def same_start(was: RunConfig, now: RunConfig) -> bool:
-    """Whether both start alike: from one checkpoint, or each from what its own small model became,
-    wherever their folders were moved."""
+    """Whether both start alike: from one checkpoint, or `now` from the run that it belongs to, or
+    each from what its own small model became, wherever their folders were moved."""
     beside = [_starts_beside(one) for one in (was, now)]
-    checkpoint = now.start.checkpoint if all(beside) else was.start.checkpoint
+    checkpoint = was.start.checkpoint
+    is_of_run = checkpoints_dir(now.start.checkpoint or "") == Path(checkpoint or "").parent
+    if all(beside) or is_of_run:
+        checkpoint = now.start.checkpoint
     return replace(was.start, checkpoint=checkpoint) == now.start
 
 

@@ -12,9 +12,9 @@ from typing import Any
 import yaml
 
 from megascale.checkpoint.folder import EMERGENCY, checkpoints_dir, steps_in
-from megascale.checkpoint.load import Found, read_manifest
+from megascale.checkpoint.load import Found, folder_at, read_manifest
 from megascale.checkpoint.manifest import MANIFEST, Position
-from megascale.config import RunConfig, dump_config, load_config, parse_config
+from megascale.config import RunConfig, StartConfig, dump_config, load_config, parse_config
 from megascale.corpus.describe import tokenizer_mark
 from megascale.errors import UserError
 from megascale.model.counts import padded_vocab_size
@@ -29,6 +29,9 @@ DECIDES_WEIGHTS = frozenset(
     "moe.shared_ffn_hidden_size moe.shared_gate moe.normalize_top_k moe.attention_experts".split()
 )
 """Options of the model that must be as they were for its weights to fit."""
+RATE_TOKENS = "rate_tokens"
+"""In the cursor of a grown checkpoint: where its config's schedule stands. Its tokens seen are
+those of all branches, and those that a map has learned from."""
 SAME_RATE = 0.01
 """Part by which learning rates may differ and count as equal."""
 
@@ -119,20 +122,36 @@ def _seed_of(folder: Path) -> list[str]:
     return [f"seed {parse_config(position.config).seed}"]
 
 
+def start_of(config: RunConfig) -> StartConfig:
+    """Where `config` starts, with the very checkpoint where that names a run.
+
+    Its files are not read. A run that has begun keeps its checkpoint, whatever its parent has
+    saved since. Raises UserError where there is none.
+    """
+    start = Path(config.start.checkpoint or "").resolve()
+    own, home = Path(config.run_dir).resolve(), home_of(start)
+    is_run = checkpoints_dir(home).is_dir() or (home / MANIFEST).exists()
+    if own in (start, *start.parents) or (is_run and home in own.parents):
+        raise UserError(
+            f"start.checkpoint = {start} and run_dir {config.run_dir} lie in one another; a run "
+            "that starts from another needs a run_dir of its own"
+        )
+    named = replace(config.start, checkpoint=str(start))
+    begun = begun_run(replace(config, start=named))
+    if begun is not None:
+        return begun.start
+    try:
+        return replace(named, checkpoint=str(folder_at(start)))
+    except UserError as error:
+        raise UserError(f"start.checkpoint: {error}") from None
+
+
 def model_of_start(config: RunConfig) -> dict[str, Any]:
     """The model section, as nested mappings, of the checkpoint that `config` starts from.
 
     A run that has begun keeps it in its own folder, so it can be resumed when its parent is gone.
     Raises UserError where there is no checkpoint.
     """
-    start = Path(config.start.checkpoint or "")
-    own, home = Path(config.run_dir).resolve(), home_of(start.resolve())
-    is_run = checkpoints_dir(home).is_dir() or (home / MANIFEST).exists()
-    if own in (start.resolve(), *start.resolve().parents) or (is_run and home in own.parents):
-        raise UserError(
-            f"start.checkpoint = {start} and run_dir {config.run_dir} lie in one another; a run "
-            "that starts from another needs a run_dir of its own"
-        )
     begun = begun_run(config)
     return _model(dump_config(begun) if begun is not None else _parent(config).config)
 
@@ -180,7 +199,8 @@ def with_rate_of_start(config: RunConfig) -> RunConfig:
 def rate_of(parent: Position) -> float | None:
     """The learning rate at which a checkpoint's run stood; None where it has trained nothing."""
     schedule = parse_config(parent.config).optim.schedule
-    return lr_at(parent.tokens_seen, schedule) if parent.tokens_seen and schedule else None
+    tokens = parent.cursor.get(RATE_TOKENS, parent.tokens_seen)
+    return lr_at(tokens, schedule) if tokens and schedule else None
 
 
 def rates_apart(config: RunConfig) -> Iterator[str]:

@@ -69,7 +69,7 @@ def test_a_quarter_of_every_batch_is_what_was_read_before(ranks, old, new, tmp_p
     run = tmp_path / "run"
     status, said = branch(ranks, old, new, run, REPLAY)
     assert status == 0, said
-    assert f"starts with the weights of {old}, step 8" in said and "new" in said
+    assert f"the weights of {old}/checkpoints/00000008, step 8" in said and "new" in said
     steps = [row for row in rows(run) if "loss" in row]
     seen = {piece[1:] for batch in batches_of(old, 8) for piece in batch}
     again = 0
@@ -200,6 +200,56 @@ def test_old_data_that_is_gone_is_named(ranks, new, tmp_path):
     assert status == 2 and "cannot watch 'tiny', read from" in said and said.count("\n") == 1
     status, said = branch(ranks, run, new, tmp_path / "none")
     assert status == 0 and "warning: source 'tiny', which earlier runs have read, is not" in said
+
+
+def test_a_damaged_checkpoint_of_the_parent_is_not_begun_with(ranks, old, new, tmp_path):
+    """Its place in the data and its rate have been taken already."""
+    parent = tmp_path / "parent"
+    shutil.copytree(old, parent)
+    data = next((parent / "checkpoints/00000008").glob("*.distcp"))
+    data.write_bytes(data.read_bytes()[:-1])
+    status, said = branch(ranks, parent, new, tmp_path / "run")
+    assert status == 2 and f"start from {parent}/checkpoints/00000006 instead" in said
+    status, said = branch(ranks, parent / "checkpoints/00000006", new, tmp_path / "run")
+    assert status == 0 and "step 6" in said, said
+
+
+def test_an_unreadable_checkpoint_of_the_parent_is_passed_over(old, tmp_path):
+    """And a run that has begun does not take a later one."""
+    from megascale.checkpoint.load import read_manifest
+    from megascale.config import dump_config
+    from megascale.train.describe import load_run
+
+    parent, run = tmp_path / "parent", tmp_path / "run"
+    shutil.copytree(old, parent)
+    manifest = parent / "checkpoints/00000008/manifest.json"
+    text = manifest.read_text()
+    manifest.write_text(text[:99])
+    words = (old.parent / "config.yaml", [f"start.checkpoint={parent}", f"run_dir={run}"])
+    config, _ = load_run(*words)
+    before = parent / "checkpoints/00000006"
+    place = read_manifest(before).position.cursor["data"]["sources"]["tiny"]
+    assert config.start.checkpoint == str(before)
+    assert config.data.sources["tiny"].begin == place["pieces"]
+    (run / "checkpoints/00000001").mkdir(parents=True)
+    (run / "config.yaml").write_text(dump_config(config))
+    manifest.write_text(text)
+    assert load_run(*words)[0] == config
+
+
+def test_ranks_that_see_different_checkpoints_do_not_begin(ranks, old, new, tmp_path):
+    words = (old / "checkpoints", new, f"run_dir={tmp_path / 'run'}", *QUICK)
+    answers = ranks(2, branch_by_rank, *words)
+    assert [status for status, _ in answers] == [2, 2], answers
+    assert "was saved while the ranks began" in answers[0][1]
+
+
+def branch_by_rank(checkpoints, *words):
+    """A branch off another checkpoint on every rank."""
+    import os
+
+    step = 8 - 2 * int(os.environ["RANK"])
+    return command("branch", checkpoints / f"{step:08}", *words)
 
 
 CONSTANT = ("optim.curve=constant", "optim.warmup_tokens=2000", "optim.lr=0.004")
@@ -365,6 +415,21 @@ def test_a_source_goes_on_under_another_name(ranks, old, new, tmp_path):
     assert len(set(both)) == len(both) > 11000
     evaluations = [row["eval"] for row in rows(run) if "eval" in row]
     assert all(set(one) == {"python"} for one in evaluations)
+
+
+def test_a_restart_forgets_nothing_that_was_read_before(ranks, old, tmp_path):
+    from megascale.train.describe import load_run
+
+    config, run = old.parent / "config.yaml", tmp_path / "run"
+    status, said = branch(ranks, old, config, run, "start.data=restart", "train.tokens=2000")
+    assert status == 0 and "source 'tiny' is read from its beginning" in said
+    assert batches_of(run, 2) == batches_of(old, 2)
+    words = [f"run_dir={tmp_path / 'child'}", "train.tokens=1000", REPLAY]
+    sources = load_run(config, [*words, f"start.checkpoint={run}"])[0].data.sources
+    before, after = (sum(map(len, batches_of(*one))) for one in ((old, 8), (run, 2)))
+    replayed, tiny = sources["replay/tiny"].earlier, sources["tiny"]
+    assert [one.pieces for one in replayed.reads] == [before, 0, after]
+    assert tiny.begin == after and tiny.earlier.tokens == replayed.tokens > 9900
 
 
 def test_epochs_count_what_earlier_runs_read(old, tmp_path):

@@ -176,6 +176,14 @@ def test_equal_branches_give_the_dense_model(ranks, tmp_path, experts, model):
     np.testing.assert_allclose(after, before, rtol=2e-6)
 
 
+def rate(folder):
+    """The learning rate at which the run of a checkpoint stood."""
+    from megascale.checkpoint.load import read_manifest
+    from megascale.train.start import rate_of
+
+    return rate_of(read_manifest(folder).position)
+
+
 def test_branches_become_experts(ranks, tmp_path):
     for steps in (1, 2):  # of equal initial weights
         ranks(1, run_and_save, tmp_path / f"b{steps}", (), 1, steps)
@@ -201,6 +209,9 @@ def test_branches_become_experts(ranks, tmp_path):
     for expert in (0, 1):
         drawn = deeper[f"decoder.layers.self_attention.experts.{expert}.linear_qkv.weight"][2:]
         assert 0.01 < drawn.std() < 0.03
+    assert rate(out) == rate(tmp_path / "b1") != rate(tmp_path / "b2")
+    ranks(1, grow, out, "--factor", "2", "--out", tmp_path / "deep")
+    assert rate(tmp_path / "deep") == rate(out)
 
 
 @pytest.mark.parametrize(
@@ -327,6 +338,35 @@ def growing(tmp_path_factory):
     config = tiny_config(folder)
     words = ["growth.at_tokens=3000", "growth.factor=2", "train.tokens=6000", "eval.every_steps=0"]
     return [config, *words, "parallel.pipeline=2", "checkpoint.save_every_steps=2"]
+
+
+def growing_patiently(*words):
+    """(exit status, the longest that this rank would wait for another, marks while it grew)."""
+    from unittest.mock import patch
+
+    import torch
+
+    from megascale.runtime.pulse import MARKS, pulse
+    from megascale.train import folder, loop
+
+    seen = []
+
+    def watched(ranks, action):
+        marks = pulse._page[MARKS]
+        folder.on_first_rank(ranks, action)
+        options = ranks.control._get_backend(torch.device("cpu")).options
+        seen.append((options._timeout.total_seconds(), pulse._page[MARKS] - marks))
+
+    with patch.object(loop, "on_first_rank", watched):
+        status, _ = command("train", *words)
+    return status, *max(seen)
+
+
+def test_ranks_wait_while_one_grows_the_model_for_them(ranks, growing, tmp_path):
+    words = (*growing, f"run_dir={tmp_path / 'run'}", "train.tokens=3000")
+    first, second = ranks(2, growing_patiently, *words)
+    assert first[:2] == second[:2] == (0, 7 * 24 * 3600)
+    assert first[2] > second[2]
 
 
 def test_a_run_grows_by_itself(ranks, growing, tmp_path):

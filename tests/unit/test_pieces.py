@@ -1,7 +1,7 @@
 """What runs one after another read of a shard, each in pieces and an order of its own."""
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -58,6 +58,19 @@ def test_no_token_comes_again_before_all_have_come(lengths, runs):
         replayed = ReadIndex(shard, reads)
         again = replayed.pieces(np.arange(replayed.num_pieces))
         assert set(tokens_of(again)) == seen and max(tokens_of(again).values()) == 1
+
+
+def test_after_a_restart_all_is_left_and_what_was_read_is_replayed():
+    shard = Lengths(np.array([16, 4, 40], dtype=np.int32))
+    first, reads = read(shard, (), 1, 4, 5)
+    restarted = (*reads, replace(reads[-1], pieces=0))
+    assert left_by(shard, restarted, 4).num_tokens == 60
+    second, reads = read(shard, restarted, 2, 8, 3)
+    assert left_by(shard, reads, 8).num_tokens == 60 - int(second.length.sum())
+    assert epochs_begun(shard, reads) == 0
+    replayed = ReadIndex(shard, reads)
+    again = replayed.pieces(np.arange(replayed.num_pieces))
+    assert tokens_of(again) == tokens_of(first) + tokens_of(second)
 
 
 def test_what_is_left_is_as_long_as_it_can_be():
