@@ -6,7 +6,8 @@ import argparse
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 
 TOOLS = Path(__file__).parent
@@ -15,50 +16,25 @@ LONGER = "{tokens: 250000, precision: fp32, threads: 1}"
 
 def main() -> int:
     """Run one benchmark."""
+    purposes = {name: bench.__doc__ for name, bench in BENCHMARKS.items()}
+    purposes |= {name: f"{purpose} Has options." for name, purpose in WITH_OPTIONS.items()}
     parser = argparse.ArgumentParser(
         prog="bench.py",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="\n".join(f"{name:<10} {bench.__doc__}" for name, bench in BENCHMARKS.items()),
+        epilog="\n".join(f"{name:<10} {purpose}" for name, purpose in purposes.items()),
     )
-    parser.add_argument("name", choices=BENCHMARKS)
+    parser.add_argument("name", choices=purposes)
     parser.add_argument("options", nargs=argparse.REMAINDER, help="try: bench.py planner --help")
     arguments = parser.parse_args()
     if arguments.name in WITH_OPTIONS:
-        WITH_OPTIONS[arguments.name](arguments.options)
+        bench = f"bench_{arguments.name}"
+        getattr(import_module(bench), bench)(arguments.options)
     elif arguments.options:
         parser.error(f"{arguments.name} takes no options, got {' '.join(arguments.options)}")
     else:
         BENCHMARKS[arguments.name]()
     return 0
-
-
-def planner(options: Sequence[str] = ()) -> None:
-    """Our plans against every peer's by the neutral judge, and the time to plan; has options."""
-    from bench_planner import bench_planner
-
-    bench_planner(options)
-
-
-def hdp(options: Sequence[str] = ()) -> None:
-    """Training under our plans and under static ones on CPU ranks, end to end; has options."""
-    from bench_hdp import bench_hdp
-
-    bench_hdp(options)
-
-
-def balance(options: Sequence[str] = ()) -> None:
-    """Ways to know the whole batch's use of experts: how near to exact, and what they cost."""
-    from bench_balance import bench_balance
-
-    bench_balance(options)
-
-
-def estimates(options: Sequence[str] = ()) -> None:
-    """Estimates of the batch's use of experts, over ranks, batches and steps; has options."""
-    from bench_estimates import bench_estimates
-
-    bench_estimates(options)
 
 
 def step() -> None:
@@ -113,59 +89,24 @@ def simulate() -> None:
     bench_simulate()
 
 
-def infowindow(options: Sequence[str] = ()) -> None:
-    """Equal-Info Windows against tokenizers in use: speed, exactness, ratios; has options."""
-    from bench_infowindow import bench_infowindow
-
-    bench_infowindow(options)
-
-
-def slow_rank(options: Sequence[str] = ()) -> None:
-    """One of two ranks is slow: steps with measured speeds of ranks and without; has options."""
-    from bench_slow_rank import bench_slow_rank
-
-    bench_slow_rank(options)
-
-
-def store(options: Sequence[str] = ()) -> None:
-    """Operations on the store for setting up groups, by number of ranks; has options."""
-    from bench_store import bench_store
-
-    bench_store(options)
-
-
-def overhead(options: Sequence[str] = ()) -> None:
-    """Step times with heartbeats and timers of ranks on and off; has options."""
-    from bench_overhead import bench_overhead
-
-    bench_overhead(options)
-
-
 BENCHMARKS: dict[str, Callable[[], None]] = {
     "step": step,
     "save": save,
     "data": data,
-    "planner": planner,
     "resume": resume,
     "simulate": simulate,
-    "hdp": hdp,
-    "balance": balance,
-    "estimates": estimates,
-    "infowindow": infowindow,
-    "slow_rank": slow_rank,
-    "store": store,
-    "overhead": overhead,
 }
 WITH_OPTIONS = {
-    "planner": planner,
-    "hdp": hdp,
-    "balance": balance,
-    "estimates": estimates,
-    "infowindow": infowindow,
-    "slow_rank": slow_rank,
-    "store": store,
-    "overhead": overhead,
+    "planner": "Our plans against every peer's by the neutral judge, and the time to plan.",
+    "hdp": "Training under our plans and under static ones on CPU ranks, end to end.",
+    "balance": "Ways to know the batch's use of experts: how near to exact, and what they cost.",
+    "estimates": "Estimates of the batch's use of experts, over ranks, batches and steps.",
+    "infowindow": "Equal-Info Windows against tokenizers in use: speed, exactness, ratios.",
+    "slow_rank": "One of two ranks is slow: steps with measured speeds of ranks and without.",
+    "store": "Operations on the store for setting up groups, by number of ranks.",
+    "overhead": "Step times with heartbeats and timers of ranks on and off.",
 }
+"""What functions `bench_NAME` of modules of that name do."""
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -201,8 +201,8 @@ class Board:
 
     def answer(self, attempt: int, node: int, answer: Answer) -> None:
         """Answer the call of an attempt."""
-        problem = answer.problem and answer.problem[:MOST_TEXT]
-        self._put(f"answer/{attempt}/{node}", {"name": answer.name, "problem": problem})
+        told = replace(answer, problem=answer.problem and answer.problem[:MOST_TEXT])
+        self._put(f"answer/{attempt}/{node}", asdict(told))
 
     def answers(self, attempt: int, nodes: Iterable[int]) -> dict[int, Answer]:
         """The answers that are there."""

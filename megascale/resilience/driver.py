@@ -43,8 +43,6 @@ SHARED_MEMORY = "/dev/shm"
 ATTEMPT = "attempt-"
 """Begins the id of what a driver starts, by torchrun's name for it."""
 LOOPBACK = ("127.0.0.1", "localhost")
-HELD_S = 180.0
-"""For what a lost node held to be free: a file server may notice only after minutes."""
 
 
 def is_driven() -> bool:

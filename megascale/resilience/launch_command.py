@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import fcntl
 import os
 import signal
 import socket
@@ -20,7 +19,7 @@ from megascale.config.load import whole_number
 from megascale.errors import UserError
 from megascale.resilience.board import Board, Ledger, hold_meeting, join_board, serve_board
 from megascale.resilience.channel import TOKEN_VARIABLE, check_token, new_token, write_token
-from megascale.resilience.driver import BEAT_S, HELD_S, Driver, Node
+from megascale.resilience.driver import BEAT_S, Driver, Node
 from megascale.resilience.failures import NOT_KEPT, FailureBook
 from megascale.resilience.leader import (
     AGAIN,
@@ -31,6 +30,7 @@ from megascale.resilience.leader import (
     Leader,
     Timing,
 )
+from megascale.resilience.lock import HELD_S, hold
 from megascale.resilience.signals import StopRequest
 from megascale.resilience.slurm import MOST_NODES, node_range, requeue
 
@@ -86,7 +86,8 @@ _TIMES = {
 def run_launch(args: argparse.Namespace) -> int:
     """Drive this node until the job ends.
 
-    Returns 0 when the run is done or was asked to stop, 1 when a new job may do better, 3 when the
+    Returns 0 when the run is done or was asked to stop, or where this node takes no part in a job
+    of Slurm, 1 when a new job may do better, 3 when the
     run is given up, 4 when the driver of node 0 is gone. Raises UserError for bad input.
     """
     number = _from_slurm(args.node, "--node", "SLURM_NODEID", 0, least=0)
@@ -173,31 +174,15 @@ def _only_job(run_dir: Path) -> Iterator[None]:
 
     What a lost node held, a file server may free only after minutes, so a job of Slurm waits.
     """
-    deadline = time.monotonic() + (HELD_S if "SLURM_JOB_ID" in os.environ else 0.0)
     with ExitStack() as leave:
-        try:
-            lock = leave.enter_context(open(run_dir / ".job", "a+", encoding="utf-8"))
-        except OSError:  # a full disk; the nodes are checked for it
-            yield
-            return
-        while True:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() > deadline:
-                    lock.seek(0)
-                    raise UserError(
-                        f"run_dir {run_dir} is driven by another job ({lock.read().strip()}); "
-                        "stop that one or set another run_dir"
-                    ) from None
-                time.sleep(1.0)
-            except OSError:  # a file system without locks
-                break
-        with suppress(OSError):
-            lock.truncate(0)
-            lock.write(f"process {os.getpid()} on {socket.gethostname()}")
-            lock.flush()
+        with suppress(OSError):  # of a full disk, for which nodes are checked, or without locks
+            file = leave.enter_context(open(run_dir / ".job", "a+", encoding="utf-8"))
+            holder = hold(file, HELD_S if "SLURM_JOB_ID" in os.environ else 0.0)
+            if holder is not None:
+                raise UserError(
+                    f"run_dir {run_dir} is driven by another job ({holder}); "
+                    "stop that one or set another run_dir"
+                )
         yield
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import signal
 import subprocess
@@ -67,9 +66,9 @@ def _check_command(words: Sequence[str], alive: Callable[[], object]) -> str | N
                     return f"the check did not end in {CHECK_TIMEOUT_S:g} s"
                 time.sleep(POLL_S)
         finally:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)  # what it has started, too
-            process.wait()
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)  # with all that it has started
+                process.wait()
         said.seek(0)
         lines = said.read().decode(errors="replace").split("\n")
     last = next((line.strip() for line in reversed(lines) if line.strip()), "no output")

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import fcntl
-import os
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import IO, TypeVar
 
 from megascale.errors import UserError
-from megascale.resilience.driver import HELD_S, is_driven
+from megascale.resilience.driver import is_driven
+from megascale.resilience.lock import HELD_S, hold
 from megascale.runtime.distributed import Ranks, broadcast_bytes
 
 Value = TypeVar("Value")
@@ -77,30 +75,21 @@ def _enter(folder: Path, resume: str | None) -> IO[str]:
         lock = open(folder / ".lock", "a+", encoding="utf-8")
     except OSError as error:
         raise UserError(f"run_dir {folder}: {error.strerror}; choose a folder you own") from None
-    deadline = time.monotonic() + (HELD_S if is_driven() else 0.0)
-    while not _is_locked(lock):
-        if time.monotonic() > deadline:
-            lock.seek(0)
-            raise UserError(
-                f"run_dir {folder} is in use by another run ({lock.read().strip()}); "
-                "stop that one or set another run_dir"
-            )
-        time.sleep(1.0)
+    try:
+        holder = hold(lock, HELD_S if is_driven() else 0.0)
+    except OSError as error:
+        raise UserError(
+            f"run_dir {folder}: files there cannot be locked ({error.strerror}); choose a folder "
+            "on another file system"
+        ) from None
+    if holder is not None:
+        raise UserError(
+            f"run_dir {folder} is in use by another run ({holder}); "
+            "stop that one or set another run_dir"
+        )
     if resume is None and (folder / "config.yaml").exists():
         raise UserError(
             f"run_dir {folder} already holds a run; continue it with --resume auto, or branch "
             "off into a new folder with run_dir=..."
         )
-    lock.truncate(0)
-    lock.write(f"process {os.getpid()} on {os.uname().nodename}")
-    lock.flush()
     return lock
-
-
-def _is_locked(file: IO[str]) -> bool:
-    """Whether this process now holds a file."""
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        return False
-    return True

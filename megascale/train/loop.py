@@ -45,7 +45,6 @@ from megascale.resilience.spikes import SpikeWatch
 from megascale.runtime import distributed
 from megascale.runtime.distributed import (
     Ranks,
-    all_agree,
     broadcast_bytes,
     device_bytes,
     gather_arrays,
@@ -63,7 +62,7 @@ from megascale.train.growing import require_growth, small_and_grown
 from megascale.train.report import Report
 from megascale.train.resume import compare_configs, compare_sources
 from megascale.train.sample import sample_tokens
-from megascale.train.start import LINEAGE, Origin, Parent, home_of, taken_over
+from megascale.train.start import LINEAGE, Origin, Parent, find_start, taken_over
 from megascale.train.step import Learner, StepResult, train_step
 
 COMPARED_STEPS = 10
@@ -522,34 +521,10 @@ def _start(
     config = learner.config
     if config.start.checkpoint is None:
         return Cursor(), []
-    found = _find_start(config.start.checkpoint, learner.ranks)
+    found = find_start(config.start.checkpoint, learner.ranks)
     keep = config.start.optimizer == "keep"
     begin_from(found, learner.model, learner.optimizer, keep, learner.ranks)
     parent = found.manifest.position
     origin = json.dumps(Origin("start.checkpoint", (Parent.of(found),)).to_json(), indent=1)
     on_first_rank(learner.ranks, lambda: folder.write(LINEAGE, f"{origin}\n"))
     return Cursor(), [*taken_over(parent, config), *places_told(config)]
-
-
-def _find_start(checkpoint: str, ranks: Ranks) -> Found:
-    """The checkpoint that every rank has taken its config from, verified.
-
-    Raises UserError, the same on every rank, where it is damaged or they have taken several.
-    """
-    first = broadcast_bytes(checkpoint.encode(), ranks).decode()
-    if not all_agree(checkpoint == first, ranks):
-        raise UserError(
-            f"start.checkpoint: another checkpoint than {first} was saved while the ranks began; "
-            f"start again, or from start.checkpoint={first}"
-        )
-    try:
-        return find_at(checkpoint, ranks)
-    except UserError as error:
-        folder = Path(checkpoint)
-        if folder.parent.name != "checkpoints" or not folder.name.isdigit():
-            raise
-        try:
-            before = find_before(home_of(folder), int(folder.name) - 1, ranks)
-        except UserError:
-            raise error from None
-        raise UserError(f"{error}; start from {before.folder} instead") from None

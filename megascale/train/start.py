@@ -7,12 +7,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from shlex import quote
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
 from megascale.checkpoint.folder import EMERGENCY, checkpoints_dir, steps_in
-from megascale.checkpoint.load import Found, folder_at, read_manifest
+from megascale.checkpoint.load import Found, find_at, find_before, folder_at, read_manifest
 from megascale.checkpoint.manifest import MANIFEST, Position
 from megascale.config import RunConfig, StartConfig, dump_config, load_config, parse_config
 from megascale.corpus.describe import tokenizer_mark
@@ -20,6 +20,9 @@ from megascale.errors import UserError
 from megascale.model.counts import padded_vocab_size
 from megascale.optim.schedule import lr_at
 from megascale.train.resume import changes, same_start
+
+if TYPE_CHECKING:
+    from megascale.runtime.distributed import Ranks
 
 LINEAGE = "lineage.json"
 """File of a run_dir: the origin of the run."""
@@ -144,6 +147,32 @@ def start_of(config: RunConfig) -> StartConfig:
         return replace(named, checkpoint=str(folder_at(start)))
     except UserError as error:
         raise UserError(f"start.checkpoint: {error}") from None
+
+
+def find_start(checkpoint: str, ranks: Ranks) -> Found:
+    """The checkpoint that every rank has taken its config from, verified.
+
+    Raises UserError, the same on every rank, where it is damaged or they have taken several.
+    """
+    from megascale.runtime.distributed import all_agree, broadcast_bytes
+
+    first = broadcast_bytes(checkpoint.encode(), ranks).decode()
+    if not all_agree(checkpoint == first, ranks):
+        raise UserError(
+            f"start.checkpoint: another checkpoint than {first} was saved while the ranks began; "
+            f"start again, or from start.checkpoint={first}"
+        )
+    try:
+        return find_at(checkpoint, ranks)
+    except UserError as error:
+        folder = Path(checkpoint)
+        if folder.parent.name != "checkpoints" or not folder.name.isdigit():
+            raise
+        try:
+            before = find_before(home_of(folder), int(folder.name) - 1, ranks)
+        except UserError:
+            raise error from None
+        raise UserError(f"{error}; start from {before.folder} instead") from None
 
 
 def model_of_start(config: RunConfig) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """`megascale launch`: what it refuses, and what torchrun is told."""
 
+import errno
 import os
 import socket
 import subprocess
@@ -13,7 +14,7 @@ from tiny_corpus import tiny_config
 from megascale.cli import main
 from megascale.errors import UserError
 from megascale.monitor.events import read_events
-from megascale.resilience import launch_command
+from megascale.resilience import launch_command, lock
 from megascale.resilience.driver import Node
 from megascale.resilience.failures import Cause, FailureBook
 from megascale.train import folder
@@ -91,8 +92,19 @@ def test_ranks_wait_for_what_a_lost_node_held(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="is in use by another run"):
         folder._enter(tmp_path / "run", "auto")
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "attempt-0")
-    monkeypatch.setattr(folder.time, "sleep", lambda _: held.close())
+    monkeypatch.setattr(lock.time, "sleep", lambda _: held.close())
     folder._enter(tmp_path / "run", "auto").close()
+
+
+def test_where_files_cannot_be_locked_nobody_is_said_to_hold_them(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(lock.fcntl, "flock", refuse)
+    with pytest.raises(UserError, match="cannot be locked .No locks available.; choose a folder"):
+        folder._enter(tmp_path / "run", None)
+    with launch_command._only_job(tmp_path / "run"):  # ranks will refuse it, and say why
+        pass
 
 
 def test_slurm_numbers_the_nodes(config, capsys, monkeypatch):
