@@ -86,9 +86,9 @@ _TIMES = {
 def run_launch(args: argparse.Namespace) -> int:
     """Drive this node until the job ends.
 
-    Returns 0 when the run is done or was asked to stop, or where this node takes no part in a job
-    of Slurm, 1 when a new job may do better, 3 when the
-    run is given up, 4 when the driver of node 0 is gone. Raises UserError for bad input.
+    Returns 0 when the run is done or was asked to stop, or where a node other than the first takes
+    no part in a job of Slurm; 1 when a new job may do better, 3 when the run is given up, 4 when
+    the driver of node 0 is gone. Raises UserError for bad input.
     """
     number = _from_slurm(args.node, "--node", "SLURM_NODEID", 0, least=0)
     try:

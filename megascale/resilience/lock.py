@@ -29,8 +29,7 @@ def hold(file: IO[str], patience_s: float) -> str | None:
                 file.seek(0)
                 return file.read().strip()
             time.sleep(RETRY_S)
-    with suppress(OSError):
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}")
-        file.flush()
+    with suppress(OSError):  # past the buffer: what a full disk does not take must not wait there
+        os.ftruncate(file.fileno(), 0)
+        os.write(file.fileno(), f"process {os.getpid()} on {socket.gethostname()}".encode())
     return None
