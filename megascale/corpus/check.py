@@ -166,23 +166,19 @@ def _text_problems(tokens: NDArray[Any], tokenizer: Tokenizer, size: int | None)
     the number of bytes tells them apart.
     """
     text = tokenizer.decode(tokens[:-1])
+    if tokenizer.unknown_id is not None and (tokens == tokenizer.unknown_id).any():
+        return [UNKNOWN]  # what it stood for is gone, so its text has other ids and another size
     (again,) = encode_each(tokenizer, [text])
-    problems = [UNKNOWN] if _has_unknown(tokens, tokenizer) else []
-    if problems:
-        pass  # what it stood for is gone, so other ids and another size are no wonder
-    elif not isinstance(again, Refused) and np.array_equal(again, tokens[:-1]):
+    problems = []
+    if not isinstance(again, Refused) and np.array_equal(again, tokens[:-1]):
         problems += [DAMAGED_BEFORE] if "\ufffd" in text else []
     elif "\ufffd" in text:  # decoding put it there; where the text itself holds it, ids agree
         problems.append("documents that are not clean UTF-8 text")
     else:
         problems.append("documents that the tokenizer encodes to other ids than are stored")
-    if UNKNOWN not in problems and size is not None and len(text.encode()) != size:
+    if size is not None and len(text.encode()) != size:
         problems.append(LOSSY if tokenizer.kind == "hf" else OTHER_SIZE)
     return problems
-
-
-def _has_unknown(tokens: NDArray[Any], tokenizer: Tokenizer) -> bool:
-    return tokenizer.unknown_id is not None and bool((tokens == tokenizer.unknown_id).any())
 
 
 def _documents(part: str, shard: Shard) -> Iterator[tuple[int, NDArray[Any]]]:

@@ -25,8 +25,8 @@ class FoundTokenizer:
     backend: Any
     named: Mapping[str, str]
     """Special tokens by their role, such as eos_token."""
-    adds_bos: bool | None
-    """Whether its config says that a text begins with its bos_token; None: it does not say."""
+    adds_bos: bool
+    """Whether its config says that a text begins with its bos_token."""
 
     def named_ids(self) -> list[int]:
         """Ids of the named tokens that it has."""
@@ -36,13 +36,13 @@ class FoundTokenizer:
     def own_bos_id(self) -> int | None:
         """The id that it puts right before a text itself; None where it puts none.
 
-        Its config decides where that says something, as in `transformers`; else its
-        post-processor. Of several ids the last counts.
+        Its post-processor decides, as in `transformers`; where that puts none, `add_bos_token` of
+        its config, as in slow tokenizers. Of several ids the last counts.
         """
-        if self.adds_bos is None:
-            return put_before_text(self.backend)
-        token = self.named.get("bos_token") if self.adds_bos else None
-        token_id = None if token is None else self.backend.token_to_id(token)
+        own = put_before_text(self.backend)
+        if own is not None or not self.adds_bos or "bos_token" not in self.named:
+            return own
+        token_id = self.backend.token_to_id(self.named["bos_token"])
         return None if token_id is None else int(token_id)
 
 
@@ -76,10 +76,8 @@ def find_tokenizer(path: str) -> FoundTokenizer:
 
 def _from_files(file: Path, folder: Path) -> FoundTokenizer:
     config = _config_of(folder)
-    adds_bos = config.get("add_bos_token")
-    return FoundTokenizer(
-        read_backend(file), _named_in(config), adds_bos if isinstance(adds_bos, bool) else None
-    )
+    adds_bos = config.get("add_bos_token") is True
+    return FoundTokenizer(read_backend(file), _named_in(config), adds_bos)
 
 
 def _config_of(folder: Path) -> dict[str, Any]:
@@ -103,8 +101,8 @@ def _through_transformers(path: str) -> FoundTokenizer:
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
         named = {name: getattr(tokenizer, name) for name in NAMED if getattr(tokenizer, name)}
-        # its post-processor has what the config says
-        return FoundTokenizer(tokenizer.backend_tokenizer, named, None)
+        adds_bos = getattr(tokenizer, "add_bos_token", None) is True
+        return FoundTokenizer(tokenizer.backend_tokenizer, named, adds_bos)
     except (OSError, ValueError, ImportError, AttributeError, RuntimeError, TypeError) as error:
         reason = " ".join(str(error).split())[:160]
         raise UserError(

@@ -80,9 +80,10 @@ def _rename(model: dict[str, Any], names: dict[str, str]) -> None:
         model["unk_token"] = names[model["unk_token"]]
     cut = len(model.get("continuing_subword_prefix") or "")
     if "merges" in model:
+        pairs = (pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"])
         model["merges"] = [
             (left, right)
-            for left, right in model["merges"]
+            for left, right in pairs
             if not {left, right, left + right[cut:]} & names.keys()
         ]
 

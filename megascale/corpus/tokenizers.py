@@ -124,7 +124,8 @@ class FastTokenizer:
         self.unknown_id = unknown_id_of(backend)
         named = {eod_id, *others} | ({bos_id} if bos_id is not None else set())
         self.special_ids = special_ids(backend, named, self.unknown_id)
-        self._is_special = np.zeros(self.vocab_size, dtype=np.bool_)
+        size = max(self.vocab_size, *(i + 1 for i in self.special_ids))
+        self._is_special = np.zeros(size, dtype=np.bool_)
         self._is_special[list(self.special_ids)] = True
         self._backend = backend
         backend.encode_special_tokens = True
@@ -214,7 +215,7 @@ def _require_ids(encoded: Tokens | Refused) -> Tokens:
 def encode_each(tokenizer: Tokenizer, texts: Sequence[str]) -> Iterator[Tokens | Refused]:
     """The ids of each text by a tokenizer of any kind, or why it has none.
 
-    No special token is among the ids.
+    Whatever the kind, the ids are looked at: no special token is among them.
     """
     is_special = np.zeros(tokenizer.vocab_size, dtype=np.bool_)
     is_special[list(tokenizer.special_ids)] = True

@@ -9,6 +9,7 @@ from megascale.checkpoint.load import read_manifest
 from megascale.config import RunConfig, parse_config
 from megascale.corpus.batches import used_sources
 from megascale.corpus.describe import TOKENIZER_FOLDER, SourceInfo, describe_source
+from megascale.corpus.hugging_face import find_tokenizer
 from megascale.corpus.tokenizer_mark import TokenizerMark, mark_of, tokenizer_mark
 from megascale.errors import UserError
 
@@ -58,13 +59,16 @@ def _differences(
 ) -> Iterator[tuple[str, str, str]]:
     """Pairs of sources that differ, and in what: each once, beside the first that it differs from.
 
-    One of which little is known may agree with two that differ.
+    A source of which little is known may agree with two that differ.
     """
     blended, chosen = used_sources(config.data.stages), config.data.sources
     names = [name for name, one in chosen.items() if not one.replay or name in blended]
     marks = {name: mark_of(sources[name]) for name in names} if len(names) > 1 else {}
     for place, name in enumerate(marks):
-        for first in names[:place]:
+        before = names[:place]
+        if any(marks[first] == marks[name] for first in before):
+            continue
+        for first in before:
             difference = marks[first].difference(marks[name])
             if difference is not None:
                 yield first, name, difference
@@ -91,14 +95,12 @@ def _marks_of_start(config: RunConfig) -> Iterator[TokenizerMark]:
 
 
 def _mark_of_import(checkpoint: Path) -> TokenizerMark | None:
-    from megascale.corpus.tokenizers import load_hf
-
     folder = checkpoint / TOKENIZER_FOLDER
     if not folder.is_dir():
         return None
     try:
         content = tokenizer_mark(checkpoint)
-        bos_id = load_hf(str(folder)).bos_id if content is not None else None
+        bos_id = find_tokenizer(str(folder)).own_bos_id() if content is not None else None
     except (OSError, UserError):
         return None
     return TokenizerMark(content, first_id=bos_id)

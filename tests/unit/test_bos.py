@@ -34,7 +34,7 @@ def ids_of(backend):
         (None, {"bos_token": made.BEGIN}, "auto", None),
         (None, {"bos_token": made.BEGIN, "add_bos_token": True}, "auto", made.BEGIN),
         (None, {"bos_token": {"content": made.BEGIN}, "add_bos_token": True}, "auto", made.BEGIN),
-        (made.BEGIN, {"bos_token": made.BEGIN, "add_bos_token": False}, "auto", None),
+        (made.BEGIN, {"bos_token": made.BEGIN, "add_bos_token": False}, "auto", made.BEGIN),
         (made.END, {}, "auto", None),  # what ends a document begins it anyway
         (made.BEGIN, {}, None, None),
         (made.BEGIN, {}, made.PAD, made.PAD),
@@ -50,12 +50,14 @@ def test_what_a_tokenizer_puts_before_a_text(tmp_path, begin, config, bos, expec
 def test_the_same_as_transformers_puts(tmp_path):
     from transformers import AutoTokenizer
 
-    for name, begin, adds in (("a", made.BEGIN, {}), ("b", None, {"add_bos_token": True})):
-        config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": made.BEGIN} | adds
-        folder = made.save(made.byte_bpe(begin=begin), tmp_path / name, **config)
-        theirs = AutoTokenizer.from_pretrained(folder)("cat")["input_ids"]
-        ours = load_hf(folder)
-        assert theirs == [ours.bos_id, *ours.encode("cat")]
+    for kind in ("LlamaTokenizer", "PreTrainedTokenizerFast"):
+        for begin in (made.BEGIN, None):
+            config = {"tokenizer_class": kind, "bos_token": made.BEGIN}
+            folder = made.save(made.byte_bpe(begin=begin), tmp_path / f"{kind}{begin}", **config)
+            theirs, ours = AutoTokenizer.from_pretrained(folder), load_hf(folder)
+            begun = [] if ours.bos_id is None else [ours.bos_id]
+            assert theirs("cat")["input_ids"] == [*begun, *ours.encode("cat")]
+            assert (ours.bos_id is None) == (begin is None)
 
 
 def test_of_several_the_last(tmp_path):

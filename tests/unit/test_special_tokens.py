@@ -138,3 +138,32 @@ def test_check_finds_special_tokens_of_before(tmp_path):
         one.startswith("1 documents with another special token") and "train document 1" in one
         for one in faults
     )
+
+
+def test_words_and_their_pieces(tmp_path):
+    """A word that is a special token is made of its pieces; a model of whole words has none."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    pieces = ["[UNK]", "[END]", "[", "##E", "##N", "##D", "##]", "a"]
+    vocab = {piece: i for i, piece in enumerate(pieces)}
+    backend = Tokenizer(models.WordPiece(vocab=vocab, unk_token="[UNK]"))
+    backend.pre_tokenizer, backend.decoder = pre_tokenizers.WhitespaceSplit(), decoders.WordPiece()
+    tokenizer = load_hf(made.save(backend, tmp_path / "pieces"), eod_token="[END]")
+    assert tokenizer.encode("a [END] b").tolist() == [7, 2, 3, 4, 5, 6, 0]
+    words = Tokenizer(models.WordLevel({"[UNK]": 0, "[END]": 1, "a": 2}, unk_token="[UNK]"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = load_hf(made.save(words, tmp_path / "words"), eod_token="[END]")
+    assert tokenizer.encode("a b").tolist() == [2, 0]
+    assert list(encode_each(tokenizer, ["a [END] b"])) == [Refused(2, "[END] b")]
+
+
+def test_a_text_that_knows_the_other_names_is_refused(tokenizers):
+    """The copy without special tokens has them under names that hold U+FFFF."""
+    text = "</s>\uffff2\uffff"
+    (ids,) = encode_each(tokenizers["unigram"], [text])
+    assert isinstance(ids, Refused) and ids.place == 4
+
+
+def test_an_unknown_token_that_ends_documents_is_refused(tmp_path):
+    tokenizer = load_hf(made.save(made.unigram("ab"), tmp_path), eod_token="<unk>")
+    assert list(encode_each(tokenizer, ["axb"])) == [Refused(1, "xb")]
