@@ -165,9 +165,9 @@ def _text_problems(tokens: NDArray[Any], tokenizer: Tokenizer, size: int | None)
     Encoding the decoded text again often gives the same ids under another BPE of the same size;
     the number of bytes tells them apart.
     """
-    text = tokenizer.decode(tokens[:-1])
     if tokenizer.unknown_id is not None and (tokens == tokenizer.unknown_id).any():
         return [UNKNOWN]  # what it stood for is gone, so its text has other ids and another size
+    text = tokenizer.decode(tokens[:-1])
     (again,) = encode_each(tokenizer, [text])
     problems = []
     if not isinstance(again, Refused) and np.array_equal(again, tokens[:-1]):

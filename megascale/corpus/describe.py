@@ -18,6 +18,8 @@ CORPUS_FILE = "corpus.json"
 FORMAT = 1
 PARTS = ("train", "heldout")
 SAMPLED_BLOCKS, BLOCK_BYTES = 32, 4096
+ROUND_TRIP = ("documents", "changed", "bytes", "returned_bytes", "unknown_tokens")
+"""What prepare counts of text that it decodes again."""
 TOKENIZER_KINDS = ("bytes", "bpe", "hf", "infowindow")
 TOKENIZER_FOLDER = "tokenizer"
 """In a corpus, and in an imported checkpoint."""
@@ -215,7 +217,7 @@ def _is_complete(facts: Mapping[str, Any]) -> bool:
     tokenizer, files, bits = facts["tokenizer"], facts["files"], facts["unigram_bits_per_byte"]
     whole = [facts[part][key] for part in PARTS for key in ("documents", "tokens", "bytes")]
     trip = facts.get("round_trip", {})  # earlier versions wrote none, and no bos_id
-    whole += [trip[key] for key in ("documents", "changed", "bytes", "returned_bytes") if trip]
+    whole += [trip[key] for key in ROUND_TRIP if trip]
     special = tokenizer.get("special_ids", [])
     whole += special if tokenizer.get("bos_id") is None else [*special, tokenizer["bos_id"]]
     whole += [tokenizer["vocab_size"], tokenizer["eod_id"], *(f["bytes"] for f in files.values())]
@@ -224,12 +226,19 @@ def _is_complete(facts: Mapping[str, Any]) -> bool:
         and tokenizer["kind"] in TOKENIZER_KINDS
         and max(tokenizer["eod_id"], *special, tokenizer.get("bos_id") or 0)
         < tokenizer["vocab_size"]
-        and (not trip or min(1, trip["bytes"]) <= trip["returned_bytes"] <= trip["bytes"])
+        and (not trip or _is_possible(trip))
         and facts["train"]["bytes"] > 0
         and isinstance(bits, float)
         and 0 <= bits < float("inf")
         and {f"{part}.{ending}" for part in PARTS for ending in ("bin", "idx")} <= set(files)
         and all(isinstance(file["sha256"], str) for file in files.values())
+    )
+
+
+def _is_possible(trip: Mapping[str, Any]) -> bool:
+    shown = {"document", "character", "text", "decoded", "cause"}
+    return min(1, trip["bytes"]) <= trip["returned_bytes"] <= trip["bytes"] and (
+        not trip["changed"] or shown <= set(trip["first_changed"])
     )
 
 
