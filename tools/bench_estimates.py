@@ -107,7 +107,7 @@ class Trial:
         self.large_batches = GlobalBatches(large, shards, seed + 1)
         self.cursor, self.large_cursor = Cursor(), Cursor()
         sources = [
-            TokenSource(name, shards[name], infos[name].eod_id, vocab_size)
+            TokenSource(name, shards[name], infos[name].first_id, vocab_size)
             for name in self.batches.names
         ]
         self.reader = MicroBatchReader(sources, 0, pack_multiple(config), ranks.device, ranks.axis)

@@ -210,6 +210,9 @@ class SourceConfig:
     """Vocabulary of a bare Megatron prefix, which does not store one; a prepared folder does."""
     eod_id: int | None = None
     """Id of the end-of-document token of a bare Megatron prefix; a prepared folder stores it."""
+    bos_id: int | None = None
+    """Id that a bare Megatron prefix has before the first token of every document as its input; it
+    is not stored there and is no target. None: `eod_id`. A prepared folder knows its own."""
     earlier: EarlierConfig | None = None
     """What the runs behind `start.checkpoint` have read of it: this run reads what they have left,
     and then all of it again. Written by megascale, not by hand."""
@@ -249,6 +252,9 @@ class DataConfig:
     """Part of every batch's tokens that is drawn again from what the runs behind
     `start.checkpoint` have read, so that less is forgotten; the other sources give that much
     less. 0.05 for similar data, 0.25 for another language (arXiv 2403.08763, section 5.3)."""
+    allow_different_tokenizers: bool = False
+    """Sources may be made by different tokenizers, as where one tokenizer only adds ids to the
+    other. If not, that is an error: the same ids would mean other text."""
     max_epochs: int | None = None
     """Passes allowed over any source; needing more is an error. None: no limit."""
 

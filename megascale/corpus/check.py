@@ -14,8 +14,10 @@ import xxhash
 from numpy.typing import NDArray
 
 from megascale.corpus.describe import SourceInfo, read_corpus_file, sha256_of
+from megascale.corpus.round_trip import LOSSY, losses
 from megascale.corpus.shards import Shard
-from megascale.corpus.tokenizers import Tokenizer, load_tokenizer
+from megascale.corpus.special import Refused
+from megascale.corpus.tokenizers import FastTokenizer, Tokenizer, encode_each, load_tokenizer
 from megascale.errors import UserError
 
 DECODED_DOCUMENTS = 2000
@@ -23,9 +25,9 @@ DECODED_DOCUMENTS = 2000
 BAR_WIDTH = 40
 ONE_TOKEN = "documents of one token (their end)"
 DAMAGED_BEFORE = "documents that spell U+FFFD, which stands where text was damaged earlier"
-LOSSY = "documents that do not decode to the text they were made from, as far as sizes tell"
 OTHER_SIZE = "documents that decode to another number of bytes than their text had"
-NOTES = (ONE_TOKEN, DAMAGED_BEFORE, LOSSY)
+UNKNOWN = "documents with the tokenizer's unknown token"
+NOTES = (ONE_TOKEN, DAMAGED_BEFORE, LOSSY, UNKNOWN)
 """What speaks not against training: the rest are faults."""
 
 
@@ -53,15 +55,19 @@ class Findings:
 def check_source(info: SourceInfo) -> Findings:
     """Read every token of a source once, a document at a time.
 
-    Looks at: ids outside the vocabulary, documents without an end, empty documents and such of
-    one token, exact duplicates within and between train and held-out, text that is no UTF-8, and
-    whether tokenizer and shards agree. Files of a prepared folder must be those that were written.
+    Looks at: ids outside the vocabulary, documents without an end, special tokens inside, empty
+    documents and such of one token, exact duplicates within and between train and held-out, text
+    that is no UTF-8, what prepare found of text that does not come back, and whether tokenizer and
+    shards agree. Files of a prepared folder must be those that were written.
     """
     findings = Findings()
     if info.tokenizer is not None:
         changed = _changed_files(Path(info.tokenizer))
         findings.count(len(changed), "files changed after they were prepared", "".join(changed[:1]))
     tokenizer = load_tokenizer(info.tokenizer) if info.tokenizer else None
+    if info.tokenizer is not None:
+        findings.notes += losses(read_corpus_file(Path(info.tokenizer)))
+        findings.notes += _other_begin(info, tokenizer)
     digests = {}
     for part, prefix in (("train", info.train), ("heldout", info.heldout)):
         if prefix is None:
@@ -75,6 +81,16 @@ def check_source(info: SourceInfo) -> Findings:
         first = f"heldout document {shared[0]}" if len(shared) else ""
         findings.count(len(shared), "held-out documents stand in train too", first)
     return findings
+
+
+def _other_begin(info: SourceInfo, tokenizer: Tokenizer | None) -> Iterator[str]:
+    """A note where a tokenizer puts another token before a text than documents begin with."""
+    own = tokenizer.own_bos_id() if isinstance(tokenizer, FastTokenizer) else None
+    if own is not None and own != info.first_id:
+        yield (
+            f"the tokenizer puts id {own} before a text, and documents here begin after id "
+            f"{info.first_id}; prepare again with tokenizer.bos=auto to train with it"
+        )
 
 
 def _changed_files(folder: Path) -> list[str]:
@@ -93,7 +109,7 @@ def _check_part(
     decoded, stride = 0, max(1, shard.num_documents // DECODED_DOCUMENTS)
     for document, tokens in _documents(part, shard):
         digests[document] = xxhash.xxh3_64_intdigest(tokens.tobytes())
-        problems = _id_problems(tokens, info)
+        problems = _id_problems(tokens, info, tokenizer)
         if tokenizer is not None and document % stride == 0 and not problems:
             size = None if sizes is None else int(sizes[document])
             problems = _text_problems(tokens, tokenizer, size)
@@ -123,7 +139,7 @@ def _sizes(path: str, shard: Shard) -> NDArray[np.int64]:
     return np.asarray(sizes)
 
 
-def _id_problems(tokens: NDArray[Any], info: SourceInfo) -> list[str]:
+def _id_problems(tokens: NDArray[Any], info: SourceInfo, tokenizer: Tokenizer | None) -> list[str]:
     if not len(tokens):
         return ["empty documents, without even an end"]
     problems = []
@@ -134,6 +150,10 @@ def _id_problems(tokens: NDArray[Any], info: SourceInfo) -> list[str]:
         problems.append(f"documents that do not end in the end-of-document id {info.eod_id}")
     if len(ends) and ends[0] < len(tokens) - 1:
         problems.append("documents with an end-of-document id inside")
+    special = (info.bos_id,) if tokenizer is None else tokenizer.special_ids
+    others = [i for i in special if i is not None and i != info.eod_id]
+    if others and np.isin(tokens, others).any():
+        problems.append("documents with another special token inside, as if text had spelled it")
     if len(tokens) == 1:
         problems.append(ONE_TOKEN)
     return problems
@@ -145,9 +165,12 @@ def _text_problems(tokens: NDArray[Any], tokenizer: Tokenizer, size: int | None)
     Encoding the decoded text again often gives the same ids under another BPE of the same size;
     the number of bytes tells them apart.
     """
+    if tokenizer.unknown_id is not None and (tokens == tokenizer.unknown_id).any():
+        return [UNKNOWN]  # what it stood for is gone, so its text has other ids and another size
     text = tokenizer.decode(tokens[:-1])
+    (again,) = encode_each(tokenizer, [text])
     problems = []
-    if np.array_equal(tokenizer.encode(text), tokens[:-1]):
+    if not isinstance(again, Refused) and np.array_equal(again, tokens[:-1]):
         problems += [DAMAGED_BEFORE] if "\ufffd" in text else []
     elif "\ufffd" in text:  # decoding put it there; where the text itself holds it, ids agree
         problems.append("documents that are not clean UTF-8 text")

@@ -16,6 +16,9 @@ def add_check_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--vocab-size", type=int, help="vocabulary of a bare prefix")
     parser.add_argument("--eod-id", type=int, help="end-of-document id of a bare prefix")
     parser.add_argument(
+        "--bos-id", type=int, help="id before the documents of a bare prefix, if not that"
+    )
+    parser.add_argument(
         "--context", type=int, default=4096, help="context to compare lengths with (4096)"
     )
     parser.add_argument(
@@ -25,7 +28,7 @@ def add_check_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run_check(args: argparse.Namespace) -> int:
     """Print what was found; returns 0 for a good corpus, 2 for one with faults."""
-    info = describe(args.corpus, args.heldout, args.vocab_size, args.eod_id)
+    info = describe(args.corpus, args.heldout, args.vocab_size, args.eod_id, args.bos_id)
     findings = check_source(info)
     print(f"{args.corpus}: {info.train_documents:,} documents, {info.train_tokens:,} tokens")
     if info.unigram_bits_per_byte is not None:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megascale.config.schema import SourceConfig
 from megascale.corpus.shards import Shard
 from megascale.errors import UserError
 
@@ -17,6 +18,8 @@ CORPUS_FILE = "corpus.json"
 FORMAT = 1
 PARTS = ("train", "heldout")
 SAMPLED_BLOCKS, BLOCK_BYTES = 32, 4096
+ROUND_TRIP = ("documents", "changed", "bytes", "returned_bytes", "unknown_tokens")
+"""What prepare counts of text that it decodes again."""
 TOKENIZER_KINDS = ("bytes", "bpe", "hf", "infowindow")
 TOKENIZER_FOLDER = "tokenizer"
 """In a corpus, and in an imported checkpoint."""
@@ -31,12 +34,16 @@ class SourceInfo:
     heldout: str | None
     """Prefix of the held-out shard."""
     heldout_bytes: str | None
-    """`.npy` of the UTF-8 bytes of each held-out document."""
+    """`.npy` of the UTF-8 bytes of each held-out document that its ids give back: a tokenizer that
+    drops or changes text must not improve bits per byte."""
     vocab_size: int
     eod_id: int
+    bos_id: int | None
+    """Id of the beginning of a text, where there is one besides `eod_id`."""
     train_tokens: int
     train_documents: int
     train_bytes: int | None
+    """Those that the ids give back, about, where the tokenizer drops or changes text."""
     unigram_bits_per_byte: float | None
     """Entropy of single tokens, in bits per byte of text."""
     content: str
@@ -44,32 +51,24 @@ class SourceInfo:
     tokenizer: str | None
     """Folder of the corpus, from which `load_tokenizer` loads."""
 
+    @property
+    def first_id(self) -> int:
+        """The input before the first token of a document, which is stored nowhere."""
+        return self.eod_id if self.bos_id is None else self.bos_id
+
 
 def identity(info: SourceInfo) -> str:
     """What a source holds, in words; a resumed run must find the same."""
-    return f"{info.train_documents} documents of {info.train_tokens} tokens, content {info.content}"
+    bos = "" if info.bos_id is None else f", each after token {info.bos_id}"
+    return (
+        f"{info.train_documents} documents of {info.train_tokens} tokens{bos}, content "
+        f"{info.content}"
+    )
 
 
-def tokenizer_mark(folder: Path) -> str | None:
-    """What tells the tokenizer of a corpus, or of another folder with a `tokenizer`, from others.
-
-    None where it is not known. Files that only configure it do not count.
-    """
-    facts = read_corpus_file(folder)["tokenizer"] if (folder / CORPUS_FILE).is_file() else None
-    if facts is not None and facts["path"] is None:
-        return "bytes"
-    inside = folder / TOKENIZER_FOLDER
-    files = sorted(one for one in inside.glob("*") if one.is_file())
-    vocabulary = [one for one in files if one.name == "tokenizer.json"] or files
-    if not vocabulary:
-        return None
-    digest = hashlib.sha256()
-    for file in vocabulary:
-        digest.update(file.read_bytes())
-    if facts is not None and facts["kind"] == "infowindow":
-        # a codebook does not say into which tokens its codes are cut
-        digest.update(str(facts["vocab_size"]).encode())
-    return digest.hexdigest()[:12]
+def describe_source(source: SourceConfig) -> SourceInfo:
+    """`describe` what a config says of a source."""
+    return describe(source.path, source.heldout, source.vocab_size, source.eod_id, source.bos_id)
 
 
 def describe(
@@ -77,15 +76,17 @@ def describe(
     heldout: str | None = None,
     vocab_size: int | None = None,
     eod_id: int | None = None,
+    bos_id: int | None = None,
 ) -> SourceInfo:
     """Look at a prepared folder, or at a bare prefix with its `vocab_size` and `eod_id`.
 
+    A bare prefix whose documents begin with another token than `eod_id` has a `bos_id` too.
     Raises UserError for a source that is missing, empty, damaged, or was changed after it was
     prepared.
     """
     if (Path(path) / CORPUS_FILE).is_file():
         info = _prepared(Path(path))
-        _refuse_other(path, info, heldout, vocab_size, eod_id)
+        _refuse_other(path, info, heldout, vocab_size, eod_id, bos_id)
         return info
     if not Path(f"{path}.idx").exists():
         raise UserError(
@@ -96,8 +97,9 @@ def describe(
         if value is None:
             raise UserError(f"source {path}: a bare Megatron prefix needs {name} in data.sources")
     assert vocab_size is not None and eod_id is not None
-    if not 0 <= eod_id < vocab_size:
-        raise UserError(f"source {path}: eod_id = {eod_id} is outside vocab_size = {vocab_size}")
+    for name, value in (("eod_id", eod_id), ("bos_id", bos_id)):
+        if value is not None and not 0 <= value < vocab_size:
+            raise UserError(f"source {path}: {name} = {value} is outside vocab_size = {vocab_size}")
     shard = _not_empty(Shard.open(path), path)
     if heldout is not None:
         Shard.open(heldout)
@@ -107,6 +109,7 @@ def describe(
         heldout_bytes=None,
         vocab_size=vocab_size,
         eod_id=eod_id,
+        bos_id=None if bos_id == eod_id else bos_id,
         train_tokens=shard.num_tokens,
         train_documents=shard.num_documents,
         train_bytes=None,
@@ -128,7 +131,12 @@ def _content(prefix: str) -> str:
 
 
 def _refuse_other(
-    path: str, info: SourceInfo, heldout: str | None, vocab_size: int | None, eod_id: int | None
+    path: str,
+    info: SourceInfo,
+    heldout: str | None,
+    vocab_size: int | None,
+    eod_id: int | None,
+    bos_id: int | None,
 ) -> None:
     """What is said about a prepared folder must be what it knows itself."""
     if heldout is not None:
@@ -139,6 +147,7 @@ def _refuse_other(
     for name, said, known in (
         ("vocab_size", vocab_size, info.vocab_size),
         ("eod_id", eod_id, info.eod_id),
+        ("bos_id", bos_id, info.bos_id),
     ):
         if said is not None and said != known:
             raise UserError(
@@ -169,9 +178,10 @@ def _prepared(folder: Path) -> SourceInfo:
         heldout_bytes=str(folder / "heldout.bytes.npy") if has_heldout else None,
         vocab_size=facts["tokenizer"]["vocab_size"],
         eod_id=facts["tokenizer"]["eod_id"],
+        bos_id=facts["tokenizer"].get("bos_id"),
         train_tokens=shard.num_tokens,
         train_documents=shard.num_documents,
-        train_bytes=facts["train"]["bytes"],
+        train_bytes=round(facts["train"]["bytes"] * returned_share(facts.get("round_trip"))),
         content=_content(str(folder / "train")),
         unigram_bits_per_byte=facts["unigram_bits_per_byte"],
         tokenizer=str(folder),
@@ -195,20 +205,40 @@ def read_corpus_file(folder: Path) -> Mapping[str, Any]:
     return dict(facts)
 
 
+def returned_share(round_trip: Mapping[str, Any] | None) -> float:
+    """The part of the bytes of a text that its ids give back, by what prepare has decoded."""
+    if not round_trip or not round_trip["bytes"]:
+        return 1.0
+    return float(round_trip["returned_bytes"] / round_trip["bytes"])
+
+
 def _is_complete(facts: Mapping[str, Any]) -> bool:
     """Whether every number is one that `prepare` could have written, and every file is named."""
     tokenizer, files, bits = facts["tokenizer"], facts["files"], facts["unigram_bits_per_byte"]
     whole = [facts[part][key] for part in PARTS for key in ("documents", "tokens", "bytes")]
+    trip = facts.get("round_trip", {})  # earlier versions wrote none, and no bos_id
+    whole += [trip[key] for key in ROUND_TRIP if trip]
+    special = tokenizer.get("special_ids", [])
+    whole += special if tokenizer.get("bos_id") is None else [*special, tokenizer["bos_id"]]
     whole += [tokenizer["vocab_size"], tokenizer["eod_id"], *(f["bytes"] for f in files.values())]
     return (
         all(type(number) is int and number >= 0 for number in whole)
         and tokenizer["kind"] in TOKENIZER_KINDS
-        and tokenizer["eod_id"] < tokenizer["vocab_size"]
+        and max(tokenizer["eod_id"], *special, tokenizer.get("bos_id") or 0)
+        < tokenizer["vocab_size"]
+        and (not trip or _is_possible(trip))
         and facts["train"]["bytes"] > 0
         and isinstance(bits, float)
         and 0 <= bits < float("inf")
         and {f"{part}.{ending}" for part in PARTS for ending in ("bin", "idx")} <= set(files)
         and all(isinstance(file["sha256"], str) for file in files.values())
+    )
+
+
+def _is_possible(trip: Mapping[str, Any]) -> bool:
+    shown = {"document", "character", "text", "decoded", "cause"}
+    return min(1, trip["bytes"]) <= trip["returned_bytes"] <= trip["bytes"] and (
+        not trip["changed"] or shown <= set(trip["first_changed"])
     )
 
 

@@ -17,9 +17,22 @@ from typing import Any
 import numpy as np
 
 from megascale.corpus.inputs import Table, read_document
-from megascale.corpus.tokenizers import Tokenizer, open_tokenizer, token_dtype
+from megascale.corpus.round_trip import (
+    SAMPLED_DOCUMENTS,
+    RoundTrip,
+    beginning_of,
+    compare_texts,
+)
+from megascale.corpus.special import Refused
+from megascale.corpus.tokenizers import (
+    Tokenizer,
+    Tokens,
+    encode_each,
+    open_tokenizer,
+    token_dtype,
+)
 
-GOOD, EMPTY, INVALID = 0, 1, 2
+GOOD, EMPTY, INVALID, REFUSED = 0, 1, 2, 3
 _BATCH_DOCUMENTS = 64
 
 
@@ -30,16 +43,35 @@ class Encoder:
     kind: str
     folder: str
     eod_id: int
+    bos_id: int | None
+    special_ids: tuple[int, ...]
     min_characters: int
+    heldout_below: int
+    """Documents whose hash (its high 64 bits) is below this are held out."""
+
+    @staticmethod
+    def of(tokenizer: Tokenizer, folder: Path, min_characters: int, heldout_below: int) -> Encoder:
+        """What encodes as `tokenizer`, which was saved into `folder`."""
+        return Encoder(
+            tokenizer.kind,
+            str(folder),
+            tokenizer.eod_id,
+            tokenizer.bos_id,
+            tokenizer.special_ids,
+            min_characters,
+            heldout_below,
+        )
 
     def tokenizer(self) -> Tokenizer:
         """The tokenizer, loaded once per process."""
-        return _open_once(self.kind, self.folder, self.eod_id)
+        return _open_once(self.kind, self.folder, self.eod_id, self.bos_id, self.special_ids)
 
 
 @functools.cache
-def _open_once(kind: str, folder: str, eod_id: int) -> Tokenizer:
-    return open_tokenizer(kind, Path(folder), eod_id)
+def _open_once(
+    kind: str, folder: str, eod_id: int, bos_id: int | None, special_ids: tuple[int, ...]
+) -> Tokenizer:
+    return open_tokenizer(kind, Path(folder), eod_id, bos_id, special_ids)
 
 
 def text_of(raw: bytes, min_characters: int) -> tuple[int, str]:
@@ -62,8 +94,10 @@ def encode_rows(
 ) -> tuple[str, ...]:
     """Tokenize a contiguous range of rows; returns the Arrow files, in order of the rows.
 
-    Columns: verdict int8 (GOOD, EMPTY, INVALID), high and low uint64 (hash of the text), bytes
-    int64 (of UTF-8), tokens (bytes of the ids, the end of the document included).
+    Columns: verdict int8 (GOOD, EMPTY, INVALID, REFUSED for one that the tokenizer has no ids
+    for), why (text, of a refusal), high and low uint64 (hash of the text), bytes int64 (of
+    UTF-8), tokens (bytes of the ids, the end of the document included); and of documents that
+    were decoded again compared and returned int64 (see RoundTrip; -1 for others) and changed.
     """
     if not len(rows):
         return ()
@@ -79,7 +113,12 @@ def encode_rows(
                 batch_size=_BATCH_DOCUMENTS,
                 writer_batch_size=_BATCH_DOCUMENTS,
                 with_indices=True,
-                fn_kwargs={"table": table, "first_row": rows.start, "encoder": encoder},
+                fn_kwargs={
+                    "table": table,
+                    "first_row": rows.start,
+                    "encoder": encoder,
+                    "sample_every": max(1, len(dataset) // SAMPLED_DOCUMENTS),
+                },
                 features=_features(),
                 remove_columns=dataset.column_names,
                 num_proc=processes if processes > 1 else None,
@@ -123,41 +162,87 @@ def _interruptible() -> Iterator[None]:
 def _features() -> Any:
     from datasets import Features, Value
 
-    kinds = {"verdict": "int8", "high": "uint64", "low": "uint64", "bytes": "int64"}
+    kinds = {"verdict": "int8", "why": "string", "high": "uint64", "low": "uint64"}
+    kinds |= {"bytes": "int64", "compared": "int64", "returned": "int64", "changed": "bool"}
     return Features(
         {name: Value(kind) for name, kind in (kinds | {"tokens": "large_binary"}).items()}
     )
 
 
 def _encode_batch(
-    batch: Any, indices: list[int], table: Table, first_row: int, encoder: Encoder
+    batch: Any,
+    indices: list[int],
+    table: Table,
+    first_row: int,
+    encoder: Encoder,
+    sample_every: int,
 ) -> Any:
     import pyarrow as pa
 
+    rows = [first_row + i for i in indices]
     values = batch.column(table.column).cast("large_binary").to_pylist()
     raws = [
-        read_document(table, first_row + i, value or b"")
-        for i, value in zip(indices, values, strict=True)
+        read_document(table, row, value or b"") for row, value in zip(rows, values, strict=True)
     ]
     judged = [text_of(raw, encoder.min_characters) for raw in raws]
     hashes = [hash_of(raw) for raw in raws]
+    encoded = _encode_good(encoder.tokenizer(), judged)
+    verdicts = [
+        REFUSED if isinstance(ids, Refused) else verdict
+        for (verdict, _), ids in zip(judged, encoded, strict=True)
+    ]
+    heldout = [high < encoder.heldout_below for high, _ in hashes]
+    trips = [
+        _round_trip(encoder.tokenizer(), text, ids, is_heldout, row % sample_every == 0)
+        for (_, text), ids, is_heldout, row in zip(judged, encoded, heldout, rows, strict=True)
+    ]
     return pa.table(
         {
-            "verdict": pa.array([verdict for verdict, _ in judged], pa.int8()),
+            "verdict": pa.array(verdicts, pa.int8()),
+            "why": pa.array([str(i) if isinstance(i, Refused) else "" for i in encoded]),
             "high": pa.array([high for high, _ in hashes], pa.uint64()),
             "low": pa.array([low for _, low in hashes], pa.uint64()),
             "bytes": pa.array([len(raw) for raw in raws], pa.int64()),
-            "tokens": pa.array(_token_bytes(encoder.tokenizer(), judged), pa.large_binary()),
+            "compared": pa.array([trip.num_bytes for trip in trips], pa.int64()),
+            "returned": pa.array([trip.returned_bytes for trip in trips], pa.int64()),
+            "changed": pa.array([trip.place is not None for trip in trips], pa.bool_()),
+            "tokens": pa.array(_token_bytes(encoder.tokenizer(), encoded), pa.large_binary()),
         }
     )
 
 
-def _token_bytes(tokenizer: Tokenizer, judged: list[tuple[int, str]]) -> list[bytes]:
+def _encode_good(
+    tokenizer: Tokenizer, judged: list[tuple[int, str]]
+) -> list[Tokens | Refused | None]:
+    """The ids of good documents, or why they have none; None for the others."""
+    texts = [text for verdict, text in judged if verdict == GOOD]
+    encoded = iter(encode_each(tokenizer, texts))
+    return [next(encoded) if verdict == GOOD else None for verdict, _ in judged]
+
+
+_NOT_DECODED = RoundTrip(-1, -1, None)
+
+
+def _round_trip(
+    tokenizer: Tokenizer,
+    text: str,
+    ids: Tokens | Refused | None,
+    is_heldout: bool,
+    is_sampled: bool,
+) -> RoundTrip:
+    """A held-out document, or the beginning of a sampled one, beside what its ids decode to."""
+    if ids is None or isinstance(ids, Refused) or not (is_heldout or is_sampled):
+        return _NOT_DECODED
+    whole: tuple[str, Tokens | None] = (text, ids)
+    text, chosen = whole if is_heldout else beginning_of(tokenizer, text, ids)
+    return _NOT_DECODED if chosen is None else compare_texts(text, tokenizer.decode(chosen))
+
+
+def _token_bytes(tokenizer: Tokenizer, encoded: list[Tokens | Refused | None]) -> list[bytes]:
     kind = token_dtype(tokenizer.vocab_size)
-    encoded = iter(tokenizer.encode_batch([text for verdict, text in judged if verdict == GOOD]))
     return [
-        np.append(next(encoded), tokenizer.eod_id).astype(kind).tobytes()
-        if verdict == GOOD
-        else b""
-        for verdict, _ in judged
+        b""
+        if ids is None or isinstance(ids, Refused)
+        else np.append(ids, tokenizer.eod_id).astype(kind).tobytes()
+        for ids in encoded
     ]

@@ -28,23 +28,18 @@ from megascale.corpus.describe import (
     TOKENIZER_FOLDER,
     describe,
     read_corpus_file,
+    returned_share,
     sha256_of,
 )
-from megascale.corpus.encode import (
-    EMPTY,
-    GOOD,
-    INVALID,
-    Encoder,
-    encode_rows,
-    hash_of,
-    text_of,
-)
+from megascale.corpus.encode import GOOD, Encoder, encode_rows, hash_of, text_of
+from megascale.corpus.fates import Fates, decide, heldout_below, round_trip
 from megascale.corpus.inputs import Table, input_files, read_document, read_table
 from megascale.corpus.recipe import Recipe, TokenizerConfig
 from megascale.corpus.shards import Shard, writing
 from megascale.corpus.team import Team
 from megascale.corpus.tokenizers import (
     ByteTokenizer,
+    FastTokenizer,
     Tokenizer,
     load_hf,
     token_dtype,
@@ -142,6 +137,11 @@ def _look(recipe: Recipe, out: Path, force: bool) -> tuple[str, dict[str, Any] |
         raise UserError(f"{error} with --force") from None
     if facts.get("source_fingerprint") == wanted:
         return wanted, facts
+    if facts["tokenizer"]["kind"] == "hf" and "bos_id" not in facts["tokenizer"]:
+        raise UserError(
+            f"{out}: an earlier version made this corpus, without the token that begins a document "
+            "(tokenizer.bos); train on it as it is, or make it anew with --force"
+        )
     raise UserError(
         f"{out}: holds a corpus from another recipe or other inputs; replace it with --force or "
         "give another folder with --out"
@@ -158,6 +158,8 @@ def fingerprint(recipe: Recipe) -> str:
     stats = [(name, os.stat(name)) for name in names]
     files = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
     plain = asdict(replace(recipe, description="", licence=""))
+    if recipe.tokenizer.kind != "hf":
+        del plain["tokenizer"]["bos"]  # as in corpora of before that option
     return hashlib.sha256(json.dumps([FORMAT, plain, files]).encode()).hexdigest()
 
 
@@ -170,14 +172,14 @@ def _begin(recipe: Recipe, partial: Path) -> tuple[list[Table], Encoder]:
     ]
     tokenizer = _make_tokenizer(recipe, tables)
     tokenizer.save(folder)
-    encoder = Encoder(tokenizer.kind, str(folder), tokenizer.eod_id, recipe.min_characters)
+    encoder = Encoder.of(tokenizer, folder, recipe.min_characters, heldout_below(recipe))
     return tables, encoder
 
 
 def _make_tokenizer(recipe: Recipe, tables: Sequence[Table]) -> Tokenizer:
     wanted: TokenizerConfig = recipe.tokenizer
     if wanted.kind == "hf":
-        return load_hf(wanted.path or "", wanted.eod_token)
+        return load_hf(wanted.path or "", wanted.eod_token, wanted.bos)
     if wanted.kind == "bytes":
         return ByteTokenizer()
     if wanted.kind == "infowindow":
@@ -201,14 +203,9 @@ def _train_texts(recipe: Recipe, tables: Sequence[Table]) -> Iterator[str]:
                 key = hash_of(raw)
                 is_new = not recipe.deduplicate or key not in seen
                 seen.add(key)
-                if verdict == GOOD and is_new and key[0] >= _heldout_below(recipe):
+                if verdict == GOOD and is_new and key[0] >= heldout_below(recipe):
                     yield text
     bar.close()
-
-
-def _heldout_below(recipe: Recipe) -> int:
-    """Documents whose hash (its high 64 bits) is below this are held out."""
-    return int(recipe.heldout_fraction * 2.0**64)
 
 
 def _encode(
@@ -232,16 +229,6 @@ def _encode(
     return files
 
 
-@dataclass(frozen=True)
-class _Fates:
-    """What becomes of each document, in order."""
-
-    keep: NDArray[np.bool_]
-    heldout: NDArray[np.bool_]
-    num_bytes: NDArray[np.int64]
-    skipped: dict[str, Any]
-
-
 def _finish(
     recipe: Recipe,
     out: Path,
@@ -253,78 +240,19 @@ def _finish(
     """Rank 0: write the shards and corpus.json, and give the folder its name."""
     partial = out.with_name(f"{out.name}.partial")
     files = [name for part in parts for name in part]
-    fates = _decide(recipe, tables, files)
-    tokenizer = encoder.tokenizer()
+    fates, tokenizer = decide(recipe, tables, files), encoder.tokenizer()
+    trip = round_trip(recipe, tables, tokenizer, fates)
     _write_shards(partial, files, fates, token_dtype(tokenizer.vocab_size))
     shutil.rmtree(partial / "work")
     if tokenizer.kind == "bytes":
         (partial / TOKENIZER_FOLDER).rmdir()
-    facts = _facts(recipe, partial, tokenizer, fates, identity)
+    facts = _facts(recipe, partial, tokenizer, fates, trip, identity)
     (partial / CORPUS_FILE).write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
     _give_name(partial, out)
     return facts
 
 
-def _decide(recipe: Recipe, tables: Sequence[Table], files: Sequence[str]) -> _Fates:
-    """Which documents stay, and which of them are held out. Raises UserError where none stay."""
-    verdict = _column(files, "verdict", np.int8)
-    high, low = _column(files, "high", np.uint64), _column(files, "low", np.uint64)
-    good = verdict == GOOD
-    again = good & _repeated(high, low, good) if recipe.deduplicate else np.zeros_like(good)
-    invalid = np.flatnonzero(verdict == INVALID)
-    first = _where(tables, int(invalid[0])) if len(invalid) else None
-    if first is not None and recipe.invalid_utf8 == "error":
-        raise UserError(
-            f"{first}: not UTF-8, and so are {len(invalid):,} documents in all; mend them or set "
-            "invalid_utf8=skip"
-        )
-    skipped = {
-        "empty": int((verdict == EMPTY).sum()),
-        "duplicates": int(again.sum()),
-        "invalid_utf8": len(invalid),
-        "first_invalid_utf8": first,
-    }
-    keep = good & ~again
-    heldout = keep & (high < np.uint64(_heldout_below(recipe)))
-    if not (keep & ~heldout).any():
-        raise UserError(
-            f"recipe {recipe.name}: no document is left to train on, of {len(good):,} read "
-            f"({skipped['empty']:,} empty, {len(invalid):,} not UTF-8, {int(heldout.sum()):,} "
-            "held out); give it more text"
-        )
-    return _Fates(keep, heldout, _column(files, "bytes", np.int64), skipped)
-
-
-def _column(files: Sequence[str], name: str, kind: Any) -> NDArray[Any]:
-    from datasets import Dataset
-
-    columns = [Dataset.from_file(file).data.column(name).to_numpy() for file in files]
-    return np.concatenate([np.empty(0, kind), *columns]).astype(kind)
-
-
-def _repeated(
-    high: NDArray[np.uint64], low: NDArray[np.uint64], good: NDArray[np.bool_]
-) -> NDArray[np.bool_]:
-    """Which good documents have the text of a good one before them."""
-    order = np.lexsort((low, high))
-    order = order[good[order]]
-    same = (high[order][1:] == high[order][:-1]) & (low[order][1:] == low[order][:-1])
-    repeated = np.zeros(len(high), dtype=np.bool_)
-    repeated[order[1:][same]] = True
-    return repeated
-
-
-def _where(tables: Sequence[Table], document: int) -> str:
-    for table in tables:
-        rows = table.open().with_format("arrow")
-        if document < len(rows):
-            value = rows[document : document + 1].column(table.column).cast("large_binary")
-            return table.where(document, value[0].as_py() or b"")
-        document -= len(rows)
-    raise IndexError(document)
-
-
-def _write_shards(folder: Path, files: Sequence[str], fates: _Fates, dtype: np.dtype[Any]) -> None:
+def _write_shards(folder: Path, files: Sequence[str], fates: Fates, dtype: np.dtype[Any]) -> None:
     document = 0
     with (
         writing(folder / "train", dtype) as train,
@@ -337,7 +265,7 @@ def _write_shards(folder: Path, files: Sequence[str], fates: _Fates, dtype: np.d
                 writer.add(np.frombuffer(tokens, dtype=dtype))
             document += 1
             bar.update()
-    np.save(folder / "heldout.bytes.npy", fates.num_bytes[fates.heldout])
+    np.save(folder / "heldout.bytes.npy", fates.returned[fates.heldout])
 
 
 def _token_bytes(files: Sequence[str]) -> Iterator[bytes]:
@@ -349,22 +277,24 @@ def _token_bytes(files: Sequence[str]) -> Iterator[bytes]:
 
 
 def _facts(
-    recipe: Recipe, folder: Path, tokenizer: Tokenizer, fates: _Fates, identity: str
+    recipe: Recipe,
+    folder: Path,
+    tokenizer: Tokenizer,
+    fates: Fates,
+    trip: dict[str, Any],
+    identity: str,
 ) -> dict[str, Any]:
     parts = {"train": fates.keep & ~fates.heldout, "heldout": fates.heldout}
-    train_bytes = int(fates.num_bytes[parts["train"]].sum())
     counts = _token_counts(folder / "train", tokenizer.vocab_size)
+    unknown_id = tokenizer.unknown_id
+    trip["unknown_tokens"] = 0 if unknown_id is None else int(counts[unknown_id])
+    train_bytes = int(fates.num_bytes[parts["train"]].sum()) * returned_share(trip)
     return {
         "format": FORMAT,
         "name": recipe.name,
         "description": recipe.description,
         "licence": recipe.licence,
-        "tokenizer": {
-            "kind": tokenizer.kind,
-            "path": None if tokenizer.kind == "bytes" else TOKENIZER_FOLDER,
-            "vocab_size": tokenizer.vocab_size,
-            "eod_id": tokenizer.eod_id,
-        },
+        "tokenizer": _tokenizer_facts(tokenizer),
         **{
             name: {
                 "documents": int(chosen.sum()),
@@ -374,6 +304,7 @@ def _facts(
             for name, chosen in parts.items()
         },
         "unigram_bits_per_byte": unigram_bits(counts) / train_bytes,
+        "round_trip": trip,
         "skipped": fates.skipped,
         "source_fingerprint": identity,
         "files": {
@@ -384,6 +315,21 @@ def _facts(
             for path in sorted(folder.rglob("*"))
             if path.is_file()
         },
+    }
+
+
+def _tokenizer_facts(tokenizer: Tokenizer) -> dict[str, Any]:
+    bos_id, bos_token = tokenizer.bos_id, None
+    if bos_id is not None and isinstance(tokenizer, FastTokenizer):
+        bos_token = tokenizer.token_text(bos_id)
+    return {
+        "kind": tokenizer.kind,
+        "path": None if tokenizer.kind == "bytes" else TOKENIZER_FOLDER,
+        "vocab_size": tokenizer.vocab_size,
+        "eod_id": tokenizer.eod_id,
+        "bos_id": bos_id,
+        "bos_token": bos_token,
+        "special_ids": list(tokenizer.special_ids),
     }
 
 

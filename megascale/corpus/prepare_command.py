@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from megascale.corpus.prepare import Prepared, prepare
 from megascale.corpus.recipe import load_recipe
+from megascale.corpus.round_trip import losses
 from megascale.corpus.team import Team, launched_rank
 from megascale.errors import UserError
 
@@ -76,6 +79,7 @@ def summary(prepared: Prepared) -> str:
             f"  {part:<8} {size['documents']:>12,} documents {size['tokens']:>16,} tokens "
             f"{size['bytes']:>16,} bytes"
         )
+    lines += [f"  {line}" for line in _begin_of_documents(tokenizer)]
     left_out = [f"{skipped[key]:,} {what}" for key, what in _SKIPPED.items() if skipped[key]]
     if left_out:
         lines.append(f"  left out: {', '.join(left_out)}")
@@ -83,8 +87,25 @@ def summary(prepared: Prepared) -> str:
         lines.append(f"  the first that is not UTF-8: {skipped['first_invalid_utf8']}")
     if not facts["heldout"]["documents"]:
         lines.append("  warning: nothing is held out, so runs on it are not evaluated")
+    lines += [f"  warning: {line}" for line in losses(facts)]
     lines.append(f"  unigram entropy {facts['unigram_bits_per_byte']:.3f} bits per byte")
     return "\n".join(lines)
+
+
+def _begin_of_documents(tokenizer: Mapping[str, Any]) -> Iterator[str]:
+    """What the model sees before a document's first token, where a tokenizer has a choice."""
+    if tokenizer["kind"] != "hf":
+        return
+    if tokenizer.get("bos_id") is None:
+        yield (
+            f"before the first token of a document the model sees the end-of-document id "
+            f"{tokenizer['eod_id']} (tokenizer.bos: none)"
+        )
+    else:
+        yield (
+            f"before the first token of a document the model sees {tokenizer['bos_token']}, id "
+            f"{tokenizer['bos_id']} (tokenizer.bos)"
+        )
 
 
 _SKIPPED = {

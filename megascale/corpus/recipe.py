@@ -49,6 +49,11 @@ class TokenizerConfig:
     """For hf: local folder, tokenizer.json, or name on the hub. For infowindow: the codebook."""
     eod_token: str | None = None
     """For hf: the token that ends a document; None: the tokenizer's end of sequence."""
+    bos: str | None = "auto"
+    """For hf: the token that begins a document. It is the input before a document's first token,
+    in place of the end-of-document token; it is not stored and is no target. `auto`: the token
+    that the tokenizer itself puts before a text, where it puts one (of several the last), as its
+    post-processor or `add_bos_token` of its config says. `none`: no such token."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,10 +102,10 @@ def parse_recipe(text: str, overrides: Sequence[str] = (), where: str = "recipe"
     problem = _problem(recipe)
     if problem is not None:
         raise UserError(f"{where}: {problem}")
-    if recipe.tokenizer.path is None:
-        return recipe
-    path = os.path.expanduser(recipe.tokenizer.path)  # here, so that whoever looks sees one file
-    return replace(recipe, tokenizer=replace(recipe.tokenizer, path=path))
+    # here, so that whoever looks sees one file and one word for no token
+    path = recipe.tokenizer.path and os.path.expanduser(recipe.tokenizer.path)
+    bos = None if recipe.tokenizer.bos == "none" else recipe.tokenizer.bos
+    return replace(recipe, tokenizer=replace(recipe.tokenizer, path=path, bos=bos))
 
 
 def _problem(recipe: Recipe) -> str | None:
@@ -142,15 +147,16 @@ def _input_problem(index: int, one: InputConfig) -> str | None:
 _TOKENIZER_OPTIONS: dict[str, set[str]] = {
     "bytes": set(),
     "bpe": {"vocab_size"},
-    "hf": {"path", "eod_token"},
+    "hf": {"path", "eod_token", "bos"},
     "infowindow": {"path", "vocab_size"},
 }
 
 
 def _tokenizer_problem(tokenizer: TokenizerConfig) -> str | None:
-    kind = tokenizer.kind
-    for option in ("vocab_size", "path", "eod_token"):
-        if option not in _TOKENIZER_OPTIONS[kind] and getattr(tokenizer, option) is not None:
+    kind, defaults = tokenizer.kind, TokenizerConfig()
+    for option in ("vocab_size", "path", "eod_token", "bos"):
+        is_set = getattr(tokenizer, option) != getattr(defaults, option)
+        if option not in _TOKENIZER_OPTIONS[kind] and is_set:
             return f"tokenizer.{option} means nothing for kind {kind}; leave it out"
     if kind == "bpe" and (tokenizer.vocab_size is None or tokenizer.vocab_size < 257):
         return "tokenizer.vocab_size must be 257 or more for kind bpe, e.g. 8192"

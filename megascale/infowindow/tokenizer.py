@@ -31,6 +31,9 @@ class InfoWindowTokenizer:
         self.book = book
         self.eod_id = vocabulary
         self.vocab_size = vocabulary + 1
+        self.bos_id: int | None = None
+        self.special_ids: tuple[int, ...] = (vocabulary,)
+        self.unknown_id: int | None = None
 
     @staticmethod
     def load(path: Path, vocabulary: int | None = None) -> InfoWindowTokenizer:

@@ -23,8 +23,9 @@ class TokenSource:
 
     name: str
     shard: Shard
-    eod_id: int
-    """Ends every document, and stands before the first token of each as its input."""
+    first_id: int
+    """The input before the first token of every document: its beginning-of-text id, or the id that
+    ends documents. A piece from the middle of a document has the token before it."""
     vocab_size: int
     """Ids at or above it are a fault of the data."""
 
@@ -36,7 +37,7 @@ class TokenSource:
         first = max(start - 1, 0)
         tokens = self.shard.read(document, first, start + length - first).astype(np.int64)
         if start == 0:
-            tokens = np.concatenate([[self.eod_id], tokens])
+            tokens = np.concatenate([[self.first_id], tokens])
         if tokens.max() >= self.vocab_size or tokens.min() < 0:
             bad = tokens.max() if tokens.max() >= self.vocab_size else tokens.min()
             raise RankError(
@@ -68,7 +69,7 @@ class MicroBatchReader:
                 self._part(batch, i, share.spans(place) if share else [(0, int(batch.length[i]))])
                 for place, i in enumerate(ring.sequences)
             ]
-            pad_id = self.sources[0].eod_id
+            pad_id = self.sources[0].first_id
             sources = [int(batch.source[i]) for i in ring.sequences]
             packed = pack(sequences, pad_id, self.multiple, self.device, share, sources)
             yield replace(packed, offload=ring.offload)

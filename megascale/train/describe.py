@@ -24,7 +24,7 @@ from megascale.corpus.batches import (
     shares,
     used_sources,
 )
-from megascale.corpus.describe import SourceInfo, describe
+from megascale.corpus.describe import SourceInfo, describe_source
 from megascale.corpus.shards import Shard
 from megascale.errors import UserError
 from megascale.model import counts
@@ -35,12 +35,12 @@ from megascale.planner.gantt import LEGEND, text_gantt
 from megascale.train.earlier import unwatched, with_earlier
 from megascale.train.growing import small_and_grown
 from megascale.train.replay import part_seen, with_replay_blend
+from megascale.train.same_tokenizer import require_same_tokenizer, warn_if_tokenizers_differ
 from megascale.train.start import (
     model_of_start,
-    rates_apart,
     require_model,
     start_of,
-    tokenizers_apart,
+    warn_if_rate_jumps,
     with_rate_of_start,
 )
 from megascale.train.warnings import warnings_of
@@ -52,7 +52,8 @@ def load_run(
     """Read a config, look at its corpora, and finalize it.
 
     Raises UserError for everything that is wrong with either, among it a model vocabulary
-    smaller than a corpus's and sources that would be read more than `data.max_epochs` times.
+    smaller than a corpus's, sources of different tokenizers, and such that would be read more than
+    `data.max_epochs` times.
     """
     config = load_config(config_path, overrides)
     of_start = None
@@ -63,14 +64,14 @@ def load_run(
         config = replace(config, start=start)
     config = with_earlier(steplaw.resolve(with_rate_of_start(config)))
     sources = {
-        name: part_seen(describe(one.path, one.heldout, one.vocab_size, one.eod_id), one)
-        for name, one in config.data.sources.items()
+        name: part_seen(describe_source(one), one) for name, one in config.data.sources.items()
     }
     tokens = source_tokens(sources)
     new = {name: tokens[name] for name, one in config.data.sources.items() if not one.replay}
     largest = max((info.vocab_size for info in sources.values()), default=1)
     config = with_replay_blend(finalize(config, new, largest))
     _check_vocabulary(config, sources)
+    require_same_tokenizer(config, sources)
     if of_start is not None:
         require_model(config, of_start)
     _check_epochs(config, tokens)
@@ -214,7 +215,8 @@ def describe_run(
     has_heldout = {name: info.heldout is not None for name, info in sources.items()}
     epochs = _epochs(config, source_tokens(sources))
     warnings = warnings_of(config, layout, epochs, has_heldout, first.batch.num_sequences)
-    warnings += [*tokenizers_apart(config), *rates_apart(config), *unwatched(config)]
+    warnings += warn_if_tokenizers_differ(config, sources)
+    warnings += [*warn_if_rate_jumps(config), *unwatched(config)]
     sections = [
         _title(config),
         _model(config, first),

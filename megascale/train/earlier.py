@@ -10,7 +10,7 @@ from megascale.checkpoint.load import read_manifest
 from megascale.checkpoint.manifest import Position
 from megascale.config import EarlierConfig, ReadConfig, RunConfig, SourceConfig, parse_config
 from megascale.corpus.batches import Cursor, SourceCursor
-from megascale.corpus.describe import describe, identity
+from megascale.corpus.describe import describe_source, identity
 from megascale.errors import UserError
 from megascale.train.start import begun_run
 
@@ -111,7 +111,7 @@ def _earlier(source: SourceConfig) -> EarlierConfig:
 def _held(source: SourceConfig) -> str | None:
     """What a source holds; None where it is not there."""
     try:
-        return identity(describe(source.path, source.heldout, source.vocab_size, source.eod_id))
+        return identity(describe_source(source))
     except UserError:
         return None
 
@@ -155,7 +155,7 @@ def _place(
 def trouble(source: SourceConfig, earlier: EarlierConfig) -> str | None:
     """Why a source is not what was read of it earlier; None where it is."""
     try:
-        now = identity(describe(source.path, source.heldout, source.vocab_size, source.eod_id))
+        now = identity(describe_source(source))
     except UserError as error:
         return str(error)
     if now != earlier.held:

@@ -65,8 +65,9 @@ def run_eval(args: argparse.Namespace) -> int:
 def text_tokens(found: Any, config: Any, given: str | None) -> TextTokens:
     """The tokenizer of a checkpoint; see `tokenizer_folder`.
 
-    A text begins with the token that ended documents in training; with a Hugging Face tokenizer
-    with its beginning of sequence, or its end where it has none. Raises UserError.
+    A text begins with the token that stood before documents in training. With a Hugging Face
+    tokenizer that is what it puts before a text itself, else its beginning of sequence, or its end
+    where it has none. Raises UserError.
     """
     from megascale.corpus.describe import CORPUS_FILE
     from megascale.corpus.tokenizers import load_hf, load_tokenizer
@@ -79,18 +80,18 @@ def text_tokens(found: Any, config: Any, given: str | None) -> TextTokens:
         raise UserError(f"{found.folder} names no tokenizer; give --tokenizer FOLDER")
     if (folder / CORPUS_FILE).is_file():
         ours = load_tokenizer(folder)
-        first_id = end_id = ours.eod_id
+        first_id, end_id = ours.bos_id, ours.eod_id
     else:
         from transformers import AutoTokenizer
 
         ours = load_hf(str(folder))
         theirs, end_id = AutoTokenizer.from_pretrained(folder, local_files_only=True), ours.eod_id
-        first_id = end_id if theirs.bos_token_id is None else theirs.bos_token_id
+        first_id = theirs.bos_token_id if ours.bos_id is None else ours.bos_id
     require_known(ours.vocab_size, config.model.vocab_size, folder)
     return TextTokens(
         lambda text: ours.encode(text).tolist(),
         ours.decode,
-        first_id,
+        end_id if first_id is None else first_id,
         end_id,
         unsettled=ours.window_tokens if isinstance(ours, InfoWindowTokenizer) else 0,
     )

@@ -29,8 +29,8 @@ class HeldoutScore:
     loss: float
     """Mean loss per token, nats."""
     bits_per_byte: float | None
-    """Summed loss in bits over the bytes of the same documents; None where the source does not
-    know its bytes (a bare Megatron prefix)."""
+    """Summed loss in bits over the bytes of the same documents that their ids give back; None
+    where the source does not know its bytes (a bare Megatron prefix)."""
     tokens: int
     """Tokens judged."""
 
@@ -83,7 +83,7 @@ def heldout_sets(
         if not len(pieces.length):
             continue
         payload = planner(pieces.length).to_bytes() if ranks.rank == 0 else None
-        source = TokenSource(name, shard, info.eod_id, config.model.vocab_size or 0)
+        source = TokenSource(name, shard, info.first_id, config.model.vocab_size or 0)
         sets[name] = HeldoutSet(
             reader=MicroBatchReader(
                 [source], ranks.hdp_rank, pack_multiple(config), ranks.device, ranks.axis

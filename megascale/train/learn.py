@@ -12,7 +12,7 @@ from megascale.checkpoint.load import Found
 from megascale.checkpoint.tensors import Tensors
 from megascale.config import Layout, ModelConfig, ParallelConfig, RunConfig
 from megascale.corpus.batches import Cursor, GlobalBatches
-from megascale.corpus.describe import SourceInfo, describe, identity
+from megascale.corpus.describe import SourceInfo, describe_source, identity
 from megascale.corpus.shards import Shard
 from megascale.errors import UserError
 from megascale.growth.learn import DepthMaps, Maps
@@ -90,7 +90,7 @@ class _Batches:
         self._batches = GlobalBatches(config.data, shards, config.seed)
         vocab_size = config.model.vocab_size or 0
         readable = [
-            TokenSource(name, shards[name], sources[name].eod_id, vocab_size)
+            TokenSource(name, shards[name], sources[name].first_id, vocab_size)
             for name in self._batches.names
         ]
         self._reader = MicroBatchReader(readable, 0, pack_multiple(config), ranks.device)
@@ -132,8 +132,7 @@ def _data(found: Found, config: RunConfig) -> tuple[Cursor, dict[str, SourceInfo
         )
     try:
         sources = {
-            name: part_seen(describe(one.path, one.heldout, one.vocab_size, one.eod_id), one)
-            for name, one in config.data.sources.items()
+            name: part_seen(describe_source(one), one) for name, one in config.data.sources.items()
         }
         now = {name: identity(info) for name, info in sources.items()}
         compare_sources(position.cursor["sources"], now)

@@ -391,7 +391,8 @@ def _sample(run: Run, prompt: str) -> None:
         return
     tokenizer = load_tokenizer(info.tokenizer)
     begin = [int(token) for token in tokenizer.encode(prompt)]
-    drawn = sample_tokens(run.learner, begin, run.config.eval.sample_tokens, info.eod_id)
+    count = run.config.eval.sample_tokens
+    drawn = sample_tokens(run.learner, begin, count, info.first_id, info.eod_id)
     run.report.sample(prompt, tokenizer.decode(drawn))
 
 
@@ -423,7 +424,7 @@ def _begin(
         *([speeds.at] if speeds is not None else []),
     )
     readable = [
-        TokenSource(name, shards[name], sources[name].eod_id, config.model.vocab_size or 0)
+        TokenSource(name, shards[name], sources[name].first_id, config.model.vocab_size or 0)
         for name in batches.names
     ]
     saver.prepare(model, learner.optimizer)

@@ -89,13 +89,10 @@ def _source_tokens(config: RunConfig) -> dict[str, int]:
     sources = config.data.sources
     if config.data.stages or len(sources) == 1:
         return dict.fromkeys(sources, 1)
-    from megascale.corpus.describe import describe
+    from megascale.corpus.describe import describe_source
 
     try:
-        return {
-            name: describe(one.path, one.heldout, one.vocab_size, one.eod_id).train_tokens
-            for name, one in sources.items()
-        }
+        return {name: describe_source(one).train_tokens for name, one in sources.items()}
     except UserError as error:
         print(f"without data.stages the shares follow from the corpora, so left out: {error}")
         return {}

@@ -18,15 +18,18 @@ from megascale.train.step import Learner
 TEMPERATURE = 0.7
 
 
-def sample_tokens(learner: Learner, prompt: list[int], count: int, eod_id: int) -> list[int]:
+def sample_tokens(
+    learner: Learner, prompt: list[int], count: int, first_id: int, eod_id: int
+) -> list[int]:
     """Continue `prompt` by up to `count` tokens, drawn at temperature 0.7 with the run's seed.
 
-    Ends early at `eod_id`. Every rank takes part and returns the same tokens. Each token costs
-    a whole forward pass over at most `context_tokens` tokens.
+    `first_id` stands before the prompt, as before every document in training. Ends early at
+    `eod_id`. Every rank takes part and returns the same tokens. Each token costs a whole forward
+    pass over at most `context_tokens` tokens.
     """
     learner.model.eval()
     generator = torch.Generator().manual_seed(learner.config.seed)
-    context, tokens = learner.config.data.context_tokens, [eod_id, *prompt]
+    context, tokens = learner.config.data.context_tokens, [first_id, *prompt]
     with torch.no_grad():
         for _ in range(count):
             logits = _next_logits(learner, tokens[-context:], eod_id)

@@ -15,7 +15,6 @@ from megascale.checkpoint.folder import EMERGENCY, checkpoints_dir, steps_in
 from megascale.checkpoint.load import Found, find_at, find_before, folder_at, read_manifest
 from megascale.checkpoint.manifest import MANIFEST, Position
 from megascale.config import RunConfig, StartConfig, dump_config, load_config, parse_config
-from megascale.corpus.describe import tokenizer_mark
 from megascale.errors import UserError
 from megascale.model.counts import padded_vocab_size
 from megascale.optim.schedule import lr_at
@@ -232,7 +231,7 @@ def rate_of(parent: Position) -> float | None:
     return lr_at(tokens, schedule) if tokens and schedule else None
 
 
-def rates_apart(config: RunConfig) -> Iterator[str]:
+def warn_if_rate_jumps(config: RunConfig) -> Iterator[str]:
     """Warnings, where a finalized config goes on from its checkpoint at another rate at once, or
     re-warms it above its peak (arXiv 2403.08763, section 5.1: that adapts, and forgets, more).
     """
@@ -256,47 +255,6 @@ def rates_apart(config: RunConfig) -> Iterator[str]:
             f"the learning rate rises to {peak:.4g}, above the peak of {before:.4g} of {start}; "
             "the same peak is usual, and a higher one forgets more"
         )
-
-
-def tokenizers_apart(config: RunConfig) -> Iterator[str]:
-    """Warnings, where sources, or they and the checkpoint's, were made by different tokenizers.
-
-    Only what is still there can be compared.
-    """
-    marks = {name: _mark(Path(one.path)) for name, one in config.data.sources.items()}
-    known = {name: mark for name, mark in marks.items() if mark is not None}
-    for name, mark in known.items():
-        first = next(iter(known))
-        if mark != known[first]:
-            yield (
-                f"source '{name}' was made by another tokenizer than '{first}': the same ids mean "
-                "other text; unless one only adds to the other, prepare one of them again"
-            )
-    before = {mark for mark in _marks_of_start(config) if mark is not None}
-    if before and known and not before & set(known.values()):
-        yield (
-            f"the model of {config.start.checkpoint} knows another tokenizer than the sources were "
-            "made by, so their ids mean other text to it; prepare them with its own"
-        )
-
-
-def _marks_of_start(config: RunConfig) -> Iterator[str | None]:
-    try:
-        parent = _parent(config) if config.start.checkpoint is not None else None
-    except UserError:
-        return  # a run that has begun does without its parent
-    if parent is None:
-        return
-    yield _mark(Path(config.start.checkpoint or ""))  # an import brings its tokenizer
-    for one in parse_config(parent.config).data.sources.values():
-        yield _mark(Path(one.path))
-
-
-def _mark(folder: Path) -> str | None:
-    try:
-        return tokenizer_mark(folder)
-    except (OSError, UserError):
-        return None
 
 
 def begun_run(config: RunConfig) -> RunConfig | None:

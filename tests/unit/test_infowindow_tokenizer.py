@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 from toy_m1 import random_m1, small_book
 
 from megascale.cli import main
-from megascale.corpus.describe import describe, tokenizer_mark
+from megascale.corpus.describe import describe
 from megascale.corpus.shards import Shard
+from megascale.corpus.tokenizer_mark import tokenizer_mark
 from megascale.corpus.tokenizers import load_tokenizer
 from megascale.errors import UserError
 from megascale.infowindow.codebook import Codebook

@@ -66,7 +66,7 @@ def test_plans_know_of_the_offload():
 
 def test_the_ratio_travels_with_the_micro_batch():
     class Source:
-        eod_id = 0
+        first_id = 0
 
         def read(self, document, start, length):
             return TokenSequence(np.zeros(length, np.int64), np.zeros(length, np.int64))

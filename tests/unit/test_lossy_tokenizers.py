@@ -1,0 +1,162 @@
+"""Tokenizers that drop or change text: prepare says so, and bits per byte do not profit."""
+
+import json
+
+import numpy as np
+import pytest
+import tokenizer_files as made
+
+from megascale.corpus.check import check_source
+from megascale.corpus.describe import describe
+from megascale.corpus.prepare_command import summary
+from megascale.corpus.round_trip import compare_texts, first_difference
+from megascale.corpus.shards import Shard
+from megascale.corpus.tokenizers import load_tokenizer
+from megascale.errors import UserError
+
+
+def dropping_bpe():
+    """No unknown token and no bytes: what it does not know is gone."""
+    from tokenizers import Tokenizer, decoders, models
+
+    vocab = {one: i for i, one in enumerate(["</s>", *"abcdefghij "])}
+    backend = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    backend.decoder = decoders.Fuse()
+    return backend
+
+
+def lowering_bpe():
+    from tokenizers import normalizers
+
+    backend = made.byte_bpe(begin=None)
+    backend.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
+    return backend
+
+
+@pytest.mark.parametrize(
+    "text, decoded, returned, place",
+    [
+        ("abc", "abc", 3, None),
+        ("abXc", "abc", 3, 2),
+        ("ABab", "abab", 2, 0),  # the capitals do not come back; two of four a and b do
+        ("caf\u00e9", "caf\ufffd", 3, 3),
+        ("e\u0301", "\u00e9", 0, 0),
+        ("ab", "a b", 2, 1),  # what is added is not counted
+        ("abc", "", 0, 0),
+        ("\U0001f600a", "a", 1, 0),
+    ],
+)
+def test_bytes_that_come_back(text, decoded, returned, place):
+    trip = compare_texts(text, decoded)
+    assert (trip.num_bytes, trip.returned_bytes, trip.place) == (
+        len(text.encode()),
+        returned,
+        place,
+    )
+
+
+def test_first_difference_by_brute_force():
+    rng = np.random.default_rng(0)
+    for _ in range(200):
+        one, two = ("".join(rng.choice(["a", "b"], rng.integers(0, 9))) for _ in range(2))
+        if one != two:
+            pairs = list(zip(one, two))
+            slow = next((i for i, (x, y) in enumerate(pairs) if x != y), len(pairs))
+            assert first_difference(one, two) == slow
+
+
+TEXTS = [f"abc {'j' * i} def" for i in range(30)]
+
+
+def test_a_tokenizer_that_drops_bytes(tmp_path):
+    texts = [*TEXTS, "abcXYZ", "aaQ\u00e9"]
+    prepared = made.prepare_texts(
+        tmp_path, texts, made.save(dropping_bpe(), tmp_path / "t"), heldout=0.3
+    )
+    trip, corpus = prepared.facts["round_trip"], prepared.folder
+    total = sum(len(text.encode()) for text in texts)
+    assert (trip["documents"], trip["changed"]) == (32, 2)
+    assert (trip["bytes"], trip["returned_bytes"]) == (total, total - 6)
+    assert trip["first_changed"] == {
+        "document": str(tmp_path / "in" / "0030"),
+        "character": 3,
+        "text": "XYZ",
+        "decoded": "",
+        "cause": "the tokenizer drops or changes some of it",
+    }
+    said = summary(prepared)
+    assert "2 of 32 documents do not decode to the text they were made from; the first is" in said
+    assert "in/0030, at character 3: 'XYZ' comes back as ''" in said
+    notes = check_source(describe(str(corpus))).notes
+    assert any(f"{(total - 6) / total:.2%} of the bytes come back" in note for note in notes)
+
+
+def test_bits_per_byte_do_not_profit(tmp_path):
+    """The model never predicts what is dropped: such bytes are not counted, wherever bytes are."""
+    texts = [f"{text}{'Z' * 40}" for text in TEXTS]  # more than half of it is dropped
+    folder = made.save(dropping_bpe(), tmp_path / "t")
+    prepared = made.prepare_texts(tmp_path / "lossy", texts, folder, heldout=0.3)
+    plain = made.prepare_texts(tmp_path / "plain", TEXTS, folder, heldout=0.0)
+    info = describe(str(prepared.folder))
+    heldout, tokenizer = Shard.open(info.heldout), load_tokenizer(prepared.folder)
+    coded = [len(tokenizer.decode(heldout.read(i))) for i in range(heldout.num_documents)]
+    assert heldout.num_documents > 3 and np.load(info.heldout_bytes).tolist() == coded
+    kept = sum(map(len, TEXTS))
+    train = Shard.open(info.train)
+    source_bytes = prepared.facts["train"]["bytes"]
+    assert source_bytes == train.num_tokens - train.num_documents + 40 * train.num_documents
+    share = kept / (kept + 40 * len(TEXTS))
+    assert info.train_bytes == round(source_bytes * share)
+    # the figure is that of the text that is coded, not less than half of it
+    own = plain.facts["unigram_bits_per_byte"]
+    assert prepared.facts["unigram_bits_per_byte"] == pytest.approx(own, rel=0.1)
+
+
+def test_a_normaliser_is_named(tmp_path):
+    texts = ["plain text", "Upper Case", "cafe\u0301"]
+    prepared = made.prepare_texts(tmp_path, texts, made.save(lowering_bpe(), tmp_path / "t"))
+    trip = prepared.facts["round_trip"]
+    assert trip["changed"] == 2 and trip["returned_bytes"] == trip["bytes"] - 2 - 3
+    first = trip["first_changed"]
+    assert (first["character"], first["text"], first["decoded"]) == (0, "Upper Case", "upper case")
+    assert first["cause"] == "the tokenizer's normaliser changes text"
+
+
+def test_unknown_tokens_are_counted(tmp_path):
+    texts = ["abc", "a\u00e9b\u00e8", "\u00e9"]
+    folder = made.save(made.unigram("abc "), tmp_path / "t")
+    prepared = made.prepare_texts(tmp_path, texts, folder)
+    trip = prepared.facts["round_trip"]
+    assert trip["unknown_tokens"] == 3 and trip["changed"] == 2
+    assert trip["first_changed"]["cause"] == "the tokenizer has no ids for some of it"
+    assert "3 tokens of train are the tokenizer's unknown token" in summary(prepared)
+    notes = check_source(describe(str(prepared.folder))).notes
+    assert any(note.startswith("2 documents with the tokenizer's unknown token") for note in notes)
+
+
+def test_a_tokenizer_that_gives_nothing_back(tmp_path):
+    folder = made.save(dropping_bpe(), tmp_path / "t")
+    with pytest.raises(UserError, match="no text comes back"):
+        made.prepare_texts(tmp_path, ["XYZ", "XXX"], folder)
+
+
+def test_long_documents_are_sampled_by_their_beginning(tmp_path, monkeypatch):
+    monkeypatch.setattr("megascale.corpus.round_trip.SAMPLED_CHARACTERS", 100)
+    folder = made.save(dropping_bpe(), tmp_path / "t")
+    prepared = made.prepare_texts(tmp_path, ["a" * 95 + "XX" + "b" * 1000, "abc"], folder)
+    trip = prepared.facts["round_trip"]
+    assert (trip["documents"], trip["bytes"], trip["returned_bytes"]) == (2, 103, 101)
+    assert trip["first_changed"]["character"] == 95
+
+
+def test_a_corpus_of_before_has_no_such_record(tmp_path):
+    prepared = made.prepare_texts(
+        tmp_path, ["abc", "ab"], made.save(dropping_bpe(), tmp_path / "t")
+    )
+    path = prepared.folder / "corpus.json"
+    now = describe(str(prepared.folder))
+    facts = json.loads(path.read_text())
+    del facts["round_trip"], facts["tokenizer"]["bos_id"], facts["tokenizer"]["special_ids"]
+    path.write_text(json.dumps(facts))
+    assert describe(str(prepared.folder)) == now
+    assert check_source(now).faults == []
