@@ -21,6 +21,7 @@ from megascale.checkpoint.ranges import Shape
 from megascale.checkpoint.shards import MASTER, OPTIMIZER_PREFIX, Box
 from megascale.checkpoint.storage import Index, one_line, read_index
 from megascale.errors import UserError
+from megascale.model.vocabulary import VOCABULARY
 from megascale.runtime.distributed import Ranks
 
 Description = tuple[tuple[int, ...], torch.dtype | None]
@@ -220,7 +221,7 @@ def _plan(index: Index, wanted: list[Box]) -> LoadPlan:
         by_key.setdefault(box.key, []).append(box)
     for key, boxes in by_key.items():
         stored = index.tensors.get(key)
-        if stored is None or tuple(stored.size) != boxes[0].global_shape:
+        if stored is None or not _holds(key, tuple(stored.size), boxes[0].global_shape):
             continue  # named, once for all ranks, by _check_same_tensors
         chunks = [ChunkStorageMetadata(torch.Size(b.offset), torch.Size(b.shape)) for b in boxes]
         found = create_read_items_for_chunk_list(key, stored, chunks)
@@ -252,13 +253,27 @@ def _check_same_tensors(
         asked |= of_rank
     keys = asked.keys() | stored.keys()
     for key in sorted(keys, key=lambda key: (key.startswith(OPTIMIZER_PREFIX), key)):
-        if asked.get(key) != stored.get(key):
+        if not _same(key, stored.get(key), asked.get(key)):
             raise UserError(
                 f"checkpoint {folder} does not fit this run: tensor {key} is "
                 f"{_describe(stored.get(key))} there and {_describe(asked.get(key))} here; "
-                "take the model, train.precision and optim (with SOAP, parallel.tensor too) that "
-                "it was written with (its config is in manifest.json)"
+                "take the model, train.precision and optim (with SOAP, parallel.tensor and "
+                "model.vocab_multiple too) that it was written with (its config is in "
+                "manifest.json)"
             )
+
+
+def _same(key: str, stored: Description | None, asked: Description | None) -> bool:
+    if stored is None or asked is None:
+        return stored is asked
+    return stored[1] == asked[1] and _holds(key, stored[0], asked[0])
+
+
+def _holds(key: str, stored: Shape, asked: Shape) -> bool:
+    """Whether a tensor of a checkpoint is the one asked for. Earlier versions saved padded rows of
+    the vocabulary, which come after those of its ids."""
+    padded = key.endswith(VOCABULARY) and stored[1:] == asked[1:] and stored[0] > asked[0]
+    return stored == asked or padded
 
 
 def _describe(tensor: Description | None) -> str:
