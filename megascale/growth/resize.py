@@ -12,9 +12,7 @@ from megascale.model.initialise import named_generator
 from megascale.model.vocabulary import VOCABULARY
 
 
-def resize(
-    base: Tensors, old: int, new: int, noise: float = 0.0, seed: int = 0
-) -> Iterator[Piece]:
+def resize(base: Tensors, old: int, new: int, noise: float = 0.0, seed: int = 0) -> Iterator[Piece]:
     """The base's tensors, with rows for `new` ids, of which the first `old` stay.
 
     A new row is the mean of the old ones: a new id is then neither likely nor

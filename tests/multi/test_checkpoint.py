@@ -167,6 +167,7 @@ def test_the_same_layout_gives_the_same_bits(
 TENSOR, PIPELINE = "parallel.tensor=2", "parallel.pipeline=2"
 EXPERT, REPLICATED = "parallel.expert=2", "optim.distributed_optimizer=false"
 SOAP = "optim.name=soap"
+UNPADDED, WIDE = "model.vocab_multiple=1", "model.vocab_multiple=128"
 BF16, UNTIED = "train.precision=bf16", "model.tied_embeddings=false"
 
 
@@ -189,6 +190,13 @@ BF16, UNTIED = "train.precision=bf16", "model.tied_embeddings=false"
         ([BF16], (2, []), (3, [])),
         ([BF16], (4, [TENSOR, PIPELINE]), (2, [])),
         ([MOE], (2, [PIPELINE]), (4, [EXPERT, PIPELINE])),
+        # 100 ids in 100, 102, 104, 128 or 384 rows, and tensor ranks of nothing but padding
+        ([], (1, [UNPADDED]), (2, [TENSOR, "model.vocab_multiple=3"])),
+        ([UNTIED, "model.num_heads=4"], (2, [TENSOR, UNPADDED]), (4, ["parallel.tensor=4", WIDE])),
+        ([BF16], (4, ["parallel.tensor=2", WIDE]), (3, [UNPADDED])),
+        ([BF16, UNTIED], (2, [PIPELINE, REPLICATED, WIDE]), (2, [TENSOR])),
+        ([MOE], (2, [EXPERT, WIDE]), (4, [EXPERT, TENSOR])),
+        ([SOAP, "optim.soap_max_dim=99"], (2, [WIDE]), (1, [UNPADDED])),
         ([SOAP, BF16], (2, [REPLICATED]), (3, [])),
         ([SOAP, MOE, BF16], (2, [EXPERT]), (2, [PIPELINE])),
         ([SOAP, TENSOR], (2, []), (4, [PIPELINE])),
@@ -333,7 +341,7 @@ def refused(folder: str, overrides: list[str]) -> str:
     "overrides, says",
     [
         (["model.hidden_size=64"], "decoder.final_layernorm.weight is 32 float32 there and 64 f"),
-        ([UNTIED], "tensor output_layer.weight is absent there and 104x32 float32 here"),
+        ([UNTIED], "tensor output_layer.weight is absent there and 100x32 float32 here"),
         (["model.qk_norm=true"], "layers.self_attention.k_layernorm.weight is absent there"),
         ([BF16], "final_layernorm.weight is 32 float32 there and 32 bfloat16 here"),
         (["model.num_layers=4"], "2x32 float32 there and 4x32 float32 here"),
