@@ -219,6 +219,37 @@ def test_any_layout_loads_into_any_other(
     assert losses_after == pytest.approx(losses, rel=5e-3 if BF16 in common else 1e-5)
 
 
+@pytest.mark.parametrize(
+    "before, after",
+    [((2, [WIDE]), (1, [UNPADDED])), ((1, [UNPADDED]), (2, [REPLICATED, WIDE]))],
+    ids=["fewer rows", "more rows"],
+)
+def test_soap_goes_on_with_other_padding(
+    ranks: Any, tmp_path: Path, before: tuple[int, list[str]], after: tuple[int, list[str]]
+) -> None:
+    """Its bases over the rows of the vocabulary are those of the ids; the rest is as it was."""
+    import torch
+
+    follow, key = range(2, 4), "embedding.word_embeddings.weight"
+    saved, losses = ranks(before[0], trained_and_saved, str(tmp_path), [SOAP, *before[1]], follow)[
+        0
+    ]
+    found, losses_after = ranks(after[0], loaded, str(tmp_path), [SOAP, *after[1]], follow)[0]
+    assert losses_after == pytest.approx(losses, rel=1e-3)
+    state = {}
+    for name in ("exp_avg", "exp_avg_sq", "left_average", "left_basis"):
+        was, now = (one.pop(f"optimizer.state.{name}.{key}") for one in (saved, found))
+        assert sorted((was.shape[-2], now.shape[-2])) == [100, 128]
+        state[name] = was.view(was.shape[-2:]), now.view(now.shape[-2:])
+    assert same(saved, found)
+    means = [basis @ mean for basis, mean in zip(state["left_basis"], state["exp_avg"])]
+    torch.testing.assert_close(means[1][:100], means[0][:100], rtol=1e-4, atol=1e-7)
+    assert means[0].any() and not means[1][100:].any()
+    was, now = state["left_average"]
+    assert now[:100, :100].equal(was[:100, :100]) and not now[100:].any()
+    assert state["exp_avg_sq"][1].min() >= 0 and state["exp_avg_sq"][1].any()
+
+
 def initial_state(overrides: list[str]) -> Any:
     """The state that initialisation by name gives, which is the same in all layouts."""
     return {
