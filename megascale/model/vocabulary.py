@@ -31,10 +31,11 @@ def exclude_padding(model: GPTModel, vocab_size: int, device: torch.device) -> N
     if not model.post_process:
         return
     head, tensor = model.output_layer, parallel_state.get_tensor_model_parallel_world_size()
-    rows = head.output_size_per_partition
+    held = rows = head.output_size_per_partition
     if tensor == 1:
         multiple = CUDA_MULTIPLE if device.type == "cuda" else 1
-        rows = min(rows, math.ceil(vocab_size / multiple) * multiple)
+        rows = min(held, math.ceil(vocab_size / multiple) * multiple)
+    if rows < held:
         head.output_size_per_partition = rows  # what it checks a given weight against
         head.register_forward_pre_hook(partial(_cut_weight, rows=rows), with_kwargs=True)
     known = ids_among(rows, parallel_state.get_tensor_model_parallel_rank() * rows, vocab_size)

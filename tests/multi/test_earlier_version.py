@@ -116,6 +116,30 @@ def test_an_earlier_step_resumes_on_tensor_ranks(ranks: Any, made: Path) -> None
     assert two[-8:] == pytest.approx(one[-8:], rel=1e-5)
 
 
+def rows_of(folder: Path) -> dict[str, int]:
+    """Rows of the embedding in a checkpoint: in its files, and as they are read."""
+    from megascale.checkpoint.load import find_at
+    from megascale.checkpoint.storage import read_index
+    from megascale.checkpoint.tensors import Tensors
+
+    key, found = "embedding.word_embeddings.weight", find_at(folder)
+    read = Tensors(found)
+    assert read.read(key).shape == read.shapes[key]
+    return {"stored": read_index(found.folder).tensors[key].size[0], "read": read.shapes[key][0]}
+
+
+@pytest.mark.parametrize("words", [("zero", "--factor", 2), ("width",)], ids=["zero", "width"])
+def test_it_grows_to_a_model_of_its_ids(ranks: Any, made: Path, words: tuple[object, ...]) -> None:
+    assert ranks(1, rows_of, made / "run")[0] == {"stored": 384, "read": 257}
+    done(ranks, made, "grow", "run", "--operator", *words, "--optimizer", "grow", "--out", "big")
+    assert ranks(1, rows_of, made / "big")[0] == {"stored": 257, "read": 257}
+    config = (made / "config.yaml").read_text().splitlines(keepends=True)
+    (made / "next.yaml").write_text("".join(one for one in config if "model:" not in one))
+    options = ("start.optimizer=keep", "run_dir=next", "train.stop_after_steps=1")
+    said = done(ranks, made, "branch", "big", "next.yaml", *options, "parallel.tensor=2", world=2)
+    assert "done: 1 steps" in said and "the loss will change" not in said
+
+
 def test_its_files_are_read(ranks: Any, made: Path) -> None:
     said = done(ranks, made, "status", "run")
     assert "step 8 of 16" in said and "loss 5.2727" in said

@@ -139,6 +139,22 @@ def trained(overrides: tuple[str, ...]) -> Any:
     return loss_sum / tokens, reported, parts, padding
 
 
+def trained_as_on_cuda(overrides: tuple[str, ...]) -> Any:
+    """`trained`, with logits of as many rows as one CUDA rank computes: 320 for 257 ids."""
+    import torch
+
+    from megascale.model import build, vocabulary
+
+    honest = build.exclude_padding
+    build.exclude_padding = lambda model, num_ids, _: vocabulary.exclude_padding(
+        model, num_ids, torch.device("cuda")
+    )
+    try:
+        return trained(overrides)
+    finally:
+        build.exclude_padding = honest
+
+
 LAYOUTS = [
     (1, ("model.vocab_multiple=1",)),
     (1, ()),
@@ -157,8 +173,10 @@ def test_losses_and_gradients_are_those_of_the_ids_alone(ranks: Any, tied: tuple
     """Also where a tensor rank holds nothing but padding: 257 ids in 384 rows on 4 ranks."""
     losses, shift, gradients = ranks(1, oracle, tied)[0]
     assert shift < -15 and 4 < losses.mean() < 12, (shift, losses.mean())
-    for world, overrides in LAYOUTS:
-        told = ranks(world, trained, (*tied, *overrides))
+    runs = [(world, trained, overrides) for world, overrides in LAYOUTS]
+    runs.append((1, trained_as_on_cuda, ()))
+    for world, function, overrides in runs:
+        told = ranks(world, function, (*tied, *overrides))
         for loss, reported, parts, padding in told:
             assert loss == pytest.approx(losses.mean(), rel=1e-5), overrides
             assert reported is None or reported == pytest.approx(losses.mean(), rel=1e-5)
