@@ -33,7 +33,6 @@ from megascale.corpus.shards import Shard, ShardWriter
 from megascale.mesh.packing import MicroBatch
 from megascale.mesh.reader import MicroBatchReader, TokenSource
 from megascale.model.build import build_model, pack_multiple
-from megascale.model.counts import padded_vocab_size
 from megascale.optim.build import build_optimizer
 from megascale.runtime import distributed
 from megascale.runtime.distributed import Ranks
@@ -164,7 +163,7 @@ class PlainStep:
     """The plain model on as many whole contexts as a batch of ours holds."""
 
     def __init__(self, config: RunConfig) -> None:
-        self.model = PlainGpt(config.model, padded_vocab_size(config.model))
+        self.model = PlainGpt(config.model)
         self.optimizer = torch.optim.AdamW(
             self.model.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True
         )

@@ -123,7 +123,8 @@ class ModelConfig:
     """Token ids the model knows. Default: the largest vocabulary among the corpora."""
     vocab_multiple: int = 128
     """The embedding has a multiple of this (and of `parallel.tensor`) of rows, which suits matrix
-    units; the added rows are never a target and are masked out of the softmax by training."""
+    units. The added rows belong to no id: they have probability 0 in every softmax, and are not
+    saved. So this changes no model, and may change at a resume."""
     tied_embeddings: bool = True
     """Share the input embedding with the output head; saves parameters in small models."""
     rope_base: float = 10000.0

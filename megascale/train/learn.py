@@ -108,7 +108,7 @@ def _config(found: Found, grown: ModelConfig) -> RunConfig:
     capacity = max(was.planner.capacity_tokens or 0, was.data.context_tokens)
     return replace(
         was,
-        model=_unbalanced(for_one_rank(grown, was.parallel.tensor)),
+        model=_unbalanced(for_one_rank(grown)),
         parallel=replace(ParallelConfig(), sequence_parallel=False),
         planner=replace(was.planner, name="longest_first", capacity_tokens=capacity, cost=None),
         optim=replace(was.optim, name="adamw", distributed_optimizer=False),

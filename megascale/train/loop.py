@@ -60,7 +60,7 @@ from megascale.train.folder import RunFolder, on_first_rank
 from megascale.train.grow import write_grown
 from megascale.train.growing import require_growth, small_and_grown
 from megascale.train.report import Report
-from megascale.train.resume import compare_configs, compare_sources
+from megascale.train.resume import compare_configs, compare_sources, softmax_changes
 from megascale.train.sample import sample_tokens
 from megascale.train.start import LINEAGE, Origin, Parent, find_start, taken_over
 from megascale.train.step import Learner, StepResult, train_step
@@ -498,7 +498,7 @@ def _restore(
     if found.bring is None:
         on_first_rank(learner.ranks, lambda: go_on_from(checkpoints, position.step))
     notes = [*warnings, *(f"changed since the checkpoint: {line}" for line in changed)]
-    return cursor, notes
+    return cursor, [*notes, *softmax_changes(found, learner.config)]
 
 
 def _find(
@@ -528,4 +528,5 @@ def _start(
     parent = found.manifest.position
     origin = json.dumps(Origin("start.checkpoint", (Parent.of(found),)).to_json(), indent=1)
     on_first_rank(learner.ranks, lambda: folder.write(LINEAGE, f"{origin}\n"))
-    return Cursor(), [*taken_over(parent, config), *places_told(config)]
+    notes = [*taken_over(parent, config), *places_told(config), *softmax_changes(found, config)]
+    return Cursor(), notes

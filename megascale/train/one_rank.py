@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -73,15 +72,13 @@ def run_config(found: Found) -> RunConfig:
 
 def _config(found: Found, precision: Literal["fp32", "bf16"]) -> RunConfig:
     config = run_config(found)
-    model = for_one_rank(config.model, config.parallel.tensor)
+    model = for_one_rank(config.model)
     return complete(replace(config, model=model, train=TrainConfig(precision=precision)))
 
 
-def for_one_rank(model: ModelConfig, tensor: int) -> ModelConfig:
-    """The model of a run over `tensor` ranks, so that one process builds it on any device."""
-    # the same arithmetic on every device; and the padding that the run gave its vocabulary
-    rows = math.lcm(model.vocab_multiple, tensor)
-    model = replace(model, implementation="local", vocab_multiple=rows)
+def for_one_rank(model: ModelConfig) -> ModelConfig:
+    """A run's model, so that one process builds it on any device."""
+    model = replace(model, implementation="local")  # the same arithmetic on every device
     if model.moe is None:
         return model
     # the other dispatcher pads every pass to one length

@@ -10,13 +10,14 @@ from typing import Any
 import yaml
 
 from megascale.checkpoint.folder import checkpoints_dir
+from megascale.checkpoint.load import Found
 from megascale.config import RunConfig, dump_config, parse_config
 from megascale.errors import UserError
 
 ORDER_OF_DATA = ("seed", "data.context_tokens", "data.global_batch_tokens")
 WEIGHTS_AND_START = ("model", "start")
-CHANGEABLE = ("implementation", "moe.balance_weight", "moe.balance_weights", "moe.micro_share")
-CHANGEABLE += ("moe.estimate", "moe.bias_rate", "moe.z_loss_coeff")
+CHANGEABLE = ("implementation", "vocab_multiple", "moe.balance_weight", "moe.balance_weights")
+CHANGEABLE += ("moe.micro_share", "moe.estimate", "moe.bias_rate", "moe.z_loss_coeff")
 """Of the model's options, those that change no weight and no function."""
 
 
@@ -75,6 +76,25 @@ def compare_sources(saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
                 f"source '{name}' held {was} when the checkpoint was written and holds "
                 f"{now[name]} now; bring the old data back, or start in a new run_dir"
             )
+
+
+def softmax_changes(found: Found, config: RunConfig) -> list[str]:
+    """A line where a checkpoint was trained by a version that counted padded rows of the
+    vocabulary in the softmax: such versions saved these rows.
+
+    Raises UserError where the checkpoint's index is refused.
+    """
+    from megascale.checkpoint.storage import read_index
+    from megascale.model.vocabulary import VOCABULARY
+
+    stored, known = read_index(found.folder).tensors[VOCABULARY[0]], config.model.vocab_size or 0
+    padded = stored.size[0] - known
+    if padded <= 0 or not found.manifest.position.step:
+        return []
+    return [
+        f"the loss will change: {found.folder} was trained with {padded} padded rows of the "
+        "vocabulary in the softmax, and these now have probability 0, so losses are lower"
+    ]
 
 
 def _flatten(tree: Any, prefix: str = "") -> dict[str, Any]:

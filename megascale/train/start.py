@@ -16,7 +16,6 @@ from megascale.checkpoint.load import Found, find_at, find_before, folder_at, re
 from megascale.checkpoint.manifest import MANIFEST, Position
 from megascale.config import RunConfig, StartConfig, dump_config, load_config, parse_config
 from megascale.errors import UserError
-from megascale.model.counts import padded_vocab_size
 from megascale.optim.schedule import lr_at
 from megascale.train.resume import changes, same_start
 
@@ -194,16 +193,11 @@ def require_model(config: RunConfig, of_start: Mapping[str, Any]) -> None:
                 f"model.vocab_size = {now}, but the model of {start} knows {was} ids; leave it "
                 f"out{f'{grow} --out DIR' * (now > was)}"
             )
-        if key in DECIDES_WEIGHTS or (key == "vocab_multiple" and _rows_differ(config, was)):
+        if key in DECIDES_WEIGHTS:
             raise UserError(
                 f"model.{key} = {json.dumps(now)}, but the model of {start} has {json.dumps(was)}; "
                 f"leave model.{key} out, or make another model of it with megascale grow"
             )
-
-
-def _rows_differ(config: RunConfig, vocab_multiple: int) -> bool:
-    was = replace(config.model, vocab_multiple=vocab_multiple)
-    return padded_vocab_size(was) != padded_vocab_size(config.model)
 
 
 def with_rate_of_start(config: RunConfig) -> RunConfig:

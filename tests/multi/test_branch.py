@@ -168,7 +168,6 @@ def test_forgetting_is_told(ranks, old, new, tmp_path):
         (["model.num_layers=3"], "model.num_layers = 3, but the model of"),
         (["model.moe.num_experts=4"], "model.moe.num_experts = 4, but the model of"),
         (["model.tied_embeddings=false"], "model.tied_embeddings = false, but the model of"),
-        (["model.vocab_multiple=512"], "model.vocab_multiple = 512, but the model of"),
         (["model.vocab_size=300"], "or: megascale grow"),
         (["data.sources.other.vocab_size=300"], "--operator resize --vocab 300 --out DIR, then"),
         (["optim.lr=-1"], "must be a finite number, at least 0"),

@@ -167,6 +167,7 @@ def test_the_same_layout_gives_the_same_bits(
 TENSOR, PIPELINE = "parallel.tensor=2", "parallel.pipeline=2"
 EXPERT, REPLICATED = "parallel.expert=2", "optim.distributed_optimizer=false"
 SOAP = "optim.name=soap"
+UNPADDED, WIDE = "model.vocab_multiple=1", "model.vocab_multiple=128"
 BF16, UNTIED = "train.precision=bf16", "model.tied_embeddings=false"
 
 
@@ -189,6 +190,13 @@ BF16, UNTIED = "train.precision=bf16", "model.tied_embeddings=false"
         ([BF16], (2, []), (3, [])),
         ([BF16], (4, [TENSOR, PIPELINE]), (2, [])),
         ([MOE], (2, [PIPELINE]), (4, [EXPERT, PIPELINE])),
+        # 100 ids in 100, 102, 104, 128 or 384 rows, and tensor ranks of nothing but padding
+        ([], (1, [UNPADDED]), (2, [TENSOR, "model.vocab_multiple=3"])),
+        ([UNTIED, "model.num_heads=4"], (2, [TENSOR, UNPADDED]), (4, ["parallel.tensor=4", WIDE])),
+        ([BF16], (4, ["parallel.tensor=2", WIDE]), (3, [UNPADDED])),
+        ([BF16, UNTIED], (2, [PIPELINE, REPLICATED, WIDE]), (2, [TENSOR])),
+        ([MOE], (2, [EXPERT, WIDE]), (4, [EXPERT, TENSOR])),
+        ([SOAP, "optim.soap_max_dim=99"], (2, [WIDE]), (1, [UNPADDED])),
         ([SOAP, BF16], (2, [REPLICATED]), (3, [])),
         ([SOAP, MOE, BF16], (2, [EXPERT]), (2, [PIPELINE])),
         ([SOAP, TENSOR], (2, []), (4, [PIPELINE])),
@@ -209,6 +217,37 @@ def test_any_layout_loads_into_any_other(
     found, losses_after = ranks(after[0], loaded, str(tmp_path), [*common, *after[1]], follow)[0]
     assert same(saved, found)
     assert losses_after == pytest.approx(losses, rel=5e-3 if BF16 in common else 1e-5)
+
+
+@pytest.mark.parametrize(
+    "before, after",
+    [((2, [WIDE]), (1, [UNPADDED])), ((1, [UNPADDED]), (2, [REPLICATED, WIDE]))],
+    ids=["fewer rows", "more rows"],
+)
+def test_soap_goes_on_with_other_padding(
+    ranks: Any, tmp_path: Path, before: tuple[int, list[str]], after: tuple[int, list[str]]
+) -> None:
+    """Its bases over the rows of the vocabulary are those of the ids; the rest is as it was."""
+    import torch
+
+    follow, key = range(2, 4), "embedding.word_embeddings.weight"
+    saved, losses = ranks(before[0], trained_and_saved, str(tmp_path), [SOAP, *before[1]], follow)[
+        0
+    ]
+    found, losses_after = ranks(after[0], loaded, str(tmp_path), [SOAP, *after[1]], follow)[0]
+    assert losses_after == pytest.approx(losses, rel=1e-3)
+    state = {}
+    for name in ("exp_avg", "exp_avg_sq", "left_average", "left_basis"):
+        was, now = (one.pop(f"optimizer.state.{name}.{key}") for one in (saved, found))
+        assert sorted((was.shape[-2], now.shape[-2])) == [100, 128]
+        state[name] = was.view(was.shape[-2:]), now.view(now.shape[-2:])
+    assert same(saved, found)
+    means = [basis @ mean for basis, mean in zip(state["left_basis"], state["exp_avg"])]
+    torch.testing.assert_close(means[1][:100], means[0][:100], rtol=1e-4, atol=1e-7)
+    assert means[0].any() and not means[1][100:].any()
+    was, now = state["left_average"]
+    assert now[:100, :100].equal(was[:100, :100]) and not now[100:].any()
+    assert state["exp_avg_sq"][1].min() >= 0 and state["exp_avg_sq"][1].any()
 
 
 def initial_state(overrides: list[str]) -> Any:
@@ -333,7 +372,7 @@ def refused(folder: str, overrides: list[str]) -> str:
     "overrides, says",
     [
         (["model.hidden_size=64"], "decoder.final_layernorm.weight is 32 float32 there and 64 f"),
-        ([UNTIED], "tensor output_layer.weight is absent there and 104x32 float32 here"),
+        ([UNTIED], "tensor output_layer.weight is absent there and 100x32 float32 here"),
         (["model.qk_norm=true"], "layers.self_attention.k_layernorm.weight is absent there"),
         ([BF16], "final_layernorm.weight is 32 float32 there and 32 bfloat16 here"),
         (["model.num_layers=4"], "2x32 float32 there and 4x32 float32 here"),
