@@ -14,33 +14,15 @@ from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 import yaml
 
 from megascale.config.schema import RunConfig
+from megascale.documents import parse_yaml
 from megascale.errors import UserError
 
 T = TypeVar("T")
 SUFFIXES = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "G": 10**9, "T": 10**12}
 BINARY_SUFFIXES = {"Ki": 2**10, "Mi": 2**20, "Gi": 2**30}
 LARGEST = 2**62
-
-
-class _Loader(yaml.SafeLoader):
-    """SafeLoader that reads 3e-4 as a number and refuses a key given twice."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[str] = set()
-        for key_node, _ in node.value:
-            if key_node.value in seen:
-                line = key_node.start_mark.line + 1
-                raise UserError(f"line {line}: key '{key_node.value}' is given twice; keep one")
-            if isinstance(key_node.value, str):
-                seen.add(key_node.value)
-        return super().construct_mapping(node, deep)
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(\d[\d_]*)(\.\d*)?[eE][-+]?\d+$"),
-    list("-+0123456789"),
-)
+MOST_DIGITS = 64
+"""Characters of a whole number."""
 
 
 def load_config(
@@ -77,7 +59,7 @@ def parse_as(
 
     Raises UserError, in one line that begins with `where`, for anything that does not fit.
     """
-    tree = _parse_yaml(text, where)
+    tree = parse_yaml(text, where)
     tree = {} if tree is None else tree
     if not isinstance(tree, dict):
         raise UserError(f"{where}: a config is a YAML mapping such as 'seed: 1', not {_kind(tree)}")
@@ -105,18 +87,6 @@ def dump_config(config: RunConfig) -> str:
     return text
 
 
-def _parse_yaml(text: str, where: str) -> Any:
-    try:
-        return yaml.load(text, _Loader)
-    except UserError as error:
-        raise UserError(f"{where}: {error}") from None
-    except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
-        mark = getattr(error, "problem_mark", None)
-        place = f" line {mark.line + 1}" if mark else ""
-        problem = " ".join(str(getattr(error, "problem", None) or error).split())
-        raise UserError(f"{where}{place}: not valid YAML: {problem}") from None
-
-
 def _apply_override(tree: dict[str, Any], override: str) -> None:
     name, equals, value = override.partition("=")
     if not equals or not name:
@@ -130,7 +100,7 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
         if not isinstance(child, dict):
             raise UserError(f"override '{override}': '{part}' is {_kind(child)}, it has no keys")
         node = child
-    node[last] = _parse_yaml(value, f"override '{override}'")
+    node[last] = parse_yaml(value, f"override '{override}'")
 
 
 def _fill_in(tree: dict[str, Any], under: Mapping[str, Any]) -> None:
@@ -230,6 +200,8 @@ def whole_number(text: str, where: str, least: int = 0, most: int = LARGEST) -> 
     if match is None:
         wanted = f"from {least} to {most}" if most < LARGEST else "such as 4096, 20M or 8Ki"
         raise UserError(f"{where} must be a whole number {wanted}, not '{text}'")
+    if len(text) > MOST_DIGITS:
+        raise UserError(f"{where} must be at most {most}, not a number of {len(text)} characters")
     digits, suffix = match.group(1).replace("_", ""), match.group(2) or ""
     number = float(digits) * (SUFFIXES | BINARY_SUFFIXES)[suffix]
     if number != int(number):

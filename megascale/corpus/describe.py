@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from typing import Any
 
 from megascale.config.schema import SourceConfig
 from megascale.corpus.shards import Shard
+from megascale.documents import read_json
 from megascale.errors import UserError
 
 CORPUS_FILE = "corpus.json"
@@ -192,9 +192,9 @@ def read_corpus_file(folder: Path) -> Mapping[str, Any]:
     """The content of corpus.json. Raises UserError where it is not one."""
     path = folder / CORPUS_FILE
     try:
-        facts = json.loads(path.read_text(encoding="utf-8"))
+        facts = read_json(path)
         complete = facts["format"] == FORMAT and _is_complete(facts)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         complete = False
     if not complete and not path.exists():
         raise UserError(

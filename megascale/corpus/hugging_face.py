@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megascale.documents import read_json
 from megascale.errors import UserError
 
 TOKENIZER_FILE = "tokenizer.json"
@@ -82,8 +82,8 @@ def _from_files(file: Path, folder: Path) -> FoundTokenizer:
 
 def _config_of(folder: Path) -> dict[str, Any]:
     try:
-        config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        config = read_json(folder / CONFIG_FILE)
+    except (OSError, UserError):
         return {}
     return config if isinstance(config, dict) else {}
 

@@ -16,6 +16,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
+from megascale.documents import parse_json
 from megascale.errors import UserError
 
 VERSION = 1
@@ -119,7 +120,7 @@ def read_file(path: Path, kind: str, made_by: str) -> Content:
     _require_readable(path, made_by)
     try:
         with safe_open(str(path), framework="numpy") as file:
-            said = json.loads((file.metadata() or {}).get(METADATA, "{}"))
+            said = parse_json((file.metadata() or {}).get(METADATA, "{}").encode(), str(path))
             _require(path, kind, said, again)
             arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             facts = said["facts"]

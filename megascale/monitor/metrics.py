@@ -10,11 +10,14 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from megascale.checkpoint.folder import replace_file
+from megascale.documents import json_rows
 from megascale.errors import UserError
 from megascale.monitor.lines import LineFile, json_line
 
 METRICS_FILE = "metrics.jsonl"
 PROJECT = "megascale"
+MOST_STEPS = 2**53
+"""Whole numbers up to here are exact as floats, too."""
 
 
 class Tracker(Protocol):
@@ -67,11 +70,12 @@ class MetricsWriter:
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The rows of a `metrics.jsonl`; a line that a crash left half-written is passed over.
+    """The rows of a `metrics.jsonl`; lines that are damaged, such as one that a crash left
+    half-written, and rows without a step are left out.
 
     Raises OSError where the file cannot be read.
     """
-    return list(_parse(path.read_bytes()))
+    return [row for row in json_rows(path.read_bytes()) if _is_step(row.get("step"))]
 
 
 def has_numbers(row: Mapping[str, Any], *names: str) -> bool:
@@ -89,14 +93,8 @@ def flatten(row: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, flo
             yield prefix + key, float(value)
 
 
-def _parse(content: bytes) -> Iterator[dict[str, Any]]:
-    for line in content.splitlines():
-        try:
-            row = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(row, dict) and isinstance(row.get("step"), int):
-            yield row
+def _is_step(value: Any) -> bool:
+    return type(value) is int and 0 <= value <= MOST_STEPS
 
 
 def rewind(path: Path, resume_step: int | None) -> None:

@@ -7,11 +7,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from megascale.checkpoint.folder import checkpoints_dir
 from megascale.checkpoint.load import Found
 from megascale.config import RunConfig, dump_config, parse_config
+from megascale.documents import parse_yaml
 from megascale.errors import UserError
 
 ORDER_OF_DATA = ("seed", "data.context_tokens", "data.global_batch_tokens")
@@ -28,8 +27,8 @@ def compare_configs(saved_yaml: str, config: RunConfig) -> list[str]:
     shape, of where the run started, or of what decides the order of the data.
     """
     saved = parse_config(saved_yaml)
-    old = yaml.safe_load(dump_config(saved))  # options may be new
-    new = yaml.safe_load(dump_config(config))
+    old = parse_yaml(dump_config(saved), "config")  # options may be new
+    new = parse_yaml(dump_config(config), "config")
     changed = changes(old, new)
     for key, (was, now) in changed.items():
         fixed = key in ORDER_OF_DATA or key.split(".")[0] in WEIGHTS_AND_START

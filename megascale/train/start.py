@@ -9,12 +9,11 @@ from pathlib import Path
 from shlex import quote
 from typing import TYPE_CHECKING, Any
 
-import yaml
-
 from megascale.checkpoint.folder import EMERGENCY, checkpoints_dir, steps_in
 from megascale.checkpoint.load import Found, find_at, find_before, folder_at, read_manifest
 from megascale.checkpoint.manifest import MANIFEST, Position
 from megascale.config import RunConfig, StartConfig, dump_config, load_config, parse_config
+from megascale.documents import parse_yaml, read_json
 from megascale.errors import UserError
 from megascale.optim.schedule import lr_at
 from megascale.train.resume import changes, same_start
@@ -75,8 +74,8 @@ def origin_of(folder: Path) -> Origin | None:
     """Where a run or a checkpoint that is no run's own comes from; None where nothing says."""
     try:
         if (folder / LINEAGE).exists():
-            return Origin.from_json(json.loads((folder / LINEAGE).read_bytes()))
-        document = json.loads((folder / MANIFEST).read_bytes())
+            return Origin.from_json(read_json(folder / LINEAGE))
+        document = read_json(folder / MANIFEST)
         return Origin.from_json(document["position"]["cursor"]["origin"])
     except (OSError, ValueError, KeyError, TypeError):
         return None
@@ -289,4 +288,4 @@ def taken_over(parent: Position, config: RunConfig) -> list[str]:
 
 
 def _model(text: str) -> dict[str, Any]:
-    return dict((yaml.safe_load(text) or {}).get("model") or {})
+    return dict((parse_yaml(text, "config") or {}).get("model") or {})

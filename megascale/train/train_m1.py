@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import yaml
 
+from megascale.documents import parse_yaml
 from megascale.errors import UserError
 from megascale.infowindow.files import make_place
 from megascale.infowindow.m1 import M1, MOST_TERMS, Shape
@@ -111,7 +112,7 @@ def write_config(
     from megascale.config.load import apply_overrides
 
     model, context_tokens = SHAPES[shape]
-    tree: dict[str, Any] = yaml.safe_load(CONFIG)
+    tree: dict[str, Any] = parse_yaml(CONFIG, "config")
     tree["run_dir"] = str(out / "run")
     tree["model"] = {**model, "vocab_multiple": 1}
     tree["data"] = {"context_tokens": context_tokens, "global_batch_tokens": "16Ki"}

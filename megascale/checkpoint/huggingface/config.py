@@ -17,6 +17,7 @@ from megascale.config import (
     SourceConfig,
     finalize,
 )
+from megascale.documents import read_json
 from megascale.errors import UserError
 
 CONFIG = "config.json"
@@ -43,13 +44,13 @@ def read_config(folder: Path) -> Any:
 
     path = folder / CONFIG
     try:
-        document = json.loads(path.read_bytes())
+        document = read_json(path)
         kind = document.get("model_type")
     except OSError as error:
         raise UserError(
             f"{path}: {error.strerror}; give the folder of a Hugging Face model"
         ) from None
-    except (ValueError, AttributeError):
+    except (UserError, AttributeError):
         raise UserError(f"{path} is not the JSON of a config; copy the model again") from None
     if kind not in FAMILIES:
         raise UserError(f"{path}: model_type {kind!r} is not built; {', '.join(FAMILIES)} are")
@@ -249,7 +250,7 @@ def write_config(config: Any, folder: Path) -> None:
     """
     config.save_pretrained(folder)
     path = folder / CONFIG
-    document = json.loads(path.read_bytes())
+    document = read_json(path)
     document["rope_theta"] = config.rope_parameters["rope_theta"]
     if config.rope_parameters["rope_type"] != "default":
         rope = config.rope_parameters.items()

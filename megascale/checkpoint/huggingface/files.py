@@ -13,6 +13,7 @@ import torch
 
 from megascale.checkpoint.ranges import Shape
 from megascale.checkpoint.storage import one_line
+from megascale.documents import read_json
 from megascale.errors import UserError
 
 SINGLE = "model.safetensors"
@@ -78,7 +79,7 @@ def _listed(folder: Path) -> dict[str, str]:
             )
         return {}
     try:
-        listed = json.loads(path.read_bytes())["weight_map"]
+        listed = read_json(path)["weight_map"]
         if all(Path(file).name == file for file in listed.values()):
             return dict(listed)
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
