@@ -20,6 +20,7 @@ from megascale.monitor.device import mfu, peak_flops
 from megascale.monitor.events import EventLog
 from megascale.monitor.metrics import MetricsWriter, flatten, read_rows
 from megascale.monitor.profile import profiler
+from megascale.monitor.trackers import TRACKERS
 
 
 def writer(folder: Path, resume_step: int | None = None, **options) -> MetricsWriter:
@@ -146,95 +147,7 @@ def test_tensorboard_shows_each_step_once_after_a_resume(tmp_path: Path) -> None
     assert set(seen) == {"loss", "skipped", "eval/web/loss"}
 
 
-class Calls(list):
-    """Records what a tracker was asked to do."""
-
-    def note(self, call: str, /, **values) -> None:
-        self.append((call, values))
-
-
-def fake_wandb(calls: Calls) -> types.ModuleType:
-    module = types.ModuleType("wandb")
-
-    class Run:
-        def log(self, data: dict, step: int | None = None, commit: bool | None = None) -> None:
-            calls.note("log", data=data, step=step)
-
-        def finish(self, exit_code: int | None = None) -> None:
-            calls.note("end")
-
-    def init(entity=None, project=None, dir=None, id=None, name=None, notes=None, tags=None,
-             config=None, group=None, resume=None) -> Run:  # fmt: skip
-        calls.note("start", project=project, name=name, config=config)
-        return Run()
-
-    module.init = init
-    return module
-
-
-def fake_mlflow(calls: Calls) -> types.ModuleType:
-    module = types.ModuleType("mlflow")
-
-    def set_experiment(experiment_name=None, experiment_id=None) -> None:
-        calls.note("experiment", project=experiment_name)
-
-    def start_run(run_id=None, experiment_id=None, run_name=None, nested=False) -> None:
-        calls.note("begin", name=run_name)
-
-    def log_dict(dictionary: dict, artifact_file: str, run_id=None) -> None:
-        project, name = calls.pop(0)[1]["project"], calls.pop(0)[1]["name"]
-        calls.note("start", project=project, name=name, config=dictionary)
-        assert artifact_file.endswith(".json")
-
-    def log_metrics(metrics: dict, step=None, synchronous=None, run_id=None) -> None:
-        calls.note("log", data=metrics, step=step)
-
-    def end_run(status: str = "FINISHED") -> None:
-        calls.note("end")
-
-    for function in (set_experiment, start_run, log_dict, log_metrics, end_run):
-        setattr(module, function.__name__, function)
-    return module
-
-
-def fake_trackio(calls: Calls) -> types.ModuleType:
-    module = types.ModuleType("trackio")
-
-    def init(project: str, name=None, space_id=None, dataset_id=None, config=None,
-             resume: str = "never") -> None:  # fmt: skip
-        calls.note("start", project=project, name=name, config=config)
-
-    def log(metrics: dict, step: int | None = None) -> None:
-        calls.note("log", data=metrics, step=step)
-
-    def finish() -> None:
-        calls.note("end")
-
-    module.init, module.log, module.finish = init, log, finish
-    return module
-
-
-FAKES = {"wandb": fake_wandb, "mlflow": fake_mlflow, "trackio": fake_trackio}
-
-
-@pytest.mark.parametrize("name", FAKES)
-def test_a_tracker_gets_flat_numbers(tmp_path: Path, monkeypatch, name: str) -> None:
-    calls = Calls()
-    monkeypatch.setitem(sys.modules, name, FAKES[name](calls))
-    metrics = writer(tmp_path, resume_step=4, trackers=(name,))
-    metrics.write({"step": 5, "loss": 2.0, "mfu": None})
-    metrics.write({"step": 5, "eval": {"web": {"loss": 1.0}}})
-    metrics.close()
-    run = f"{tmp_path.name} from step 4"
-    assert calls == [
-        ("start", {"project": "megascale", "name": run, "config": {"seed": 1}}),
-        ("log", {"data": {"loss": 2.0}, "step": 5}),
-        ("log", {"data": {"eval/web/loss": 1.0}, "step": 5}),
-        ("end", {}),
-    ]
-
-
-@pytest.mark.parametrize("name", FAKES)
+@pytest.mark.parametrize("name", TRACKERS)
 def test_a_missing_tracker_is_named_with_its_remedy(tmp_path: Path, monkeypatch, name) -> None:
     monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(UserError, match=f"pip install {name}"):
@@ -415,11 +328,15 @@ def test_events_are_added_with_their_time(tmp_path: Path) -> None:
     assert datetime.fromisoformat(first["time"]).utcoffset() == timedelta(0)
 
 
+def unexpected(what: str, error: Exception) -> None:
+    raise AssertionError(f"{what} failed") from error
+
+
 RANKS = types.SimpleNamespace(rank=0, device=torch.device("cpu"))
 
 
 def profile_run(folder: Path, config: MonitorConfig, steps: int) -> Path:
-    with profiler(config, folder, RANKS) as done_step:
+    with profiler(config, folder, RANKS, unexpected) as done_step:
         for step in range(1, steps + 1):
             with torch.profiler.record_function(f"step number {step}"):
                 torch.ones(2).sum()
@@ -441,13 +358,14 @@ def test_a_trace_holds_the_steps_asked_for(tmp_path: Path, asked, steps, recorde
 def test_nothing_is_written_that_was_not_asked_for(tmp_path: Path, capsys) -> None:
     profile_run(tmp_path, MonitorConfig(), 3)
     assert list(tmp_path.iterdir()) == []
-    assert capsys.readouterr().err == ""
+    said = capsys.readouterr()
+    assert said.out == said.err == ""
 
 
 def test_a_memory_snapshot_without_cuda_is_one_warning(tmp_path: Path, capsys) -> None:
     profile_run(tmp_path, MonitorConfig(memory_snapshot=True), 2)
     assert list(tmp_path.iterdir()) == []
-    warning = capsys.readouterr().err
+    warning = capsys.readouterr().out
     assert "memory_snapshot is ignored" in warning
     assert warning.count("\n") == 1
 
@@ -464,7 +382,7 @@ def test_a_memory_snapshot_is_written_also_when_the_run_fails(tmp_path: Path, mo
     )
     ranks = types.SimpleNamespace(rank=3, device=torch.device("cuda", 0))
     with pytest.raises(RuntimeError, match="out of memory"):
-        with profiler(MonitorConfig(memory_snapshot=True), tmp_path, ranks):
+        with profiler(MonitorConfig(memory_snapshot=True), tmp_path, ranks, unexpected):
             raise RuntimeError("out of memory")
     assert (tmp_path / "profile" / "rank3.memory.pickle").read_bytes() == b"pickle"
     assert recording == ["all", None]
