@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -165,7 +166,20 @@ def _hf_backend(path: str) -> tuple[Any, str | None]:
         return _read_backend(local / TOKENIZER_FILE), _eos_of(local)
     if path.startswith((".", "/", "~")) and not local.is_dir():
         raise UserError(f"tokenizer.path {path}: no such folder; give one with a {TOKENIZER_FILE}")
+    _require_reader(local)
     return _through_transformers(str(local) if local.is_dir() else path)
+
+
+def _require_reader(folder: Path) -> None:
+    """Name the package that a folder's vocabulary file needs and this environment lacks."""
+    for file in sorted(folder.glob("*.model")):
+        with open(file, "rb") as content:  # SentencePiece's are protobuf, tiktoken's lines of text
+            package = "sentencepiece" if content.read(1) == b"\n" else "tiktoken"
+        if find_spec(package) is None:
+            raise UserError(
+                f"tokenizer.path {folder}: {file.name} needs {package}, which is not installed: "
+                f"pip install {package}, or add a {TOKENIZER_FILE}"
+            )
 
 
 def _through_transformers(path: str) -> tuple[Any, str | None]:

@@ -1,10 +1,12 @@
 """Metrics survive a crash and a resume, the console tells the time left, MFU is never guessed."""
 
+import errno
 import gzip
 import io
 import json
 import sys
 import types
+from contextlib import nullcontext
 from datetime import datetime, timedelta
 from pathlib import Path
 
@@ -21,6 +23,7 @@ from megascale.monitor.events import EventLog
 from megascale.monitor.metrics import MetricsWriter, flatten, read_rows
 from megascale.monitor.profile import profiler
 from megascale.monitor.trackers import TRACKERS
+from megascale.runtime.logs import say, settle_console
 
 
 def writer(folder: Path, resume_step: int | None = None, **options) -> MetricsWriter:
@@ -386,3 +389,71 @@ def test_a_memory_snapshot_is_written_also_when_the_run_fails(tmp_path: Path, mo
             raise RuntimeError("out of memory")
     assert (tmp_path / "profile" / "rank3.memory.pickle").read_bytes() == b"pickle"
     assert recording == ["all", None]
+
+
+@pytest.mark.parametrize("broken", ["_record_memory_history", "_dump_snapshot"])
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_memory_snapshot_that_fails_is_reported(
+    tmp_path: Path, monkeypatch, broken: str, fails: bool
+) -> None:
+    """And it does not stand for the error that ended the run."""
+
+    def refuse(*args: object, **options: object) -> None:
+        raise RuntimeError(f"no {broken}")
+
+    for name in ("_record_memory_history", "_dump_snapshot"):
+        monkeypatch.setattr(
+            torch.cuda.memory, name, refuse if name == broken else lambda *a, **o: 0
+        )
+    ranks = types.SimpleNamespace(rank=0, device=torch.device("cuda", 0))
+    failed: list[tuple[str, str]] = []
+    expected = pytest.raises(ValueError, match="of the run") if fails else nullcontext()
+    with expected:
+        with profiler(
+            MonitorConfig(memory_snapshot=True),
+            tmp_path,
+            ranks,
+            lambda what, error: failed.append((what, str(error))),
+        ):
+            if fails:
+                raise ValueError("of the run")
+    assert failed == [("memory snapshot", f"no {broken}")]
+
+
+# -------------------------------------------------------------------------------------- console
+
+
+class Terminal(io.TextIOWrapper):
+    """A console of few characters."""
+
+    def __init__(self) -> None:
+        super().__init__(io.BytesIO(), encoding="ascii")
+
+
+def test_a_console_of_few_characters_takes_what_it_can(monkeypatch) -> None:
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stdout", terminal)
+    say("caf\u00e9 \u2713")
+    say("plain")
+    assert terminal.buffer.getvalue() == b"caf\\xe9 \\u2713\nplain\n"
+
+
+def test_a_console_on_a_full_disk_is_tried_again(monkeypatch, caplog) -> None:
+    said: list[str] = []
+
+    class Full(io.StringIO):
+        full = True
+
+        def write(self, text: str) -> int:
+            if self.full:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            said.append(text)
+            return len(text)
+
+    stream = Full()
+    monkeypatch.setattr(sys, "stdout", stream)
+    say("lost")
+    stream.full = False
+    say("there")
+    settle_console()
+    assert "".join(said) == "there\n" and "No space left" in caplog.text
