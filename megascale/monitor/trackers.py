@@ -51,7 +51,16 @@ def tracker(
             "or leave it out"
         ) from None
     place = _Place(run_dir, name, resume_step)
-    return lambda notice: TRACKERS[name](module, place, config, notice)
+    notes = []
+    if resume_step and place.known() is None:
+        notes.append("had no run of this folder, or its id was not kept; a new one begins")
+
+    def start(notice: Notice) -> Tracker:
+        while notes:
+            notice(notes.pop())
+        return TRACKERS[name](module, place, config, notice)
+
+    return start
 
 
 class _Place:

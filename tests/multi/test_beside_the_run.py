@@ -1,14 +1,15 @@
 """Nothing beside the training can stop it: each helper of a run is broken, the run ends well."""
 
 import contextlib
-import importlib.util
 import io
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -159,14 +160,29 @@ def test_a_stop_ends_a_sample(ranks, config, tmp_path):
     assert_whole(tmp_path)
 
 
-def start(config, run_dir, *words, **options):
-    command = [sys.executable, "-m", "megascale", "train", config, f"run_dir={run_dir}", *words]
-    environment = {**os.environ, **options.pop("environment", {})}
-    return subprocess.Popen([*map(str, command)], env=environment, **options)
+@pytest.fixture
+def start(config):
+    """Starts training as a process, which ends with the test."""
+    started = []
+
+    def start(run_dir, *words, environment=(), **options):
+        words = ["-m", "megascale", "train", config, f"run_dir={run_dir}", *words]
+        run = subprocess.Popen(
+            [sys.executable, *map(str, words)],
+            env={**os.environ, **dict(environment)},
+            text=True,
+            **options,
+        )
+        started.append(run)
+        return run
+
+    yield start
+    for run in started:
+        run.kill()
 
 
 @pytest.mark.parametrize("console", ["reader is gone", "disk is full"])
-def test_a_console_that_takes_nothing_is_no_end(config, tmp_path, console):
+def test_a_console_that_takes_nothing_is_no_end(start, tmp_path, console):
     if console == "disk is full" and not Path("/dev/full").exists():
         pytest.skip("no /dev/full")
     run_dir = tmp_path / "run"
@@ -174,29 +190,47 @@ def test_a_console_that_takes_nothing_is_no_end(config, tmp_path, console):
     os.close(reads)
     full = os.open("/dev/full", os.O_WRONLY) if console == "disk is full" else writes
     words = ("monitor.log_every_steps=1", "eval.sample_prompt=text", *TINY)
-    run = start(config, run_dir, *words, stdout=full, stderr=subprocess.PIPE, text=True)
+    run = start(run_dir, *words, stdout=full, stderr=subprocess.PIPE)
     _, stderr = run.communicate(timeout=250)
     assert (run.returncode, stderr) == (0, "")
     assert_whole(run_dir)
     assert "the console does not take lines" in (run_dir / "logs/rank0.log").read_text()
 
 
-def test_a_heartbeat_that_cannot_be_had_is_a_warning(config, tmp_path):
+def test_a_heartbeat_that_cannot_be_had_is_a_warning(start, tmp_path):
     pages = {"MEGASCALE_PULSE": str(tmp_path / "nowhere"), "RANK": "0", "LOCAL_RANK": "0"}
     pages |= {"WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
-    run = start(
-        config, tmp_path / "run", *TINY, environment=pages, stdout=subprocess.PIPE, text=True
-    )
+    run = start(tmp_path / "run", *TINY, environment=pages, stdout=subprocess.PIPE)
     said, _ = run.communicate(timeout=250)
     assert run.returncode == 0 and said.count("warning: no heartbeat of this rank") == 1
     assert_whole(tmp_path / "run")
 
 
-# ------------------------------------------------------------- an mlflow server that is killed
+# ------------------------------------------------------------------ an mlflow server that is gone
+
+
+@pytest.mark.skipif(find_spec("mlflow") is None, reason="NOT INSTALLED: mlflow or mlflow-skinny")
+def test_a_run_whose_tracker_never_answers_stops_when_asked(start, tmp_path):
+    """With the client's own time limits and number of tries."""
+    run_dir = tmp_path / "run"
+    words = ("train.tokens=1000000000", "eval.every_steps=0", "monitor.trackers=[mlflow]")
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        uri = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        options = {"environment": {"MLFLOW_TRACKING_URI": uri}}
+        options |= {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+        run = start(run_dir, *words, **options)
+        wait_for_steps(run, run_dir, 20)
+        asked_at, asked = len(rows(run_dir / "metrics.jsonl")), time.monotonic()
+        run.send_signal(signal.SIGTERM)
+        said, _ = run.communicate(timeout=120)
+    assert run.returncode == 0 and "Traceback" not in said
+    assert max(curve(run_dir)) <= asked_at + 3 and time.monotonic() - asked < 60
+    assert_whole(run_dir, max(curve(run_dir)))
+    assert "warning: mlflow did not finish in time" in said and "rows did not arrive" in said
 
 
 def needs_server(test):
-    missing = [name for name in ("mlflow", "flask") if importlib.util.find_spec(name) is None]
+    missing = [name for name in ("mlflow", "flask") if find_spec(name) is None]
     reason = f"NOT INSTALLED: {', '.join(missing)}"
     return pytest.mark.slow(pytest.mark.skipif(bool(missing), reason=reason)(test))
 
@@ -226,14 +260,14 @@ def wait_for_steps(run, run_dir, count):
 @needs_server
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("blow", ["SIGKILL", "SIGSTOP"])
-def test_an_mlflow_server_that_dies_or_hangs_mid_run(server, config, tmp_path, blow):
+def test_an_mlflow_server_that_dies_or_hangs_mid_run(server, start, tmp_path, blow):
     """Asked to stop then, the run stops after the step; resumed, it continues the mlflow run."""
     run_dir, steps = tmp_path / "run", 400
     words = (f"train.tokens={1024 * steps}", "eval.every_steps=0", "monitor.trackers=[mlflow]")
     words += ("checkpoint.save_every_steps=0",)
-    options = {"environment": {"MLFLOW_TRACKING_URI": server.uri}, "text": True}
+    options = {"environment": {"MLFLOW_TRACKING_URI": server.uri}}
     options |= {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-    run = start(config, run_dir, *words, **options)
+    run = start(run_dir, *words, **options)
     while not (run_dir / "trackers/mlflow.json").exists():
         assert run.poll() is None, run.communicate()[0]
         time.sleep(0.05)
@@ -260,9 +294,7 @@ def test_an_mlflow_server_that_dies_or_hangs_mid_run(server, config, tmp_path, b
     assert told and all(event["tracker"] == "mlflow" for event in told)
     first, arrived = stored_steps(server, run_dir)
     last = max(curve(run_dir)) + 5
-    again = start(
-        config, run_dir, *words, f"train.stop_after_steps={last}", "--resume", "auto", **options
-    )
+    again = start(run_dir, *words, f"train.stop_after_steps={last}", "--resume", "auto", **options)
     said, _ = again.communicate(timeout=250)
     assert again.returncode == 0, said
     assert "warning: mlflow" not in said

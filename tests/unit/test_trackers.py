@@ -71,12 +71,17 @@ def test_trackio_continues_its_run(tmp_path):
         assert write("trackio", tmp_path / folder / "run", **store)["notices"] == []
     said = write("trackio", tmp_path / "a/run", 2, config=changed_config(), **store)
     assert said["notices"] == []
+    (tmp_path / "a/run/trackers/trackio.json").rename(tmp_path / "id")
+    ((_, notice),) = write("trackio", tmp_path / "a/run", 5, **store)["notices"]
+    assert "a new one begins" in notice
+    (tmp_path / "id").rename(tmp_path / "a/run/trackers/trackio.json")
     runs = trackio_rows(tmp_path / "store")
-    assert len(runs) == 2 and all(name.startswith("run-") for name in runs)
-    continued, other = sorted(runs.values(), key=len, reverse=True)
+    assert len(runs) == 3 and all(name.startswith("run-") for name in runs)
+    continued, *others = sorted(runs.values(), key=len, reverse=True)
     losses = [(step, values["loss"]) for step, values in continued if "loss" in values]
     assert losses == [(step, 1 / step) for step in (1, 2, 3, 3, 4, 5)]
-    assert [step for step, values in other if "loss" in values] == [1, 2, 3]
+    steps = [[step for step, values in other if "loss" in values] for other in others]
+    assert sorted(steps) == [[1, 2, 3], [6, 7, 8]]
 
 
 @needs("wandb")
