@@ -131,7 +131,7 @@ class Background:
         self._busy_since = time.monotonic()
         try:
             call()
-        except (Exception, SystemExit) as error:
+        except BaseException as error:  # also what would end a process; this is the thread's top
             self._failures += 1
             self._warn(" ".join(f"{type(error).__name__}: {error}".split())[:300], error)
             return False

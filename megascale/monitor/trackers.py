@@ -7,6 +7,7 @@ tracker are called by one thread (`monitor/background.py`).
 from __future__ import annotations
 
 import importlib
+import inspect
 import json
 import re
 import uuid
@@ -49,6 +50,12 @@ def tracker(
         raise UserError(
             f"monitor.trackers names {name}, which is not installed: pip install {name}, "
             "or leave it out"
+        ) from None
+    except Exception as error:  # of versions that do not fit each other
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        raise UserError(
+            f"monitor.trackers names {name}, which cannot be imported ({reason}); mend its "
+            "installation, or leave it out"
         ) from None
     place = _Place(run_dir, name, resume_step)
     notes = []
@@ -117,6 +124,7 @@ class _Wandb:
     def __init__(self, wandb: Any, place: _Place, config: Config, notice: Notice) -> None:
         run_id = place.known() or uuid.uuid4().hex[:12]
         place.keep(run_id)
+        _require_login(wandb)
         self._run = wandb.init(
             project=PROJECT,
             id=run_id,
@@ -143,6 +151,17 @@ class _Wandb:
 
     def close(self) -> None:
         self._run.finish()
+
+
+def _require_login(wandb: Any) -> None:
+    """Raise RuntimeError where nobody is logged in: wandb would ask on the terminal.
+
+    Versions that cannot be asked without a question end it after `login_timeout`.
+    """
+    asks = "prompt" in inspect.signature(wandb.login).parameters
+    if wandb.setup().settings.mode in ("online", "shared") and asks:
+        if not wandb.login(prompt=False):
+            raise RuntimeError("nobody is logged in; run `wandb login`, or set WANDB_MODE=offline")
 
 
 class _Mlflow:

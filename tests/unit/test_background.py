@@ -95,14 +95,15 @@ def test_a_tracker_that_cannot_start_is_tried_again_and_loses_nothing():
     assert store.rows == [(1, {"loss": 1.0})]
 
 
-def test_a_tracker_that_ends_the_process_does_not():
+@pytest.mark.parametrize("kind", [SystemExit, KeyboardInterrupt])
+def test_a_tracker_that_ends_the_process_does_not(kind):
     def start(notice):
-        sys.exit("wandb: not logged in")
+        raise kind("wandb: not logged in")
 
     worker = Background("store", start, pauses_s=QUICK)
     worker.put({}, 1)
     notices = ended(worker)
-    assert "SystemExit: wandb: not logged in" in notices[0] and "1 of 1 rows" in notices[1]
+    assert f"{kind.__name__}: wandb: not logged in" in notices[0] and "1 of 1 rows" in notices[1]
 
 
 class Hanging:

@@ -157,6 +157,16 @@ def test_a_missing_tracker_is_named_with_its_remedy(tmp_path: Path, monkeypatch,
         writer(tmp_path, trackers=(name,))
 
 
+@pytest.mark.parametrize("name", TRACKERS)
+def test_a_broken_tracker_is_named_in_one_line(tmp_path: Path, monkeypatch, name) -> None:
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / f"{name}.py").write_text("raise TypeError('Descriptors\\ncannot be made')")
+    monkeypatch.syspath_prepend(str(tmp_path / "site"))
+    monkeypatch.delitem(sys.modules, name, raising=False)
+    with pytest.raises(UserError, match=f"{name}, which cannot be imported .TypeError: Desc"):
+        writer(tmp_path, trackers=(name,))
+
+
 def test_missing_tensorboard_is_named_with_its_remedy(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     with pytest.raises(UserError, match="pip install tensorboard"):
