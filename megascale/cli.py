@@ -12,6 +12,7 @@ from typing import NoReturn
 
 from megascale import __version__
 from megascale.errors import RankError, UserError
+from megascale.runtime.leaving import ends_with
 
 VERBS = {
     "prepare": (
@@ -166,7 +167,12 @@ HELP = ("-h", "--help")
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb; returns the exit status: 0, or 2 for bad input, in one line on stderr."""
-    words = list(sys.argv[1:] if argv is None else argv)
+    status = _status_of(list(sys.argv[1:] if argv is None else argv))
+    ends_with(status)
+    return status
+
+
+def _status_of(words: list[str]) -> int:
     try:
         status = _answer(words)
         sys.stdout.flush()  # here, where a reader that has left is no error

@@ -473,7 +473,9 @@ class MonitorConfig:
     tensorboard: bool = True
     """Write TensorBoard events beside `metrics.jsonl`."""
     trackers: tuple[Literal["wandb", "mlflow", "trackio"], ...] = ()
-    """Further trackers; each package must be installed."""
+    """Further trackers; each package must be installed (`megascale[trackers]`). They get rows from
+    threads of their own: what fails there is one warning. A resumed run continues its run there,
+    by the id in `trackers/` of the run folder; the config is its parameters."""
     profile_steps: tuple[int, int] | None = None
     """First and last step recorded with torch.profiler, as a Chrome trace in the run folder;
     None: no profile."""

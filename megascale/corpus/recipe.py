@@ -17,15 +17,17 @@ class InputConfig:
     """One place that documents come from."""
 
     kind: Literal["python_stdlib", "files", "jsonl", "parquet", "dataset"]
-    """python_stdlib: the interpreter's own *.py files. files: one document per file, .gz
-    unpacked. jsonl, parquet: one per row. dataset: of Hugging Face `datasets`."""
+    """python_stdlib: the interpreter's own *.py files. files: one document per file. jsonl,
+    parquet: one per row. dataset: of Hugging Face `datasets`. files and jsonl are unpacked where
+    their first bytes are those of gzip, zstd, bzip2 or xz."""
     paths: tuple[str, ...] = ()
     """Files or globs (`**` descends), relative to the working directory; their matches are read
     in sorted order. For files, jsonl and parquet."""
     exclude: tuple[str, ...] = ()
     """Patterns of paths to leave out, as in `*/tests/*`; `*` also matches `/`."""
     text_column: str = "text"
-    """Key or column of the text, for jsonl, parquet and dataset."""
+    """Key or column of the text, for jsonl, parquet and dataset; `a.b` is b in a nested a, for
+    jsonl and parquet. null counts as an empty document."""
     name: str | None = None
     """For dataset: its name on the hub, or a local folder."""
     config: str | None = None

@@ -16,7 +16,8 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 
 from megascale.config import Layout, RunConfig
-from megascale.errors import UserError
+from megascale.errors import RankError, UserError
+from megascale.runtime.environment import meeting_point, world_from_environment
 
 NAME_BYTES = 64
 TIMEOUT = timedelta(minutes=10)
@@ -93,18 +94,13 @@ def prepare_device(wanted: str) -> tuple[str, str]:
     return kind, why
 
 
-def world_from_environment() -> tuple[int, int, int]:
-    """(rank, world, local rank) as torchrun sets them; (0, 1, 0) when it did not."""
-    read = os.environ.get
-    return int(read("RANK", "0")), int(read("WORLD_SIZE", "1")), int(read("LOCAL_RANK", "0"))
-
-
 def start(config: RunConfig) -> Ranks:
     """Join the other ranks, lay out the groups of TP, PP, EP and HDP, and warm each one.
 
     A group is warmed with one collective before any point-to-point use, because on NCCL a
     point-to-point exchange must not be a group's first operation.
-    Raises UserError when the layout does not fit the number of ranks.
+    Raises UserError when the layout does not fit the number of ranks, RankError when the ranks
+    cannot meet.
     """
     rank, world, local_rank = world_from_environment()
     layout = Layout.of(config, world)
@@ -232,7 +228,14 @@ def _join(rank: int, world: int, backend: str) -> None:
         store = dist.HashStore()
         dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=TIMEOUT)
         return
-    dist.init_process_group(backend, rank=rank, world_size=world, timeout=TIMEOUT)
+    try:
+        dist.init_process_group(backend, rank=rank, world_size=world, timeout=TIMEOUT)
+    except (dist.DistNetworkError, dist.DistStoreError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise RankError(
+            f"rank {rank} of {world} cannot meet the others at {meeting_point()} (MASTER_ADDR, "
+            f"MASTER_PORT): {reason}"
+        ) from None
 
 
 def _make_groups(layout: Layout) -> None:

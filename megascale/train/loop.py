@@ -50,7 +50,7 @@ from megascale.runtime.distributed import (
     gather_arrays,
     node_names,
 )
-from megascale.runtime.logs import log_to, note_failure
+from megascale.runtime.logs import log_to, note_failure, say
 from megascale.runtime.pulse import begin_pulse, pulse
 from megascale.train.describe import describe_run, plan_lengths, step_problem
 from megascale.train.earlier import places_told, with_earlier
@@ -61,7 +61,7 @@ from megascale.train.grow import write_grown
 from megascale.train.growing import require_growth, small_and_grown
 from megascale.train.report import Report
 from megascale.train.resume import compare_configs, compare_sources, softmax_changes
-from megascale.train.sample import sample_tokens
+from megascale.train.sample import sample_text
 from megascale.train.start import LINEAGE, Origin, Parent, find_start, taken_over
 from megascale.train.step import Learner, StepResult, train_step
 
@@ -113,7 +113,7 @@ def train(
     """
     with ExitStack() as leave:
         if config.monitor.heartbeats:
-            begin_pulse()
+            _begin_heartbeat()
         leave.callback(pulse.enter, "ended")
         ranks = distributed.start(config)
         leave.callback(distributed.stop)
@@ -177,10 +177,18 @@ def _train_growing(
         pulse.restart()
         found = [find_at(small.run_dir, ranks)]
         waiting = distributed.patient(ranks)  # a piece at a time on one rank, it may take hours
-        on_first_rank(waiting, lambda: print(write_grown(found, growth, folder)))
+        on_first_rank(waiting, lambda: say(write_grown(found, growth, folder)))
     steps = small.train.stop_after_steps
     on_first_rank(ranks, lambda: require_growth(grown, growth, steps))
     return run(with_earlier(grown), resume, time.time())
+
+
+def _begin_heartbeat() -> None:
+    """A rank whose heartbeat cannot be had trains without it; its launcher sees no hang of it."""
+    try:
+        begin_pulse()
+    except (OSError, ValueError, RuntimeError) as error:
+        say(f"warning: no heartbeat of this rank: {error}; the run goes on")
 
 
 def _note_failure(kind: object, error: BaseException | None, trace: object) -> None:
@@ -194,13 +202,14 @@ def _steps(run: Run) -> None:
     pulse.begin_at(run.cursor.step)
     if run.cursor.step == 0 and config.start.checkpoint is not None:
         _evaluate(run)  # what there is to forget
-    with profiler(config.monitor, config.run_dir, run.learner.ranks) as profiled_step:
+    ranks, failed = run.learner.ranks, run.report.failed
+    with profiler(config.monitor, config.run_dir, ranks, failed) as profiled_step:
         while run.cursor.step < run.num_steps and not run.stopped:
             pulse.enter("planning")
             planned = run.feed.take(run.cursor, end=run.num_steps)
             result = _step(run, planned)
             run.cursor, run.stopped = planned.after, result.stop
-            pulse.step(run.cursor.step, device_bytes(run.learner.ranks.device))
+            pulse.step(run.cursor.step, device_bytes(ranks.device))
             pulse.enter("profiling")
             profiled_step()
             pulse.enter("reporting")
@@ -383,17 +392,21 @@ def _identity(sources: Mapping[str, SourceInfo]) -> dict[str, str]:
 
 
 def _sample(run: Run, prompt: str) -> None:
-    """Show what the model writes after `prompt`, where the corpus brings its tokenizer."""
-    from megascale.corpus.tokenizers import load_tokenizer
+    """Show what the model writes after `prompt`, where the corpus brings its tokenizer.
 
+    The run is saved by then, so an error is a warning.
+    """
     info = next(iter(run.sources.values()))
     if info.tokenizer is None:
         return
-    tokenizer = load_tokenizer(info.tokenizer)
-    begin = [int(token) for token in tokenizer.encode(prompt)]
-    count = run.config.eval.sample_tokens
-    drawn = sample_tokens(run.learner, begin, count, info.first_id, info.eod_id)
-    run.report.sample(prompt, tokenizer.decode(drawn))
+    count, stop = run.config.eval.sample_tokens, run.stop_request.__bool__
+    try:
+        text = sample_text(run.learner, prompt, info, count, stop)
+    except Exception as error:
+        run.report.failed("sample", error)
+        return
+    if text is not None:
+        run.report.sample(prompt, text)
 
 
 def _begin(

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
+from functools import wraps
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import Any, Concatenate, ParamSpec
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,11 +27,12 @@ from megascale.monitor.console import Console
 from megascale.monitor.device import mfu, peak_flops
 from megascale.monitor.events import EventLog
 from megascale.monitor.experts import CollapseWatch, ExpertLog
-from megascale.monitor.metrics import METRICS_FILE, MetricsWriter, read_rows
+from megascale.monitor.metrics import FINISH_S, METRICS_FILE, MetricsWriter, read_rows
 from megascale.monitor.story import SPENT
 from megascale.monitor.stragglers import IN_A_ROW, RankLog, StragglerWatch
 from megascale.optim.schedule import joints, lr_at
 from megascale.runtime.distributed import Ranks
+from megascale.runtime.logs import say, settle_console
 from megascale.train.evaluate import HeldoutScore
 from megascale.train.feed import PlannedBatch
 from megascale.train.folder import RunFolder
@@ -37,6 +40,25 @@ from megascale.train.step import StepResult
 
 PROGRESS_S = 30.0
 """Seconds between two accounts of where the time goes, of which a crash loses the last."""
+HURRIED_S = 5.0
+"""What trackers may take to send the last rows where the run did not reach its end."""
+
+P = ParamSpec("P")
+
+
+def _beside(
+    method: Callable[Concatenate[Report, P], None],
+) -> Callable[Concatenate[Report, P], None]:
+    """Make an error of a method a warning: a record that fails must not end the run."""
+
+    @wraps(method)
+    def guarded(self: Report, *args: P.args, **kwargs: P.kwargs) -> None:
+        try:
+            method(self, *args, **kwargs)
+        except Exception as error:
+            self.failed(f"report ({method.__name__.lstrip('_')})", error)
+
+    return guarded
 
 
 class Report:
@@ -54,6 +76,8 @@ class Report:
         """`nodes` are the names of the ranks' machines, on rank 0."""
         self._config, self._ranks, self._folder = config, ranks, folder
         self._speaks = ranks.rank == 0
+        self._failures: set[str] = set()
+        self._finish_s = HURRIED_S
         self._bytes_per_token = bytes_per_token(sources[name] for name in config.data.sources)
         self._peak = peak_flops(_device_name(ranks), config.train.precision)
         if not self._speaks:
@@ -89,6 +113,7 @@ class Report:
             written = path.stat().st_mtime
             self._event("rewind", step=step, last_step=last_step, step_s=step_s, written=written)
 
+    @_beside
     def started(self, cursor: Cursor, description: str, notes: Sequence[str]) -> None:
         """Say where the run runs, and from where it goes on; keep its description."""
         if not self._speaks:
@@ -115,6 +140,7 @@ class Report:
         for note in notes:
             self._say(note)
 
+    @_beside
     def step(self, cursor: Cursor, planned: PlannedBatch, result: StepResult) -> None:
         """Record one step."""
         if not self._speaks:
@@ -142,6 +168,7 @@ class Report:
         if result.experts is not None:
             self._experts(cursor.step, result.experts, row)
         self._metrics.write(row)
+        self._pass_on_notices()
         self._plan_waits_s.append(planned.plan_wait_s)
         self._spent["training"] += result.seconds
         self._spent["planning"] += planned.plan_wait_s
@@ -166,6 +193,7 @@ class Report:
         else:
             self._console.tick(cursor.step)
 
+    @_beside
     def _experts(self, step: int, use: ExpertUse, row: dict[str, Any]) -> None:
         """Add how the experts were used to a row of metrics, and to the record of its own."""
         row["balance_loss"] = float(use.loss_L.mean())
@@ -180,6 +208,7 @@ class Report:
             sources = tuple(self._config.data.sources)
             self._expert_log.write(step, sources, use.counts_SLE.numpy())
 
+    @_beside
     def evaluation(self, cursor: Cursor, scores: Mapping[str, HeldoutScore]) -> None:
         """Record held-out scores."""
         if not self._speaks or not scores:
@@ -225,6 +254,7 @@ class Report:
         spent = {part: round(seconds, 3) for part, seconds in self._spent.items()}
         return {"step": cursor.step, "tokens_seen": cursor.tokens_seen, "spent": spent}
 
+    @_beside
     def ranks(self, step: int, over_R: NDArray[np.float64]) -> None:
         """Record how slow the ranks were (`slowdown_R`), and name those that stay slow."""
         self._rank_log.write(step, over_R)
@@ -236,6 +266,7 @@ class Report:
                 f"others for the same work, for {IN_A_ROW} comparisons now"
             )
 
+    @_beside
     def speeds(self, step: int, first: int, slowdown: Sequence[float]) -> None:
         """Say that plans count with other speeds of ranks from step `first` on."""
         slow = {place: one for place, one in enumerate(slowdown) if one > 1}
@@ -244,11 +275,13 @@ class Report:
         said = f"{', '.join(counted[:8])} times as slow" if slow else "all ranks as alike"
         self._say(f"step {step}: from step {first} on plans count {said}")
 
+    @_beside
     def spike(self, step: int, loss: float, limit: float) -> None:
         """Say that a loss leapt above what was usual."""
         self._event("spike", step=step, loss=loss, limit=limit)
         self._say(f"warning: step {step}: loss {loss:.4f} leaps above {limit:.4f}")
 
+    @_beside
     def rolled_back(self, step: int, in_a_row: int, found: Found) -> None:
         """Say that the weights are those of an earlier step again."""
         to_step = found.manifest.position.step
@@ -260,6 +293,7 @@ class Report:
         for warning in found.warnings:
             self._say(warning)
 
+    @_beside
     def saved(self, outcome: SaveResult | None) -> None:
         """Record a finished checkpoint, or why there is none."""
         if outcome is None:
@@ -268,10 +302,13 @@ class Report:
         if outcome.error is not None:
             self._say(str(outcome))
 
+    @_beside
     def finished(self, cursor: Cursor, stopped: bool, command: str) -> None:
         """Say how the run ended, and how to go on."""
         if self._speaks:
             self._event("stop", **self._progress(cursor), asked=stopped)
+        if not stopped:
+            self._finish_s = FINISH_S
         if stopped:
             self._say(f"stopped by a signal after step {cursor.step}; go on with:\n  {command}")
         else:
@@ -279,23 +316,45 @@ class Report:
             replayed = f", {share:.2%} of them replayed" if share else ""
             self._say(f"done: {cursor.step} steps, {cursor.tokens_seen:,} tokens{replayed}")
 
+    @_beside
     def sample(self, prompt: str, text: str) -> None:
         """Show what the model writes."""
         self._event("sample", prompt=prompt, text=text)
         self._say(f"sample after {prompt!r}:\n{prompt}{text}")
 
+    def failed(self, what: str, error: Exception) -> None:
+        """Report that `what`, something beside the training, failed on this rank.
+
+        The first failure of each is a warning, and its traceback is in the rank's log.
+        """
+        if what in self._failures:
+            return
+        self._failures.add(what)
+        logging.getLogger("megascale").warning("%s failed", what, exc_info=error)
+        problem = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        self._event("failed", what=what, problem=problem)
+        self._say(f"warning: {what} failed: {problem}; the run goes on")
+
+    @_beside
     def close(self) -> None:
-        """Flush and close the files."""
+        """Flush and close the files; trackers get a bounded time to send their last rows."""
         if self._speaks:
-            self._metrics.close()
+            self._metrics.close(self._finish_s)
+            self._pass_on_notices()
             if self._ranks.world > 1:
                 self._rank_log.close()
             if self._config.model.moe is not None:
                 self._expert_log.close()
+            settle_console()
+
+    def _pass_on_notices(self) -> None:
+        for tracker, text in self._metrics.notices():
+            self._event("tracker", tracker=tracker, problem=text)
+            self._say(f"warning: {tracker} {text}")
 
     def _say(self, text: str) -> None:
         if self._speaks:
-            print(text, flush=True)
+            say(text)
 
     def _event(self, kind: str, **fields: Any) -> None:
         if self._speaks:
