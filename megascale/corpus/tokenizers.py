@@ -173,7 +173,7 @@ def _through_transformers(path: str) -> tuple[Any, str | None]:
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path)
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
         return tokenizer.backend_tokenizer, tokenizer.eos_token
     except (OSError, ValueError, ImportError, AttributeError, RuntimeError, TypeError) as error:
         reason = " ".join(str(error).split())[:160]

@@ -30,7 +30,13 @@ from megascale.runtime.pulse import pulse
 from megascale.train.earlier import read_by
 from megascale.train.growing import command_of
 from megascale.train.learn import Learned, learn_maps
-from megascale.train.start import RATE_TOKENS, Origin, Parent, require_relatives
+from megascale.train.start import (
+    RATE_TOKENS,
+    Origin,
+    Parent,
+    keep_of_import,
+    require_relatives,
+)
 
 
 def write_grown(found: Sequence[Found], growth: Growth, out: Path) -> str:
@@ -58,6 +64,7 @@ def write_grown(found: Sequence[Found], growth: Growth, out: Path) -> str:
     tokenizer = found[0].folder / TOKENIZER_FOLDER
     if tokenizer.is_dir() and growth.operator != "resize":
         shutil.copytree(tokenizer, out / TOKENIZER_FOLDER)
+    keep_of_import(found[0], out)
     before = count_parameters(parents[0][0]).total
     size = sum(file.bytes for file in manifest.files.values())
     layers = f", {parents[0][0].num_layers} layers become {model.num_layers}"
