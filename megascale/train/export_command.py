@@ -190,7 +190,8 @@ def write_kept(kept: Kept, document: dict[str, Any], source: Path | None, out: P
         write_related(source, kept.folder, related, out, document["max_position_embeddings"])
         if related == "other":
             ids = _ids_of(out, vocab_size, source)
-            document, generation = document | ids, generation and {**generation, **ids}
+            document |= ids
+            generation = None if generation is None else {**generation, **ids}
             notes.append(
                 f"the tokenizer of {source} is another than the imported one, so ids that begin "
                 "and end a text are its own, and the imported chat template is left out"

@@ -102,6 +102,7 @@ REFUSED = {
     "mixtral": [({"num_experts_per_tok": 1}, "one expert per token")],
     "qwen2_moe": [
         ({"mlp_only_layers": [1]}, r"mlp_only_layers = \[1\] .* layers \[1\]"),
+        ({"decoder_sparse_step": 0}, "decoder_sparse_step = 0 must be at least 1"),
         ({"decoder_sparse_step": 2}, r"decoder_sparse_step = 2 leave layers \[0\]"),
         ({"norm_topk_prob": True, "num_experts_per_tok": 1}, "one expert per token"),
         (USED | {"max_window_layers": 2}, "layers of full_attention, sliding_attention"),

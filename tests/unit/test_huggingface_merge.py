@@ -19,22 +19,22 @@ OWN = {
 
 
 def kept(hf, folder, model, **stated):  # noqa: F811
-    """What an import of `model`, whose config.json also says `stated`, has kept."""
-    from megascale.checkpoint.huggingface.kept import Kept
+    """The folder of an import of `model`, whose config.json also says `stated`."""
 
     theirs = hf.config.config_of(final(hf, model), 512, "float32")
     (folder / "imported").mkdir()
     hf.config.write_config(theirs, folder / "imported")
     path = folder / "imported/config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | OWN | stated))
-    return Kept.of(folder)
+    return folder
 
 
 def merged(hf, folder, before, after, context_tokens=64, **stated):  # noqa: F811
     """The document, and the model that it is read as."""
+    from megascale.checkpoint.huggingface.kept import Kept
     from megascale.checkpoint.huggingface.merge import merged_config
 
-    known = kept(hf, folder, before, **stated)
+    known = Kept.of(kept(hf, folder, before, **stated))
     document = merged_config(known, final(hf, after), context_tokens, "bfloat16")
     path = folder / "config.json"
     path.write_text(json.dumps(document))
@@ -135,3 +135,22 @@ def test_what_was_kept_must_be_readable(hf, tmp_path, text):  # noqa: F811
     with pytest.raises(UserError, match="imported/config.json") as refusal:
         Kept.of(tmp_path)
     assert "\n" not in str(refusal.value)
+
+
+def test_a_tokenizer_that_only_its_own_code_reads_is_compared_by_its_files(hf, tmp_path):  # noqa: F811
+    first, same, other, without = (tmp_path / name for name in ("a", "b", "c", "d"))
+    for folder, content in ((first, b"\x01"), (same, b"\x01"), (other, b"\x02")):
+        folder.mkdir()
+        (folder / "tokenizer.model").write_bytes(content)
+    without.mkdir()
+    assert hf.tokenizer.relation(same, first) == "same"
+    assert hf.tokenizer.relation(other, first) == "other"
+    assert hf.tokenizer.relation(other, without) == "same"  # nothing is known of it
+
+
+def test_what_was_kept_says_how_long_its_context_is(hf, tmp_path):  # noqa: F811
+    from megascale.checkpoint.huggingface.kept import Kept
+
+    kept(hf, tmp_path, PLAIN, max_position_embeddings=None)
+    with pytest.raises(UserError, match="lacks max_position_embeddings; import the model again"):
+        Kept.of(tmp_path)

@@ -214,6 +214,8 @@ def _moe(config: Any, family: Family, where: Path) -> MoeConfig | None:
 def _refuse_dense_layers(config: Any, where: Path) -> None:
     """Raise UserError where some layers have no experts."""
     every, listed = config.decoder_sparse_step, config.mlp_only_layers
+    if every < 1:
+        raise UserError(f"{where}: decoder_sparse_step = {every} must be at least 1")
     layers = range(config.num_hidden_layers)
     dense = [i for i in layers if i in listed or (i + 1) % every]
     if dense:

@@ -21,6 +21,7 @@ from megascale.checkpoint.huggingface.documents import (
     read_document,
     write_document,
 )
+from megascale.errors import UserError
 
 KEPT = "imported"
 """Folder beside a checkpoint, or in a run_dir: the imported model folder without its weights."""
@@ -47,9 +48,10 @@ class Kept:
         folder = home / KEPT
         if not folder.is_dir():
             return None
-        path = folder / GENERATION
-        generation = read_document(path) if path.is_file() else None
-        return Kept(folder, read_document(folder / CONFIG), generation)
+        config, path = read_document(folder / CONFIG), folder / GENERATION
+        if not isinstance(config.get(POSITIONS), int):
+            raise UserError(f"{folder / CONFIG} lacks {POSITIONS}; import the model again")
+        return Kept(folder, config, read_document(path) if path.is_file() else None)
 
 
 def keep(source: Path, theirs: Any, home: Path) -> None:

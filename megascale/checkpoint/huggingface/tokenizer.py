@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import filecmp
 import json
 import shutil
 from pathlib import Path
@@ -48,17 +49,23 @@ def copy_tokenizer(source: Path, out: Path, files: tuple[str, ...] = FILES) -> b
 
     Raises OSError.
     """
-    found = [path for pattern in files for path in sorted(source.glob(pattern)) if path.is_file()]
+    found = _files_of(source, files)
     for path in found:
-        target = out / path.relative_to(source)
+        target = out / path
         target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(path, target)
+        shutil.copyfile(source / path, target)
     return bool(found)
 
 
 def has_tokenizer(folder: Path) -> bool:
     """Whether a folder has files of a Hugging Face tokenizer."""
-    return any(path for pattern in FILES for path in folder.glob(pattern))
+    return bool(_files_of(folder, FILES))
+
+
+def _files_of(folder: Path, patterns: tuple[str, ...]) -> list[Path]:
+    """Files of a tokenizer, from `folder` on."""
+    found = [path for pattern in patterns for path in folder.glob(pattern) if path.is_file()]
+    return sorted(path.relative_to(folder) for path in found)
 
 
 def relation(source: Path, kept: Path) -> Relation:
@@ -68,8 +75,12 @@ def relation(source: Path, kept: Path) -> Relation:
     more. Where nothing is known of that of `kept`, it is taken to be the same.
     Raises UserError where a tokenizer cannot be read.
     """
-    if not has_tokenizer(kept):
-        return "same"
+    files = _files_of(kept, FILES)
+    if all(
+        (source / path).is_file() and filecmp.cmp(source / path, kept / path, False)
+        for path in files
+    ):
+        return "same"  # or not known
     ours = _corpus_backend(source) if (source / CORPUS_FILE).is_file() else _hf_backend(source)
     theirs = _hf_backend(kept)
     if ours is None or theirs is None:
