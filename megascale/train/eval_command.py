@@ -85,7 +85,10 @@ def text_tokens(found: Any, config: Any, given: str | None) -> TextTokens:
         from transformers import AutoTokenizer
 
         ours = load_hf(str(folder))
-        theirs, end_id = AutoTokenizer.from_pretrained(folder, local_files_only=True), ours.eod_id
+        theirs = AutoTokenizer.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False
+        )
+        end_id = ours.eod_id
         first_id = theirs.bos_token_id if ours.bos_id is None else ours.bos_id
     require_known(ours.vocab_size, config.model.vocab_size, folder)
     return TextTokens(

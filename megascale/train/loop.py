@@ -62,7 +62,14 @@ from megascale.train.growing import require_growth, small_and_grown
 from megascale.train.report import Report
 from megascale.train.resume import compare_configs, compare_sources, softmax_changes
 from megascale.train.sample import sample_text
-from megascale.train.start import LINEAGE, Origin, Parent, find_start, taken_over
+from megascale.train.start import (
+    LINEAGE,
+    Origin,
+    Parent,
+    find_start,
+    keep_of_import,
+    taken_over,
+)
 from megascale.train.step import Learner, StepResult, train_step
 
 COMPARED_STEPS = 10
@@ -541,5 +548,6 @@ def _start(
     parent = found.manifest.position
     origin = json.dumps(Origin("start.checkpoint", (Parent.of(found),)).to_json(), indent=1)
     on_first_rank(learner.ranks, lambda: folder.write(LINEAGE, f"{origin}\n"))
+    on_first_rank(learner.ranks, lambda: keep_of_import(found, folder.path))
     notes = [*taken_over(parent, config), *places_told(config), *softmax_changes(found, config)]
     return Cursor(), notes

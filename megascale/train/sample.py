@@ -67,7 +67,7 @@ def sample_tokens(
             drawn = _draw(logits, generator) if logits is not None else None
             last_rank = learner.ranks.world - 1
             token = int.from_bytes(broadcast_bytes(drawn, learner.ranks, last_rank), "little")
-            if token == eod_id:
+            if token == info.eod_id:
                 break
             tokens.append(token)
     learner.model.train()

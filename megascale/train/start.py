@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from megascale.checkpoint.folder import EMERGENCY, checkpoints_dir, steps_in
+from megascale.checkpoint.huggingface.kept import pass_on
 from megascale.checkpoint.load import Found, find_at, find_before, folder_at, read_manifest
 from megascale.checkpoint.manifest import MANIFEST, Position
 from megascale.config import RunConfig, StartConfig, dump_config, load_config, parse_config
@@ -86,6 +87,15 @@ def home_of(checkpoint: str | Path) -> Path:
     """The run that a checkpoint belongs to, or its own folder where it belongs to none."""
     path = Path(checkpoint)
     return path.parents[1] if path.parent.name == "checkpoints" else path
+
+
+def keep_of_import(parent: Found, home: Path) -> None:
+    """Let a run, or a checkpoint that no run wrote, keep what its parent has kept of an import.
+
+    Raises UserError where that cannot be read, OSError.
+    """
+    config = parse_config(parent.manifest.position.config, where=str(parent.folder))
+    pass_on(home_of(parent.folder.resolve()), home, config.data.context_tokens)
 
 
 def require_relatives(branches: Sequence[Found]) -> None:
