@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,8 +16,10 @@ from megascale.corpus.describe import SourceInfo
 from megascale.corpus.permutation import Permutation
 from megascale.corpus.pieces import Documents, LeftIndex, PieceIndex, Pieces, joined
 from megascale.corpus.shards import Shard
-from megascale.corpus.tokenizers import Tokenizer, load_tokenizer
 from megascale.errors import UserError
+
+if TYPE_CHECKING:
+    from megascale.corpus.tokenizers import Tokenizer
 
 MOST_UNITS = 64
 """Documents are cut into units of at least 1 / MOST_UNITS of the budget."""
@@ -88,15 +90,16 @@ def choose_part(info: SourceInfo, context_tokens: int, tokens: int) -> HeldoutPa
     num_bytes, sizes = None, _document_bytes(info, shard)
     if sizes is not None:
         whole = shard.lengths[spans_n3[:, 0]] == spans_n3[:, 2]
-        num_bytes, cut_n3 = int(sizes[spans_n3[whole, 0]].sum()), spans_n3[~whole]
-        if len(cut_n3):
-            path = cache_path(Path(shard.prefix), f"heldout-{_mark(cut_n3)}")
-            tokenizer = load_tokenizer(info.tokenizer or "")
-            measured_n4 = kept(path, lambda: _measure(cut_n3, shard, sizes, tokenizer))
-            measured_n4 = measured_n4.reshape(-1, 4)
-            num_bytes += int(measured_n4[:, 3].sum())
-            spans_n3 = np.concatenate([spans_n3[whole], measured_n4[:, :3]])
-            spans_n3 = spans_n3[np.lexsort((spans_n3[:, 1], spans_n3[:, 0]))]
+        cut_n3, corpus = spans_n3[~whole], info.tokenizer or ""
+        path = cache_path(Path(shard.prefix), f"heldout-{_mark(cut_n3)}")
+        measured_n4 = (
+            kept(path, lambda: _measure(cut_n3, shard, sizes, corpus))
+            if len(cut_n3)
+            else np.empty(0, dtype=np.int64)
+        ).reshape(-1, 4)
+        num_bytes = int(sizes[spans_n3[whole, 0]].sum() + measured_n4[:, 3].sum())
+        spans_n3 = np.concatenate([spans_n3[whole], measured_n4[:, :3]])
+        spans_n3 = spans_n3[np.lexsort((spans_n3[:, 1], spans_n3[:, 0]))]
     return HeldoutPart(spans_n3, num_bytes, shard.num_tokens, shard.num_documents)
 
 
@@ -142,9 +145,15 @@ def _document_bytes(info: SourceInfo, shard: Shard) -> NDArray[np.int64] | None:
 
 
 def _measure(
-    spans_n3: Int64Array, shard: Shard, sizes: NDArray[np.int64], tokenizer: Tokenizer
+    spans_n3: Int64Array, shard: Shard, sizes: NDArray[np.int64], corpus: str
 ) -> Iterator[Int64Array]:
-    """Parts of documents with their ends where text is not cut, and their bytes: int64[4] each."""
+    """Parts of documents with their ends where text is not cut, and their bytes: int64[4] each.
+
+    `sizes` are the bytes of all documents; `corpus` is the folder whose tokenizer made them.
+    """
+    from megascale.corpus.tokenizers import load_tokenizer
+
+    tokenizer = load_tokenizer(corpus)
     known: tuple[int, _Text] | None = None
     for document, start, length in spans_n3.tolist():
         if known is None or known[0] != document:
