@@ -90,13 +90,7 @@ def choose_part(info: SourceInfo, context_tokens: int, tokens: int) -> HeldoutPa
     num_bytes, sizes = None, _document_bytes(info, shard)
     if sizes is not None:
         whole = shard.lengths[spans_n3[:, 0]] == spans_n3[:, 2]
-        cut_n3, corpus = spans_n3[~whole], info.tokenizer or ""
-        path = cache_path(Path(shard.prefix), f"heldout-{_mark(cut_n3)}")
-        measured_n4 = (
-            kept(path, lambda: _measure(cut_n3, shard, sizes, corpus))
-            if len(cut_n3)
-            else np.empty(0, dtype=np.int64)
-        ).reshape(-1, 4)
+        measured_n4 = _measured(spans_n3[~whole], shard, sizes, info.tokenizer or "")
         num_bytes = int(sizes[spans_n3[whole, 0]].sum() + measured_n4[:, 3].sum())
         spans_n3 = np.concatenate([spans_n3[whole], measured_n4[:, :3]])
         spans_n3 = spans_n3[np.lexsort((spans_n3[:, 1], spans_n3[:, 0]))]
@@ -142,6 +136,16 @@ def _document_bytes(info: SourceInfo, shard: Shard) -> NDArray[np.int64] | None:
     if sizes.shape != (shard.num_documents,):
         raise UserError(f"{info.heldout_bytes} is damaged; prepare the corpus again")
     return sizes
+
+
+def _measured(
+    spans_n3: Int64Array, shard: Shard, sizes: NDArray[np.int64], corpus: str
+) -> Int64Array:
+    """What `_measure` yields, int64[n, 4], kept beside the shard."""
+    if not len(spans_n3):
+        return np.empty((0, 4), dtype=np.int64)
+    path = cache_path(Path(shard.prefix), f"heldout-{_mark(spans_n3)}")
+    return kept(path, lambda: _measure(spans_n3, shard, sizes, corpus)).reshape(-1, 4)
 
 
 def _measure(
