@@ -426,8 +426,9 @@ class EvalConfig:
     every_steps: int = 100
     """Steps between evaluations; 0: only at the end."""
     tokens: int = 200_000
-    """Held-out tokens read per source, about, in whole documents, the same ones every time; one
-    longer than a tenth of this is passed over where there are others. 0: none."""
+    """Held-out tokens that are scored per source, the same ones at every evaluation: all where
+    there are no more, else stretches of documents from all over the set, cut at
+    `data.context_tokens` as in training. 0: none."""
     forgetting_alarm: float | None = None
     """Nats per token by which the held-out loss of a source may rise above that at the start of a
     run with `start.checkpoint` before a warning. None: no warning."""

@@ -12,10 +12,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megascale.config.schema import DataConfig, SourceConfig, StageConfig
+from megascale.corpus.cache import Int64Array
 from megascale.corpus.pieces import (
     NO_PIECES,
     Documents,
-    Int64Array,
     Order,
     PieceIndex,
     Pieces,

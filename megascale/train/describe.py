@@ -34,6 +34,7 @@ from megascale.planner import PLANNERS, CostModel, OffloadModel, Problem, StepPl
 from megascale.planner.gantt import LEGEND, text_gantt
 from megascale.train.earlier import unwatched, with_earlier
 from megascale.train.growing import small_and_grown
+from megascale.train.heldout import foreseen
 from megascale.train.replay import part_seen, with_replay_blend
 from megascale.train.same_tokenizer import require_same_tokenizer, warn_if_tokenizers_differ
 from megascale.train.start import (
@@ -332,6 +333,8 @@ def _data(
             f"  {name:<21} {info.train_tokens:,} tokens in {info.train_documents:,} documents, "
             f"read {epochs[name]:.2f} times"
         )
+    for name, part in foreseen(config, sources):
+        lines.append(f"  {f'held-out {name}':<21} {part}")
     begin = 0
     for index, stage in enumerate(config.data.stages):
         blend = ", ".join(f"{name} {float(share):.2%}" for name, share in shares(stage).items())

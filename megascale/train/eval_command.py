@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 
 MOST_TOKENS = 256
 """Of a continuation whose task says nothing, as lm-eval has it."""
+LENGTH_OPTIONS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
+"""Names under which a task may say it; lm-eval takes the first that is there."""
 
 
 def add_eval_arguments(parser: argparse.ArgumentParser) -> None:
@@ -143,10 +145,12 @@ def lm_eval_model(scorer: TextScorer) -> Any:
 
 
 def _generate(scorer: TextScorer, prompt: str, options: dict[str, Any]) -> str:
-    if options.get("do_sample") or options.get("temperature"):
+    sampled = options.get("do_sample")
+    if options.get("temperature") if sampled is None else sampled:
         raise UserError("a task asks for sampled text; megascale eval continues greedily only")
     stops = options.get("until") or []
-    most = int(options.get("max_gen_toks", MOST_TOKENS))
+    given = (options[name] for name in LENGTH_OPTIONS if options.get(name) is not None)
+    most = int(next(given, MOST_TOKENS))
     return scorer.generate(prompt, [stops] if isinstance(stops, str) else stops, most)
 
 

@@ -450,6 +450,8 @@ def _begin(
     saver.prepare(model, learner.optimizer)
     report = Report(config, ranks, folder, sources, cursor, node_names(ranks))
     report.started(cursor, describe_run(config, ranks.layout, sources), notes)
+    heldout = heldout_sets(learner, sources, partial(plan_lengths, config, ranks.layout))
+    report.heldout({name: one.part for name, one in heldout.items()})
     return Run(
         config=config,
         sources=sources,
@@ -458,7 +460,7 @@ def _begin(
         reader=MicroBatchReader(
             readable, ranks.hdp_rank, pack_multiple(config), ranks.device, ranks.axis
         ),
-        heldout=heldout_sets(learner, sources, partial(plan_lengths, config, ranks.layout)),
+        heldout=heldout,
         saver=saver,
         report=report,
         stop_request=stop,

@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from functools import wraps
-from pathlib import Path
 from statistics import fmean
 from typing import Any, Concatenate, ParamSpec
 
@@ -21,6 +20,7 @@ from megascale.checkpoint.save import SaveResult
 from megascale.config import RunConfig, dump_config
 from megascale.corpus.batches import Cursor, GlobalBatch, num_steps, used_sources
 from megascale.corpus.describe import SourceInfo
+from megascale.corpus.heldout import HeldoutPart
 from megascale.model.balance import ExpertUse
 from megascale.model.counts import batch_flops
 from megascale.monitor.console import Console
@@ -36,6 +36,7 @@ from megascale.runtime.logs import say, settle_console
 from megascale.train.evaluate import HeldoutScore
 from megascale.train.feed import PlannedBatch
 from megascale.train.folder import RunFolder
+from megascale.train.heldout import changed, evaluations_of, first_scores, in_words
 from megascale.train.step import StepResult
 
 PROGRESS_S = 30.0
@@ -97,7 +98,7 @@ class Report:
             self._stragglers = StragglerWatch(ranks.world)
         self._nodes = nodes
         self._plan_waits_s: list[float] = []
-        self._first_scores = first_scores(folder.path)
+        self._first_scores: dict[str, float] = {}
         self._spent = dict.fromkeys(SPENT, 0.0)
         self._told = time.monotonic()
         steps = num_steps(config.data, config.train.tokens)
@@ -139,6 +140,18 @@ class Report:
             self._say(f"resumed at step {cursor.step}: {_lr_outlook(self._config, cursor)}")
         for note in notes:
             self._say(note)
+
+    @_beside
+    def heldout(self, parts: Mapping[str, HeldoutPart]) -> None:
+        """Say how much of the held-out sets is scored, and where that is not what it was before."""
+        if not self._speaks:
+            return
+        evaluations = evaluations_of(self._folder.path)
+        self._first_scores = first_scores(evaluations, parts)
+        for name, part in parts.items():
+            self._say(f"held-out {name}: every evaluation scores {in_words(part)}")
+            if (warning := changed(name, part, evaluations)) is not None:
+                self._say(f"warning: {warning}")
 
     @_beside
     def step(self, cursor: Cursor, planned: PlannedBatch, result: StepResult) -> None:
@@ -224,10 +237,13 @@ class Report:
         for name, score in scores.items():
             bits = score.bits_per_byte
             shown = f"{bits:.4f} bits/byte" if bits is not None else "bits/byte n/a"
-            self._say(f"held-out {name}: loss {score.loss:.4f}, {shown}, {score.tokens:,} tokens")
+            self._say(
+                f"held-out {name}: loss {score.loss:.4f}, {shown}, {score.tokens:,} of "
+                f"{score.set_tokens:,} tokens"
+            )
 
     def _watch_forgetting(self, step: int, scores: Mapping[str, HeldoutScore]) -> None:
-        """Compare with the evaluation that the run began with."""
+        """Compare with the first evaluation of the run that scored the same text."""
         alarm = self._config.eval.forgetting_alarm
         for name, score in scores.items():
             rise = score.loss - self._first_scores.setdefault(name, score.loss)
@@ -371,19 +387,6 @@ def replayed_share(cursor: Cursor, config: RunConfig) -> float:
     old = [name for name, source in config.data.sources.items() if source.replay]
     again = sum(cursor.sources[name].tokens for name in old if name in cursor.sources)
     return again / max(1, cursor.tokens_seen)
-
-
-def first_scores(run_dir: Path) -> dict[str, float]:
-    """Held-out losses of the first evaluation that a run has recorded; empty before it.
-
-    One that was not finite, which a record says as null, is left out.
-    """
-    try:
-        rows = read_rows(run_dir / METRICS_FILE)
-    except OSError:
-        return {}
-    first = next((row["eval"] for row in rows if "eval" in row), {})
-    return {name: one["loss"] for name, one in first.items() if one["loss"] is not None}
 
 
 def _lr_outlook(config: RunConfig, cursor: Cursor) -> str:

@@ -21,7 +21,7 @@ from megascale.corpus.batches import (
     num_steps,
     tokens_needed,
 )
-from megascale.corpus.pieces import PieceIndex, heldout_pieces
+from megascale.corpus.pieces import PieceIndex
 from megascale.errors import UserError
 
 NOWHERE = "/nonexistent/shard"
@@ -310,36 +310,3 @@ def test_no_cache_folder_no_problem(tmp_path: Path) -> None:
     index = PieceIndex.of_shard(source, 16)
     assert index.pieces(np.arange(5)).length.tolist() == [10, 16, 16, 8, 3]
     assert sorted(os.listdir(tmp_path)) == ["cache", "train.bin", "train.idx"]
-
-
-def test_heldout_is_whole_documents_and_always_the_same() -> None:
-    source = random_shard(500, 3, longest=100)
-    pieces = heldout_pieces(source, 16, 5000)
-    again = heldout_pieces(source, 16, 5000)
-    assert pieces.document.tolist() == again.document.tolist()
-    read = np.bincount(pieces.document, pieces.length, minlength=500)
-    chosen = np.unique(pieces.document)
-    assert read[chosen].tolist() == source.lengths[chosen].tolist()
-    assert abs(int(pieces.length.sum()) - 5000) <= 50
-    assert pieces.length.max() <= 16
-    assert chosen.tolist() != list(range(len(chosen)))
-
-
-def test_more_heldout_tokens_keep_the_documents_there_are() -> None:
-    source = random_shard(500, 3)
-    few, more = (set(heldout_pieces(source, 16, n).document.tolist()) for n in (800, 3000))
-    assert few < more
-    everything = heldout_pieces(source, 16, 10**9)
-    assert everything.length.sum() == source.num_tokens
-
-
-def test_no_giant_speaks_for_all_heldout_documents() -> None:
-    pieces = heldout_pieces(shard(*[10] * 50, 300, 90), 16, 400)
-    assert set(pieces.document.tolist()) <= set(range(50))
-    assert abs(int(pieces.length.sum()) - 400) <= 10
-
-
-def test_heldout_of_a_giant_is_one_document_and_of_zero_tokens_none() -> None:
-    assert heldout_pieces(shard(1000), 16, 10).length.sum() == 1000
-    assert len(heldout_pieces(shard(1000), 16, 0).length) == 0
-    assert len(heldout_pieces(shard(), 16, 10).length) == 0

@@ -67,14 +67,34 @@ def test_what_json_cannot_say_is_null(tmp_path: Path, value: float) -> None:
 
 
 def test_a_first_score_that_was_not_finite_is_none(tmp_path: Path) -> None:
-    from megascale.train.report import first_scores
+    from megascale.corpus.heldout import HeldoutPart
+    from megascale.train.heldout import evaluations_of, first_scores
 
-    assert first_scores(tmp_path) == {}
+    part = HeldoutPart(np.array([[0, 0, 50]]), None, 50, 1)
+    assert first_scores(evaluations_of(tmp_path), {"a": part}) == {}
     metrics = writer(tmp_path)
     for step, loss in ((1, float("nan")), (2, 3.0)):
-        metrics.write({"step": step, "eval": {"a": {"loss": loss}, "b": {"loss": 2.0}}})
+        scores = {"a": {"loss": loss, "tokens": 50}, "b": {"loss": 2.0, "part": part.mark}}
+        metrics.write({"step": step, "eval": scores})
     metrics.close()
-    assert first_scores(tmp_path) == {"b": 2.0}
+    assert first_scores(evaluations_of(tmp_path), {"a": part, "b": part}) == {"b": 2.0}
+
+
+def test_scores_of_another_part_do_not_compare() -> None:
+    from megascale.corpus.heldout import HeldoutPart
+    from megascale.train.heldout import changed, first_scores
+
+    part = HeldoutPart(np.array([[0, 0, 50], [3, 7, 40]]), None, 200, 5)
+    old = [{"a": {"loss": 5.0, "tokens": 30}}, {"b": {"loss": 1.0, "tokens": 30}}]
+    assert "(30 tokens)" in (changed("a", part, old) or "")
+    assert changed("c", part, old) is None and first_scores(old, {"a": part}) == {}
+    same_size = [*old, {"a": {"loss": 4.0, "tokens": 90, "part": "another"}}]
+    assert changed("a", part, same_size) is not None
+    known = {"tokens": 90, "part": part.mark}
+    again = [*same_size, {"a": {"loss": 3.0, **known}}, {"a": {"loss": 2.0, **known}}]
+    assert changed("a", part, again) is None and first_scores(again, {"a": part}) == {"a": 3.0}
+    written_before = [*old, {"a": {"loss": 2.5, "tokens": 90}}]
+    assert changed("a", part, written_before) is None
 
 
 def test_resume_drops_later_steps_and_the_half_written_line(tmp_path: Path) -> None:
