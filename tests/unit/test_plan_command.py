@@ -7,14 +7,16 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from megascale.config import Layout
+from megascale.config import Layout, RunConfig
 from megascale.corpus.batches import Cursor, GlobalBatches
+from megascale.corpus.describe import SourceInfo
 from megascale.corpus.length import run_length
 from megascale.corpus.shards import Shard
 from megascale.errors import UserError
