@@ -7,10 +7,11 @@ order.
 
 `ac`: the strings that have a code in `reference`, where their order is that of the codes.
 
-`tunstall`: the 2^16 most probable strings, of equally probable ones the first in sorted order. The greedy walk passes through a string with the
-string's probability, so the expected bytes of a window are the sum of the probabilities of all
-strings in the dictionary: no other dictionary of its size that is closed under prefixes has more
-(as in Tunstall 1967, with a code for inner strings too, so that any text can end anywhere).
+`tunstall`: the 2^16 most probable strings, of equally probable ones the first in sorted order. The
+greedy walk passes through a string with the string's probability, so the expected bytes of a window
+are the sum of the probabilities of all strings in the dictionary: no other dictionary of its size
+that is closed under prefixes has more (as in Tunstall 1967, with a code for inner strings too, so
+that any text can end anywhere).
 """
 
 from __future__ import annotations
