@@ -130,6 +130,7 @@ def whole_or_not_at_all(out: Path) -> Iterator[Path]:
         out.parent.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(unfinished, ignore_errors=True)
         yield unfinished
+        sync_folder(unfinished)
         unfinished.rename(out)
         sync_folder(out.parent)
     except OSError as error:

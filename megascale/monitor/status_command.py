@@ -74,7 +74,7 @@ def as_json(story: Story, now: float) -> dict[str, Any]:
         "state": story.state(now),
         "step": story.step,
         "total_steps": story.total_steps,
-        "tokens_seen": int(story.last.get("tokens_seen", 0)),
+        "tokens_seen": story.tokens_seen,
         "loss": story.last.get("loss"),
         "eta_s": story.eta_s,
         "wall_s": story.wall_s,
@@ -156,7 +156,7 @@ def _where(story: Story, part: float) -> Iterator[str]:
     last = story.last
     if not last:
         return
-    yield f"{show_count(float(last['tokens_seen']))} tokens"
+    yield f"{show_count(story.tokens_seen)} tokens"
     if last["loss"] is not None:
         yield f"loss {last['loss']:.4f}"
     yield f"{show_count(float(last['tokens_per_s']))} tok/s"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 from megascale.config import RunConfig, load_config
-from megascale.corpus.batches import num_steps
 from megascale.errors import UserError
 from megascale.monitor.events import EVENTS_FILE, at, read_events
 from megascale.monitor.metrics import METRICS_FILE, has_numbers, read_rows
@@ -63,6 +63,8 @@ class Session:
     world: int
     first_step: int
     """Steps that were done when it started."""
+    total_steps: int | None
+    """Steps at its end, as it expected; None where an earlier version wrote it."""
     last_step: int
     spent: Mapping[str, float]
     """Seconds by SPENT."""
@@ -87,14 +89,28 @@ class Story:
 
     @property
     def total_steps(self) -> int | None:
-        """Steps of the whole run; None where it has no config yet."""
-        config = self.config
-        return None if config is None else num_steps(config.data, config.train.tokens)
+        """Steps at the end of the run; None where it has no config yet.
+
+        As its last start expected them: a run takes steps until it has seen its tokens.
+        """
+        if self.config is None:
+            return None
+        train = self.config.train
+        if self.tokens_seen >= train.tokens or self.step >= (train.stop_after_steps or math.inf):
+            return self.step
+        expected = self.sessions[-1].total_steps if self.sessions else None
+        batches = -(-train.tokens // self.config.data.global_batch_tokens)
+        return max(self.step + 1, expected or batches)
 
     @property
     def step(self) -> int:
         """Steps done."""
         return int(self.last.get("step", 0))
+
+    @property
+    def tokens_seen(self) -> int:
+        """Loss tokens of those steps."""
+        return int(self.last.get("tokens_seen", 0))
 
     @property
     def wall_s(self) -> float:
@@ -257,6 +273,7 @@ def _sessions(events: Sequence[Mapping[str, Any]]) -> Iterator[Session]:
             ended=at(spoken[-1]),
             world=int(start["world"]),
             first_step=int(start["step"]),
+            total_steps=int(start["total_steps"]) if has_numbers(start, "total_steps") else None,
             last_step=int(progress[-1]["step"]) if progress else int(start["step"]),
             spent=progress[-1]["spent"] if progress else {},
             skipped=frozenset(event["step"] for event in rest if event["event"] == "skip"),

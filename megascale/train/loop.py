@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -28,8 +28,9 @@ from megascale.checkpoint.load import (
 from megascale.checkpoint.manifest import Position
 from megascale.checkpoint.save import Saver, SaveResult
 from megascale.config import RunConfig, dump_config, parse_config, validate
-from megascale.corpus.batches import Cursor, GlobalBatches, num_steps, with_stages
+from megascale.corpus.batches import Cursor, GlobalBatches, with_stages
 from megascale.corpus.describe import SourceInfo, identity
+from megascale.corpus.length import is_over, run_length
 from megascale.corpus.shards import Shard
 from megascale.errors import UserError
 from megascale.mesh.reader import MicroBatchReader, TokenSource
@@ -102,12 +103,13 @@ class Run:
     """In a row."""
     save_again_at: int | None = None
     """Step after which a failed save is tried again."""
+    save_waits: bool = False
+    """A checkpoint is due, and is written once the loss is settled."""
 
     @property
-    def num_steps(self) -> int:
-        """Steps of the whole run."""
-        whole = num_steps(self.config.data, self.config.train.tokens)
-        return min(whole, self.config.train.stop_after_steps or whole)
+    def is_over(self) -> bool:
+        """Whether its last step is done."""
+        return is_over(self.cursor, self.config.train)
 
 
 def train(
@@ -185,8 +187,8 @@ def _train_growing(
         found = [find_at(small.run_dir, ranks)]
         waiting = distributed.patient(ranks)  # a piece at a time on one rank, it may take hours
         on_first_rank(waiting, lambda: say(write_grown(found, growth, folder)))
-    steps = small.train.stop_after_steps
-    on_first_rank(ranks, lambda: require_growth(grown, growth, steps))
+    tokens = small.train.tokens
+    on_first_rank(ranks, lambda: require_growth(grown, growth, tokens))
     return run(with_earlier(grown), resume, time.time())
 
 
@@ -211,9 +213,11 @@ def _steps(run: Run) -> None:
         _evaluate(run)  # what there is to forget
     ranks, failed = run.learner.ranks, run.report.failed
     with profiler(config.monitor, config.run_dir, ranks, failed) as profiled_step:
-        while run.cursor.step < run.num_steps and not run.stopped:
+        while not run.is_over and not run.stopped:
             pulse.enter("planning")
-            planned = run.feed.take(run.cursor, end=run.num_steps)
+            planned = run.feed.take(run.cursor)
+            if run.cursor.step and planned.after.stage != run.cursor.stage:
+                run.spikes.begin_anew()  # another blend has other losses
             result = _step(run, planned)
             run.cursor, run.stopped = planned.after, result.stop
             pulse.step(run.cursor.step, device_bytes(ranks.device))
@@ -225,11 +229,13 @@ def _steps(run: Run) -> None:
                 _saved(run, run.saver.finalize())
             _compare_ranks(run)
             _guard_loss(run, result)
-            ends = run.cursor.step == run.num_steps
+            ends = run.is_over
             if _due(run.cursor.step, config.eval.every_steps) or (ends and not run.stopped):
                 _evaluate(run)
             due = _due(run.cursor.step, config.checkpoint.save_every_steps)
-            if ends or run.stopped or due or run.cursor.step == run.save_again_at:
+            run.save_waits |= due or run.cursor.step == run.save_again_at
+            settled = run.save_waits and run.spikes.is_settled(run.cursor.step)
+            if ends or run.stopped or settled:
                 _save(run)
             elif _due(run.cursor.step, config.checkpoint.emergency_every_steps):
                 _copy(run)
@@ -301,25 +307,37 @@ def _guard_loss(run: Run, result: StepResult) -> None:
 def _roll_back(run: Run) -> None:
     """Restore a checkpoint from before the leaps, and go on with the data that comes next."""
     pulse.enter("restoring")
-    run.report.saved(run.saver.wait())
-    spikes, ranks = run.spikes, run.learner.ranks
-    before = run.cursor.step - spikes.in_a_row
-    if spikes.rolled_to is not None:  # that did not help
-        before = min(before, spikes.rolled_to - 1)
-    try:
-        found = find_before(run.config.run_dir, before, ranks)
-    except UserError as error:
-        raise UserError(
-            f"the loss stays too high for {spikes.in_a_row} steps up to step {run.cursor.step} "
-            f"and cannot go back: {error}; lower optim.lr and resume an earlier checkpoint with "
-            "--resume STEP"
-        ) from None
-    restore(found, run.learner.model, run.learner.optimizer, ranks)
+    _saved(run, run.saver.wait())
+    found = _found_before_spikes(run)
+    position = found.manifest.position
+    restore(found, run.learner.model, run.learner.optimizer, run.learner.ranks)
     if run.saver.emergency is not None:
-        run.saver.emergency.forget_after(found.manifest.position.step)
-    run.report.rolled_back(run.cursor.step, spikes.in_a_row, found)
-    spikes.begin_anew(found.manifest.position.step)
+        run.saver.emergency.forget_after(position.step)
+    run.report.rolled_back(run.cursor.step, run.spikes.in_a_row, found)
+    same_stage = Cursor.from_json(position.cursor["data"]).stage == run.cursor.stage
+    usual = position.cursor["spikes"] if same_stage else None
+    run.spikes.roll_back(usual, to=position.step, at=run.cursor.step)
     run.skipped_in_a_row = 0
+
+
+def _found_before_spikes(run: Run) -> Found:
+    """The newest checkpoint before the spikes; an earlier one where it has not helped before.
+
+    Raises UserError where there is none.
+    """
+    spikes, ranks, run_dir = run.spikes, run.learner.ranks, run.config.run_dir
+    try:
+        found = find_before(run_dir, run.cursor.step - spikes.in_a_row, ranks)
+        if spikes.rolled_to is not None and found.manifest.position.step <= (spikes.rolled_at or 0):
+            found = find_before(run_dir, spikes.rolled_to - 1, ranks)
+        return found
+    except UserError as error:
+        tried = f", also after going back to step {spikes.rolled_to}," * bool(spikes.rolled_to)
+        raise UserError(
+            f"the loss stays too high{tried} for {spikes.in_a_row} steps up to step "
+            f"{run.cursor.step} and cannot go back: {error}; lower optim.lr and resume an earlier "
+            "checkpoint with --resume STEP"
+        ) from None
 
 
 def _guard_skips(run: Run, result: StepResult) -> None:
@@ -350,6 +368,7 @@ def _position(run: Run) -> Position:
 
 def _save(run: Run) -> None:
     pulse.enter("saving")
+    run.save_waits = False
     with run.report.spending("saving"):
         outcomes = run.saver.save(_position(run), run.learner.model, run.learner.optimizer)
     for outcome in outcomes:
@@ -441,6 +460,7 @@ def _begin(
         ranks,
         plans,
         config.planner.ahead_steps,
+        partial(is_over, train=config.train),
         *([speeds.at] if speeds is not None else []),
     )
     readable = [
@@ -448,7 +468,8 @@ def _begin(
         for name in batches.names
     ]
     saver.prepare(model, learner.optimizer)
-    report = Report(config, ranks, folder, sources, cursor, node_names(ranks))
+    length = run_length(batches, config.train.tokens, cursor)
+    report = Report(config, ranks, folder, sources, cursor, length, node_names(ranks))
     report.started(cursor, describe_run(config, ranks.layout, sources), notes)
     heldout = heldout_sets(learner, sources, partial(plan_lengths, config, ranks.layout))
     report.heldout({name: one.part for name, one in heldout.items()})
@@ -509,10 +530,12 @@ def _restore(
     cursor = Cursor.from_json(position.cursor["data"])
     changed = compare_configs(position.config, learner.config)
     was = parse_config(position.config).data.stages
-    cursor = with_stages(cursor, was, learner.config.data.stages)
+    cursor, left = with_stages(cursor, was, learner.config.data.stages), cursor
     compare_sources(position.cursor["sources"], _identity(sources))
     restore(found, learner.model, learner.optimizer, learner.ranks)
     spikes.go_on(position.cursor["spikes"])
+    if cursor is not left:
+        spikes.begin_anew()  # another blend has other losses
     if speeds is not None and not speeds.go_on(position.cursor.get("speeds")):
         changed = [*changed, "number of ranks, whose speeds are measured anew"]
     # whoever went back to a step means it: a crash before the next save must not undo that
@@ -520,7 +543,17 @@ def _restore(
     if found.bring is None:
         on_first_rank(learner.ranks, lambda: go_on_from(checkpoints, position.step))
     notes = [*warnings, *(f"changed since the checkpoint: {line}" for line in changed)]
-    return cursor, [*notes, *softmax_changes(found, learner.config)]
+    notes += [*softmax_changes(found, learner.config), *_end_reached(cursor, learner.config)]
+    return cursor, notes
+
+
+def _end_reached(cursor: Cursor, config: RunConfig) -> Iterator[str]:
+    """That a run is over which may have been meant to go on."""
+    if cursor.tokens_seen >= config.train.tokens:
+        yield (
+            f"nothing is left to train: the checkpoint of step {cursor.step} has seen "
+            f"{cursor.tokens_seen:,} tokens, and train.tokens = {config.train.tokens:,}"
+        )
 
 
 def _find(

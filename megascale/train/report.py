@@ -18,9 +18,10 @@ from numpy.typing import NDArray
 from megascale.checkpoint.load import Found
 from megascale.checkpoint.save import SaveResult
 from megascale.config import RunConfig, dump_config
-from megascale.corpus.batches import Cursor, GlobalBatch, num_steps, used_sources
+from megascale.corpus.batches import Cursor, GlobalBatch, used_sources
 from megascale.corpus.describe import SourceInfo
 from megascale.corpus.heldout import HeldoutPart
+from megascale.corpus.length import RunLength, is_over
 from megascale.model.balance import ExpertUse
 from megascale.model.counts import batch_flops
 from megascale.monitor.console import Console
@@ -72,10 +73,12 @@ class Report:
         folder: RunFolder,
         sources: Mapping[str, SourceInfo],
         cursor: Cursor,
+        length: RunLength,
         nodes: Sequence[str],
     ) -> None:
-        """`nodes` are the names of the ranks' machines, on rank 0."""
+        """`length` is counted from `cursor`; `nodes` are the ranks' machines, on rank 0."""
         self._config, self._ranks, self._folder = config, ranks, folder
+        self._length = length
         self._speaks = ranks.rank == 0
         self._failures: set[str] = set()
         self._finish_s = HURRIED_S
@@ -101,8 +104,12 @@ class Report:
         self._first_scores: dict[str, float] = {}
         self._spent = dict.fromkeys(SPENT, 0.0)
         self._told = time.monotonic()
-        steps = num_steps(config.data, config.train.tokens)
-        self._console = Console(min(steps, config.train.stop_after_steps or steps), cursor.step)
+        self._console = Console(self._total_steps(cursor), cursor.step)
+
+    def _total_steps(self, cursor: Cursor) -> int:
+        """Steps at the end of the run, as it looks at `cursor`."""
+        steps, stop = self._length.total_steps(cursor), self._config.train.stop_after_steps
+        return steps if stop is None else min(steps, stop)
 
     def _note_rewind(self, step: int) -> None:
         """Keep account of steps that are about to be trained again."""
@@ -133,6 +140,7 @@ class Report:
             "start",
             began=round(self._folder.entered, 3),
             step=cursor.step,
+            total_steps=self._total_steps(cursor),
             world=ranks.world,
             layout=asdict(layout),
         )
@@ -179,7 +187,7 @@ class Report:
         if result.offload_gib:
             row["offload_gib"] = result.offload_gib
         if result.experts is not None:
-            self._experts(cursor.step, result.experts, row)
+            self._experts(cursor, result.experts, row)
         self._metrics.write(row)
         self._pass_on_notices()
         self._plan_waits_s.append(planned.plan_wait_s)
@@ -194,8 +202,8 @@ class Report:
         if result.skipped:
             self._event("skip", step=cursor.step, loss=result.loss, grad_norm=result.grad_norm)
             self._say(f"step {cursor.step} skipped: loss {result.loss}, norm {result.grad_norm}")
-        last = cursor.step == self._console.total_steps
-        if cursor.step % self._config.monitor.log_every_steps == 0 or last:
+        self._console.total_steps = self._total_steps(cursor)
+        if self._is_logged(cursor):
             num_bytes = bytes_of(planned.batch, self._bytes_per_token)
             if num_bytes:
                 nats = result.loss * planned.batch.num_tokens
@@ -206,9 +214,15 @@ class Report:
         else:
             self._console.tick(cursor.step)
 
+    def _is_logged(self, cursor: Cursor) -> bool:
+        """Whether the step before `cursor` is shown: one of every so many, and the last."""
+        every = self._config.monitor.log_every_steps
+        return cursor.step % every == 0 or is_over(cursor, self._config.train)
+
     @_beside
-    def _experts(self, step: int, use: ExpertUse, row: dict[str, Any]) -> None:
+    def _experts(self, cursor: Cursor, use: ExpertUse, row: dict[str, Any]) -> None:
         """Add how the experts were used to a row of metrics, and to the record of its own."""
+        step = cursor.step
         row["balance_loss"] = float(use.loss_L.mean())
         row["max_violation"] = float(use.max_violation_L.max())
         row["dead_experts"] = int(use.dead_L.sum())
@@ -216,8 +230,7 @@ class Report:
         if warning is not None:
             self._event("routing", step=step, problem=warning)
             self._say(f"warning: step {step}: {warning}")
-        last = step == self._console.total_steps
-        if step % self._config.monitor.log_every_steps == 0 or last:
+        if self._is_logged(cursor):
             sources = tuple(self._config.data.sources)
             self._expert_log.write(step, sources, use.counts_SLE.numpy())
 
