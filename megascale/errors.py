@@ -1,5 +1,8 @@
 """The exceptions that a user may cause, and how they are shown."""
 
+MOST_CHARS = 300
+"""Of the reason for which a run ended."""
+
 
 class UserError(ValueError):
     """Bad input: one line that says what is wrong, where, and what would work.
@@ -13,3 +16,13 @@ class UserError(ValueError):
 
 class RankError(UserError):
     """Bad input that this rank met and others did not, so that it must speak for itself."""
+
+
+def reason(error: BaseException) -> str:
+    """Why a run or a launcher ended with `error`, in one line."""
+    if isinstance(error, KeyboardInterrupt):
+        return "stopped at once by a second signal"
+    text = next((line.strip() for line in str(error).splitlines() if line.strip()), "")[:MOST_CHARS]
+    if isinstance(error, UserError):
+        return text
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__

@@ -50,13 +50,13 @@ from megascale.runtime.distributed import (
     gather_arrays,
     node_names,
 )
-from megascale.runtime.logs import log_to, note_failure
+from megascale.runtime.logs import log_to
 from megascale.runtime.pulse import begin_pulse, pulse
 from megascale.train.describe import describe_run, plan_lengths, step_problem
 from megascale.train.earlier import places_told, with_earlier
 from megascale.train.evaluate import HeldoutSet, heldout_sets
 from megascale.train.feed import Feed, PlannedBatch, start_plans
-from megascale.train.folder import RunFolder, on_first_rank
+from megascale.train.folder import RunFolder, noting_errors, on_first_rank
 from megascale.train.grow import write_grown
 from megascale.train.growing import require_growth, small_and_grown
 from megascale.train.report import Report
@@ -140,21 +140,21 @@ def _train(
     """
     pulse.restart()
     with ExitStack() as leave:
-        folder = RunFolder.open(config.run_dir, resume, ranks, entered)
+        folder = RunFolder.open(config.run_dir, resume, ranks, entered, command)
         leave.callback(folder.close)
         log_to(folder.logs, ranks.rank)
-        leave.push(_note_failure)
-        plans = start_plans(config.planner, ranks, folder.logs)  # it starts beside what follows
-        if plans is not None:
-            leave.callback(plans.close)
-        run = _begin(config, sources, ranks, folder, plans, resume, stop)
-        leave.callback(run.report.close)
-        leave.callback(run.feed.close)
-        _steps(run)
-        if not run.stopped and config.eval.sample_prompt is not None:
-            _sample(run, config.eval.sample_prompt)
-        run.report.finished(run.cursor, run.stopped, command)
-        return run.stopped
+        with folder.noting_errors(ranks):  # before anything is closed
+            plans = start_plans(config.planner, ranks, folder.logs)  # it starts beside what follows
+            if plans is not None:
+                leave.callback(plans.close)
+            run = _begin(config, sources, ranks, folder, plans, resume, stop)
+            leave.callback(run.report.close)
+            leave.callback(run.feed.close)
+            _steps(run)
+            if not run.stopped and config.eval.sample_prompt is not None:
+                _sample(run, config.eval.sample_prompt)
+            run.report.finished(run.cursor, run.stopped, command)
+            return run.stopped
 
 
 def _train_growing(
@@ -175,17 +175,13 @@ def _train_growing(
         if run(small, None if resume is None else "auto", psutil.Process().create_time()):
             return True
         pulse.restart()
-        found = [find_at(small.run_dir, ranks)]
-        waiting = distributed.patient(ranks)  # a piece at a time on one rank, it may take hours
-        on_first_rank(waiting, lambda: print(write_grown(found, growth, folder)))
+        with noting_errors(Path(grown.run_dir), ranks):
+            found = [find_at(small.run_dir, ranks)]
+            waiting = distributed.patient(ranks)  # a piece at a time on one rank, it may take hours
+            on_first_rank(waiting, lambda: print(write_grown(found, growth, folder)))
     steps = small.train.stop_after_steps
     on_first_rank(ranks, lambda: require_growth(grown, growth, steps))
     return run(with_earlier(grown), resume, time.time())
-
-
-def _note_failure(kind: object, error: BaseException | None, trace: object) -> None:
-    if error is not None:
-        note_failure(error)
 
 
 def _steps(run: Run) -> None:

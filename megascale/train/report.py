@@ -23,7 +23,6 @@ from megascale.model.balance import ExpertUse
 from megascale.model.counts import batch_flops
 from megascale.monitor.console import Console
 from megascale.monitor.device import mfu, peak_flops
-from megascale.monitor.events import EventLog
 from megascale.monitor.experts import CollapseWatch, ExpertLog
 from megascale.monitor.metrics import METRICS_FILE, MetricsWriter, read_rows
 from megascale.monitor.story import SPENT
@@ -60,7 +59,7 @@ class Report:
             return
         monitor, resolved = config.monitor, dump_config(config)
         folder.write("config.yaml", resolved)
-        self._events = EventLog(folder.path)
+        self._events = folder.events
         self._note_rewind(cursor.step)
         self._metrics = MetricsWriter(
             folder.path, monitor.tensorboard, monitor.trackers, cursor.step, asdict(config)
@@ -91,6 +90,7 @@ class Report:
 
     def started(self, cursor: Cursor, description: str, notes: Sequence[str]) -> None:
         """Say where the run runs, and from where it goes on; keep its description."""
+        self._folder.has_started = True
         if not self._speaks:
             return
         self._folder.write("plan.txt", description)
@@ -109,6 +109,7 @@ class Report:
             step=cursor.step,
             world=ranks.world,
             layout=asdict(layout),
+            command=self._folder.command,
         )
         if cursor.step:
             self._say(f"resumed at step {cursor.step}: {_lr_outlook(self._config, cursor)}")
