@@ -480,7 +480,7 @@ def _restore(
         return _start(learner, sources, folder)
     position = found.manifest.position
     cursor = Cursor.from_json(position.cursor["data"])
-    changed = compare_configs(position.config, learner.config)
+    changed = compare_configs(position.config, learner.config, position.tokens_seen)
     was = parse_config(position.config).data.stages
     cursor = with_stages(cursor, was, learner.config.data.stages)
     compare_sources(position.cursor["sources"], _identity(sources))
