@@ -9,6 +9,8 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import IO, TypeVar
 
+from megascale.checkpoint.folder import checkpoints_dir
+from megascale.checkpoint.load import find
 from megascale.errors import UserError, reason
 from megascale.monitor.events import EVENTS_FILE, EventLog, at, read_events
 from megascale.monitor.metrics import last_step
@@ -129,6 +131,8 @@ def on_first_rank(ranks: Ranks, action: Callable[[], object]) -> None:
 
 
 def _enter(folder: Path, resume: str | None) -> IO[str]:
+    if resume not in (None, "auto") and not checkpoints_dir(folder).is_dir():
+        find(folder, "latest" if resume == "latest" else int(resume))  # says what is missing
     try:
         (folder / "logs").mkdir(parents=True, exist_ok=True)
         lock = open(folder / RUN_LOCK, "a+", encoding="utf-8")
