@@ -220,3 +220,41 @@ sys.exit(cli.main([]))
     process.stdin.close()  # it prints only now
     assert process.stderr.read() == b""
     assert process.wait(30) == 128 + signal.SIGPIPE
+
+
+RECIPE, CONFIG = "data/python_stdlib.yaml", "configs/quickstart.yaml"
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["train", CONFIG, "--tokens", "5M"], "train.tokens=5M or eval.tokens=5M"),
+        (["train", "--tokens", "5M", CONFIG], "train.tokens=5M or eval.tokens=5M"),
+        (["plan", CONFIG, "--tokens=5M"], "train.tokens=5M or eval.tokens=5M"),
+        (["train", CONFIG, "--train.tokens", "5M"], "write it as train.tokens=5M\n"),
+        (["branch", "run", CONFIG, "--lr=1e-3"], "write it as optim.lr=1e-3\n"),
+        (["train", CONFIG, "--global-batch-tokens"], "as data.global_batch_tokens=...\n"),
+        (["train", CONFIG, "--num-experts", "--resume", "auto"], "as model.moe.num_experts=...\n"),
+        (["prepare", RECIPE, "--heldout-fraction", "0.1"], "as heldout_fraction=0.1\n"),
+        (["train", CONFIG, "--frobnicate", "1"], "'megascale train --help' says what would work"),
+        (["doctor", "--tokens", "5M"], "'megascale doctor --help' says what would work"),
+    ],
+)
+def test_an_option_that_is_written_as_a_flag_is_suggested(words, said, capsys):
+    assert cli.main(words) == 2
+    error = capsys.readouterr().err
+    assert said in error and error.count("\n") == 1 and "unrecognized argument --" in error
+
+
+@pytest.mark.parametrize("verb", ["plan", "train", "launch", "calibrate"])
+def test_a_recipe_is_not_taken_for_a_config(verb, capsys):
+    assert cli.main([verb, RECIPE]) == 2
+    error = capsys.readouterr().err
+    assert f"'megascale prepare {RECIPE}' makes the corpus" in error and error.count("\n") == 1
+
+
+def test_a_config_is_not_taken_for_a_recipe(capsys):
+    assert cli.main(["prepare", CONFIG]) == 2
+    error = capsys.readouterr().err
+    assert f"'megascale plan {CONFIG}' shows the run" in error and error.count("\n") == 1
+    assert f"'megascale train {CONFIG}'" in error

@@ -209,6 +209,10 @@ def test_mistakes_are_one_clear_line(config: Path, arguments: list[str], problem
         (["train.stop_after_steps=999"], "has no effect on a run of 13 steps"),
         (["monitor.profile_steps=[20, 30]"], "profile_steps begins after the last step, 13"),
         (["optim.schedule=[{shape: linear, tokens: 60000, lr: 1.0}]"], "at a rate of 0.833"),
+        (
+            ["optim.warmup_tokens=60000", "optim.lr=1.0"],
+            "optim.warmup_tokens = 60000 does not end .* 0.833 of 1; optim.warmup_tokens=500 is 1 %",
+        ),
         (["eval.tokens=100"], "source 'code' has no held-out documents"),
         (["optim.lr=steplaw"], "learning rate: the Step Law was fitted on 60M to 1.1B parameters"),
         (["data.global_batch_tokens=steplaw"], "global_batch_tokens: the Step Law was fitted on"),
