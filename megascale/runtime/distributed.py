@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from megascale.config import Layout, RunConfig
 from megascale.errors import UserError
+from megascale.runtime.environment import world_from_environment
 
 NAME_BYTES = 64
 TIMEOUT = timedelta(minutes=10)
@@ -91,12 +92,6 @@ def prepare_device(wanted: str) -> tuple[str, str]:
 
         cpu.install()
     return kind, why
-
-
-def world_from_environment() -> tuple[int, int, int]:
-    """(rank, world, local rank) as torchrun sets them; (0, 1, 0) when it did not."""
-    read = os.environ.get
-    return int(read("RANK", "0")), int(read("WORLD_SIZE", "1")), int(read("LOCAL_RANK", "0"))
 
 
 def start(config: RunConfig) -> Ranks:
