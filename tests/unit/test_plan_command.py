@@ -15,7 +15,7 @@ import pytest
 
 from megascale.config import Layout
 from megascale.corpus.batches import Cursor, GlobalBatches, num_steps
-from megascale.corpus.shards import Shard
+from megascale.corpus.shards import Shard, writing
 from megascale.errors import UserError
 from megascale.model.counts import batch_flops, count_parameters, memory_per_rank
 from megascale.optim.schedule import lr_at
@@ -211,7 +211,7 @@ def test_mistakes_are_one_clear_line(config: Path, arguments: list[str], problem
         (["optim.schedule=[{shape: linear, tokens: 60000, lr: 1.0}]"], "at a rate of 0.833"),
         (
             ["optim.warmup_tokens=60000", "optim.lr=1.0"],
-            "optim.warmup_tokens = 60000 does not end .* 0.833 of 1; optim.warmup_tokens=500 is 1 %",
+            "optim.warmup_tokens = 60000 does not end .* 0.833 of 1; optim.warmup_tokens=500 is",
         ),
         (["eval.tokens=100"], "source 'code' has no held-out documents"),
         (["optim.lr=steplaw"], "learning rate: the Step Law was fitted on 60M to 1.1B parameters"),
@@ -254,3 +254,14 @@ def test_answers_in_a_second_without_torch(config: Path) -> None:
         subprocess.run([sys.executable, "-c", SCRIPT, str(config)], check=True, timeout=60)
         seconds.append(time.perf_counter() - begin)
     assert statistics.median(seconds) < 2.0  # about 0.4 s alone on two cores; CI is busier
+
+
+def test_documents_without_an_end_are_a_warning(config: Path, tmp_path: Path) -> None:
+    with writing(tmp_path / "endless", np.uint16) as writer:
+        for _ in range(100):
+            writer.add(np.full(600, 3))
+    run, sources = load_run(config, [f"data.sources.code.path={tmp_path / 'endless'}"])
+    text = describe_run(run, Layout.of(run, 2), sources)
+    assert re.search(
+        "^warning: source 'code': 100 of 100 documents of train .* do not end", text, re.MULTILINE
+    )
