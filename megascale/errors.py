@@ -1,5 +1,8 @@
 """The exceptions that a user may cause, and how they are shown."""
 
+from pathlib import Path
+from shlex import quote
+
 MOST_CHARS = 300
 """Of the reason for which a run ended."""
 
@@ -16,6 +19,14 @@ class UserError(ValueError):
 
 class RankError(UserError):
     """Bad input that this rank met and others did not, so that it must speak for itself."""
+
+
+def install_command(extra: str) -> str:
+    """What installs an optional part of megascale, which is on no package index: its checkout."""
+    checkout = Path(__file__).parents[1]
+    where = checkout if (checkout / "pyproject.toml").is_file() else Path(".")
+    begin = "" if where == checkout else "in the checkout of megascale: "
+    return f"{begin}pip install -e {quote(f'{where}[{extra}]')}"
 
 
 def reason(error: BaseException) -> str:

@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 
 import megascale
-from megascale import cli
+from megascale import cli, errors
 from megascale.errors import RankError, UserError
+from megascale.train import eval_command
 
 ROOT = Path(__file__).parents[2]
 HEAVY = ("torch", "megatron", "datasets", "matplotlib", "transformers", "tokenizers", "mpi4py")
@@ -89,7 +90,7 @@ def test_the_examples_name_files_that_exist():
 def test_help_loads_nothing_heavy():
     script = f"""
 import contextlib, sys
-from megascale import cli
+from megascale import cli, errors
 for verb in cli.VERBS:
     with contextlib.suppress(SystemExit):
         cli.main([*verb.split(), "--help"])
@@ -204,7 +205,7 @@ def test_a_defect_keeps_its_traceback(verb):
 def test_a_reader_that_leaves_is_no_error(characters):
     script = f"""
 import sys
-from megascale import cli
+from megascale import cli, errors
 sys.stdin.read()
 cli._overview = lambda: "x" * {characters}
 sys.exit(cli.main([]))
@@ -258,3 +259,16 @@ def test_a_config_is_not_taken_for_a_recipe(capsys):
     error = capsys.readouterr().err
     assert f"'megascale plan {CONFIG}' shows the run" in error and error.count("\n") == 1
     assert f"'megascale train {CONFIG}'" in error
+
+
+def test_what_is_missing_is_installed_from_the_checkout(monkeypatch, tmp_path):
+    """The package is on no index."""
+    root = Path(cli.__file__).parents[1]
+    assert errors.install_command("eval") == f"pip install -e '{root}[eval]'"
+    monkeypatch.setattr(errors, "__file__", str(tmp_path / "site-packages/megascale/errors.py"))
+    elsewhere = "in the checkout of megascale: pip install -e '.[eval]'"
+    assert errors.install_command("eval") == elsewhere
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    monkeypatch.setitem(sys.modules, "lm_eval.tasks", None)
+    with pytest.raises(errors.UserError, match="lm-eval is not installed; in the checkout of "):
+        eval_command._load_tasks("lambada", None)
