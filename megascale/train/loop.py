@@ -46,6 +46,7 @@ from megascale.runtime import distributed
 from megascale.runtime.distributed import (
     Ranks,
     broadcast_bytes,
+    cores_are_shared,
     device_bytes,
     gather_arrays,
     node_names,
@@ -423,7 +424,8 @@ def _begin(
         for name in batches.names
     ]
     saver.prepare(model, learner.optimizer)
-    report = Report(config, ranks, folder, sources, cursor, node_names(ranks))
+    nodes, shared = node_names(ranks), cores_are_shared(ranks)
+    report = Report(config, ranks, folder, sources, cursor, nodes, shared)
     report.started(cursor, describe_run(config, ranks.layout, sources), notes)
     return Run(
         config=config,

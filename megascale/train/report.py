@@ -49,8 +49,13 @@ class Report:
         sources: Mapping[str, SourceInfo],
         cursor: Cursor,
         nodes: Sequence[str],
+        cores_are_shared: bool,
     ) -> None:
-        """`nodes` are the names of the ranks' machines, on rank 0."""
+        """`nodes` are the names of the ranks' machines, on rank 0.
+
+        Where `cores_are_shared`, comparisons of ranks go to the files only: which rank is slow
+        then depends on what else runs.
+        """
         self._config, self._ranks, self._folder = config, ranks, folder
         self._speaks = ranks.rank == 0
         self._bytes_per_token = bytes_per_token(sources[name] for name in config.data.sources)
@@ -70,7 +75,7 @@ class Report:
         if ranks.world > 1:
             self._rank_log = RankLog(folder.path, cursor.step)
             self._stragglers = StragglerWatch(ranks.world)
-        self._nodes = nodes
+        self._nodes, self._cores_are_shared = nodes, cores_are_shared
         self._plan_waits_s: list[float] = []
         self._first_scores = first_scores(folder.path)
         self._spent = dict.fromkeys(SPENT, 0.0)
@@ -227,11 +232,16 @@ class Report:
         return {"step": cursor.step, "tokens_seen": cursor.tokens_seen, "spent": spent}
 
     def ranks(self, step: int, over_R: NDArray[np.float64]) -> None:
-        """Record how slow the ranks were (`slowdown_R`), and name those that stay slow."""
+        """Record how slow the ranks were (`slowdown_R`), and name those that stay slow.
+
+        The user is told where each rank has cores of its own.
+        """
         self._rank_log.write(step, over_R)
         for rank in self._stragglers.see(over_R):
             node, over = self._nodes[rank], float(over_R[rank])
             self._event("straggler", step=step, rank=rank, node=node, slowdown=round(over, 3))
+            if self._cores_are_shared:
+                continue
             self._say(
                 f"warning: step {step}: rank {rank} on {node} takes {over:.2f} times as long as "
                 f"others for the same work, for {IN_A_ROW} comparisons now"

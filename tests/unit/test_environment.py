@@ -4,9 +4,11 @@ import os
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 
 from megascale.errors import RankError
+from megascale.runtime.distributed import any_overlap
 from megascale.runtime.environment import world_from_environment
 
 NAMES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -59,6 +61,20 @@ def test_a_bad_variable_is_named(environment, name, value, message):
     environment({**GOOD, name: value})
     with pytest.raises(RankError, match=message):
         world_from_environment()
+
+
+@pytest.mark.parametrize(
+    "nodes, cores, shared",
+    [
+        ("aa", [[1, 1, 0, 0], [0, 0, 1, 1]], False),
+        ("aa", [[1, 1, 1, 0], [0, 0, 1, 1]], True),
+        ("ab", [[1, 1, 1, 1], [1, 1, 1, 1]], False),
+        ("aba", [[1, 0], [1, 1], [0, 1]], False),
+        ("abb", [[1, 0], [1, 1], [0, 1]], True),
+    ],
+)
+def test_ranks_of_a_node_with_a_core_in_common_share_cores(nodes, cores, shared):
+    assert any_overlap(list(nodes), np.array(cores, dtype=np.uint8)) == shared
 
 
 def test_a_rank_says_it_in_one_line():
