@@ -52,8 +52,8 @@ NUMBERS = {
 OF_LAUNCHER = ("launch", "attempt", "failure")
 """TURNS after which a launcher is about to start ranks."""
 SILENT = "silent: dead or hung"
-GOES_ON = ("done", "training", "starting", "ended; the launcher", "has not started")
-"""How states begin in which nobody needs to continue a run."""
+GOES_ON = ("done", "training", "starting", "silent for", "ended; the launcher", "has not started")
+"""How states begin of a run that nobody needs to continue, or whose process still lives."""
 UNKNOWN_COMMAND = "the command that started it, with --resume auto"
 QUIET_S, QUIET_STEPS = 120.0, 10
 """A run that says nothing for so long, and for so many of its steps, is thought dead or hung."""

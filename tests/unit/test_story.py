@@ -204,6 +204,7 @@ def test_a_killed_run_is_not_training(write, holds, capsys):
     assert read_story(run).state(BEGAN + 140) == "training"
     assert "alive, perhaps hung" in read_story(run).state(BEGAN + 1000)
     assert read_story(run).resume_command(BEGAN + 140) is None
+    assert read_story(run).resume_command(BEGAN + 1000) is None
     lock.close()
     story = read_story(run)
     for now in (140, 1000):
