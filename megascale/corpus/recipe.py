@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Literal
 
-from megascale.config.load import parse_as
+from megascale.config import RunConfig
+from megascale.config.load import parse_as, top_level_keys
 from megascale.errors import UserError
+
+CONFIG_KEYS = {field.name for field in fields(RunConfig)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,6 +98,13 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         raise UserError(
             f"recipe {path}: {reason}; give one, e.g. data/python_stdlib.yaml"
         ) from None
+    keys = top_level_keys(text)
+    if "inputs" not in keys and keys & CONFIG_KEYS:
+        raise UserError(
+            f"{path} is the config of a run, not the recipe of a corpus; 'megascale plan {path}' "
+            f"shows the run, 'megascale train {path}' trains; give a recipe, e.g. "
+            "data/python_stdlib.yaml"
+        )
     return parse_recipe(text, overrides, str(path))
 
 

@@ -75,6 +75,15 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     return list(_parse(path.read_bytes()))
 
 
+def last_step(run_dir: Path) -> int:
+    """The last step whose metrics a run has written; 0 before the first, or where none are read."""
+    try:
+        rows = read_rows(run_dir / METRICS_FILE)
+    except OSError:
+        return 0
+    return int(rows[-1]["step"]) if rows else 0
+
+
 def has_numbers(row: Mapping[str, Any], *names: str) -> bool:
     """Whether a row of such a file, or an event, has a finite number under each of the names."""
     values = (row.get(name) for name in names)

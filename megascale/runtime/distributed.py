@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import socket
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any
@@ -20,6 +20,8 @@ from megascale.errors import RankError, UserError
 from megascale.runtime.environment import meeting_point, world_from_environment
 
 NAME_BYTES = 64
+MOST_CORES = 4096
+"""Of a node, that are compared."""
 TIMEOUT = timedelta(minutes=10)
 PATIENCE = timedelta(days=7)
 
@@ -202,6 +204,23 @@ def node_names(ranks: Ranks) -> list[str]:
     name[: len(mine)] = np.frombuffer(mine, dtype=np.uint8)
     names = gather_arrays(name, ranks)
     return [] if names is None else [one.tobytes().rstrip(b"\0").decode() for one in names]
+
+
+def cores_are_shared(ranks: Ranks) -> bool:
+    """Whether ranks of a node may run on the same cores, so that how long each takes says little
+    about itself; on rank 0, False on others and with CUDA. For all ranks to call."""
+    if ranks.device.type != "cpu":
+        return False
+    mine = np.zeros(MOST_CORES, dtype=np.uint8)
+    mine[[core for core in os.sched_getaffinity(0) if core < MOST_CORES]] = 1
+    names, cores_RC = node_names(ranks), gather_arrays(mine, ranks)
+    return cores_RC is not None and any_overlap(names, cores_RC)
+
+
+def any_overlap(names: Sequence[str], cores_RC: NDArray[Any]) -> bool:
+    """Whether two ranks with the same name of a node have a core C in common."""
+    nodes = [[rank for rank, name in enumerate(names) if name == one] for one in set(names)]
+    return any(int(cores_RC[members].sum(axis=0).max()) > 1 for members in nodes)
 
 
 def all_agree(fine: bool, ranks: Ranks) -> bool:

@@ -1,4 +1,4 @@
-"""What a launcher such as torchrun tells a rank in environment variables."""
+"""Which of the ranks this process is, as torchrun says in environment variables. No torch."""
 
 from __future__ import annotations
 
@@ -6,30 +6,28 @@ import os
 
 from megascale.errors import RankError
 
-_HINT = "start ranks with torchrun or megascale launch, or unset RANK and WORLD_SIZE to train alone"
-MOST_PORT = 65535
+MOST_PORT = 2**16 - 1
+MOST_WORLD = 2**31 - 1
 
 
 def world_from_environment() -> tuple[int, int, int]:
     """(rank, world, local rank) as torchrun sets them; (0, 1, 0) when it did not.
 
-    Raises RankError where they do not make up a world.
+    Raises RankError for a variable that is missing or cannot be.
     """
-    rank, world = _whole("RANK", 0), _whole("WORLD_SIZE", 1)
+    world = _number("WORLD_SIZE", 1, 1, MOST_WORLD)
+    rank = _number("RANK", 0, 0, MOST_WORLD)
     if rank >= world:
-        given = f"RANK = {rank}, WORLD_SIZE = {os.environ.get('WORLD_SIZE', 'not set')}"
-        raise RankError(f"{given}: ranks are below WORLD_SIZE; {_HINT}")
+        raise RankError(f"RANK = {rank} must be below WORLD_SIZE = {world}; {_REMEDY}")
+    _number("LOCAL_WORLD_SIZE", 1, 1, world)
+    local_rank = _number("LOCAL_RANK", 0, 0, MOST_WORLD)
     if world > 1:
-        missing = [
-            name
-            for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-            if not os.environ.get(name)
-        ]
-        if missing:
-            raise RankError(f"WORLD_SIZE = {world} without {', '.join(missing)}; {_HINT}")
+        for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+            if not os.environ.get(name):
+                raise RankError(f"WORLD_SIZE = {world}, but {name} is not set; {_REMEDY}")
     if os.environ.get("MASTER_ADDR"):
-        _require_port(world)
-    return rank, world, _whole("LOCAL_RANK", 0)
+        _number("MASTER_PORT", 1, 0 if world == 1 else 1, MOST_PORT)  # one rank may take any
+    return rank, world, local_rank
 
 
 def meeting_point() -> str:
@@ -37,16 +35,13 @@ def meeting_point() -> str:
     return f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
 
 
-def _whole(name: str, default: int) -> int:
-    text = os.environ.get(name) or str(default)
-    if not (text.isascii() and text.isdigit() and len(text) < 10):
-        raise RankError(f"{name} = '{text}' is no whole number from 0; {_HINT}")
+_REMEDY = "let torchrun or megascale launch set the variables, or unset all of them"
+
+
+def _number(name: str, default: int, least: int, most: int) -> int:
+    text = os.environ.get(name, str(default))
+    if not (text.isascii() and text.isdigit() and len(text) < 12 and least <= int(text) <= most):
+        raise RankError(
+            f"{name} = '{text}' must be a whole number from {least} to {most}; {_REMEDY}"
+        )
     return int(text)
-
-
-def _require_port(world: int) -> None:
-    port = _whole("MASTER_PORT", MOST_PORT + 1)
-    lowest = 0 if world == 1 else 1  # a rank alone may take any free port
-    if not lowest <= port <= MOST_PORT:
-        given = os.environ.get("MASTER_PORT") or "not set"
-        raise RankError(f"MASTER_PORT = {given} is no port; give one from 1 to {MOST_PORT}")

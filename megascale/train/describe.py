@@ -24,6 +24,7 @@ from megascale.corpus.batches import (
     shares,
     used_sources,
 )
+from megascale.corpus.check import missing_ends
 from megascale.corpus.describe import SourceInfo, describe_source
 from megascale.corpus.length import RunLength, begin_after, most_tokens, run_length
 from megascale.corpus.shards import Shard
@@ -85,6 +86,15 @@ def load_run(
 def source_tokens(sources: Mapping[str, SourceInfo]) -> dict[str, int]:
     """Training tokens of each source."""
     return {name: info.train_tokens for name, info in sources.items()}
+
+
+def _missing_ends(sources: Mapping[str, SourceInfo]) -> list[str]:
+    problems = {name: missing_ends(info) for name, info in sources.items()}
+    return [
+        f"source '{name}': {problem}; eod_id may be another, or megascale data check says more"
+        for name, problem in problems.items()
+        if problem is not None
+    ]
 
 
 def _check_vocabulary(config: RunConfig, sources: Mapping[str, SourceInfo]) -> None:
@@ -242,6 +252,7 @@ def describe_run(
     warnings = warnings_of(config, layout, epochs, has_heldout, first.batch.num_sequences, length)
     warnings += warn_if_tokenizers_differ(config, sources)
     warnings += [*warn_if_rate_jumps(config), *unwatched(config)]
+    warnings += _missing_ends(sources)
     sections = [
         _title(config, length),
         _model(config, first),

@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megascale.errors import UserError
+from megascale.errors import UserError, install_command
 
 if TYPE_CHECKING:
     from megascale.train.score_text import TextScorer, TextTokens
@@ -107,7 +107,7 @@ def _load_tasks(tasks: str, include: str | None) -> tuple[list[str], Any]:
     try:
         from lm_eval.tasks import TaskManager
     except ImportError:
-        raise UserError("lm-eval is not installed; pip install 'megascale[eval]'") from None
+        raise UserError(f"lm-eval is not installed; {install_command('eval')}") from None
     if include is not None and not Path(include).is_dir():
         raise UserError(f"--include {include}: no such folder")
     names = [name.strip() for name in tasks.split(",") if name.strip()]

@@ -47,17 +47,18 @@ from megascale.runtime import distributed
 from megascale.runtime.distributed import (
     Ranks,
     broadcast_bytes,
+    cores_are_shared,
     device_bytes,
     gather_arrays,
     node_names,
 )
-from megascale.runtime.logs import log_to, note_failure, say
+from megascale.runtime.logs import log_to, say
 from megascale.runtime.pulse import begin_pulse, pulse
 from megascale.train.describe import describe_run, plan_lengths, step_problem
 from megascale.train.earlier import places_told, with_earlier
 from megascale.train.evaluate import HeldoutSet, heldout_sets
 from megascale.train.feed import Feed, PlannedBatch, start_plans
-from megascale.train.folder import RunFolder, on_first_rank
+from megascale.train.folder import RunFolder, noting_errors, on_first_rank
 from megascale.train.grow import write_grown
 from megascale.train.growing import require_growth, small_and_grown
 from megascale.train.report import Report
@@ -149,21 +150,21 @@ def _train(
     """
     pulse.restart()
     with ExitStack() as leave:
-        folder = RunFolder.open(config.run_dir, resume, ranks, entered)
+        folder = RunFolder.open(config.run_dir, resume, ranks, entered, command)
         leave.callback(folder.close)
         log_to(folder.logs, ranks.rank)
-        leave.push(_note_failure)
-        plans = start_plans(config.planner, ranks, folder.logs)  # it starts beside what follows
-        if plans is not None:
-            leave.callback(plans.close)
-        run = _begin(config, sources, ranks, folder, plans, resume, stop)
-        leave.callback(run.report.close)
-        leave.callback(run.feed.close)
-        _steps(run)
-        if not run.stopped and config.eval.sample_prompt is not None:
-            _sample(run, config.eval.sample_prompt)
-        run.report.finished(run.cursor, run.stopped, command)
-        return run.stopped
+        with folder.noting_errors(ranks):  # before anything is closed
+            plans = start_plans(config.planner, ranks, folder.logs)  # it starts beside what follows
+            if plans is not None:
+                leave.callback(plans.close)
+            run = _begin(config, sources, ranks, folder, plans, resume, stop)
+            leave.callback(run.report.close)
+            leave.callback(run.feed.close)
+            _steps(run)
+            if not run.stopped and config.eval.sample_prompt is not None:
+                _sample(run, config.eval.sample_prompt)
+            run.report.finished(run.cursor, run.stopped, command)
+            return run.stopped
 
 
 def _train_growing(
@@ -184,9 +185,10 @@ def _train_growing(
         if run(small, None if resume is None else "auto", psutil.Process().create_time()):
             return True
         pulse.restart()
-        found = [find_at(small.run_dir, ranks)]
-        waiting = distributed.patient(ranks)  # a piece at a time on one rank, it may take hours
-        on_first_rank(waiting, lambda: say(write_grown(found, growth, folder)))
+        with noting_errors(Path(grown.run_dir), ranks):
+            found = [find_at(small.run_dir, ranks)]
+            waiting = distributed.patient(ranks)  # a piece at a time on one rank, it may take hours
+            on_first_rank(waiting, lambda: say(write_grown(found, growth, folder)))
     tokens = small.train.tokens
     on_first_rank(ranks, lambda: require_growth(grown, growth, tokens))
     return run(with_earlier(grown), resume, time.time())
@@ -198,11 +200,6 @@ def _begin_heartbeat() -> None:
         begin_pulse()
     except (OSError, ValueError, RuntimeError) as error:
         say(f"warning: no heartbeat of this rank: {error}; the run goes on")
-
-
-def _note_failure(kind: object, error: BaseException | None, trace: object) -> None:
-    if error is not None:
-        note_failure(error)
 
 
 def _steps(run: Run) -> None:
@@ -469,7 +466,8 @@ def _begin(
     ]
     saver.prepare(model, learner.optimizer)
     length = run_length(batches, config.train.tokens, cursor)
-    report = Report(config, ranks, folder, sources, cursor, length, node_names(ranks))
+    nodes, shared = node_names(ranks), cores_are_shared(ranks)
+    report = Report(config, ranks, folder, sources, cursor, length, nodes, shared)
     report.started(cursor, describe_run(config, ranks.layout, sources), notes)
     heldout = heldout_sets(learner, sources, partial(plan_lengths, config, ranks.layout))
     report.heldout({name: one.part for name, one in heldout.items()})
@@ -528,7 +526,7 @@ def _restore(
         return _start(learner, sources, folder)
     position = found.manifest.position
     cursor = Cursor.from_json(position.cursor["data"])
-    changed = compare_configs(position.config, learner.config)
+    changed = compare_configs(position.config, learner.config, position.tokens_seen)
     was = parse_config(position.config).data.stages
     cursor, left = with_stages(cursor, was, learner.config.data.stages), cursor
     compare_sources(position.cursor["sources"], _identity(sources))

@@ -26,7 +26,6 @@ from megascale.model.balance import ExpertUse
 from megascale.model.counts import batch_flops
 from megascale.monitor.console import Console
 from megascale.monitor.device import mfu, peak_flops
-from megascale.monitor.events import EventLog
 from megascale.monitor.experts import CollapseWatch, ExpertLog
 from megascale.monitor.metrics import FINISH_S, METRICS_FILE, MetricsWriter, read_rows
 from megascale.monitor.story import SPENT
@@ -75,8 +74,13 @@ class Report:
         cursor: Cursor,
         length: RunLength,
         nodes: Sequence[str],
+        cores_are_shared: bool,
     ) -> None:
-        """`length` is counted from `cursor`; `nodes` are the ranks' machines, on rank 0."""
+        """`length` is counted from `cursor`; `nodes` are the ranks' machines, on rank 0.
+
+        Where `cores_are_shared`, comparisons of ranks go to the files only: which rank is slow
+        then depends on what else runs.
+        """
         self._config, self._ranks, self._folder = config, ranks, folder
         self._length = length
         self._speaks = ranks.rank == 0
@@ -88,7 +92,7 @@ class Report:
             return
         monitor, resolved = config.monitor, dump_config(config)
         folder.write("config.yaml", resolved)
-        self._events = EventLog(folder.path)
+        self._events = folder.events
         self._note_rewind(cursor.step)
         self._metrics = MetricsWriter(
             folder.path, monitor.tensorboard, monitor.trackers, cursor.step, asdict(config)
@@ -99,7 +103,7 @@ class Report:
         if ranks.world > 1:
             self._rank_log = RankLog(folder.path, cursor.step)
             self._stragglers = StragglerWatch(ranks.world)
-        self._nodes = nodes
+        self._nodes, self._cores_are_shared = nodes, cores_are_shared
         self._plan_waits_s: list[float] = []
         self._first_scores: dict[str, float] = {}
         self._spent = dict.fromkeys(SPENT, 0.0)
@@ -124,6 +128,7 @@ class Report:
     @_beside
     def started(self, cursor: Cursor, description: str, notes: Sequence[str]) -> None:
         """Say where the run runs, and from where it goes on; keep its description."""
+        self._folder.has_started = True
         if not self._speaks:
             return
         self._folder.write("plan.txt", description)
@@ -143,6 +148,7 @@ class Report:
             total_steps=self._total_steps(cursor),
             world=ranks.world,
             layout=asdict(layout),
+            command=self._folder.command,
         )
         if cursor.step:
             self._say(f"resumed at step {cursor.step}: {_lr_outlook(self._config, cursor)}")
@@ -285,11 +291,16 @@ class Report:
 
     @_beside
     def ranks(self, step: int, over_R: NDArray[np.float64]) -> None:
-        """Record how slow the ranks were (`slowdown_R`), and name those that stay slow."""
+        """Record how slow the ranks were (`slowdown_R`), and name those that stay slow.
+
+        The user is told where each rank has cores of its own.
+        """
         self._rank_log.write(step, over_R)
         for rank in self._stragglers.see(over_R):
             node, over = self._nodes[rank], float(over_R[rank])
             self._event("straggler", step=step, rank=rank, node=node, slowdown=round(over, 3))
+            if self._cores_are_shared:
+                continue
             self._say(
                 f"warning: step {step}: rank {rank} on {node} takes {over:.2f} times as long as "
                 f"others for the same work, for {IN_A_ROW} comparisons now"

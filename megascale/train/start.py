@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from megascale.checkpoint.folder import EMERGENCY, checkpoints_dir, steps_in
+from megascale.checkpoint.folder import EMERGENCY, checkpoints_dir, copies_name, steps_in
 from megascale.checkpoint.huggingface.kept import pass_on
 from megascale.checkpoint.load import Found, find_at, find_before, folder_at, read_manifest
 from megascale.checkpoint.manifest import MANIFEST, Position
@@ -23,6 +24,8 @@ from megascale.train.resume import changes, same_start
 if TYPE_CHECKING:
     from megascale.runtime.distributed import Ranks
 
+COPY_ID = re.compile("[0-9a-f]{32}")
+"""Name of the folder that holds the emergency copies of a start."""
 LINEAGE = "lineage.json"
 """File of a run_dir: the origin of the run."""
 DECIDES_WEIGHTS = frozenset(
@@ -84,9 +87,26 @@ def origin_of(folder: Path) -> Origin | None:
 
 
 def home_of(checkpoint: str | Path) -> Path:
-    """The run that a checkpoint belongs to, or its own folder where it belongs to none."""
+    """The run that a checkpoint belongs to, or its own folder where it belongs to none.
+
+    An emergency copy belongs to the run that made it, as long as the copy is there to say so.
+    """
     path = Path(checkpoint)
-    return path.parents[1] if path.parent.name == "checkpoints" else path
+    if path.parent.name != "checkpoints":
+        return path
+    home = path.parents[1]
+    return _run_of_copy(path) or home if COPY_ID.fullmatch(home.name) else home
+
+
+def _run_of_copy(folder: Path) -> Path | None:
+    """The run that made an emergency copy; None where the copy does not say."""
+    try:
+        position = read_manifest(folder).position
+        run_dir = parse_config(position.config).run_dir
+    except UserError:
+        return None
+    run = Path(position.cursor.get("cwd", ""), run_dir).resolve()
+    return run if copies_name(run) == folder.parents[2].name else None
 
 
 def keep_of_import(parent: Found, home: Path) -> None:

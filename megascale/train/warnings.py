@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 
 from megascale.config import Layout, OptimConfig, RunConfig
+from megascale.config.curves import options_of
 from megascale.corpus.batches import used_sources
 from megascale.corpus.length import RunLength
 from megascale.model.counts import count_parameters
@@ -128,13 +129,26 @@ def _steps(config: RunConfig, length: RunLength) -> Iterator[str]:
     profile = config.monitor.profile_steps
     if profile is not None and profile[0] > steps:
         yield f"monitor.profile_steps begins after the last step, {steps}"
-    covered = sum(segment.tokens or 0 for segment in config.optim.schedule)
-    if covered > config.train.tokens:
-        end_lr = lr_at(config.train.tokens, config.optim.schedule)
+    yield from _schedule(config)
+
+
+def _schedule(config: RunConfig) -> Iterator[str]:
+    tokens, schedule = config.train.tokens, config.optim.schedule
+    covered = sum(segment.tokens or 0 for segment in schedule)
+    if covered <= tokens:
+        return
+    end_lr, named = lr_at(tokens, schedule), options_of(schedule)
+    if named is not None and named.warmup_tokens is not None and named.warmup_tokens >= tokens:
         yield (
-            f"optim.schedule lasts {covered} tokens but training ends at {config.train.tokens}, "
-            f"at a rate of {end_lr:.3g}"
+            f"optim.warmup_tokens = {named.warmup_tokens} does not end before training does, at "
+            f"train.tokens = {tokens}: the rate rises to {end_lr:.3g} of {schedule[0].lr:.3g}; "
+            f"optim.warmup_tokens={max(1, tokens // 100)} is 1 % of the run"
         )
+        return
+    yield (
+        f"optim.schedule lasts {covered} tokens but training ends at {tokens}, "
+        f"at a rate of {end_lr:.3g}"
+    )
 
 
 def _step_law(config: RunConfig) -> Iterator[str]:

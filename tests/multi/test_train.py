@@ -142,7 +142,8 @@ def test_a_resume_does_not_become_another_run(ranks, config, tmp_path, word, mes
     status, said = train(ranks, 1, config, run_dir, word, "--resume", "auto")
     assert status == 2 and message in said
     status, said = train(ranks, 1, config, run_dir, "optim.lr=0.001", "--resume", "auto")
-    assert status == 0 and "changed since the checkpoint: optim.schedule" in said
+    assert status == 0 and "changed since the checkpoint: optim.lr: 0.01 -> 0.001" in said
+    assert "learning rate at 2,048 tokens: " in said and "{" not in said
 
 
 def test_the_balance_of_experts_may_change_on_resume(ranks, config, tmp_path):
@@ -172,6 +173,13 @@ def test_bad_input_is_one_line_and_status_2(ranks, config, tmp_path, words, mess
     status, said = train(ranks, 1, config, tmp_path / "run", *words)
     assert status == 2 and message in said
     assert said.count("\n") == 1 and "Traceback" not in said
+
+
+@pytest.mark.parametrize("resume", ["latest", "4"])
+def test_a_run_that_is_not_there_leaves_nothing_behind(ranks, config, tmp_path, resume):
+    status, said = train(ranks, 2, config, tmp_path / "runs" / "run", "--resume", resume)
+    assert status == 2 and "holds no checkpoint" in said and said.count("\n") == 1
+    assert not list(tmp_path.iterdir())
 
 
 def test_ids_outside_the_vocabulary_are_named(ranks, tmp_path):

@@ -18,7 +18,7 @@ from megascale.config import Layout, RunConfig
 from megascale.corpus.batches import Cursor, GlobalBatches
 from megascale.corpus.describe import SourceInfo
 from megascale.corpus.length import run_length
-from megascale.corpus.shards import Shard
+from megascale.corpus.shards import Shard, writing
 from megascale.errors import UserError
 from megascale.model.counts import batch_flops, count_parameters, memory_per_rank
 from megascale.optim.schedule import lr_at
@@ -233,6 +233,10 @@ def test_mistakes_are_one_clear_line(config: Path, arguments: list[str], problem
         (["train.stop_after_steps=999"], "has no effect on a run of 13 steps"),
         (["monitor.profile_steps=[20, 30]"], "profile_steps begins after the last step, 13"),
         (["optim.schedule=[{shape: linear, tokens: 60000, lr: 1.0}]"], "at a rate of 0.833"),
+        (
+            ["optim.warmup_tokens=60000", "optim.lr=1.0"],
+            "optim.warmup_tokens = 60000 does not end .* 0.833 of 1; optim.warmup_tokens=500 is",
+        ),
         (["eval.tokens=100"], "source 'code' has no held-out documents"),
         (["optim.lr=steplaw"], "learning rate: the Step Law was fitted on 60M to 1.1B parameters"),
         (["data.global_batch_tokens=steplaw"], "global_batch_tokens: the Step Law was fitted on"),
@@ -276,3 +280,14 @@ def test_answers_in_a_second_without_torch(config: Path) -> None:
         subprocess.run([sys.executable, "-c", SCRIPT, str(config)], check=True, timeout=60)
         seconds.append(time.perf_counter() - begin)
     assert statistics.median(seconds) < 2.0  # about 0.4 s alone on two cores; CI is busier
+
+
+def test_documents_without_an_end_are_a_warning(config: Path, tmp_path: Path) -> None:
+    with writing(tmp_path / "endless", np.uint16) as writer:
+        for _ in range(100):
+            writer.add(np.full(600, 3))
+    run, sources = load_run(config, [f"data.sources.code.path={tmp_path / 'endless'}"])
+    text = describe_run(run, Layout.of(run, 2), sources)
+    assert re.search(
+        "^warning: source 'code': 100 of 100 documents of train .* do not end", text, re.MULTILINE
+    )
