@@ -20,8 +20,8 @@ from typing import Any
 import xxhash
 
 from megascale.checkpoint.folder import write_synced
-from megascale.documents import read_json
 from megascale.errors import UserError
+from megascale.parsing import read_json
 
 FORMAT = 1
 MANIFEST = "manifest.json"

@@ -16,8 +16,8 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-from megascale.documents import parse_json
 from megascale.errors import UserError
+from megascale.parsing import parse_json
 
 VERSION = 1
 METADATA = "megascale"

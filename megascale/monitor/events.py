@@ -7,8 +7,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from megascale.documents import json_rows
 from megascale.monitor.lines import LineFile, json_line
+from megascale.parsing import json_rows
 
 EVENTS_FILE = "events.jsonl"
 

@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from megascale.documents import read_json
 from megascale.errors import UserError
+from megascale.parsing import read_json
 
 FORWARD_SHARE = 1 / 3
 """Part of a micro-batch's time that is forward; backward computes twice as much."""

@@ -21,7 +21,7 @@ from pathlib import Path
 from signal import SIGUSR1, Signals
 from typing import TypeVar
 
-from megascale.documents import read_json
+from megascale.parsing import read_json
 from megascale.resilience.board import Answer, Board, BoardLost, Order
 from megascale.resilience.failures import Cause
 from megascale.resilience.hangs import NodeRanks

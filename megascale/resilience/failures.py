@@ -180,7 +180,7 @@ _ENDS = ("launch", "leave", "gave_up")
 def _ended_without_a_word(events: Sequence[dict[str, Any]]) -> bool:
     """Whether the last driver is gone, and neither it nor its ranks have said that they end."""
     for event in reversed(events):
-        if event["event"] in ("leave", "gave_up", "stop"):
+        if event["event"] in ("leave", "gave_up", "stop", "error"):
             return False
         if event["event"] in ("launch", "attempt"):
             return True

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from megascale.errors import UserError
 from megascale.resilience.driver import is_driven
 from megascale.resilience.processes import die_with_parent
+from megascale.runtime.environment import world_from_environment
 
 if TYPE_CHECKING:
     from megascale.config import RunConfig
@@ -67,6 +68,7 @@ def _train(args: argparse.Namespace) -> int:
     resume = args.resume
     if resume not in (None, "auto", "latest") and not resume.isdigit():
         raise UserError(f"--resume {resume}: give auto, latest or the number of a step")
+    world_from_environment()  # what is wrong there is said before anything is read
     from megascale.train.describe import load_run
 
     config, sources = load_run(args.config, args.overrides)
@@ -93,7 +95,7 @@ def resume_command(config: str, overrides: list[str]) -> str:
     """What a user types to continue this run on as many ranks."""
     if is_driven():
         return "megascale launch or submit, as before"
-    world = int(os.environ.get("WORLD_SIZE", "1"))
+    _, world, _ = world_from_environment()
     words = [config, *overrides, "--resume", "auto"]
     launcher = ["megascale", "train"]
     if world > 1:

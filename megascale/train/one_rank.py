@@ -18,6 +18,7 @@ from megascale.errors import UserError
 from megascale.mesh.packing import TokenSequence, pack
 from megascale.model.build import build_model
 from megascale.runtime import distributed
+from megascale.runtime.environment import world_from_environment
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ def open_model(found: Found, precision: Literal["fp32", "bf16"]) -> Iterator[One
     Needs no optimizer state and no corpus. Raises UserError under torchrun with several ranks,
     and where weights and manifest disagree.
     """
-    if distributed.world_from_environment()[1] != 1:
+    if world_from_environment()[1] != 1:
         raise UserError("this runs in one process; start it without torchrun")
     logging.getLogger("megatron").setLevel(logging.ERROR)  # there is no log file for its notices
     config = _config(found, precision)

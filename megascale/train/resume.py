@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -10,8 +11,10 @@ from typing import Any
 from megascale.checkpoint.folder import checkpoints_dir
 from megascale.checkpoint.load import Found
 from megascale.config import RunConfig, dump_config, parse_config
-from megascale.documents import parse_yaml
+from megascale.config.curves import OPTIONS, options_of
 from megascale.errors import UserError
+from megascale.optim.schedule import lr_at
+from megascale.parsing import parse_yaml
 
 ORDER_OF_DATA = ("seed", "data.context_tokens", "data.global_batch_tokens")
 WEIGHTS_AND_START = ("model", "start")
@@ -20,16 +23,14 @@ CHANGEABLE += ("moe.micro_share", "moe.estimate", "moe.bias_rate", "moe.z_loss_c
 """Of the model's options, those that change no weight and no function."""
 
 
-def compare_configs(saved_yaml: str, config: RunConfig) -> list[str]:
-    """Lines `key: old -> new` for what changed since the checkpoint.
+def compare_configs(saved_yaml: str, config: RunConfig, tokens_seen: int) -> list[str]:
+    """Lines `key: old -> new` for what changed since the checkpoint, after `tokens_seen`.
 
     Raises UserError for a change that would silently continue another run: of the model's
     shape, of where the run started, or of what decides the order of the data.
     """
     saved = parse_config(saved_yaml)
-    old = parse_yaml(dump_config(saved), "config")  # options may be new
-    new = parse_yaml(dump_config(config), "config")
-    changed = changes(old, new)
+    changed = changes(*_trees(saved, config))
     for key, (was, now) in changed.items():
         fixed = key in ORDER_OF_DATA or key.split(".")[0] in WEIGHTS_AND_START
         fixed = fixed and not (key == "start.checkpoint" and same_start(saved, config))
@@ -38,7 +39,24 @@ def compare_configs(saved_yaml: str, config: RunConfig) -> list[str]:
                 f"{key} was {was} when the checkpoint was written and is "
                 f"{now} now; set it back, or branch off into a new run_dir with start.checkpoint"
             )
-    return [f"{key}: {was} -> {now}" for key, (was, now) in changed.items()]
+    lines = [
+        f"{key}: {json.dumps(was)} -> {json.dumps(now)}" for key, (was, now) in changed.items()
+    ]
+    rates = [lr_at(tokens_seen, one.optim.schedule) for one in (saved, config)]
+    if rates[0] != rates[1]:
+        lines.append(f"learning rate at {tokens_seen:,} tokens: {rates[0]:.4g} -> {rates[1]:.4g}")
+    return lines
+
+
+def _trees(*configs: RunConfig) -> list[dict[str, Any]]:
+    """Finalized configs as nested mappings, with curves by name where all of them have names."""
+    trees = [parse_yaml(dump_config(config), "config") for config in configs]
+    named = [options_of(config.optim.schedule) for config in configs]
+    if all(named):
+        for tree, optim in zip(trees, named, strict=True):
+            tree["optim"] |= {name: getattr(optim, name) for name in ("curve", *OPTIONS)}
+            del tree["optim"]["schedule"]
+    return trees
 
 
 def same_start(was: RunConfig, now: RunConfig) -> bool:
@@ -58,7 +76,10 @@ def _starts_beside(config: RunConfig) -> bool:
 
 
 def changes(old: Any, new: Any) -> dict[str, tuple[Any, Any]]:
-    """Dotted names of what differs between two nested mappings, each with old and new value."""
+    """Dotted names of what differs between two trees, each with old and new value.
+
+    Mappings in lists are told apart by their place, as in `data.stages[1].tokens`.
+    """
     was, now = _flatten(old), _flatten(new)
     return {
         key: (was.get(key), now.get(key)) for key in {**was, **now} if was.get(key) != now.get(key)
@@ -97,9 +118,13 @@ def softmax_changes(found: Found, config: RunConfig) -> list[str]:
 
 
 def _flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
-    if not isinstance(tree, dict) or not tree:
+    if isinstance(tree, dict) and tree:
+        parts = {f"{prefix}.{key}" if prefix else key: value for key, value in tree.items()}
+    elif isinstance(tree, list) and any(isinstance(item, dict) for item in tree):
+        parts = {f"{prefix}[{index}]": item for index, item in enumerate(tree)}
+    else:
         return {prefix: tree}
     flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        flat |= _flatten(value, f"{prefix}.{key}" if prefix else key)
+    for name, value in parts.items():
+        flat |= _flatten(value, name)
     return flat

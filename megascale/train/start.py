@@ -3,24 +3,28 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from shlex import quote
 from typing import TYPE_CHECKING, Any
 
-from megascale.checkpoint.folder import EMERGENCY, checkpoints_dir, steps_in
+from megascale.checkpoint.folder import EMERGENCY, checkpoints_dir, copies_name, steps_in
+from megascale.checkpoint.huggingface.kept import pass_on
 from megascale.checkpoint.load import Found, find_at, find_before, folder_at, read_manifest
 from megascale.checkpoint.manifest import MANIFEST, Position
 from megascale.config import RunConfig, StartConfig, dump_config, load_config, parse_config
-from megascale.documents import parse_yaml, read_json
 from megascale.errors import UserError
 from megascale.optim.schedule import lr_at
+from megascale.parsing import is_path, parse_yaml, read_json
 from megascale.train.resume import changes, same_start
 
 if TYPE_CHECKING:
     from megascale.runtime.distributed import Ranks
 
+COPY_ID = re.compile("[0-9a-f]{32}")
+"""Name of the folder that holds the emergency copies of a start."""
 LINEAGE = "lineage.json"
 """File of a run_dir: the origin of the run."""
 DECIDES_WEIGHTS = frozenset(
@@ -51,6 +55,11 @@ class Parent:
         position = found.manifest.position
         return Parent(str(found.folder.resolve()), position.step, position.tokens_seen)
 
+    def is_sound(self) -> bool:
+        """Whether there could be such a checkpoint."""
+        numbers = (self.step, self.tokens_seen)
+        return is_path(self.checkpoint) and all(type(n) is int and n >= 0 for n in numbers)
+
 
 @dataclass(frozen=True)
 class Origin:
@@ -66,8 +75,11 @@ class Origin:
 
     @staticmethod
     def from_json(value: Any) -> Origin:
-        """Inverse of `to_json`. Raises KeyError or TypeError for anything else."""
-        return Origin(value["made_by"], tuple(Parent(**one) for one in value["parents"]))
+        """Inverse of `to_json`. Raises KeyError, TypeError or ValueError for anything else."""
+        origin = Origin(value["made_by"], tuple(Parent(**one) for one in value["parents"]))
+        if not isinstance(origin.made_by, str) or not all(map(Parent.is_sound, origin.parents)):
+            raise ValueError("parents that cannot be")
+        return origin
 
 
 def origin_of(folder: Path) -> Origin | None:
@@ -82,9 +94,35 @@ def origin_of(folder: Path) -> Origin | None:
 
 
 def home_of(checkpoint: str | Path) -> Path:
-    """The run that a checkpoint belongs to, or its own folder where it belongs to none."""
+    """The run that a checkpoint belongs to, or its own folder where it belongs to none.
+
+    An emergency copy belongs to the run that made it, as long as the copy is there to say so.
+    """
     path = Path(checkpoint)
-    return path.parents[1] if path.parent.name == "checkpoints" else path
+    if path.parent.name != "checkpoints":
+        return path
+    home = path.parents[1]
+    return _run_of_copy(path) or home if COPY_ID.fullmatch(home.name) else home
+
+
+def _run_of_copy(folder: Path) -> Path | None:
+    """The run that made an emergency copy; None where the copy does not say."""
+    try:
+        position = read_manifest(folder).position
+        run_dir = parse_config(position.config).run_dir
+    except UserError:
+        return None
+    run = Path(position.cursor.get("cwd", ""), run_dir).resolve()
+    return run if copies_name(run) == folder.parents[2].name else None
+
+
+def keep_of_import(parent: Found, home: Path) -> None:
+    """Let a run, or a checkpoint that no run wrote, keep what its parent has kept of an import.
+
+    Raises UserError where that cannot be read, OSError.
+    """
+    config = parse_config(parent.manifest.position.config, where=str(parent.folder))
+    pass_on(home_of(parent.folder.resolve()), home, config.data.context_tokens)
 
 
 def require_relatives(branches: Sequence[Found]) -> None:

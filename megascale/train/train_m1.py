@@ -19,10 +19,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import yaml
 
-from megascale.documents import parse_yaml
 from megascale.errors import UserError
 from megascale.infowindow.files import make_place
 from megascale.infowindow.m1 import M1, MOST_TERMS, Shape
+from megascale.parsing import parse_yaml
 
 if TYPE_CHECKING:
     from megascale.config import RunConfig

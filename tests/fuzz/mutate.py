@@ -99,7 +99,11 @@ def yaml_text(rng: random.Random, value: Any) -> str:
     flow = rng.random() < 0.5
     text = json.dumps(changed) if flow else yaml.safe_dump(changed, sort_keys=False, width=10**6)
     text = _with_raw(text, RAW_YAML)
-    return damaged(rng, text.encode("utf-8", "replace")).decode("utf-8", "replace") if rng.random() < 0.1 else text
+    return (
+        damaged(rng, text.encode("utf-8", "replace")).decode("utf-8", "replace")
+        if rng.random() < 0.1
+        else text
+    )
 
 
 def _with_raw(text: str, raw: tuple[str, ...]) -> str:
@@ -133,12 +137,16 @@ def damaged(rng: random.Random, data: bytes) -> bytes:
         elif kind == 2:
             del content[place : place + rng.choice((1, 2, 8, 100))]
         elif kind == 3:
-            content[place:place] = rng.choice((b"\0", b"\xff", b"\n", b"[", b'"', b"\xed\xa0\x80", b"9"))
+            content[place:place] = rng.choice(
+                (b"\0", b"\xff", b"\n", b"[", b'"', b"\xed\xa0\x80", b"9")
+            )
         elif kind == 4:
             content[place:place] = content[place : place + rng.choice((1, 16, 200))]
         elif kind == 5:
             width = rng.choice((2, 4, 8))
-            number = rng.choice((0, 1, 2 ** (8 * width - 1) - 1, 2 ** (8 * width - 1), 2 ** (8 * width) - 1))
+            number = rng.choice(
+                (0, 1, 2 ** (8 * width - 1) - 1, 2 ** (8 * width - 1), 2 ** (8 * width) - 1)
+            )
             begin = place - place % rng.choice((1, width))
             content[begin : begin + width] = number.to_bytes(width, "little")
         else:

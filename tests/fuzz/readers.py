@@ -306,21 +306,20 @@ def tokenizer_config(rng: Rng, scene: Scene) -> None:
     from megascale.corpus.hugging_face import find_tokenizer
 
     content = mutate.json_bytes(rng, TOKENIZER_CONFIG)
-    find_tokenizer(str(written(scene, f"{scene.tokenizer.name}/tokenizer_config.json", content).parent))
+    find_tokenizer(
+        str(written(scene, f"{scene.tokenizer.name}/tokenizer_config.json", content).parent)
+    )
 
 
 @reader(3)
 def tokenizer_file(rng: Rng, scene: Scene) -> None:
     """tokenizer.json."""
-    from megascale.corpus.tokenizers import load_tokenizer
+    from megascale.corpus.hugging_face import find_tokenizer
 
     scene.tokenizer
     value = json.loads(scene.bytes_of("tokenizer/tokenizer.json"))
     path = written(scene, "other_tokenizer/tokenizer.json", mutate.json_bytes(rng, value))
-    from megascale.corpus.hugging_face import find_tokenizer
-
     find_tokenizer(str(path.parent))
-    del load_tokenizer
 
 
 @reader(5)
@@ -339,7 +338,9 @@ def model_index(rng: Rng, scene: Scene) -> None:
     from megascale.checkpoint.huggingface.files import INDEX as NAME
     from megascale.checkpoint.huggingface.files import _listed
 
-    for name, file in _listed(written(scene, f"model/{NAME}", mutate.json_bytes(rng, INDEX)).parent).items():
+    for name, file in _listed(
+        written(scene, f"model/{NAME}", mutate.json_bytes(rng, INDEX)).parent
+    ).items():
         if not isinstance(name, str) or not isinstance(file, str):
             raise Wrong(f"{name!r}: {file!r} in the index")
 
@@ -355,7 +356,9 @@ def codebook(rng: Rng, scene: Scene) -> None:
         header = json.loads(content[8 : 8 + size])
         if rng.random() < 0.5:
             said = json.loads(header["__metadata__"]["megascale"])
-            header["__metadata__"]["megascale"] = mutate.json_bytes(rng, said).decode("utf-8", "replace")
+            header["__metadata__"]["megascale"] = mutate.json_bytes(rng, said).decode(
+                "utf-8", "replace"
+            )
             text = json.dumps(header).encode()
         else:
             text = mutate.json_bytes(rng, header)
@@ -374,7 +377,9 @@ def coded_file(rng: Rng, scene: Scene) -> None:
     if "book" not in scene.__dict__:
         scene.__dict__["book"] = Codebook.open(scene.codebook)
         book = scene.__dict__["book"]
-        encode_file(scene.folder / "small.txt", scene.folder / "small.eqi", book, book.windows, bool)
+        encode_file(
+            scene.folder / "small.txt", scene.folder / "small.eqi", book, book.windows, bool
+        )
     path = written(scene, "case.eqi", mutate.damaged(rng, scene.bytes_of("small.eqi")))
     decode_file(path, scene.folder / "case.out", scene.__dict__["book"], bool)
 

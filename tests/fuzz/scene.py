@@ -64,7 +64,9 @@ QWEN_MOE = {
 }  # fmt: skip
 INDEX = {
     "metadata": {"total_size": 1000},
-    "weight_map": {f"model.layers.{i}.weight": f"model-0000{i}-of-00002.safetensors" for i in (1, 2)},
+    "weight_map": {
+        f"model.layers.{i}.weight": f"model-0000{i}-of-00002.safetensors" for i in (1, 2)
+    },
 }
 MODEL = {
     "num_layers": 4, "hidden_size": 64, "num_heads": 4, "num_kv_heads": 2, "sliding_window": 64,

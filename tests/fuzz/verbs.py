@@ -44,21 +44,26 @@ def verb(name: str, weight: int, *examples: str) -> None:
         head = name.split("_")
         call([*head, *mutate.words(rng, rng.choice(examples).split())])
 
-    VERBS[name] = (target, weight)
+    VERBS[f"megascale {name}"] = (target, weight)
 
 
 def of_file(name: str, weight: int) -> Callable[[Target], Target]:
     """Enter a target that changes a file."""
 
     def enter(target: Target) -> Target:
-        VERBS[name] = (target, weight)
+        VERBS[f"megascale {name}"] = (target, weight)
         return target
 
     return enter
 
 
 verb("hparams_steplaw", 2, "--params 1B --tokens 100B", "--params 1B --tokens 100B --moe --json")
-verb("hparams_growth", 2, "--target-params 7B --tokens 2T --layers 32", "--target-params 7B --tokens 2T --json")
+verb(
+    "hparams_growth",
+    2,
+    "--target-params 7B --tokens 2T --layers 32",
+    "--target-params 7B --tokens 2T --json",
+)
 verb("lineage", 1, "run", "run --among .", "run/checkpoints/00000004")
 verb("checkpoint_list", 1, "whole")
 verb("checkpoint_verify", 1, "whole", "whole/checkpoints/00000004")
@@ -90,7 +95,19 @@ def plan_cost(rng: Rng, scene: Scene) -> None:
     lines = scene.bytes_of("lengths.txt").splitlines()
     lines[rng.randrange(len(lines))] = str(rng.choice(mutate.NUMBERS)).encode()
     readers.written(scene, "case.txt", b"\n".join(lines))
-    call(["plan", "--lengths", "case.txt", "--ranks", "4", "--capacity", "1Ki", "--cost", "case.json"])
+    call(
+        [
+            "plan",
+            "--lengths",
+            "case.txt",
+            "--ranks",
+            "4",
+            "--capacity",
+            "1Ki",
+            "--cost",
+            "case.json",
+        ]
+    )
 
 
 @of_file("plot_run", 1)

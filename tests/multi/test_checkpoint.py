@@ -8,11 +8,13 @@ import os
 import pickle
 import shutil
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 
@@ -488,6 +490,101 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_is_used(
     warnings, state = ranks(1, load_with_warnings, str(tmp_path))[0]
     assert len(warnings) == 2 and "__0_0.distcp: missing" in warnings[1]
     assert same(state, states[0])
+
+
+def found_damage(folder: str, damages: list[tuple[str, str]]) -> list[str]:
+    """What this rank says of the checkpoint with one file damaged, for each of `damages`.
+
+    `-` stands for a checkpoint that is found to be good.
+    """
+    import torch.distributed as dist
+
+    from megascale.checkpoint.load import find_at
+
+    run, told = Run([]), []
+    for name, how in damages:
+        path = Path(folder) / name
+        content = path.read_bytes()
+        dist.barrier()
+        if run.ranks.rank == 0:
+            path.write_bytes(damaged(content, how))
+        dist.barrier()
+        try:
+            find_at(folder, run.ranks)
+            told.append("-")
+        except UserError as error:
+            told.append(str(error))
+        dist.barrier()
+        if run.ranks.rank == 0:
+            path.write_bytes(content)
+        dist.barrier()
+    find_at(folder, run.ranks)  # it is good again
+    return told
+
+
+def damaged(content: bytes, how: str) -> bytes:
+    """`content` with one bit turned at its begin, middle or end, or without its last byte."""
+    if how == "cut":
+        return content[:-1]
+    place = {"first": 0, "middle": len(content) // 2, "last": len(content) - 1}[how]
+    return content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :]
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_damage_of_any_file_is_found_on_any_number_of_ranks(
+    ranks: Any, tmp_path: Path, world: int
+) -> None:
+    """The files are shared out to be verified, and none is left out."""
+    ranks(2, saved_thrice, str(tmp_path))
+    folder = tmp_path / "checkpoints" / "00000003"
+    names = sorted(set(json.loads((folder / "manifest.json").read_bytes())["files"]))
+    assert names == [".metadata", "__0_0.distcp", "__1_0.distcp", "common.pt", "metadata.json"]
+    damages = [(name, how) for name in names for how in ("first", "middle", "last", "cut")]
+    for told in ranks(world, found_damage, str(folder), damages):
+        for (name, how), said in zip(damages, told, strict=True):
+            what = "bytes where the manifest says" if how == "cut" else "its checksum differs"
+            assert f"00000003 is damaged: {name}: " in said and what in said, (name, how)
+
+
+def order_of_a_save(folder: str) -> list[tuple[str, str]]:
+    """What this rank makes survive a power cut, and what it renames, in order."""
+    checkpoints, done = Path(folder).resolve() / "checkpoints", []
+    run = Run([])
+    saver = run.saver(folder)
+
+    def noting(name: str) -> Any:
+        honest = getattr(os, name)
+
+        def noted(first: Any, *others: Any) -> Any:
+            path = f"/proc/self/fd/{first}" if name == "fsync" else first
+            place = Path(os.path.realpath(path)).relative_to(checkpoints)
+            honest(first, *others)
+            done.append((name, str(place)))
+
+        return patch.object(os, name, noted)
+
+    with noting("fsync"), noting("rename"), noting("replace"):
+        assert [result.error for result in run.save(saver, 1)] == [None]
+    return done
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="names of open files are in Linux's /proc")
+def test_a_checkpoint_is_on_the_disk_before_it_has_its_name_and_latest_follows(
+    ranks: Any, tmp_path: Path
+) -> None:
+    """Cut off anywhere between two of these, the disk holds the old state or the new one."""
+    first, second = ranks(2, order_of_a_save, str(tmp_path))
+    assert second == [("fsync", ".tmp-00000001/__1_0.distcp")]
+    files = ["__0_0.distcp", ".metadata", "metadata.json", "common.pt", "manifest.json"]
+    assert first == [
+        *(("fsync", f".tmp-00000001/{name}") for name in files),
+        ("fsync", ".tmp-00000001"),
+        ("rename", ".tmp-00000001"),
+        ("fsync", "."),
+        ("fsync", ".tmp-latest"),
+        ("replace", ".tmp-latest"),
+        ("fsync", "."),
+    ]
 
 
 def kept(folder: str, keep_last: int, keep_every_steps: int) -> None:

@@ -385,15 +385,16 @@ def judge(exported, rows):
     best = [np.argmax([log_likelihood(row["question"], one) for one in CHOICES]) for row in rows]
     right = np.mean([guess == row["label"] for guess, row in zip(best, rows)])
     total, count = 0.0, 0
-    for row in rows:  # windows of the context, each beginning with the last token before it
-        data = row["text"].encode()
-        for start in range(0, len(data), 64):
-            first = [256] if start == 0 else [data[start - 1]]
-            ids = torch.tensor([[*first, *data[start : start + 64]]])
+    for row in rows:  # windows of the context, the last of which begins so early that it is full
+        data = [256, *row["text"].encode()]
+        for start in range(1, len(data), 64):
+            end = min(start + 64, len(data))
+            ids = torch.tensor([data[max(0, end - 65) : end]])
             with torch.no_grad():
                 chances = model(ids[:, :-1]).logits.log_softmax(-1)[0]
-            total += chances.gather(-1, ids[0, 1:, None]).sum().item()
-        count += len(data)
+            each = chances.gather(-1, ids[0, 1:, None])[:, 0]
+            total += each[start - end :].sum().item()
+        count += len(data) - 1
     return right, -total / count / math.log(2)
 
 

@@ -28,6 +28,8 @@ MODELS = {
     "mixtral": replace(PLAIN, moe=MOE, sliding_window=3),
     "qwen2_moe": replace(PLAIN, moe=GATED, qkv_bias=True),
     "qwen2_moe without biases": replace(PLAIN, moe=replace(GATED, normalize_top_k=False)),
+    "qwen2_moe window": replace(PLAIN, moe=GATED, qkv_bias=True, sliding_window=3),
+    "qwen2_moe one expert": replace(PLAIN, moe=replace(GATED, top_k=1, normalize_top_k=False)),
     "qwen3_moe": replace(PLAIN, moe=MOE, qk_norm=True),
     "qwen3_moe window": replace(PLAIN, moe=MOE, qk_norm=True, sliding_window=4),
 }

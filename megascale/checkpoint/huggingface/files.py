@@ -13,8 +13,8 @@ import torch
 
 from megascale.checkpoint.ranges import Shape
 from megascale.checkpoint.storage import one_line
-from megascale.documents import read_json
 from megascale.errors import UserError
+from megascale.parsing import read_json
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from megascale.checkpoint.huggingface.config import family_of
+from megascale.checkpoint.huggingface.families import family_of
 from megascale.checkpoint.huggingface.files import ModelFiles
 from megascale.checkpoint.ranges import Shape
 from megascale.checkpoint.tensors import Piece, Tensors

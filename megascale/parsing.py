@@ -57,6 +57,29 @@ def parse_json(data: bytes, where: str) -> Any:
     return _parse(data, where, MOST_BYTES, _STRICT)
 
 
+def is_path(value: Any) -> bool:
+    """Whether a value is a text that names a file on any machine: no part is too long."""
+    if not isinstance(value, str) or not value or "\0" in value:
+        return False
+    try:
+        parts = value.encode("utf-8", "surrogateescape").split(b"/")
+    except UnicodeEncodeError:
+        return False
+    return max(map(len, parts)) <= 255 and sum(map(len, parts)) + len(parts) <= 4096
+
+
+def parse_text(line: bytes) -> Any:
+    """The value of a line of JSON whose texts are data, which may be no UTF-8.
+
+    Bytes that are no UTF-8 become surrogates (PEP 383), and half surrogate pairs and zero bytes
+    are kept. Raises ValueError for what is not JSON, or is nested too deeply.
+    """
+    try:
+        return _TEXTS.decode(line.decode("utf-8", "surrogateescape"))
+    except RecursionError:
+        raise ValueError(f"nested deeper than {MOST_DEPTH} levels") from None
+
+
 def json_rows(data: bytes) -> Iterator[dict[str, Any]]:
     """The objects of a file of JSON lines, in order; every line that is none is left out.
 
@@ -187,6 +210,10 @@ _STRICT = json.JSONDecoder(
 _LENIENT = json.JSONDecoder(
     parse_int=_lenient_int, parse_float=_lenient_float, parse_constant=lambda text: None
 )
+
+
+_TEXTS = json.JSONDecoder(parse_int=str, parse_float=str, parse_constant=str)
+"""Numbers are left as they stand, since texts alone are taken."""
 
 
 class _Loader(yaml.SafeLoader):
