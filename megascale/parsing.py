@@ -105,12 +105,17 @@ def parse_yaml(text: str, where: str) -> Any:
         raise UserError(f"{where}: longer than {MOST_YAML_BYTES:,} characters; give a shorter file")
     try:
         value = yaml.load(text, _Loader)
-    except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
+    except (yaml.YAMLError, ValueError, TypeError, LookupError, RecursionError) as error:
         mark = getattr(error, "problem_mark", None)
         place = f" line {mark.line + 1}" if mark else ""
         problem = " ".join(str(getattr(error, "problem", None) or error).split())
         raise UserError(f"{where}{place}: not valid YAML: {problem}") from None
     return value
+
+
+def dump_yaml(value: Any) -> str:
+    """YAML text of plain values that `parse_yaml` turns back into equal ones."""
+    return yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 
 def _parse(data: bytes, where: str, most_bytes: int, decoder: json.JSONDecoder) -> Any:
@@ -137,10 +142,10 @@ def _check(value: Any) -> None:
     """Raise ValueError for nesting and text beyond the limits."""
     level, depth = [value], 0
     while level:
-        if depth > MOST_DEPTH:
-            raise ValueError(f"nested deeper than {MOST_DEPTH} levels")
         inner: list[Any] = []
         for item in level:
+            if depth == MOST_DEPTH and isinstance(item, list | dict):
+                raise ValueError(f"nested deeper than {MOST_DEPTH} levels")
             if isinstance(item, str):
                 _check_text(item)
             elif isinstance(item, list):
@@ -228,7 +233,7 @@ class _Loader(yaml.SafeLoader):
         """A node; raises ComposerError where nesting or aliases go beyond the limits."""
         event = self.peek_event()  # type: ignore[no-untyped-call]
         begin, self._depth = self._nodes, self._depth + 1
-        if self._depth > MOST_DEPTH:
+        if self._depth > MOST_DEPTH and isinstance(event, yaml.CollectionStartEvent):
             raise _problem(f"nested deeper than {MOST_DEPTH} levels", event)
         node = super().compose_node(parent, index)
         self._depth -= 1
@@ -269,7 +274,7 @@ class _Loader(yaml.SafeLoader):
                 return _bounded(self.construct_yaml_int(node))
         except OverflowError:
             pass
-        except ValueError:
+        except (ValueError, IndexError):
             raise _problem(f"{node.value[:20]!r} is no whole number", node) from None
         raise _problem(f"{node.value[:20]}... is beyond all numbers that can be computed", node)
 
@@ -277,7 +282,7 @@ class _Loader(yaml.SafeLoader):
         """A number; raises ConstructorError for one beyond floats that does not say .inf."""
         try:
             number = float(self.construct_yaml_float(node))
-        except (ValueError, OverflowError):
+        except (ValueError, IndexError, OverflowError):
             raise _problem(f"{node.value[:20]!r} is no number", node) from None
         if math.isinf(number) and "inf" not in node.value.lower():
             raise _problem(f"{node.value[:20]} is beyond all numbers that can be computed", node)
@@ -299,13 +304,20 @@ for _name, _build in (
     ("int", _Loader.construct_int),
     ("float", _Loader.construct_float),
 ):
-    _Loader.add_constructor(f"tag:yaml.org,2002:{_name}", _build)  # type: ignore[no-untyped-call]
+    _Loader.add_constructor(f"tag:yaml.org,2002:{_name}", _build)
 _Loader.yaml_implicit_resolvers = {
     first: [(tag, form) for tag, form in known if not tag.endswith(":timestamp")]
     for first, known in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(\d[\d_]*)(\.\d*)?[eE][-+]?\d+$"),
-    list("-+0123456789"),
-)
+
+
+class _Dumper(yaml.SafeDumper):
+    """SafeDumper that quotes a text which `_Loader` would take for a number."""
+
+
+for _kind in (_Loader, _Dumper):
+    _kind.add_implicit_resolver(
+        "tag:yaml.org,2002:float",
+        re.compile(r"^[-+]?(\d[\d_]*)(\.\d*)?[eE][-+]?\d+$"),
+        list("-+0123456789"),
+    )

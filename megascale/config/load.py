@@ -11,11 +11,9 @@ from dataclasses import MISSING, asdict, fields, is_dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
-import yaml
-
 from megascale.config.schema import RunConfig
 from megascale.errors import UserError
-from megascale.parsing import parse_yaml
+from megascale.parsing import dump_yaml, parse_yaml
 
 T = TypeVar("T")
 SUFFIXES = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "G": 10**9, "T": 10**12}
@@ -86,6 +84,15 @@ def top_level_keys(text: str) -> set[str]:
     return {str(key) for key in tree} if isinstance(tree, dict) else set()
 
 
+def checked(value: T, where: str) -> T:
+    """A dataclass of options whose values come from elsewhere, with every type checked.
+
+    Raises UserError, which begins with `where`, the dotted name of the section.
+    """
+    built: T = _build(type(value), _plain(asdict(value)), where)  # type: ignore[call-overload]
+    return built
+
+
 def apply_overrides(tree: dict[str, Any], overrides: Sequence[str]) -> None:
     """Set what `a.b=c` overrides say in nested mappings.
 
@@ -117,8 +124,7 @@ def options_called(kind: type, name: str, prefix: str = "") -> list[str]:
 
 def dump_config(config: RunConfig) -> str:
     """The config as YAML that `parse_config` turns back into an equal config."""
-    text: str = yaml.safe_dump(_plain(asdict(config)), sort_keys=False, allow_unicode=True)
-    return text
+    return dump_yaml(_plain(asdict(config)))
 
 
 def _apply_override(tree: dict[str, Any], override: str) -> None:

@@ -253,7 +253,7 @@ def _cause(status: int, verdict: Path) -> Cause | None:
     if status == 0:
         return None
     try:
-        return Cause(**read_json(verdict))
+        return Cause.from_json(read_json(verdict))
     except (OSError, ValueError, TypeError):
         how = f"killed by {Signals(-status).name}" if status < 0 else f"ended with status {status}"
         return Cause(f"torchrun was {how}" if status < 0 else f"torchrun {how}", time.time())

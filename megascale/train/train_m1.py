@@ -17,12 +17,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import yaml
 
 from megascale.errors import UserError
 from megascale.infowindow.files import make_place
 from megascale.infowindow.m1 import M1, MOST_TERMS, Shape
-from megascale.parsing import parse_yaml
+from megascale.parsing import dump_yaml, parse_yaml
 
 if TYPE_CHECKING:
     from megascale.config import RunConfig
@@ -117,7 +116,7 @@ def write_config(
     tree["model"] = {**model, "vocab_multiple": 1}
     tree["data"] = {"context_tokens": context_tokens, "global_batch_tokens": "16Ki"}
     tree["data"]["sources"] = _sources(corpora, out, context_tokens)
-    config = parse_config(yaml.safe_dump(tree), overrides, str(config_of(out)))
+    config = parse_config(dump_yaml(tree), overrides, str(config_of(out)))
     if config.run_dir != tree["run_dir"]:
         raise UserError(f"run_dir={config.run_dir}: the run lies below --out; leave run_dir out")
     _require_plain(config)
@@ -131,7 +130,7 @@ def write_config(
                 _cut(corpus / part, pieces / part, context_tokens - 1)
         apply_overrides(tree, overrides)
         tree["train"].pop("stop_after_steps", None)
-        config_of(out).write_text(yaml.safe_dump(tree, sort_keys=False), encoding="utf-8")
+        config_of(out).write_text(dump_yaml(tree), encoding="utf-8")
     except OSError as error:
         where = error.filename or out
         raise UserError(f"{where}: {error.strerror}; choose another --out") from None

@@ -188,6 +188,7 @@ def checkpoint_names(rng: Rng, scene: Scene) -> None:
 
     place = scene.folder / "checkpoints"
     shutil.rmtree(place, ignore_errors=True)
+    place.mkdir()
     for _ in range(2):
         name = rng.choice(["00000004", *mutate.TEXTS, *map(str, mutate.NUMBERS)])
         name = name.replace("\0", "").replace("/", "").replace("\ud800", "")[:200] or "x"

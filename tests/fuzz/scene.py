@@ -15,7 +15,7 @@ import yaml
 ARCHIVE = Path(__file__).parents[1] / "data" / "run_642fa59.tar.xz"
 COST = {
     "a": 1e-12, "b": 1e-8, "fixed": 1e-3, "latency": 1e-4, "node_size": 8,
-    "pass_intra": 1e-10, "pass_inter": 1e-9,
+    "transfer_intra": 1e-10, "transfer_inter": 1e-9,
 }  # fmt: skip
 PARENT = {"checkpoint": "/srv/fixture/run/checkpoints/00000004", "step": 4, "tokens_seen": 2079}
 LINEAGE = {"made_by": "megascale branch run config.yaml", "parents": [PARENT]}
