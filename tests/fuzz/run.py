@@ -43,8 +43,9 @@ def main() -> int:
             first = args.case if args.case is not None else args.first
             numbers = range(first, first + (1 if args.case is not None else count))
             tally = run_target(name, args.seed, numbers, scene)
-            print(f"{name:<26} {tally.cases:>7,} cases {tally.refused:>7,} refused "
-                  f"{len(tally.failures):>4} failed  {time.monotonic() - began:>6.0f} s", flush=True)  # fmt: skip
+            counted = f"{tally.cases:>7,} cases {tally.refused:>7,} refused"
+            seconds = f"{time.monotonic() - began:>6.0f} s"
+            print(f"{name:<26} {counted} {len(tally.failures):>4} failed {seconds}", flush=True)
             for number, text in tally.failures[: args.show]:
                 print(f"--- {name}, case {number}\n{text}")
             failed += len(tally.failures)
