@@ -230,10 +230,11 @@ def plan_bytescale(problem: Problem) -> StepPlan:
     micro-batch is the longest sequence left in its bucket and then, where that is no ring, the
     longest ones that still fit the capacity and the time by which its rank lags. Where the bucket
     runs out, DP-balance goes on with the next one, which then is the first, and PP-balance with a
-    bucket of the same length, which is of the same level. "Lags" is measured from the time at which all ranks would end together
-    if what is left could be cut at will; at the start, when all are at 0, so all do lag. Also
-    PP-balance gives the rings first: they have one index on all their ranks, and a rank that ran
-    many short micro-batches before would make the others of its ring run empty ones.
+    bucket of the same length, which is of the same level. "Lags" is measured from the time at which
+    all ranks would end together if what is left could be cut at will; at the start, when all are at
+    0, so all do lag. Also PP-balance gives the rings first: they have one index on all their ranks,
+    and a rank that ran many short micro-batches before would make the others of its ring run empty
+    ones.
     """
     return _best_capacity(problem, _balanced)
 

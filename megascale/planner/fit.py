@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import product
@@ -215,13 +216,13 @@ class _Table:
 def _best_ratios(table: _Table) -> tuple[float, float]:
     """Ratios of `pass` to `a`, in tokens, within a node and across; 0 without evidence.
 
-    The evidence is the F-test of nested models (Draper and Smith, Applied Regression Analysis):
-    how much smaller must the sum of squared errors be with the ratios than without, given how far
-    the measurements scatter about the model? Let n measurements leave v = n - k degrees of freedom
-    to k coefficients and ratios. If there is no `pass_` term and the errors are normal, the sum with
-    two needless ratios is a part x of the sum without with probability x^(v/2) or less (the beta
-    distribution of 1 / (1 + 2 F / v)); for one ratio this is on the safe side. As the best of many
-    ratios is taken, the probability is shared among them (Bonferroni).
+    The evidence is the F-test of nested models (Draper and Smith, Applied Regression Analysis): how
+    much smaller must the sum of squared errors be with the ratios than without, given how far the
+    measurements scatter about the model? Let n measurements leave v = n - k degrees of freedom to k
+    coefficients and ratios. If there is no `pass_` term and the errors are normal, the probability
+    is x^(v/2) that two needless ratios leave less than a part x of the sum; for one ratio it is
+    smaller. (1 / (1 + 2 F / v) has a beta distribution.) As the best of many ratios is taken, the
+    probability is shared among them (Bonferroni).
     """
     candidates = _candidates(table)
     known = int(_identified(table.columns(candidates[0]) / table.seconds[:, None]).sum())
@@ -237,7 +238,7 @@ def _best_ratios(table: _Table) -> tuple[float, float]:
         if not extra:
             return loss(ratios)
         if freedom <= 0:
-            return np.inf
+            return math.inf
         return loss(ratios) / (_FALSE_PASS / len(candidates)) ** (2 / freedom)
 
     best = min(candidates, key=score)

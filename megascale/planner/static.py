@@ -84,9 +84,12 @@ def plan_static_best(problem: Problem) -> StepPlan:
     for least_s, size in sorted((_least_s(problem, size), size) for size in _sizes(problem)):
         if best is not None and least_s >= best.predicted_s:
             break
-        for groups in _all_packings(problem, size):
+        packings = list(_all_packings(problem, size))
+        busiest_s = [_busiest_s(problem, size, groups) for groups in packings]
+        for position in np.argsort(busiest_s, kind="stable").tolist():
+            groups = packings[position]
             # A step takes at least as long as its busiest group computes.
-            if best is None or _busiest_s(problem, size, groups) < best.predicted_s:
+            if best is None or busiest_s[position] < best.predicted_s:
                 plan = complete(problem, _placed(problem, size, groups), began)
                 best = plan if best is None or plan.predicted_s < best.predicted_s else best
     assert best is not None, "all ranks together are always a candidate"
