@@ -239,7 +239,7 @@ def _best_ratios(table: _Table) -> tuple[float, float]:
             return loss(ratios)
         if freedom <= 0:
             return math.inf
-        return loss(ratios) / (_FALSE_PASS / len(candidates)) ** (2 / freedom)
+        return loss(ratios) / math.pow(_FALSE_PASS / len(candidates), 2 / freedom)
 
     best = min(candidates, key=score)
     for place in (0, 1):

@@ -24,6 +24,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from megascale.planner.bytescale import offload_to_fit
+from megascale.planner.cost import FORWARD_SHARE
 from megascale.planner.placing import Placed, complete
 from megascale.planner.plan import StepPlan
 from megascale.planner.problem import Problem
@@ -88,7 +89,6 @@ def plan_static_best(problem: Problem) -> StepPlan:
         busiest_s = [_busiest_s(problem, size, groups) for groups in packings]
         for position in np.argsort(busiest_s, kind="stable").tolist():
             groups = packings[position]
-            # A step takes at least as long as its busiest group computes.
             if best is None or busiest_s[position] < best.predicted_s:
                 plan = complete(problem, _placed(problem, size, groups), began)
                 best = plan if best is None or plan.predicted_s < best.predicted_s else best
@@ -130,7 +130,8 @@ def _fewest_rounds(problem: Problem, size: int) -> int:
 
 def _usual_rounds(problem: Problem, size: int) -> int:
     """The fewest rounds, or as many as a pipeline has stages where that promises to be faster."""
-    fewest, per_group = _fewest_rounds(problem, size), _per_group(problem, size)
+    fewest = _fewest_rounds(problem, size)
+    per_group = len(problem.lengths) * size // problem.num_ranks
     one_a_stage = max(fewest, min(problem.pipeline, per_group))
     return min((fewest, one_a_stage), key=partial(_promised_s, problem, size))
 
@@ -140,17 +141,13 @@ def _rounds_to_try(problem: Problem, size: int) -> list[int]:
 
     Packs of j sequences of like length need as many rounds as j goes into the sequences of a group.
     """
-    fewest, most = _fewest_rounds(problem, size), _per_group(problem, size)
+    fewest = _fewest_rounds(problem, size)
     if problem.pipeline == 1:
         return [fewest]
+    most = max(1, -(-len(problem.lengths) * size // problem.num_ranks))
     per_pack = np.unique(np.geomspace(1, most, 24).astype(np.int64))
     options = {rounds for rounds in (-(-most // per_pack)).tolist() if rounds > fewest}
     return [fewest, *sorted(options, key=partial(_promised_s, problem, size))[:ROUNDS_TRIED]]
-
-
-def _per_group(problem: Problem, size: int) -> int:
-    """Sequences of a group, if all groups have about equally many; at least 1."""
-    return max(1, -(-len(problem.lengths) // (problem.num_ranks // size)))
 
 
 def _promised_s(problem: Problem, size: int, rounds: int) -> float:
@@ -210,18 +207,19 @@ def _even_cuts(tokens: list[int], num_packs: int, room: int) -> list[int] | None
 
 
 def _even_groups(problem: Problem, size: int, rounds: int) -> Groups | None:
-    """Sequences to the least busy group, then those of each group to its least busy pack."""
-    room, work = size * problem.capacity, _Work.of(problem, size)
+    """Sequences to the least busy group, then those of each group to its least busy pack.
+
+    Fewer sequences than packs are dealt one by one, as in `_even_packs`.
+    """
     num_groups = problem.num_ranks // size
-    least = rounds if len(problem.lengths) >= num_groups * rounds else 0
-    shares = _deal(work, work.longest_first, num_groups, rounds * room, least)
-    groups: Groups = []
-    for share in shares or []:
-        packs = _deal(work, share, rounds, room)
-        if packs is None:
-            return None
-        groups.append(sorted(filter(None, packs), key=work.busy_s, reverse=True))
-    return groups if shares is not None else None
+    if len(problem.lengths) < num_groups * rounds:
+        return _even_packs(problem, size, rounds)
+    room, work = size * problem.capacity, _Work.of(problem, size)
+    shares = _deal(work, work.longest_first, num_groups, rounds * room, least=rounds)
+    packed = [_deal(work, share, rounds, room) for share in shares or []]
+    if shares is None or None in packed:
+        return None
+    return [sorted(packs, key=work.busy_s, reverse=True) for packs in packed if packs]
 
 
 def _even_packs(problem: Problem, size: int, rounds: int) -> Groups | None:
@@ -294,11 +292,21 @@ def _deal(
 
 
 def _busiest_s(problem: Problem, size: int, groups: Groups) -> float:
-    """Seconds that the busiest group computes."""
+    """Seconds that the step takes at least, by the busiest group.
+
+    Its last pipeline stage waits for the first forward of all stages before it, which wait for the
+    last backward after it.
+    """
     packs = [pack for group in groups for pack in group]
-    owner = np.repeat(np.arange(len(groups)), [len(group) for group in groups])
+    counts = np.array([len(group) for group in groups], dtype=np.int64)
+    owner = np.repeat(np.arange(len(groups)), counts)
     seconds = _pack_s(problem, size, packs, _within_a_node(problem, size)[owner])
-    return float(np.bincount(owner, seconds, len(groups)).max())
+    busy_s = np.bincount(owner, seconds, len(groups)).astype(np.float64)
+    ends = np.cumsum(counts)[counts > 0]
+    first, last = seconds[ends - counts[counts > 0]], seconds[ends - 1]
+    fill_s = FORWARD_SHARE * first + (1 - FORWARD_SHARE) * last
+    busy_s[counts > 0] += (problem.pipeline - 1) * fill_s
+    return float(busy_s.max())
 
 
 def _pack_s(problem: Problem, size: int, packs: list[list[int]], within: ArrayLike) -> Seconds:

@@ -186,12 +186,10 @@ def test_on_uniform_lengths_hybrid_gains_nothing_in_pipelines_or_rings() -> None
 
 
 def test_a_ring_that_does_not_divide_the_ranks_is_what_static_meshes_lack() -> None:
-    """Memory asks for 5 of 16 ranks, a static mesh must take 8. And of 17 sequences on 16 ranks
-    `hybrid` shares one over a ring, a static mesh all or none."""
-    for number, length, capacity, cost in [(63, 2097, 512, ESTIMATED), (17, 2048, 2048, COST)]:
-        problem = Problem.of([length] * number, 16, capacity, "free", cost)
-        best, ours = plan_static_best(problem).predicted_s, plan_hybrid(problem).predicted_s
-        assert 1.02 < best / ours < 1.3
+    """Memory asks for 5 of 16 ranks; a static mesh must take 8, and passes more for nothing."""
+    problem = Problem.of([2097] * 63, 16, 512, "free", ESTIMATED)
+    best, ours = plan_static_best(problem).predicted_s, plan_hybrid(problem).predicted_s
+    assert 1.02 < best / ours < 1.3
 
 
 def test_a_pipeline_gets_a_micro_batch_for_each_stage_where_that_pays() -> None:
@@ -233,7 +231,7 @@ def problems(draw: st.DrawFn) -> Problem:
     )
 
 
-@settings(deadline=None)
+@settings(deadline=None, max_examples=60)
 @given(problem=problems())
 def test_every_plan_keeps_the_invariants_and_hindsight_wins(problem: Problem) -> None:
     try:
