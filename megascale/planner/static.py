@@ -16,7 +16,7 @@ from __future__ import annotations
 import heapq
 import time
 from bisect import bisect_left, bisect_right
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
@@ -35,7 +35,7 @@ Groups = list[list[list[int]]]
 Packing = Callable[[Problem, int, int], Groups | None]
 """From a problem, the size of a group and the rounds to packs; None where they do not fit."""
 
-ROUNDS_TRIED = 4
+ROUNDS_TRIED = 2
 """Numbers of rounds that hindsight tries beside the smallest, for pipelines."""
 
 
@@ -82,18 +82,26 @@ def plan_static_best(problem: Problem) -> StepPlan:
     """
     began = time.perf_counter()
     best: StepPlan | None = None
-    for least_s, size in sorted((_least_s(problem, size), size) for size in _sizes(problem)):
-        if best is not None and least_s >= best.predicted_s:
+    for promised_s, size, rounds in _most_promising(problem):
+        if best is not None and promised_s >= best.predicted_s:
             break
-        packings = list(_all_packings(problem, size))
+        packings = _all_packings(problem, size, rounds)
         busiest_s = [_busiest_s(problem, size, groups) for groups in packings]
         for position in np.argsort(busiest_s, kind="stable").tolist():
-            groups = packings[position]
             if best is None or busiest_s[position] < best.predicted_s:
-                plan = complete(problem, _placed(problem, size, groups), began)
+                plan = complete(problem, _placed(problem, size, packings[position]), began)
                 best = plan if best is None or plan.predicted_s < best.predicted_s else best
     assert best is not None, "all ranks together are always a candidate"
     return best
+
+
+def _most_promising(problem: Problem) -> list[tuple[float, int, int]]:
+    """What hindsight compares: (seconds if packs were even, size, rounds), the fastest first."""
+    return sorted(
+        (_promised_s(problem, size, rounds), size, rounds)
+        for size in _sizes(problem)
+        for rounds in _rounds_to_try(problem, size)
+    )
 
 
 def _sizes(problem: Problem) -> list[int]:
@@ -104,11 +112,14 @@ def _sizes(problem: Problem) -> list[int]:
     return [size for size in divisors if longest <= size * problem.capacity] or [ranks]
 
 
-def _all_packings(problem: Problem, size: int) -> Iterator[Groups]:
-    """What `plan_static_best` compares for one ring size."""
-    for rounds in _rounds_to_try(problem, size):
-        for packing in (_even_groups, _even_packs, _in_order):
-            yield _packed(problem, size, packing, rounds)
+def _all_packings(problem: Problem, size: int, rounds: int) -> list[Groups]:
+    """What `plan_static_best` compares for one ring size and number of rounds.
+
+    Only in lockstep mode is it of use to even out the packs of a round.
+    """
+    packings: list[Packing] = [_even_groups, _in_order]
+    packings += [_even_packs] * (problem.mode == "lockstep")
+    return [_packed(problem, size, packing, rounds) for packing in packings]
 
 
 def _packed(problem: Problem, size: int, packing: Packing, rounds: int) -> Groups:
@@ -268,7 +279,8 @@ class _Work(NamedTuple):
 
     def time_s(self, attention_s: float, tokens: int) -> float:
         """Seconds of a pack of so much attention and so many tokens."""
-        return self.token_s * tokens + max(attention_s, self.passing_s * tokens)
+        passing_s = self.passing_s * tokens
+        return self.token_s * tokens + (attention_s if attention_s > passing_s else passing_s)
 
     def busy_s(self, sequences: list[int]) -> float:
         """Seconds of a pack."""
