@@ -16,7 +16,7 @@ from __future__ import annotations
 import heapq
 import time
 from bisect import bisect_left, bisect_right
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
@@ -35,7 +35,7 @@ Groups = list[list[list[int]]]
 Packing = Callable[[Problem, int, int], Groups | None]
 """From a problem, the size of a group and the rounds to packs; None where they do not fit."""
 
-ROUNDS_TRIED = 4
+ROUNDS_TRIED = 2
 """Numbers of rounds that hindsight tries beside the smallest, for pipelines."""
 
 
@@ -82,18 +82,26 @@ def plan_static_best(problem: Problem) -> StepPlan:
     """
     began = time.perf_counter()
     best: StepPlan | None = None
-    for least_s, size in sorted((_least_s(problem, size), size) for size in _sizes(problem)):
-        if best is not None and least_s >= best.predicted_s:
+    for promised_s, size, rounds in _most_promising(problem):
+        if best is not None and promised_s >= best.predicted_s:
             break
-        packings = list(_all_packings(problem, size))
+        packings = _all_packings(problem, size, rounds)
         busiest_s = [_busiest_s(problem, size, groups) for groups in packings]
         for position in np.argsort(busiest_s, kind="stable").tolist():
-            groups = packings[position]
             if best is None or busiest_s[position] < best.predicted_s:
-                plan = complete(problem, _placed(problem, size, groups), began)
+                plan = complete(problem, _placed(problem, size, packings[position]), began)
                 best = plan if best is None or plan.predicted_s < best.predicted_s else best
     assert best is not None, "all ranks together are always a candidate"
     return best
+
+
+def _most_promising(problem: Problem) -> list[tuple[float, int, int]]:
+    """What hindsight compares: (seconds if packs were even, size, rounds), the fastest first."""
+    return sorted(
+        (_promised_s(problem, size, rounds), size, rounds)
+        for size in _sizes(problem)
+        for rounds in _rounds_to_try(problem, size)
+    )
 
 
 def _sizes(problem: Problem) -> list[int]:
@@ -104,11 +112,14 @@ def _sizes(problem: Problem) -> list[int]:
     return [size for size in divisors if longest <= size * problem.capacity] or [ranks]
 
 
-def _all_packings(problem: Problem, size: int) -> Iterator[Groups]:
-    """What `plan_static_best` compares for one ring size."""
-    for rounds in _rounds_to_try(problem, size):
-        for packing in (_even_groups, _even_packs, _in_order):
-            yield _packed(problem, size, packing, rounds)
+def _all_packings(problem: Problem, size: int, rounds: int) -> list[Groups]:
+    """What `plan_static_best` compares for one ring size and number of rounds.
+
+    Only in lockstep mode is it of use to even out the packs of a round.
+    """
+    packings: list[Packing] = [_even_groups, _in_order]
+    packings += [_even_packs] * (problem.mode == "lockstep")
+    return [_packed(problem, size, packing, rounds) for packing in packings]
 
 
 def _packed(problem: Problem, size: int, packing: Packing, rounds: int) -> Groups:
@@ -240,25 +251,41 @@ def _even_packs(problem: Problem, size: int, rounds: int) -> Groups | None:
 
 
 class _Work(NamedTuple):
-    """What sequences ask of a group of ranks."""
+    """What sequences ask of a ring, in seconds times its ranks, without what starting it takes."""
 
-    seconds: list[float]
-    """Time of each sequence on one rank."""
     tokens: list[int]
-    """Tokens of each sequence; of one that fits only with offload, all the room there is."""
+    """Tokens of each sequence."""
+    attention_s: list[float]
+    """Attention of each sequence."""
+    token_s: float
+    """Everything else, for a token."""
+    passing_s: float
+    """Passing keys and values on, for a token; hidden behind the attention of its pack."""
     longest_first: list[int]
 
     @staticmethod
     def of(problem: Problem, size: int) -> _Work:
+        cost, lengths = problem.cost, problem.lengths
+        within, shared = bool(_within_a_node(problem, size).all()), size > 1
+        transfer = cost.transfer_intra if within else cost.transfer_inter
+        passing = cost.pass_intra if within else cost.pass_inter
         return _Work(
-            problem.cost.compute_s(problem.lengths).tolist(),
-            np.minimum(problem.lengths, size * problem.capacity).tolist(),
-            np.argsort(-problem.lengths, kind="stable").tolist(),
+            lengths.tolist(),
+            (cost.a * lengths.astype(np.float64) ** 2).tolist(),
+            cost.b + transfer * shared,
+            passing * (size - 1),
+            np.argsort(-lengths, kind="stable").tolist(),
         )
 
+    def time_s(self, attention_s: float, tokens: int) -> float:
+        """Seconds of a pack of so much attention and so many tokens."""
+        passing_s = self.passing_s * tokens
+        return self.token_s * tokens + (attention_s if attention_s > passing_s else passing_s)
+
     def busy_s(self, sequences: list[int]) -> float:
-        """Time of a pack on one rank, without the fixed part."""
-        return sum(self.seconds[sequence] for sequence in sequences)
+        """Seconds of a pack."""
+        attention_s = sum(self.attention_s[sequence] for sequence in sequences)
+        return self.time_s(attention_s, sum(self.tokens[sequence] for sequence in sequences))
 
 
 def _deal(
@@ -267,17 +294,19 @@ def _deal(
     """Each sequence, in the given order, to the least busy bin that has room for it.
 
     Every bin gets `least` sequences or more, if there are so many: the last ones go to the bins
-    that lack some. None where a sequence finds no place.
+    that lack some. A sequence that no room holds, since it needs offload, gets a bin of its own.
+    None where a sequence finds no place.
     """
     bins: list[list[int]] = [[] for _ in range(num_bins)]
+    attention_s = [0.0] * num_bins
     heap = [(0.0, 0, number) for number in range(num_bins)]
     lacking = least * num_bins
     for left, sequence in zip(range(len(sequences), 0, -1), sequences, strict=True):
-        skipped = []
+        skipped, tokens = [], work.tokens[sequence]
         while heap:
             busy_s, held, number = heapq.heappop(heap)
             is_open = left > lacking or len(bins[number]) < least
-            if is_open and held + work.tokens[sequence] <= room:
+            if is_open and (held + tokens <= room or not held):
                 break
             if is_open:  # a bin that is closed stays closed, since only lacking ones get more
                 skipped.append((busy_s, held, number))
@@ -285,8 +314,9 @@ def _deal(
             return None
         lacking -= len(bins[number]) < least
         bins[number].append(sequence)
-        held += work.tokens[sequence]
-        for entry in (*skipped, (busy_s + work.seconds[sequence], held, number)):
+        attention_s[number] += work.attention_s[sequence]
+        busy_s = work.time_s(attention_s[number], held + tokens)
+        for entry in (*skipped, (busy_s, held + tokens, number)):
             heapq.heappush(heap, entry)
     return bins
 
