@@ -6,12 +6,14 @@ import argparse
 import difflib
 import os
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from importlib import import_module
 from typing import NoReturn
 
 from megascale import __version__
 from megascale.errors import RankError, UserError
+from megascale.runtime.terminal import escaped_output
 
 VERBS = {
     "prepare": (
@@ -165,8 +167,21 @@ HELP = ("-h", "--help")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one verb; returns the exit status: 0, or 2 for bad input, in one line on stderr."""
-    words = list(sys.argv[1:] if argv is None else argv)
+    """Run one verb; returns the exit status: 0, or 2 for bad input, in one line on stderr.
+
+    What is printed controls no terminal, whatever the files hold that it comes from.
+    """
+    with escaped_output():
+        try:
+            return _answer_or_complain(list(sys.argv[1:] if argv is None else argv))
+        except Exception:
+            if argv is not None:
+                raise
+            traceback.print_exc()  # here, where its message is escaped
+            return 1
+
+
+def _answer_or_complain(words: list[str]) -> int:
     try:
         status = _answer(words)
         sys.stdout.flush()  # here, where a reader that has left is no error

@@ -99,7 +99,7 @@ def _through_transformers(path: str) -> FoundTokenizer:
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path)
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
         named = {name: getattr(tokenizer, name) for name in NAMED if getattr(tokenizer, name)}
         adds_bos = getattr(tokenizer, "add_bos_token", None) is True
         return FoundTokenizer(tokenizer.backend_tokenizer, named, adds_bos)

@@ -9,9 +9,10 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-from megascale.checkpoint.folder import replace_file
 from megascale.errors import UserError
 from megascale.monitor.lines import LineFile, json_line
+from megascale.runtime.files import write_file
+from megascale.runtime.terminal import escape_controls
 
 METRICS_FILE = "metrics.jsonl"
 PROJECT = "megascale"
@@ -55,7 +56,7 @@ class MetricsWriter:
     def write(self, row: Mapping[str, Any]) -> None:
         """Add one row; it is on its way to the disk when this returns."""
         self._lines.write(json_line(row))
-        values = {key: value for key, value in flatten(row) if key != "step"}
+        values = {escape_controls(key): value for key, value in flatten(row) if key != "step"}
         for tracker in self._trackers:
             tracker.log(values, int(row["step"]))
 
@@ -109,7 +110,7 @@ def rewind(path: Path, resume_step: int | None) -> None:
     kept = [row for row in read_rows(path) if resume_step is None or row["step"] <= resume_step]
     if resume_step == 0:
         kept = []
-    replace_file(path, "".join(json.dumps(row) + "\n" for row in kept).encode())
+    write_file(path, "".join(json.dumps(row) + "\n" for row in kept), synced=True)
 
 
 class _TensorBoard:

@@ -68,7 +68,9 @@ def _their_logits(folder: Path, ids: np.ndarray, dtype: torch.dtype) -> torch.Te
 
     logging.disable_progress_bar()
     try:
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True)
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype, local_files_only=True, trust_remote_code=False
+        )
     except Exception as error:  # it raises many kinds
         raise UserError(f"transformers cannot load {folder}: {one_line(error)}") from None
     with torch.no_grad():

@@ -48,7 +48,6 @@ def run_export(args: argparse.Namespace) -> int:
     shard_bytes = whole_number(args.shard_bytes, "--shard-bytes", least=1)
     found, out = find_at(args.checkpoint), Path(args.out)
     with whole_or_not_at_all(out) as unfinished:
-        unfinished.mkdir()
         said = _convert(found, unfinished, shard_bytes, args)
     print("\n".join([f"{out}: {said[0]}", *said[1:]]))
     return 0
@@ -127,22 +126,36 @@ def require_known(num_ids: int, model_ids: int, folder: Path) -> None:
         )
 
 
+def load_theirs(folder: Path, runs_code: bool = False) -> Any:
+    """The tokenizer of a Hugging Face folder. `runs_code`: Python files there may be executed.
+
+    Raises UserError where it cannot be loaded, also for want of that code.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=runs_code
+        )
+    except Exception as error:  # it raises many kinds
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"tokenizer of {folder}: transformers cannot load it: {reason}") from None
+
+
 def write_configs(theirs: Any, out: Path, source: Path | None) -> None:
     """Write config.json and generation_config.json, with the ids that begin and end a text.
 
     `source` is where the tokenizer in `out` comes from. Raises UserError where it has ids that
     the model lacks.
     """
-    from transformers import AutoTokenizer, GenerationConfig
+    from transformers import GenerationConfig
 
     from megascale.checkpoint.huggingface.config import write_config
     from megascale.checkpoint.huggingface.tokenizer import INFOWINDOW_CLASS
 
     if source is not None:
-        # code that runs is our own, which was just written there
-        tokenizer = AutoTokenizer.from_pretrained(
-            out, local_files_only=True, trust_remote_code=(out / INFOWINDOW_CLASS.name).is_file()
-        )
+        # the only code there is our own, which was just written
+        tokenizer = load_theirs(out, runs_code=(out / INFOWINDOW_CLASS.name).is_file())
         require_known(max(tokenizer.get_vocab().values()) + 1, theirs.vocab_size, source)
         theirs.bos_token_id = tokenizer.bos_token_id
         theirs.eos_token_id = tokenizer.eos_token_id

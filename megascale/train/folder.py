@@ -10,6 +10,7 @@ from megascale.errors import UserError
 from megascale.resilience.driver import is_driven
 from megascale.resilience.lock import HELD_S, hold
 from megascale.runtime.distributed import Ranks, broadcast_bytes
+from megascale.runtime.files import open_lock, write_file
 
 Value = TypeVar("Value")
 
@@ -46,9 +47,7 @@ class RunFolder:
 
     def write(self, name: str, text: str) -> None:
         """Write a file of the folder, whole or not at all."""
-        partial = self.path / f".{name}.partial"
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(self.path / name)
+        write_file(self.path / name, text)
 
     def close(self) -> None:
         """Let another run enter."""
@@ -72,7 +71,7 @@ def on_first_rank(ranks: Ranks, action: Callable[[], object]) -> None:
 def _enter(folder: Path, resume: str | None) -> IO[str]:
     try:
         (folder / "logs").mkdir(parents=True, exist_ok=True)
-        lock = open(folder / ".lock", "a+", encoding="utf-8")
+        lock = open_lock(folder / ".lock")
     except OSError as error:
         raise UserError(f"run_dir {folder}: {error.strerror}; choose a folder you own") from None
     try:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -11,6 +10,7 @@ from itertools import chain
 from math import prod
 from pathlib import Path
 
+from megascale.checkpoint.huggingface.tokenizer import copy_tokenizer
 from megascale.checkpoint.load import Found
 from megascale.checkpoint.manifest import Position
 from megascale.checkpoint.tensors import Piece, Tensors, write_checkpoint
@@ -31,6 +31,9 @@ from megascale.train.earlier import read_by
 from megascale.train.growing import command_of
 from megascale.train.learn import Learned, learn_maps
 from megascale.train.start import RATE_TOKENS, Origin, Parent, require_relatives
+
+WIDTH = 40
+"""Characters of the line that says how far growing is."""
 
 
 def write_grown(found: Sequence[Found], growth: Growth, out: Path) -> str:
@@ -57,7 +60,7 @@ def write_grown(found: Sequence[Found], growth: Growth, out: Path) -> str:
     manifest = write_checkpoint(out, _shown(pieces, 4 * times * after), position, steps)
     tokenizer = found[0].folder / TOKENIZER_FOLDER
     if tokenizer.is_dir() and growth.operator != "resize":
-        shutil.copytree(tokenizer, out / TOKENIZER_FOLDER)
+        copy_tokenizer(tokenizer, out / TOKENIZER_FOLDER)
     before = count_parameters(parents[0][0]).total
     size = sum(file.bytes for file in manifest.files.values())
     layers = f", {parents[0][0].num_layers} layers become {model.num_layers}"
@@ -129,6 +132,7 @@ def _shown(pieces: Iterable[Piece], bytes_all: int) -> Iterator[Piece]:
         done += 4 * prod(one.tensor.shape)
         if shows:
             left_s = (time.monotonic() - began) * max(0, bytes_all - done) / done
-            sys.stderr.write(f"\r\x1b[K{done / bytes_all:.0%}, about {left_s:.0f} s left")
+            line = f"{done / bytes_all:.0%}, about {left_s:.0f} s left"
+            sys.stderr.write(f"\r{line:<{WIDTH}}")
     if shows:
-        sys.stderr.write("\r\x1b[K")
+        sys.stderr.write(f"\r{'':<{WIDTH}}\r")

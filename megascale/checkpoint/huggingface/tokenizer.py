@@ -32,13 +32,25 @@ FILES = (
 def copy_tokenizer(source: Path, out: Path) -> bool:
     """Copy the tokenizer of a model folder into `out`; whether there was one.
 
-    Raises OSError.
+    Raises UserError for a link that leads out of the folder, OSError.
     """
     found = [name for name in FILES if (source / name).is_file()]
     for name in found:
+        _require_inside(source, source / name)
         out.mkdir(exist_ok=True)
         shutil.copyfile(source / name, out / name)
     return bool(found)
+
+
+def _require_inside(source: Path, file: Path) -> None:
+    """What is copied may be published, so it must be no file from elsewhere by a link. In a
+    cache of Hugging Face, files are links to the `blobs` beside `snapshots`."""
+    source, real = source.resolve(), file.resolve()
+    places = [source]
+    if source.parent.name == "snapshots":
+        places.append(source.parents[1] / "blobs")
+    if not any(real.is_relative_to(place) for place in places):
+        raise UserError(f"{file} is a link to {real}, outside its folder; copy the file there")
 
 
 def write_tokenizer(source: Path, out: Path, context_tokens: int) -> None:
