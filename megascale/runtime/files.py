@@ -18,6 +18,7 @@ from typing import IO, BinaryIO
 
 UNFINISHED = ".tmp-"
 """Begins the name of a file or folder that is being written."""
+_STREAMS = (Path("/dev"), Path("/dev/fd"), Path("/proc/self/fd"))
 
 
 def unfinished_file(path: Path) -> Path:
@@ -59,9 +60,9 @@ def write_file(path: Path, content: bytes | str, synced: bool = False) -> None:
 def write_output(path: Path, content: str) -> None:
     """Write a file that the user has named: whole or not at all, and through a link.
 
-    A device or a pipe takes the content as it comes. Raises OSError.
+    A device, a pipe or a name such as /dev/stdout takes the content as it comes. Raises OSError.
     """
-    if path.exists() and not path.is_file():
+    if path.parent in _STREAMS or (path.exists() and not path.is_file()):
         path.write_text(content, encoding="utf-8")
     else:
         write_file(path.resolve(), content)

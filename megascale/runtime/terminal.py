@@ -18,6 +18,8 @@ _CONTROLS = (
     r"\ufff9-\ufffb\U000e0000-\U000e007f\ud800-\udfff"  # annotations, tags, surrogates
 )
 _CONTROL = re.compile(f"[{_CONTROLS}]")
+_LINE_AGAIN = re.compile(r"(\r(?:\x1b\[K)?)")
+"""How progress bars begin their line again."""
 _CURSOR_UP = re.compile(r"(\x1b\[A)+")
 """What progress bars write by itself, to reach the bar above."""
 
@@ -40,7 +42,9 @@ class EscapedStream:
         if self._has_bars and _CURSOR_UP.fullmatch(text):
             self.unescaped.write(text)
         elif self._has_bars:
-            self.unescaped.write("\r".join(map(escape_controls, text.split("\r"))))
+            parts = _LINE_AGAIN.split(text)
+            parts[::2] = map(escape_controls, parts[::2])
+            self.unescaped.write("".join(parts))
         else:
             self.unescaped.write(escape_controls(text))
         return len(text)

@@ -32,9 +32,6 @@ from megascale.train.growing import command_of
 from megascale.train.learn import Learned, learn_maps
 from megascale.train.start import RATE_TOKENS, Origin, Parent, require_relatives
 
-WIDTH = 40
-"""Characters of the line that says how far growing is."""
-
 
 def write_grown(found: Sequence[Found], growth: Growth, out: Path) -> str:
     """Write the checkpoint that `growth` makes of others as the folder `out`; what was done.
@@ -132,7 +129,6 @@ def _shown(pieces: Iterable[Piece], bytes_all: int) -> Iterator[Piece]:
         done += 4 * prod(one.tensor.shape)
         if shows:
             left_s = (time.monotonic() - began) * max(0, bytes_all - done) / done
-            line = f"{done / bytes_all:.0%}, about {left_s:.0f} s left"
-            sys.stderr.write(f"\r{line:<{WIDTH}}")
+            sys.stderr.write(f"\r\x1b[K{done / bytes_all:.0%}, about {left_s:.0f} s left")
     if shows:
-        sys.stderr.write(f"\r{'':<{WIDTH}}\r")
+        sys.stderr.write("\r\x1b[K")

@@ -83,8 +83,12 @@ def test_an_output_goes_through_the_users_own_link_and_to_devices(tmp_path):
         "from pathlib import Path; from megascale.runtime.files import write_output; "
         "write_output(Path('/dev/stdout'), 'said')"
     )
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
-    assert done.stdout == "said", done.stderr
+    words = [sys.executable, "-c", script + "; print()"]
+    done = subprocess.run(words, capture_output=True, text=True)
+    assert done.stdout == "said\n", done.stderr
+    with open(tmp_path / "redirected", "ab") as file:
+        subprocess.run(words, stdout=file, check=True)
+    assert (tmp_path / "redirected").read_text() == "said\n"
 
 
 def test_a_lock_is_no_link(tmp_path, victim):

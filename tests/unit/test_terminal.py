@@ -57,6 +57,12 @@ def test_progress_bars_are_drawn():
         with tqdm(total=2, file=file, position=1, mininterval=0, bar_format="{n}") as bar:
             bar.update()
     assert plain.getvalue() == escaped.getvalue() and "\x1b[A" in plain.getvalue()
+    stream = EscapedStream(escaped, has_bars=True)
+    for own in ("\r\x1b[K50%, about 3 s left", "\r\x1b[K"):
+        stream.write(own)
+        assert escaped.getvalue().endswith(own)
+    stream.write("a\x1b[K\r\x1b[2Kb")
+    assert escaped.getvalue().endswith("a\\x1b[K\r\\x1b[2Kb")
 
 
 def run_folder(path):
