@@ -65,7 +65,7 @@ def write_output(path: Path, content: str) -> None:
     if path.parent in _STREAMS or (path.exists() and not path.is_file()):
         path.write_text(content, encoding="utf-8")
     else:
-        write_file(path.resolve(), content)
+        write_file(path.resolve(), content, synced=True)
 
 
 def sync_folder(folder: Path) -> None:
