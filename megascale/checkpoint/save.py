@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import shutil
 import sys
 import threading
 import time
@@ -31,6 +30,7 @@ from megascale.checkpoint.storage import (
 )
 from megascale.config import CheckpointConfig
 from megascale.runtime.distributed import Ranks, broadcast_bytes
+from megascale.runtime.files import discard, sync_folder
 
 T = TypeVar("T")
 REPORT_BYTES = 2048
@@ -238,10 +238,10 @@ class Saver:
             written = [report for report in reports if isinstance(report, Written)]
             files = write_index(folder, self._entries, written)
             replace(job.manifest, files=files).write(folder)
-            folders.sync_folder(folder)
+            sync_folder(folder)
             folders.publish(self.checkpoints, job.step)
         except BaseException:
-            shutil.rmtree(folder, ignore_errors=True)
+            discard(folder)
             raise
         with contextlib.suppress(OSError):  # what could not go now is tried after the next save
             self._prune(job.step)

@@ -16,6 +16,7 @@ from megascale.monitor.events import EVENTS_FILE, EventLog, at, read_events
 from megascale.monitor.metrics import last_step
 from megascale.resilience.driver import is_driven
 from megascale.runtime.distributed import Ranks, broadcast_bytes
+from megascale.runtime.files import open_lock, write_file
 from megascale.runtime.lock import HELD_S, RUN_LOCK, hold, lock_within
 from megascale.runtime.logs import note_failure
 
@@ -66,9 +67,7 @@ class RunFolder:
 
     def write(self, name: str, text: str) -> None:
         """Write a file of the folder, whole or not at all."""
-        partial = self.path / f".{name}.partial"
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(self.path / name)
+        write_file(self.path / name, text)
 
     @contextmanager
     def noting_errors(self, ranks: Ranks) -> Iterator[None]:
@@ -135,7 +134,7 @@ def _enter(folder: Path, resume: str | None) -> IO[str]:
         find(folder, "latest" if resume == "latest" else int(resume))  # says what is missing
     try:
         (folder / "logs").mkdir(parents=True, exist_ok=True)
-        lock = open(folder / RUN_LOCK, "a+", encoding="utf-8")
+        lock = open_lock(folder / RUN_LOCK)
     except OSError as error:
         raise UserError(f"run_dir {folder}: {error.strerror}; choose a folder you own") from None
     try:

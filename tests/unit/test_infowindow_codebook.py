@@ -266,7 +266,7 @@ def test_bad_streams_are_refused_and_leave_nothing(tmp_path):
     ]:
         with pytest.raises(UserError, match=said):
             encode_file(coded, target, book, book.windows, nothing)
-    assert not out.exists() and not list(tmp_path.glob("*.partial"))
+    assert not out.exists() and not list(tmp_path.glob(".tmp-*"))
 
 
 def test_what_is_interrupted_leaves_nothing_and_the_old_file_stays(tmp_path):
