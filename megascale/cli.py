@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import errno
 import os
 import sys
 import traceback
@@ -166,6 +167,8 @@ VERBS = {
 }
 
 HELP = ("-h", "--help")
+NO_NAMES = (errno.ENAMETOOLONG, errno.ELOOP)
+"""Errors of paths that cannot be right, whatever happens on the machine."""
 CONFIG_KIND = "megascale.config:RunConfig"
 
 
@@ -198,6 +201,10 @@ def _answer_or_complain(words: list[str]) -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
+    except OSError as error:
+        if error.errno not in NO_NAMES or error.filename is None:
+            raise
+        return _complain(UserError(f"{error.filename}: {error.strerror}; give another path"))
 
 
 def _answer(words: list[str]) -> int:

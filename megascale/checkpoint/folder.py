@@ -52,7 +52,7 @@ def steps_in(checkpoints: Path) -> list[int]:
     if not checkpoints.is_dir():
         return []
     names = (entry.name for entry in checkpoints.iterdir() if entry.is_dir())
-    return sorted(int(name) for name in names if name.isascii() and name.isdigit())
+    return sorted(int(name) for name in names if _is_step(name))
 
 
 def read_latest(checkpoints: Path) -> int | None:
@@ -61,7 +61,7 @@ def read_latest(checkpoints: Path) -> int | None:
         text = (checkpoints / LATEST).read_text(encoding="ascii").strip()
     except (OSError, UnicodeDecodeError):
         return None
-    return int(text) if text.isdigit() and len(text) < 19 else None
+    return int(text) if _is_step(text) else None
 
 
 def left_behind(checkpoints: Path) -> set[int]:
@@ -70,7 +70,12 @@ def left_behind(checkpoints: Path) -> set[int]:
         words = (checkpoints / LEFT).read_text(encoding="ascii").split()
     except (OSError, UnicodeDecodeError):
         return set()
-    return {int(word) for word in words if word.isdigit()}
+    return {int(word) for word in words if _is_step(word)}
+
+
+def _is_step(text: str) -> bool:
+    """Whether a text is the number of a step, which has at most 18 digits."""
+    return text.isascii() and text.isdigit() and len(text) < 19
 
 
 def _leave_behind(checkpoints: Path, steps: set[int]) -> None:

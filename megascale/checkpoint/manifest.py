@@ -20,6 +20,7 @@ from typing import Any
 import xxhash
 
 from megascale.errors import UserError
+from megascale.parsing import read_json
 from megascale.runtime.files import write_file
 
 FORMAT = 1
@@ -92,11 +93,11 @@ class Manifest:
         """
         path = folder / MANIFEST
         try:
-            document = json.loads(path.read_bytes())
+            document = read_json(path)
         except OSError as error:
             raise UserError(f"{path}: {error.strerror}; the checkpoint is not complete") from None
-        except (ValueError, RecursionError):
-            raise UserError(f"{path} is not JSON; the checkpoint is damaged") from None
+        except UserError as error:
+            raise UserError(f"{error}; the checkpoint is damaged") from None
         return _from_document(document, path)
 
 

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megascale.errors import UserError
+from megascale.parsing import parse_json
 from megascale.runtime import files
 
 VERSION = 1
@@ -104,7 +105,7 @@ def read_file(path: Path, kind: str, made_by: str) -> Content:
     _require_readable(path, made_by)
     try:
         with safe_open(str(path), framework="numpy") as file:
-            said = json.loads((file.metadata() or {}).get(METADATA, "{}"))
+            said = parse_json((file.metadata() or {}).get(METADATA, "{}").encode(), str(path))
             _require(path, kind, said, again)
             arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             facts = said["facts"]

@@ -17,6 +17,7 @@ from typing import Any
 
 from megascale.errors import UserError
 from megascale.monitor.background import Tracker, Values
+from megascale.parsing import read_json
 from megascale.runtime.files import write_file
 
 PROJECT = "megascale"
@@ -82,8 +83,8 @@ class _Place:
     def known(self) -> str | None:
         """The id that an earlier start has kept; None where there is none."""
         try:
-            found = json.loads(self._file.read_bytes())["id"]
-        except (OSError, ValueError, TypeError, KeyError, RecursionError):
+            found = read_json(self._file)["id"]
+        except (OSError, ValueError, TypeError, KeyError):
             return None
         return found if isinstance(found, str) and found else None
 

@@ -59,6 +59,16 @@ class Cause:
     node: str | None = None
     """Name of the node."""
 
+    @staticmethod
+    def from_json(value: Any) -> Cause:
+        """A cause as `dataclasses.asdict` gave it. Raises TypeError or ValueError otherwise."""
+        cause = Cause(**value)
+        kinds = {"error": str, "time": int | float, "rank": int | None, "node": str | None}
+        for name, kind in kinds.items():
+            if not isinstance(getattr(cause, name), kind):
+                raise ValueError(f"{name} is of the wrong type")
+        return cause
+
     @property
     def lost_a_peer(self) -> bool:
         """Whether it says no more than that another rank is gone."""
