@@ -32,8 +32,9 @@ from megascale.checkpoint.load import Found
 from megascale.checkpoint.manifest import MANIFEST, Manifest, sum_file, verify
 from megascale.checkpoint.storage import Entry, Written, one_line, write_index, write_tensors
 from megascale.errors import UserError
-from megascale.runtime.distributed import TIMEOUT, Ranks, broadcast_bytes
+from megascale.runtime.distributed import TIMEOUT, Ranks
 from megascale.runtime.placement import members_of, node_name
+from megascale.runtime.together import from_first_rank
 
 KEPT = 2
 """Copies of a node: while the newest is made, the one before it must be whole on all of them."""
@@ -94,16 +95,17 @@ class Emergency:
 
     def _identity(self, checkpoints: Path, anew: bool) -> str:
         """What the run is known by, drawn by its first start and whenever it goes back."""
-        payload = None
-        if self._ranks.rank == 0:
+
+        def draw() -> bytes:
             path, known = checkpoints / folders.EMERGENCY, ""
             with contextlib.suppress(OSError, UnicodeDecodeError):
                 known = path.read_text(encoding="ascii").strip()
             if anew or not re.fullmatch("[0-9a-f]{32}", known):
                 known = secrets.token_hex(16)
                 folders.write_synced(path, known.encode())
-            payload = known.encode()
-        return broadcast_bytes(payload, self._ranks).decode()
+            return known.encode()
+
+        return from_first_rank(self._ranks, draw).decode()
 
     def _prepare(self, home: Path) -> None:
         error = None
@@ -337,8 +339,8 @@ class Emergency:
     def forget_after(self, step: int) -> None:
         """Drop the copies of a future that the run goes back from; -1: all of them."""
         if self._leads:
-            later = [one for one in folders.steps_in(self.checkpoints) if one > step]
             with contextlib.suppress(OSError):
+                later = [one for one in folders.steps_in(self.checkpoints) if one > step]
                 folders.remove_steps(self.checkpoints, later)
         dist.barrier(group=self._group)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
@@ -17,7 +18,7 @@ from megascale.mesh.reader import MicroBatchReader, TokenSource
 from megascale.model.balance import ExpertUse
 from megascale.model.build import pack_multiple
 from megascale.planner.plan import StepPlan
-from megascale.runtime.distributed import broadcast_bytes
+from megascale.runtime.together import from_first_rank
 from megascale.train.earlier import PREFIX
 from megascale.train.step import Learner, evaluate, look
 
@@ -82,17 +83,21 @@ def heldout_sets(
         pieces = heldout_pieces(shard, config.data.context_tokens, config.eval.tokens)
         if not len(pieces.length):
             continue
-        payload = planner(pieces.length).to_bytes() if ranks.rank == 0 else None
+        payload = from_first_rank(ranks, partial(_plan_bytes, planner, pieces))
         source = TokenSource(name, shard, info.first_id, config.model.vocab_size or 0)
         sets[name] = HeldoutSet(
             reader=MicroBatchReader(
                 [source], ranks.hdp_rank, pack_multiple(config), ranks.device, ranks.axis
             ),
             batch=_as_batch(pieces),
-            plan=StepPlan.from_bytes(broadcast_bytes(payload, ranks)),
+            plan=StepPlan.from_bytes(payload),
             num_bytes=_bytes_of(info, pieces),
         )
     return sets
+
+
+def _plan_bytes(planner: Callable[[np.ndarray], StepPlan], pieces: Pieces) -> bytes:
+    return planner(pieces.length).to_bytes()
 
 
 def _as_batch(pieces: Pieces) -> GlobalBatch:

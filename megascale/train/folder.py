@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
-from typing import IO, TypeVar
+from typing import IO
 
 from megascale.errors import UserError
 from megascale.resilience.driver import is_driven
 from megascale.resilience.lock import HELD_S, hold
-from megascale.runtime.distributed import Ranks, broadcast_bytes
-
-Value = TypeVar("Value")
+from megascale.runtime.distributed import Ranks
+from megascale.runtime.together import on_first_rank
 
 
 class RunFolder:
@@ -35,9 +33,8 @@ class RunFolder:
         another run is writing in it.
         """
         folder = Path(path)
-        held: list[IO[str]] = []
-        on_first_rank(ranks, lambda: held.append(_enter(folder, resume)))
-        return RunFolder(folder, held[0] if held else None, entered)
+        lock = on_first_rank(ranks, lambda: _enter(folder, resume))
+        return RunFolder(folder, lock, entered)
 
     @property
     def logs(self) -> Path:
@@ -54,19 +51,6 @@ class RunFolder:
         """Let another run enter."""
         if self._lock is not None:
             self._lock.close()
-
-
-def on_first_rank(ranks: Ranks, action: Callable[[], object]) -> None:
-    """Run `action` on rank 0; its UserError or OSError becomes a UserError on every rank."""
-    problem = b""
-    if ranks.rank == 0:
-        try:
-            action()
-        except (UserError, OSError) as error:
-            problem = str(error).encode() or type(error).__name__.encode()
-    problem = broadcast_bytes(problem, ranks)
-    if problem:
-        raise UserError(problem.decode())
 
 
 def _enter(folder: Path, resume: str | None) -> IO[str]:

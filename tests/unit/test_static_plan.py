@@ -92,7 +92,6 @@ def problems(draw: st.DrawFn) -> Problem:
     )
 
 
-@settings(deadline=None)
 @given(problem=problems())
 def test_every_plan_keeps_the_invariants_and_hindsight_wins(problem: Problem) -> None:
     try:
@@ -112,7 +111,7 @@ def test_every_plan_keeps_the_invariants_and_hindsight_wins(problem: Problem) ->
     assert plans[2].predicted_s <= min(plan.predicted_s for plan in plans)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(problem=problems())
 def test_hindsight_is_the_best_of_all_divisors(problem: Problem) -> None:
     """The search stops early by a bound; here nothing does."""
