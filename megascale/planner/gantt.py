@@ -125,7 +125,7 @@ def _draw_bars(
     corners[:, :, 1] += np.array([-0.41, -0.41, 0.41, 0.41]) * (1.0 if is_small else 1.3)
     axes.add_collection(
         PolyCollection(
-            list(corners),
+            corners,
             facecolors=colours[positions],
             edgecolors="white",
             linewidths=0.6 if is_small else 0.0,

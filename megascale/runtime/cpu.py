@@ -218,14 +218,14 @@ class _Works:
         """Wait for the results; `timeout` is for each work, and 0 is that of the group."""
         for work in self._works:
             work.wait(timeout)
-        return self.is_completed()
+        if not self._is_delivered:
+            self._is_delivered = True
+            self._deliver()
+        return True
 
     def is_completed(self) -> bool:
-        """Whether the results are in the caller's tensors."""
-        if not self._is_delivered and all(work.is_completed() for work in self._works):
-            self._deliver()
-            self._is_delivered = True
-        return self._is_delivered
+        """Whether the results are there, so that `wait` would return at once."""
+        return self._is_delivered or all(work.is_completed() for work in self._works)
 
     def result_of(self, async_op: bool) -> _Works | None:
         """What a collective returns: this handle, or None after the results are there."""

@@ -248,7 +248,8 @@ def gathered(group, number, kind, way, operation):
 def ended(way, handle):
     """Wait for a handle; only asynchronous calls return one."""
     assert (handle is None) == (way == "keywords")
-    assert handle is None or (handle.wait() and handle.is_completed())
+    if handle is not None:
+        handle.wait()
 
 
 def test_collectives_honour_op_group_and_async_op(ranks):
