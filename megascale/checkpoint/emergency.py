@@ -34,9 +34,10 @@ from megascale.checkpoint.load import Found
 from megascale.checkpoint.manifest import MANIFEST, Manifest, sum_file, verify
 from megascale.checkpoint.storage import Entry, Written, one_line, write_index, write_tensors
 from megascale.errors import UserError
-from megascale.runtime.distributed import TIMEOUT, Ranks, broadcast_bytes
+from megascale.runtime.distributed import TIMEOUT, Ranks
 from megascale.runtime.files import discard, private_folder, sync_folder, whole_file, write_file
 from megascale.runtime.placement import members_of, node_name
+from megascale.runtime.together import from_first_rank
 
 IDENTITY = re.compile("[0-9a-f]{32}")
 KEPT = 2
@@ -97,16 +98,17 @@ class Emergency:
 
     def _identity(self, checkpoints: Path, anew: bool) -> str:
         """What the run is known by, drawn by its first start and whenever it goes back."""
-        payload = None
-        if self._ranks.rank == 0:
+
+        def draw() -> bytes:
             path, known = checkpoints / folders.EMERGENCY, ""
             with contextlib.suppress(OSError, UnicodeDecodeError):
                 known = path.read_text(encoding="ascii").strip()
             if anew or not IDENTITY.fullmatch(known):
                 known = secrets.token_hex(16)
                 write_file(path, known, synced=True)
-            payload = known.encode()
-        return broadcast_bytes(payload, self._ranks).decode()
+            return known.encode()
+
+        return from_first_rank(self._ranks, draw).decode()
 
     def _prepare(self, base: Path, name: str, key: str, identity: str) -> None:
         """Make this node's folder, and delete the copies of runs that were in the run's folder."""
@@ -343,8 +345,8 @@ class Emergency:
     def forget_after(self, step: int) -> None:
         """Drop the copies of a future that the run goes back from; -1: all of them."""
         if self._leads:
-            later = [one for one in folders.steps_in(self.checkpoints) if one > step]
             with contextlib.suppress(OSError):
+                later = [one for one in folders.steps_in(self.checkpoints) if one > step]
                 folders.remove_steps(self.checkpoints, later)
         dist.barrier(group=self._group)
 

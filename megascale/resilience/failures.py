@@ -41,10 +41,10 @@ NO_TIME = "the time limit came before anything new was saved; ask for more time"
 WITHOUT_A_WORD = "the job ended without a word (a lost node, or SIGKILL before all was saved)"
 PEER_GONE = re.compile(
     r"closed by (the )?(remote )?peer|reset by peer|broken pipe|remote process|connection refused"
-    r"|DistBackendError|timed out|timeout",
+    r"|DistBackendError|timed out|timeout|FirstRankError",
     re.IGNORECASE,
 )
-"""What ranks say when another rank is gone."""
+"""What ranks say when another rank is gone or has failed."""
 
 
 @dataclass(frozen=True)

@@ -86,8 +86,8 @@ def _load(path: str, overrides: Sequence[str]) -> RunConfig:
 def _run(
     args: argparse.Namespace, config: RunConfig, ranks: Ranks, lengths: list[int] | None
 ) -> None:
+    from megascale.runtime.together import on_first_rank
     from megascale.train.calibrate import calibrate
-    from megascale.train.folder import on_first_rank
 
     def say(line: str) -> None:
         if ranks.rank == 0:

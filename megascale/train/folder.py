@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import socket
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import IO, TypeVar
+from typing import IO
 
 from megascale.checkpoint.folder import checkpoints_dir
 from megascale.checkpoint.load import find
@@ -15,12 +15,12 @@ from megascale.errors import UserError, reason
 from megascale.monitor.events import EVENTS_FILE, EventLog, at, read_events
 from megascale.monitor.metrics import last_step
 from megascale.resilience.driver import is_driven
-from megascale.runtime.distributed import Ranks, broadcast_bytes
+from megascale.runtime.distributed import Ranks
 from megascale.runtime.files import open_lock, write_file
 from megascale.runtime.lock import HELD_S, RUN_LOCK, hold, lock_within
 from megascale.runtime.logs import note_failure
+from megascale.runtime.together import on_first_rank
 
-Value = TypeVar("Value")
 ENDS = ("stop", "error")
 """Events with which a run says that it ends."""
 TURN_S = 5.0
@@ -56,9 +56,8 @@ class RunFolder:
         another run is writing in it.
         """
         folder = Path(path)
-        held: list[IO[str]] = []
-        on_first_rank(ranks, lambda: held.append(_enter(folder, resume)))
-        return RunFolder(folder, held[0] if held else None, entered, command)
+        lock = on_first_rank(ranks, lambda: _enter(folder, resume))
+        return RunFolder(folder, lock, entered, command)
 
     @property
     def logs(self) -> Path:
@@ -114,19 +113,6 @@ def _write_error(
             if any(event["event"] in ENDS for event in written):
                 return
         events.write("error", step=last_step(run_dir), node=socket.gethostname(), **facts)
-
-
-def on_first_rank(ranks: Ranks, action: Callable[[], object]) -> None:
-    """Run `action` on rank 0; its UserError or OSError becomes a UserError on every rank."""
-    problem = b""
-    if ranks.rank == 0:
-        try:
-            action()
-        except (UserError, OSError) as error:
-            problem = str(error).encode() or type(error).__name__.encode()
-    problem = broadcast_bytes(problem, ranks)
-    if problem:
-        raise UserError(problem.decode())
 
 
 def _enter(folder: Path, resume: str | None) -> IO[str]:
