@@ -19,9 +19,9 @@ from typing import Any
 
 import xxhash
 
-from megascale.checkpoint.folder import write_synced
 from megascale.errors import UserError
 from megascale.parsing import read_json
+from megascale.runtime.files import write_file
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -83,7 +83,7 @@ class Manifest:
     def write(self, folder: Path) -> None:
         """Write `manifest.json` and wait until it is on the disk."""
         document = {"format": FORMAT} | asdict(self)
-        write_synced(folder / MANIFEST, json.dumps(document, indent=1).encode())
+        write_file(folder / MANIFEST, json.dumps(document, indent=1), synced=True)
 
     @staticmethod
     def read(folder: Path) -> Manifest:

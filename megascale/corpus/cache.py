@@ -13,6 +13,8 @@ from typing import IO
 import numpy as np
 from numpy.typing import NDArray
 
+from megascale.runtime.files import whole_file
+
 Int64Array = NDArray[np.int64]
 
 
@@ -64,17 +66,11 @@ def read_numbers(path: str | Path, length: int | None = None) -> Int64Array | No
 def _write(path: Path, chunks: Iterator[Int64Array]) -> None:
     """Write the .npy file of what `chunks` hold, whole or not at all. Raises OSError."""
     path.parent.mkdir(exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=path.name, suffix=".tmp", dir=path.parent)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            _write_header(file, 0)  # room for the real one
-            count = sum(file.write(chunk.astype("<i8").tobytes()) for chunk in chunks) // 8
-            file.seek(0)
-            _write_header(file, count)
-        os.chmod(name, 0o644)
-        os.replace(name, path)
-    finally:
-        Path(name).unlink(missing_ok=True)
+    with whole_file(path) as file:
+        _write_header(file, 0)  # room for the real one
+        count = sum(file.write(chunk.astype("<i8").tobytes()) for chunk in chunks) // 8
+        file.seek(0)
+        _write_header(file, count)
 
 
 def _write_header(file: IO[bytes], count: int) -> None:

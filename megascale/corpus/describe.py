@@ -245,7 +245,13 @@ def _is_complete(facts: Mapping[str, Any]) -> bool:
         and 0 <= bits < float("inf")
         and {f"{part}.{ending}" for part in PARTS for ending in ("bin", "idx")} <= set(files)
         and all(isinstance(file["sha256"], str) for file in files.values())
+        and all(map(_is_inside, files))
     )
+
+
+def _is_inside(name: str) -> bool:
+    """Whether it names a file of the corpus folder or of a folder in it, and nothing outside."""
+    return all(part not in ("", ".", "..") and "\0" not in part for part in name.split("/"))
 
 
 def _is_possible(trip: Mapping[str, Any]) -> bool:

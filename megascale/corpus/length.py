@@ -20,8 +20,8 @@ from megascale.corpus.batches import (
     used_sources,
 )
 
-MOST_STEPS, MOST_PIECES = 2000, 200_000
-"""Runs up to this size are dealt to the end to know their length; that takes under a second."""
+MOST_STEPS, MOST_PIECES = 1000, 100_000
+"""Runs up to this size are dealt to the end to know their length; that takes half a second."""
 
 
 def is_over(cursor: Cursor, train: TrainConfig) -> bool:

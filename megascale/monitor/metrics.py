@@ -9,11 +9,12 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from megascale.checkpoint.folder import replace_file
 from megascale.monitor import trackers as trackers_of
 from megascale.monitor.background import Background
 from megascale.monitor.lines import LineFile, json_line
 from megascale.parsing import json_rows
+from megascale.runtime.files import write_file
+from megascale.runtime.terminal import escape_controls
 
 METRICS_FILE = "metrics.jsonl"
 MOST_STEPS = 2**53
@@ -52,7 +53,7 @@ class MetricsWriter:
     def write(self, row: Mapping[str, Any]) -> None:
         """Add one row; it is on its way to the disk when this returns."""
         self._lines.write(json_line(row))
-        values = {key: value for key, value in flatten(row) if key != "step"}
+        values = {escape_controls(key): value for key, value in flatten(row) if key != "step"}
         for tracker in self._trackers:
             tracker.put(values, int(row["step"]))
 
@@ -117,4 +118,4 @@ def rewind(path: Path, resume_step: int | None) -> None:
     kept = [row for row in read_rows(path) if resume_step is None or row["step"] <= resume_step]
     if resume_step == 0:
         kept = []
-    replace_file(path, "".join(json.dumps(row) + "\n" for row in kept).encode())
+    write_file(path, "".join(json.dumps(row) + "\n" for row in kept), synced=True)

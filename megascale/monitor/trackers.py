@@ -15,10 +15,10 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from megascale.checkpoint.folder import replace_file
 from megascale.errors import UserError
 from megascale.monitor.background import Tracker, Values
 from megascale.parsing import read_json
+from megascale.runtime.files import write_file
 
 PROJECT = "megascale"
 Notice = Callable[[str], None]
@@ -91,7 +91,7 @@ class _Place:
     def keep(self, run_id: str) -> None:
         """Have later starts continue the run of this id."""
         self._file.parent.mkdir(exist_ok=True)
-        replace_file(self._file, json.dumps({"id": run_id}).encode())
+        write_file(self._file, json.dumps({"id": run_id}), synced=True)
 
 
 class _TensorBoard:

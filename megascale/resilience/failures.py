@@ -26,6 +26,7 @@ from megascale.checkpoint.folder import checkpoints_dir, read_latest
 from megascale.monitor.events import EventLog, read_events
 from megascale.monitor.metrics import METRICS_FILE, read_rows
 from megascale.monitor.story import HEARTBEATS_FILE
+from megascale.runtime.files import write_file
 
 SAME_FAILURES = 3
 """So many failures with the same error at the same step are a crash loop."""
@@ -40,10 +41,10 @@ NO_TIME = "the time limit came before anything new was saved; ask for more time"
 WITHOUT_A_WORD = "the job ended without a word (a lost node, or SIGKILL before all was saved)"
 PEER_GONE = re.compile(
     r"closed by (the )?(remote )?peer|reset by peer|broken pipe|remote process|connection refused"
-    r"|DistBackendError|timed out|timeout",
+    r"|DistBackendError|timed out|timeout|FirstRankError",
     re.IGNORECASE,
 )
-"""What ranks say when another rank is gone."""
+"""What ranks say when another rank is gone or has failed."""
 
 
 @dataclass(frozen=True)
@@ -142,8 +143,7 @@ class FailureBook:
         """Keep how the ranks are for `megascale status`; not being able to harms nothing."""
         path = self._folders[-1] / HEARTBEATS_FILE
         with contextlib.suppress(OSError):
-            path.with_suffix(".partial").write_text(text, encoding="utf-8")
-            path.with_suffix(".partial").replace(path)
+            write_file(path, text)
 
     def backoff_s(self, first_s: float) -> float:
         """How long to wait before the next attempt: twice as long for every one without a save."""

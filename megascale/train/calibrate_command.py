@@ -17,6 +17,7 @@ from megascale.config import RunConfig, dump_config, finalize, load_config
 from megascale.errors import UserError
 from megascale.optim import steplaw
 from megascale.planner.fit import GOOD_ERROR, Fit, fit_cost, fit_table, write_cost
+from megascale.runtime.files import write_output
 
 if TYPE_CHECKING:
     from megascale.runtime.distributed import Ranks
@@ -85,8 +86,8 @@ def _load(path: str, overrides: Sequence[str]) -> RunConfig:
 def _run(
     args: argparse.Namespace, config: RunConfig, ranks: Ranks, lengths: list[int] | None
 ) -> None:
+    from megascale.runtime.together import on_first_rank
     from megascale.train.calibrate import calibrate
-    from megascale.train.folder import on_first_rank
 
     def say(line: str) -> None:
         if ranks.rank == 0:
@@ -158,7 +159,7 @@ def _write(
     report = _report_path(args.out)
     write_cost(fit.cost, args.out)
     value = _report(config, ranks, done, fit) | {"counts": _counts(args)}
-    report.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+    write_output(report, json.dumps(value, indent=1) + "\n")
     written = [args.out, str(report)]
     if args.plot is not None:
         plot_fit(done, fit, args.plot)

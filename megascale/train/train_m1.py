@@ -22,6 +22,7 @@ from megascale.errors import UserError
 from megascale.infowindow.files import make_place
 from megascale.infowindow.m1 import M1, MOST_TERMS, Shape
 from megascale.parsing import dump_yaml, parse_yaml
+from megascale.runtime.files import write_file
 
 if TYPE_CHECKING:
     from megascale.config import RunConfig
@@ -130,7 +131,7 @@ def write_config(
                 _cut(corpus / part, pieces / part, context_tokens - 1)
         apply_overrides(tree, overrides)
         tree["train"].pop("stop_after_steps", None)
-        config_of(out).write_text(dump_yaml(tree), encoding="utf-8")
+        write_file(config_of(out), dump_yaml(tree))
     except OSError as error:
         where = error.filename or out
         raise UserError(f"{where}: {error.strerror}; choose another --out") from None

@@ -27,7 +27,7 @@ RUNS = st.fixed_dictionaries(
     {
         "context": st.integers(1, 60),
         "batch": st.integers(1, 200),
-        "tokens": st.integers(1, 1500),
+        "tokens": st.integers(1, 900),
         "seed": st.integers(0, 3),
         "weights": st.lists(st.floats(0.05, 5), min_size=1, max_size=3),
         "stages": st.lists(st.integers(1, 400), max_size=2),

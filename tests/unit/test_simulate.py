@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from processor_time import processor_s
 
 from megascale.cli import main
 from megascale.config import Layout
@@ -121,8 +122,8 @@ def test_the_static_mesh_is_made_for_the_context_not_for_the_batch():
     problem = Problem.of([10, 95, 10, 5], 8, 50, "free", PER_TOKEN)
     plan = plan_static_mesh(problem, context=100)
     plan.check(problem.lengths)
-    assert [ring.ranks for ring in plan.rings[:2]] == [(0, 1), (2, 3)]
-    assert [ring.sequences for ring in plan.rings[:2]] == [(0, 2, 3), (1,)]
+    assert [ring.ranks for ring in plan.rings] == [(0, 1), (2, 3), (4, 5), (6, 7)]
+    assert [ring.sequences for ring in plan.rings] == [(0,), (1,), (2,), (3,)]
 
 
 def test_the_static_ring_divides_the_ranks_or_there_is_none():
@@ -276,9 +277,8 @@ SMALL_RUN = (
 
 def test_a_small_replay_prints_and_writes_the_same_numbers(tmp_path, capsys):
     out, png = tmp_path / "out.json", tmp_path / "out.png"
-    began = time.monotonic()
-    assert main([*SMALL_RUN, "--budget-s", "0.1", "--json", str(out), "--plot", str(png)]) == 0
-    assert time.monotonic() - began < 5
+    words = [*SMALL_RUN, "--budget-s", "0.1", "--json", str(out), "--plot", str(png)]
+    assert processor_s(lambda: main(words), repeats=1) < 5
     printed = capsys.readouterr().out
     value = json.loads(out.read_text())
     static, hybrid = value["planners"]

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from megascale.checkpoint.manifest import is_plain_name
 from megascale.checkpoint.ranges import Shape
 from megascale.checkpoint.storage import one_line
 from megascale.errors import UserError
@@ -80,7 +81,7 @@ def _listed(folder: Path) -> dict[str, str]:
         return {}
     try:
         listed = read_json(path)["weight_map"]
-        if all(Path(file).name == file for file in listed.values()):
+        if all(is_plain_name(file) for file in listed.values()):
             return dict(listed)
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         pass
