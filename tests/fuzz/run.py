@@ -28,7 +28,7 @@ from fuzz.verbs import VERBS
 
 TARGETS = READERS | VERBS
 OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "critical"}
-MEMORY_BYTES = 12 << 30
+MEMORY_BYTES = 6 << 30
 SHOWN = 3
 """Failures of a target that are printed."""
 

@@ -208,7 +208,8 @@ QWEN = LLAMA | {"model_type": "qwen3_moe", "num_experts": 4, "num_experts_per_to
     "change",
     [
         {"hidden_size": "x"}, {"vocab_size": 1e30}, {"num_hidden_layers": 10**18},
-        {"rope_theta": []}, {"rms_norm_eps": "x"}, {"rope_scaling": {"rope_type": "llama3", "factor": {}}},
+        {"rope_theta": []}, {"rms_norm_eps": "x"},
+        {"rope_scaling": {"rope_type": "llama3", "factor": {}}},
         {"num_attention_heads": 0}, {"vocab_size": [3]}, {"model_type": ["llama"]},
         QWEN | {"num_hidden_layers": 10**18}, QWEN | {"decoder_sparse_step": "x"},
         QWEN | {"num_experts_per_tok": None}, QWEN | {"mlp_only_layers": 3},
