@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from megascale.resilience.failures import Cause, culprit
+from megascale.resilience.failures import Cause, cause_of_rank, culprit, killed_by
 from megascale.resilience.processes import die_with_parent
 
 
@@ -22,6 +22,7 @@ def main(words: list[str]) -> int:
     die_with_parent()
     # ranks inherit this until they can save; the driver repeats the signal until they do
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import parse_args, run
 
@@ -31,6 +32,9 @@ def main(words: list[str]) -> int:
         return 0
     except ChildFailedError as error:
         cause = culprit([_cause(rank, failure) for rank, failure in error.failures.items()])
+    except SignalException as error:
+        how, kind = killed_by(error.sigval)
+        cause = Cause(f"torchrun was {how}", time.time(), kind=kind)
     except Exception as error:
         cause = Cause(f"{type(error).__name__}: {error}", time.time())
     Path(verdict).write_text(json.dumps(cause.to_json()), encoding="utf-8")
@@ -38,14 +42,10 @@ def main(words: list[str]) -> int:
 
 
 def _cause(rank: int, failure: Any) -> Cause:
-    said: Any = failure.message
+    said: Any = failure.error_file_data.get("message")
     if isinstance(said, Mapping):
         said = said["message"]
-    if failure.exitcode < 0:
-        said = f"killed by {failure.signal_name()}"
-    elif failure.error_file_data.get("message") is None:
-        said = f"ended with status {failure.exitcode}"
-    return Cause(str(said), float(failure.timestamp), rank)
+    return cause_of_rank(rank, failure.exitcode, said, float(failure.timestamp))
 
 
 if __name__ == "__main__":

@@ -6,12 +6,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import IO, TypeVar
 
-from megascale.errors import UserError
+from megascale.errors import StorageError, UserError
 from megascale.resilience.driver import is_driven
 from megascale.resilience.lock import HELD_S, hold
 from megascale.runtime.distributed import Ranks, broadcast_bytes
+from megascale.train.ready import refuse_used_folder
 
 Value = TypeVar("Value")
+_STORAGE = "!"
+"""Begins a problem of rank 0 that is one of a file system."""
 
 
 class RunFolder:
@@ -57,16 +60,18 @@ class RunFolder:
 
 
 def on_first_rank(ranks: Ranks, action: Callable[[], object]) -> None:
-    """Run `action` on rank 0; its UserError or OSError becomes a UserError on every rank."""
-    problem = b""
+    """Run `action` on rank 0; all ranks raise its UserError, and a StorageError for its OSError."""
+    problem = ""
     if ranks.rank == 0:
         try:
             action()
         except (UserError, OSError) as error:
-            problem = str(error).encode() or type(error).__name__.encode()
-    problem = broadcast_bytes(problem, ranks)
+            is_storage = isinstance(error, (StorageError, OSError))
+            problem = f"{_STORAGE if is_storage else ' '}{str(error) or type(error).__name__}"
+    problem = broadcast_bytes(problem.encode(), ranks).decode()
     if problem:
-        raise UserError(problem.decode())
+        kind = StorageError if problem[0] == _STORAGE else UserError
+        raise kind(problem[1:])
 
 
 def _enter(folder: Path, resume: str | None) -> IO[str]:
@@ -87,9 +92,5 @@ def _enter(folder: Path, resume: str | None) -> IO[str]:
             f"run_dir {folder} is in use by another run ({holder}); "
             "stop that one or set another run_dir"
         )
-    if resume is None and (folder / "config.yaml").exists():
-        raise UserError(
-            f"run_dir {folder} already holds a run; continue it with --resume auto, or branch "
-            "off into a new folder with run_dir=..."
-        )
+    refuse_used_folder(folder, resume)
     return lock

@@ -30,6 +30,7 @@ from megascale.monitor.story import SPENT
 from megascale.monitor.stragglers import IN_A_ROW, RankLog, StragglerWatch
 from megascale.optim.schedule import joints, lr_at
 from megascale.runtime.distributed import Ranks
+from megascale.runtime.logs import say
 from megascale.train.evaluate import HeldoutScore
 from megascale.train.feed import PlannedBatch
 from megascale.train.folder import RunFolder
@@ -295,7 +296,7 @@ class Report:
 
     def _say(self, text: str) -> None:
         if self._speaks:
-            print(text, flush=True)
+            say(text)
 
     def _event(self, kind: str, **fields: Any) -> None:
         if self._speaks:
