@@ -156,7 +156,16 @@ class LocalRanks:
         """Some rank was asked to stop while there was nothing for it to save."""
 
     def start(self, port: int) -> None:
-        """Start all ranks, which meet on `port` of this machine."""
+        """Start all ranks, which meet on `port` of this machine. Raises UserError where that cannot
+        be."""
+        try:
+            self._start(port)
+        except OSError as error:
+            raise UserError(
+                f"{self._job.count} ranks cannot be started here ({error.strerror}); start fewer"
+            ) from None
+
+    def _start(self, port: int) -> None:
         for rank in range(self._job.count):
             with self._output(rank).open("wb") as output:
                 process = subprocess.Popen(

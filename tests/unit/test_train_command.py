@@ -31,7 +31,7 @@ def config(tmp_path, monkeypatch):
         (["--ranks=0"], "--ranks must be at least 1"),
         (["--ranks=two"], "--ranks must be a whole number"),
         (["--ranks=5000"], "--ranks must be at most 1024"),
-        (["--ranks=2", "parallel.tensor=3"], "must divide the 2 ranks started"),
+        (["--ranks=3", "parallel.tensor=2"], "must divide the 3 ranks started"),
         (["--ranks=2", "modle.num_layers=3"], "did you mean 'model'"),
         (["--ranks=2", "device=cuda"], "device = cuda, but torch sees no CUDA device"),
     ],
