@@ -47,7 +47,7 @@ POLL_S = 0.1
 REPORTS_S = 3.0
 """For the other ranks to end and to say why, after the first has failed."""
 LOST_S = 20.0
-"""The same, while all that have ended only lost a peer."""
+"""The same, while all that have ended only lost a peer, or stopped as they were asked."""
 AT_ONCE_S = 5.0
 """For ranks that are stopped at once to note it, before they are killed."""
 
@@ -252,8 +252,7 @@ class LocalRanks:
             self._causes[rank] = cause_of_rank(rank, status, message, when)
 
     def _patience_s(self) -> float:
-        causes = self._causes.values()
-        only_lost = not self._ended_early and all(cause.lost_a_peer for cause in causes)
+        only_lost = all(cause.lost_a_peer for cause in self._causes.values())
         return LOST_S if only_lost else REPORTS_S
 
     def _send(self, number: signal.Signals) -> None:
