@@ -8,10 +8,12 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from importlib import import_module
-from typing import NoReturn
+from itertools import pairwise
+from typing import Any, NoReturn
 
 from megascale import __version__
 from megascale.errors import RankError, UserError
+from megascale.runtime.leaving import ends_with
 
 VERBS = {
     "prepare": (
@@ -162,11 +164,17 @@ VERBS = {
 }
 
 HELP = ("-h", "--help")
+CONFIG_KIND = "megascale.config:RunConfig"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb; returns the exit status: 0, or 2 for bad input, in one line on stderr."""
-    words = list(sys.argv[1:] if argv is None else argv)
+    status = _status_of(list(sys.argv[1:] if argv is None else argv))
+    ends_with(status)
+    return status
+
+
+def _status_of(words: list[str]) -> int:
     try:
         status = _answer(words)
         sys.stdout.flush()  # here, where a reader that has left is no error
@@ -220,7 +228,31 @@ def _run(verb: str, words: list[str]) -> int:
     declare: Callable[[argparse.ArgumentParser], None] = getattr(provider, f"add_{name}_arguments")
     declare(parser)
     run: Callable[[argparse.Namespace], int] = getattr(provider, f"run_{name}")
-    return run(parser.parse_intermixed_args(words))
+    args, unknown = parser.parse_known_intermixed_args(words)
+    if unknown:
+        raise UserError(_unknown_flag(verb, unknown[0], words, hasattr(args, "overrides")))
+    return run(args)
+
+
+def _unknown_flag(verb: str, flag: str, words: Sequence[str], has_overrides: bool) -> str:
+    """What is wrong with a flag, and what would work where it names an option of a config."""
+    text = f"unrecognized argument {flag}"
+    if has_overrides and flag.startswith("--"):
+        from megascale.config.load import options_called
+
+        name, equals, value = flag.removeprefix("--").partition("=")
+        after = next((b for a, b in pairwise(words) if a == flag and not b.startswith("-")), "...")
+        kind = "megascale.corpus.recipe:Recipe" if verb == "prepare" else CONFIG_KIND
+        found = options_called(_load(kind), name.replace("-", "_"))
+        if found:
+            value = value if equals else after
+            return f"{text}; write it as {' or '.join(f'{option}={value}' for option in found)}"
+    return f"{text}; 'megascale {verb} --help' says what would work"
+
+
+def _load(where: str) -> Any:
+    module, name = where.split(":")
+    return getattr(import_module(module), name)
 
 
 class _Parser(argparse.ArgumentParser):

@@ -131,7 +131,7 @@ ORDER = (
     "verl_kk",
     "megatron_core",
 )
-MODELESS = ("flexsp", "lpt", "verl_kk", "megatron_core")
+MODELESS = ("flexsp", "megatron_core")
 """Planners that decide the same in every mode; they run once per scenario."""
 
 

@@ -11,7 +11,6 @@ The peers take steps in turn in one process; the ratio is that of the medians.
 from __future__ import annotations
 
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -29,11 +28,11 @@ from plain_gpt import PlainGpt
 from megascale.config import RunConfig, finalize, parse_config
 from megascale.corpus.batches import Cursor, GlobalBatches
 from megascale.corpus.describe import describe
+from megascale.corpus.length import is_over
 from megascale.corpus.shards import Shard, ShardWriter
 from megascale.mesh.packing import MicroBatch
 from megascale.mesh.reader import MicroBatchReader, TokenSource
 from megascale.model.build import build_model, pack_multiple
-from megascale.model.counts import padded_vocab_size
 from megascale.optim.build import build_optimizer
 from megascale.runtime import distributed
 from megascale.runtime.distributed import Ranks
@@ -87,7 +86,9 @@ class OurStep:
         self.plan_lengths = partial(plan_lengths, config, ranks.layout)
         plans = start_plans(config.planner, ranks, None)
         problem_of = partial(step_problem, config, ranks.layout)
-        self.feed = Feed(self.batches, problem_of, ranks, plans, config.planner.ahead_steps)
+        over = partial(is_over, train=config.train)
+        ahead = config.planner.ahead_steps
+        self.feed = Feed(self.batches, problem_of, ranks, plans, ahead, over)
         source = TokenSource("random", shard, EOD, VOCAB)
         self.reader = MicroBatchReader([source], 0, pack_multiple(config), ranks.device)
         self.cursor = Cursor()
@@ -98,7 +99,7 @@ class OurStep:
         return list(self.reader.read(self.plan_lengths(batch.length), batch))
 
     def __call__(self) -> None:
-        planned = self.feed.take(self.cursor, end=sys.maxsize)
+        planned = self.feed.take(self.cursor)
         train_step(
             self.learner,
             self.reader.read(planned.plan, planned.batch),
@@ -164,7 +165,7 @@ class PlainStep:
     """The plain model on as many whole contexts as a batch of ours holds."""
 
     def __init__(self, config: RunConfig) -> None:
-        self.model = PlainGpt(config.model, padded_vocab_size(config.model))
+        self.model = PlainGpt(config.model)
         self.optimizer = torch.optim.AdamW(
             self.model.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True
         )

@@ -1,8 +1,10 @@
 """Planners of others that are not part of the package, behind the same interface as ours.
 
 `verl_kk`, `lpt` and `lpt_best` are written from their descriptions, `megatron_core` runs the
-scheduler of the installed megatron-core. But for `lpt_best` they know no modes: what they decide is
-completed for the mode asked.
+scheduler of the installed megatron-core. `verl_kk`, `lpt` and `lpt_best` run at least as many
+micro-batches as a pipeline has stages, where there are sequences for it: how many tokens a
+micro-batch holds is a setting of theirs. Beyond that only `lpt_best` knows modes: what the others
+decide is completed for the mode asked. megatron-core's scheduler refuses pipelines.
 """
 
 from __future__ import annotations
@@ -43,20 +45,34 @@ def plan_lpt(problem: Problem) -> StepPlan:
     """
     began = time.perf_counter()
     size = static_sizes(problem)[0]
-    return complete(problem, _longest_first(problem, size), began)
+    return complete(problem, _longest_first(problem, size, _stage_room(problem, size)), began)
 
 
 def plan_lpt_best(problem: Problem) -> StepPlan:
-    """`plan_lpt` with the static ring size that proves best for this batch, mode and cost."""
+    """`plan_lpt` with the static ring size that proves best for this batch, mode and cost.
+
+    Micro-batches hold what memory allows or what a pipeline asks for, whichever proves better.
+    """
     began = time.perf_counter()
     plans = [
-        complete(problem, _longest_first(problem, size), began) for size in static_sizes(problem)
+        complete(problem, _longest_first(problem, size, room), began)
+        for size in static_sizes(problem)
+        for room in {size * problem.capacity, _stage_room(problem, size)}
     ]
     return min(plans, key=lambda plan: plan.predicted_s)
 
 
-def _longest_first(problem: Problem, size: int) -> list[Placed]:
-    lengths, room = problem.lengths.tolist(), size * problem.capacity
+def _stage_room(problem: Problem, size: int) -> int:
+    """Most tokens of a micro-batch, so that every ring has one for each pipeline stage."""
+    room = size * problem.capacity
+    if problem.pipeline == 1:
+        return room
+    even = -(-int(problem.lengths.sum()) * size // (problem.num_ranks * problem.pipeline))
+    return min(room, max(even, int(problem.lengths.max(initial=1))))
+
+
+def _longest_first(problem: Problem, size: int, room: int) -> list[Placed]:
+    lengths = problem.lengths.tolist()
     seconds = (problem.cost.compute_s(problem.lengths) / size).tolist()
     groups: list[list[list[int]]] = [[] for _ in range(problem.num_ranks // size)]
     rooms: list[list[int]] = [[] for _ in groups]
@@ -79,9 +95,9 @@ def _longest_first(problem: Problem, size: int) -> list[Placed]:
 def plan_verl_kk(problem: Problem) -> StepPlan:
     """Karmarkar-Karp twice, as verl does: equal counts for static rings, then micro-batches.
 
-    All rings run as many micro-batches as the fullest needs by its tokens. A micro-batch may
-    hold more than its capacity: verl does not look. Sequences are padded with empty ones where
-    the rings do not divide their number.
+    All rings run as many micro-batches as the fullest needs by its tokens, and as a pipeline has
+    stages if every ring has so many sequences. A micro-batch may hold more than its capacity: verl
+    does not look. Sequences are padded with empty ones where the rings do not divide their number.
     """
     began = time.perf_counter()
     size = static_sizes(problem)[0]
@@ -92,6 +108,7 @@ def plan_verl_kk(problem: Problem) -> StepPlan:
     parts = [[i for i in part if i < len(lengths)] for part in parts]
     fullest = max(sum(lengths[i] for i in part) for part in parts)
     num_micro_batches = -(-fullest // (size * problem.capacity))
+    num_micro_batches = max(num_micro_batches, min(problem.pipeline, *map(len, parts)))
     groups = []
     for part in parts:
         own = [work[i] for i in part]

@@ -90,10 +90,12 @@ class PlainLayer(nn.Module):
 
 
 class PlainGpt(nn.Module):
-    """The whole model; token ids (B, T) -> logits (B, T, V)."""
+    """The whole model; token ids (B, T) -> logits (B, T, V) of its ids, without padded rows."""
 
-    def __init__(self, model: ModelConfig, rows: int) -> None:
+    def __init__(self, model: ModelConfig) -> None:
         super().__init__()
+        assert model.vocab_size is not None  # it is finalized
+        rows = model.vocab_size
         self.embedding = nn.Embedding(rows, model.hidden_size)
         self.layers = nn.ModuleList(PlainLayer(model) for _ in range(model.num_layers))
         self.final_layernorm = nn.RMSNorm(model.hidden_size, model.norm_eps)
@@ -114,6 +116,8 @@ class PlainGpt(nn.Module):
             if not isinstance(value, torch.Tensor):
                 continue
             name = name.replace("embedding.word_embeddings", "embedding").replace("decoder.", "")
+            if name.endswith(("embedding.weight", "output_layer.weight")):
+                value = value[: self.embedding.num_embeddings]
             renamed[name.replace("module.", "")] = value
         if self.output_layer.weight is self.embedding.weight:
             renamed["output_layer.weight"] = renamed["embedding.weight"]

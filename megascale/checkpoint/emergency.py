@@ -81,8 +81,7 @@ class Emergency:
         self._hosts, self._nodes = hosts, nodes
         self._peers = _Peers(nodes, mine, nodes[mine].index(ranks.rank))
         run = Path(run_dir).resolve()
-        key = f"{run.name[:64]}-{xxhash.xxh3_64_hexdigest(str(run).encode())}"
-        home = Path(directory) / name / key
+        home = Path(directory) / name / folders.copies_name(run)
         identity = self._identity(folders.checkpoints_dir(run), anew)
         self.checkpoints = home / identity / "checkpoints"
         self._prepare(home)

@@ -8,6 +8,8 @@ from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+import xxhash
+
 from megascale.errors import UserError
 
 LATEST = "latest"
@@ -22,6 +24,11 @@ REPLACED = ".old-"
 def checkpoints_dir(run_dir: str | Path) -> Path:
     """Where the checkpoints of a run are."""
     return Path(run_dir) / "checkpoints"
+
+
+def copies_name(run_dir: Path) -> str:
+    """Name of the folder that holds a run's emergency copies on a node; `run_dir` is resolved."""
+    return f"{run_dir.name[:64]}-{xxhash.xxh3_64_hexdigest(str(run_dir).encode())}"
 
 
 def name_of(step: int) -> str:
@@ -130,6 +137,7 @@ def whole_or_not_at_all(out: Path) -> Iterator[Path]:
         out.parent.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(unfinished, ignore_errors=True)
         yield unfinished
+        sync_folder(unfinished)
         unfinished.rename(out)
         sync_folder(out.parent)
     except OSError as error:

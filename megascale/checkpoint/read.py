@@ -18,13 +18,13 @@ from torch.distributed.checkpoint.planner import LoadPlan, ReadItem
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
 from megascale.checkpoint.ranges import Shape
-from megascale.checkpoint.shards import MASTER, OPTIMIZER_PREFIX, Box
+from megascale.checkpoint.repad import MASTER_PREFIX, fits, repadded
+from megascale.checkpoint.shards import OPTIMIZER_PREFIX, Box
 from megascale.checkpoint.storage import Index, one_line, read_index
 from megascale.errors import UserError
 from megascale.runtime.distributed import Ranks
 
 Description = tuple[tuple[int, ...], torch.dtype | None]
-MASTER_PREFIX = f"{OPTIMIZER_PREFIX}{MASTER}."
 ROUTER_STATE = ("router.load_E", "router.earlier_E", "router.bias_E")
 """Of the runs that trained them; a model that starts from another does without."""
 
@@ -115,6 +115,10 @@ def _fill(
     bring: Callable[[set[str]], None] | None = None,
 ) -> None:
     """Read boxes; one that all ranks of a group hold is read by one of them, who sends it on."""
+    moved = repadded(index, wanted)
+    apart = {id(box) for one in moved for box in one.live.values()}
+    wanted = [box for box in wanted if id(box) not in apart]
+    wanted += [box for one in moved for box in one.read.values()]
     shared = _shared(wanted, ranks)
     taken = {id(one.box) for one in shared}
     others = [box for box in wanted if id(box) not in taken]
@@ -129,6 +133,8 @@ def _fill(
     _raise_together(error, ranks)
     for one in shared:
         dist.broadcast(one.box.live(), one.reader, group=one.group)
+    for state in moved:
+        state.write()
 
 
 @dataclass(frozen=True)
@@ -220,7 +226,7 @@ def _plan(index: Index, wanted: list[Box]) -> LoadPlan:
         by_key.setdefault(box.key, []).append(box)
     for key, boxes in by_key.items():
         stored = index.tensors.get(key)
-        if stored is None or tuple(stored.size) != boxes[0].global_shape:
+        if stored is None or not fits(key, tuple(stored.size), boxes[0].global_shape):
             continue  # named, once for all ranks, by _check_same_tensors
         chunks = [ChunkStorageMetadata(torch.Size(b.offset), torch.Size(b.shape)) for b in boxes]
         found = create_read_items_for_chunk_list(key, stored, chunks)
@@ -252,13 +258,20 @@ def _check_same_tensors(
         asked |= of_rank
     keys = asked.keys() | stored.keys()
     for key in sorted(keys, key=lambda key: (key.startswith(OPTIMIZER_PREFIX), key)):
-        if asked.get(key) != stored.get(key):
+        if not _same(key, stored.get(key), asked.get(key)):
             raise UserError(
                 f"checkpoint {folder} does not fit this run: tensor {key} is "
                 f"{_describe(stored.get(key))} there and {_describe(asked.get(key))} here; "
-                "take the model, train.precision and optim (with SOAP, parallel.tensor too) that "
-                "it was written with (its config is in manifest.json)"
+                "take the model, train.precision and optim (with SOAP, parallel.tensor and "
+                "model.vocab_multiple too) that it was written with (its config is in "
+                "manifest.json)"
             )
+
+
+def _same(key: str, stored: Description | None, asked: Description | None) -> bool:
+    if stored is None or asked is None:
+        return stored is asked
+    return stored[1] == asked[1] and fits(key, stored[0], asked[0])
 
 
 def _describe(tensor: Description | None) -> str:

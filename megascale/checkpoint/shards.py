@@ -9,6 +9,9 @@ the global tensors, and any layout can be loaded into any other, with no gatheri
 SOAP's averages and bases belong to a matrix as its tensor rank holds it, so their global tensors
 have the matrix's place in the weight, in matrices, as two axes before their own; resuming with
 another number of tensor ranks is refused, because then they have other shapes.
+
+Padded rows of the vocabulary are left out, so a checkpoint does not depend on the padding. Only
+what SOAP keeps in a basis over the rows has them: it is not a row for each id.
 """
 
 from __future__ import annotations
@@ -25,6 +28,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTenso
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
 from megascale.checkpoint.ranges import Shape, boxes_of_range
+from megascale.model.vocabulary import ids_among
 from megascale.optim.soap import SIDES, Soap
 
 OPTIMIZER_PREFIX = "optimizer.state."
@@ -78,6 +82,8 @@ class _Held:
     stop: int
     replicas: int
     """Data-parallel ranks that hold the same elements."""
+    in_row_basis: bool = False
+    """SOAP's state in a basis over the rows of the weight, the padded ones included."""
 
 
 def boxes(model: Any, optimizer: Any | None, to_write: bool = False) -> list[Box]:
@@ -95,10 +101,13 @@ def boxes(model: Any, optimizer: Any | None, to_write: bool = False) -> list[Box
         weight, parts = entry.data, _parts(entry)
         parts_of[id(weight)] = parts
         held = _Held("", partial(_itself, weight), 0, weight.numel(), _replicas(weight))
-        found += _boxes(parts, held, to_write)
+        found += _boxes([_without_padding(part, weight) for part in parts], held, to_write)
     for inner in inner_optimizers(optimizer):
         for weight, held in _held_state(inner, model):
-            found += _boxes(parts_of[id(weight)], held, to_write)
+            parts = parts_of[id(weight)]
+            if not held.in_row_basis:
+                parts = [_without_padding(part, weight) for part in parts]
+            found += _boxes(parts, held, to_write)
         for weight, dim, held in _held_factors(inner, model):
             parts = [_factor_part(part, dim) for part in parts_of[id(weight)]]
             found += _boxes(parts, held, to_write)
@@ -175,6 +184,19 @@ def _part(piece: ShardedTensor, whole: torch.Tensor) -> _Part:
     )
 
 
+def _without_padding(part: _Part, weight: torch.Tensor) -> _Part:
+    """The rows of a weight of the vocabulary that belong to ids; any other weight as it is."""
+    num_ids = getattr(weight, "num_ids", None)
+    if num_ids is None:
+        return part
+    rows = ids_among(part.shape[0], part.offset[0], num_ids)
+    return replace(
+        part,
+        global_shape=(num_ids, *part.global_shape[1:]),
+        shape=(rows, *part.shape[1:]),
+    )
+
+
 def _held_state(inner: Any, model: Any) -> Iterator[tuple[torch.Tensor, _Held]]:
     """(parameter, state) for the master weight, where it is a copy, and each moment."""
     for weight, main, start, stop in _main_parameters(inner, model):
@@ -182,8 +204,10 @@ def _held_state(inner: Any, model: Any) -> Iterator[tuple[torch.Tensor, _Held]]:
         holders = {name: partial(_state, inner.optimizer, main, name) for name in MOMENTS}
         if main.dtype != weight.dtype:
             holders[MASTER] = partial(_itself, main)
+        turned = "left_basis" in inner.optimizer.state.get(main, {})
         for name, holder in holders.items():
-            yield weight, _Held(f"{OPTIMIZER_PREFIX}{name}.", holder, start, stop, replicas)
+            prefix, in_basis = f"{OPTIMIZER_PREFIX}{name}.", turned and name != MASTER
+            yield weight, _Held(prefix, holder, start, stop, replicas, in_basis)
 
 
 def _held_factors(inner: Any, model: Any) -> Iterator[tuple[torch.Tensor, int, _Held]]:

@@ -27,6 +27,9 @@ from megascale.checkpoint.storage import (
     write_index,
     write_tensors,
 )
+from megascale.config import parse_config
+from megascale.errors import UserError
+from megascale.model.vocabulary import VOCABULARY
 
 
 @dataclass(frozen=True)
@@ -49,7 +52,8 @@ class Piece:
 
 @dataclass(frozen=True)
 class Tensors:
-    """The global tensors of a verified checkpoint."""
+    """The global tensors of a verified checkpoint, without the padded rows of the vocabulary that
+    earlier versions saved."""
 
     found: Found
     moment: str = ""
@@ -59,6 +63,19 @@ class Tensors:
     def _index(self) -> Index:
         return read_index(self.found.folder)
 
+    @cached_property
+    def _num_ids(self) -> int | None:
+        """Of the model that the manifest describes; None where it describes none."""
+        try:
+            return parse_config(self.found.manifest.position.config).model.vocab_size
+        except UserError:
+            return None
+
+    def _without_padding(self, key: str, shape: Shape) -> Shape:
+        if self._num_ids is None or not key.endswith(VOCABULARY):
+            return shape
+        return (min(shape[0], self._num_ids), *shape[1:])
+
     @property
     def shapes(self) -> Mapping[str, Shape]:
         """Global shapes of the weights by key, in order of key, without the optimizer's state; or
@@ -66,7 +83,10 @@ class Tensors:
 
         Raises UserError where the index is refused.
         """
-        stored = {key: tuple(one.size) for key, one in sorted(self._index.tensors.items())}
+        stored = {
+            key: self._without_padding(key, tuple(one.size))
+            for key, one in sorted(self._index.tensors.items())
+        }
         if self.moment:
             prefix = moment_key(self.moment, "")
             return {k[len(prefix) :]: size for k, size in stored.items() if k.startswith(prefix)}
@@ -82,7 +102,7 @@ class Tensors:
         """
         master = f"{OPTIMIZER_PREFIX}{self.moment or MASTER}.{key}"
         key = master if master in self._index.tensors else key
-        whole = tuple(self._index.tensors[key].size)
+        whole = self._without_padding(key, tuple(self._index.tensors[key].size))
         offset += (0,) * (len(whole) - len(offset))
         shape = shape or ()
         shape += tuple(n - o for n, o in zip(whole, offset, strict=True))[len(shape) :]

@@ -10,19 +10,22 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, get_args
 
 from megascale.config.schema import OptimConfig, SegmentConfig
 from megascale.errors import UserError
 
 T = TypeVar("T")
 Segments = tuple[SegmentConfig, ...]
+Curve = Literal["cosine", "infinite", "wsd", "constant", "anneal"]
 AnnealShape = Literal["exponential", "linear", "cosine"]
 
 RATES = ("lr", "min_lr", "constant_lr")
 LENGTHS = ("warmup_tokens", "cooldown_tokens", "anneal_tokens")
+USUAL_PERCENT = {"warmup_tokens": 1, "cooldown_tokens": 60, "anneal_tokens": 10}
+"""Of the run, for each of LENGTHS."""
 OPTIONS = (*RATES, *LENGTHS, "cooldown_shape", "anneal_shape")
-USED = {
+USED: dict[Curve, tuple[str, ...]] = {
     "cosine": ("lr", "min_lr", "warmup_tokens"),
     "infinite": OPTIONS,
     "wsd": ("lr", "min_lr", "warmup_tokens", "anneal_tokens", "anneal_shape"),
@@ -53,6 +56,35 @@ def expand(optim: OptimConfig, tokens: int) -> OptimConfig:
     _check(optim)
     done: dict[str, Any] = dict.fromkeys(("curve", *OPTIONS))
     return replace(optim, schedule=CURVES[curve](optim, tokens), **done)
+
+
+def options_of(schedule: Segments) -> OptimConfig | None:
+    """The curve with the options that give `schedule`; None where no curve gives it."""
+    if len(schedule) < 2:
+        return None
+    first, second, last = schedule[0], schedule[1], schedule[-1]
+    options: dict[str, Any] = {
+        "lr": first.lr,
+        "min_lr": last.lr,
+        "warmup_tokens": first.tokens,
+        "cooldown_tokens": second.tokens,
+        "cooldown_shape": second.shape,
+        "constant_lr": second.lr,
+        "anneal_tokens": schedule[-2].tokens,
+        "anneal_shape": schedule[-2].shape,
+    }
+    tokens = sum(segment.tokens or 0 for segment in schedule)
+    for curve, names in USED.items():
+        shapes = {options[name] for name in names if name.endswith("_shape")}
+        if not shapes <= set(get_args(AnnealShape)):
+            continue
+        named = OptimConfig(curve=curve, **{name: options[name] for name in names})
+        try:
+            if expand(named, tokens).schedule == schedule:
+                return named
+        except UserError:
+            continue
+    return None
 
 
 def _check(optim: OptimConfig) -> None:
@@ -92,6 +124,7 @@ def _infinite(optim: OptimConfig, tokens: int) -> Segments:
     rate = _or(optim.constant_lr, (lr + min_lr) / 2)
     fall = SegmentConfig(shape=optim.cooldown_shape or "cosine", tokens=cooldown, lr=rate)
     shape = optim.anneal_shape or "exponential"
+    _require_parts_within(optim, tokens)
     hold = _hold(rate, warmup + cooldown, anneal, tokens)
     return (_rise(warmup, lr), fall, *hold, *_anneal_to(min_lr, anneal, shape))
 
@@ -101,6 +134,7 @@ def _wsd(optim: OptimConfig, tokens: int) -> Segments:
     lr, min_lr = _rates(optim)
     warmup = _warmup_tokens(optim, tokens)
     anneal = _or(optim.anneal_tokens, max(1, tokens // 10))
+    _require_parts_within(optim, tokens)
     hold = _hold(lr, warmup, anneal, tokens)
     shape = optim.anneal_shape or "linear"
     return (_rise(warmup, lr), *hold, *_anneal_to(min_lr, anneal, shape))
@@ -145,6 +179,17 @@ def _warmup_tokens(optim: OptimConfig, tokens: int) -> int:
 
 def _rise(tokens: int, lr: float) -> SegmentConfig:
     return SegmentConfig(shape="linear", tokens=tokens, lr=lr)
+
+
+def _require_parts_within(optim: OptimConfig, tokens: int) -> None:
+    """Raise UserError for an option that alone is longer than a run which needs room for all."""
+    for name, percent in USUAL_PERCENT.items():
+        length = getattr(optim, name)
+        if length is not None and length > tokens and optim.anneal_tokens != 0:
+            raise UserError(
+                f"optim.{name} = {length} is above train.tokens = {tokens}; set optim.{name}="
+                f"{max(1, tokens * percent // 100)}, {percent} % of the run, or lengthen the run"
+            )
 
 
 def _hold(rate: float, begin: int, anneal: int, tokens: int) -> Segments:

@@ -45,6 +45,8 @@ NOT_NEGATIVE = {
 }
 """Options by section of the config; what is None is fine."""
 
+MOST_DIVISOR = 100_000
+"""Largest value that is tried for a suggestion."""
 LOSSES = ("global", "micro", "sequence", "none")
 BALANCES_WITH = {
     "balance_weight": LOSSES,
@@ -82,7 +84,7 @@ class Layout:
             raise UserError(
                 f"parallel.tensor * parallel.pipeline = {model_ranks} must divide the {world} "
                 f"ranks started; start {model_ranks * max(1, world // model_ranks)} ranks, "
-                "or change them"
+                f"or set {_nearest_cut(config, world)}"
             )
         hdp = world // model_ranks
         if hdp % cut.expert:
@@ -93,6 +95,22 @@ class Layout:
             )
         _require_room(config, hdp)
         return Layout(world, cut.tensor, cut.pipeline, cut.expert, hdp)
+
+
+def _nearest_cut(config: RunConfig, world: int) -> str:
+    """The nearest tensor and pipeline sizes that fit the model and `world` ranks, as overrides."""
+    cut, model = config.parallel, config.model
+    fits = [
+        (tensor, pipeline)
+        for tensor in _divisors(math.gcd(*_cut_by_tensor(model).values()))
+        for pipeline in _divisors(model.num_layers)
+        if world % (tensor * pipeline) == 0
+    ]
+    tensor, pipeline = min(
+        fits, key=lambda one: abs(one[0] - cut.tensor) + abs(one[1] - cut.pipeline)
+    )
+    words = [f"parallel.tensor={tensor}"] * (tensor != cut.tensor)
+    return " ".join(words + [f"parallel.pipeline={pipeline}"] * (pipeline != cut.pipeline))
 
 
 def _require_room(config: RunConfig, hdp: int) -> None:
@@ -271,11 +289,9 @@ def _validate_model(config: RunConfig) -> None:
     model, cut = config.model, config.parallel
     assert model.num_kv_heads is not None and model.head_dim is not None
     assert model.vocab_size is not None and model.ffn_hidden_size is not None
-    _divides("parallel.tensor", cut.tensor, "model.num_heads", model.num_heads)
-    _divides("parallel.tensor", cut.tensor, "model.num_kv_heads", model.num_kv_heads)
-    _divides("parallel.tensor", cut.tensor, "model.ffn_hidden_size", model.ffn_hidden_size)
-    _divides("parallel.pipeline", cut.pipeline, "model.num_layers", model.num_layers)
-    _divides("model.num_kv_heads", model.num_kv_heads, "model.num_heads", model.num_heads)
+    _divides("parallel.tensor", cut.tensor, _cut_by_tensor(model))
+    _divides("parallel.pipeline", cut.pipeline, {"model.num_layers": model.num_layers})
+    _divides("model.num_kv_heads", model.num_kv_heads, {"model.num_heads": model.num_heads})
     if model.head_dim % 2:
         raise UserError(
             f"model.head_dim = {model.head_dim} must be even, because rotary embeddings turn "
@@ -292,7 +308,7 @@ def _validate_model(config: RunConfig) -> None:
         return
     if model.parallel_block:
         raise UserError("model.parallel_block with model.moe is not built; set one of them off")
-    _divides("parallel.expert", cut.expert, "model.moe.num_experts", model.moe.num_experts)
+    _divides("parallel.expert", cut.expert, {"model.moe.num_experts": model.moe.num_experts})
     if not 1 <= model.moe.top_k <= model.moe.num_experts:
         raise UserError(
             f"model.moe.top_k = {model.moe.top_k} must be from 1 to model.moe.num_experts = "
@@ -344,11 +360,26 @@ def _validate_balance(moe: MoeConfig, num_layers: int) -> None:
             )
 
 
-def _divides(small_name: str, small: int, big_name: str, big: int) -> None:
-    if big % small == 0:
-        return
-    works = max(n for n in range(1, small + 1) if big % n == 0)
-    raise UserError(f"{small_name} = {small} does not divide {big_name} = {big}; {works} would")
+def _divides(name: str, value: int, wholes: Mapping[str, int]) -> None:
+    """Raise UserError where `value` does not divide all of `wholes`, with the nearest that does."""
+    for whole_name, whole in wholes.items():
+        if whole % value:
+            works = min(_divisors(math.gcd(*wholes.values())), key=lambda one: abs(one - value))
+            raise UserError(
+                f"{name} = {value} does not divide {whole_name} = {whole}; {works} would work"
+            )
+
+
+def _divisors(whole: int) -> list[int]:
+    return [one for one in range(1, min(whole, MOST_DIVISOR) + 1) if whole % one == 0]
+
+
+def _cut_by_tensor(model: ModelConfig) -> dict[str, int]:
+    """What parallel.tensor must divide, of a config that need not be finalized."""
+    kv_heads = model.num_kv_heads or model.num_heads
+    sizes = {"model.num_heads": model.num_heads, "model.num_kv_heads": kv_heads}
+    ffn = model.ffn_hidden_size
+    return sizes if ffn is None else sizes | {"model.ffn_hidden_size": ffn}
 
 
 def _validate_data(config: RunConfig) -> None:

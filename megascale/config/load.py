@@ -58,6 +58,11 @@ def load_config(
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "is not UTF-8 text"
         raise UserError(f"config {path}: {reason}; give the path of a YAML file") from None
+    if "inputs" in top_level_keys(text):
+        raise UserError(
+            f"{path} is the recipe of a corpus, not the config of a run; 'megascale prepare "
+            f"{path}' makes the corpus, which a config then names in data.sources"
+        )
     return parse_as(RunConfig, text, overrides, str(path), under)
 
 
@@ -90,6 +95,15 @@ def parse_as(
     return built
 
 
+def top_level_keys(text: str) -> set[str]:
+    """The keys of YAML text that is a mapping; none for anything else."""
+    try:
+        tree = _parse_yaml(text, "")
+    except UserError:
+        return set()
+    return {str(key) for key in tree} if isinstance(tree, dict) else set()
+
+
 def apply_overrides(tree: dict[str, Any], overrides: Sequence[str]) -> None:
     """Set what `a.b=c` overrides say in nested mappings.
 
@@ -97,6 +111,26 @@ def apply_overrides(tree: dict[str, Any], overrides: Sequence[str]) -> None:
     """
     for override in overrides:
         _apply_override(tree, override)
+
+
+def options_called(kind: type, name: str, prefix: str = "") -> list[str]:
+    """Dotted names of the options of a dataclass that are, or end in, `name`.
+
+    Those in lists and in mappings with names of the user's are not among them.
+    """
+    found = []
+    for key, hint in typing.get_type_hints(kind).items():
+        full = f"{prefix}{key}"
+        if full == name or full.endswith(f".{name}"):
+            found.append(full)
+        for inner in (hint, *get_args(hint)):
+            if (
+                is_dataclass(inner)
+                and isinstance(inner, type)
+                and get_origin(hint) not in (tuple, dict)
+            ):
+                found += options_called(inner, name, f"{full}.")
+    return found
 
 
 def dump_config(config: RunConfig) -> str:
@@ -211,6 +245,8 @@ def _name(key: Any, where: str) -> str:
 def _scalar(kind: type, value: Any, where: str) -> Any:
     if kind is int and isinstance(value, str):
         value = whole_number(value, where)
+    if kind is int and isinstance(value, float) and abs(value) <= LARGEST and value == int(value):
+        value = int(value)  # YAML has 1e9 as a float
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
     right_kind = isinstance(value, kind) and not (kind is not bool and isinstance(value, bool))
@@ -225,20 +261,22 @@ def whole_number(text: str, where: str, least: int = 0, most: int = LARGEST) -> 
 
     Raises UserError, which begins with `where`.
     """
-    number_and_suffix = r"\s*([0-9][0-9_]*(?:\.[0-9]+)?(?:e[0-9]{1,2})?)\s*([KMBGT]|[KMG]i)?\s*"
+    number_and_suffix = (
+        r"\s*([0-9][0-9_]*(?:\.[0-9]+)?(?:[eE]\+?[0-9]{1,2})?)\s*([KMBGT]|[KMG]i)?\s*"
+    )
     match = re.fullmatch(number_and_suffix, text)
     if match is None:
         wanted = f"from {least} to {most}" if most < LARGEST else "such as 4096, 20M or 8Ki"
         raise UserError(f"{where} must be a whole number {wanted}, not '{text}'")
     digits, suffix = match.group(1).replace("_", ""), match.group(2) or ""
-    number = float(digits) * (SUFFIXES | BINARY_SUFFIXES)[suffix]
-    if number != int(number):
+    value = float(digits) * (SUFFIXES | BINARY_SUFFIXES)[suffix]
+    if value != int(value):
         raise UserError(f"{where} must be a whole number, not {text}")
-    if number < least:
+    if value < least:
         raise UserError(f"{where} must be at least {least}, not {text}")
-    if number > most:
+    if value > most:
         raise UserError(f"{where} must be at most {most}, not {text}")
-    return int(number)
+    return int(value)
 
 
 def _kind(value: Any) -> str:

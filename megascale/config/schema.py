@@ -123,7 +123,8 @@ class ModelConfig:
     """Token ids the model knows. Default: the largest vocabulary among the corpora."""
     vocab_multiple: int = 128
     """The embedding has a multiple of this (and of `parallel.tensor`) of rows, which suits matrix
-    units; the added rows are never a target and are masked out of the softmax by training."""
+    units. The added rows belong to no id: they have probability 0 in every softmax, and are not
+    saved. So this changes no model, and may change at a resume."""
     tied_embeddings: bool = True
     """Share the input embedding with the output head; saves parameters in small models."""
     rope_base: float = 10000.0
@@ -228,7 +229,8 @@ class StageConfig:
     """A stretch of training with one blend of sources."""
 
     tokens: int | None = None
-    """Loss tokens this stage lasts; None, allowed in the last stage only: to the end."""
+    """Loss tokens this stage lasts, to the end of the step that reaches them; None, allowed in the
+    last stage only: to the end."""
     blend: dict[str, float] = field(default_factory=dict)
     """Share of the stage's tokens per source name; normalised to sum to 1."""
 
@@ -246,8 +248,8 @@ class DataConfig:
     context_tokens: int = 1024
     """Longest sequence the model sees; longer documents are split, never dropped."""
     global_batch_tokens: ByLawInt = 32768
-    """Loss tokens of one optimizer step, to within one sequence per source. `steplaw`: what the
-    Step Law gives for `train.tokens`."""
+    """Loss tokens of one optimizer step, to within one sequence per source. A step takes at least
+    one sequence, also where that is more. `steplaw`: what the Step Law gives for `train.tokens`."""
     replay_fraction: float = 0.0
     """Part of every batch's tokens that is drawn again from what the runs behind
     `start.checkpoint` have read, so that less is forgotten; the other sources give that much
@@ -256,7 +258,8 @@ class DataConfig:
     """Sources may be made by different tokenizers, as where one tokenizer only adds ids to the
     other. If not, that is an error: the same ids would mean other text."""
     max_epochs: int | None = None
-    """Passes allowed over any source; needing more is an error. None: no limit."""
+    """Passes allowed over any source; a run that may need more is refused before it starts. None:
+    no limit."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -387,11 +390,15 @@ class SpikeConfig:
     action: Literal["warn", "skip", "rollback"] = "warn"
     """`warn` says so. `skip`: the update of such a step is left out, so that its data does no
     harm; when `patience_steps` in a row leap, that is taken for the new usual. `rollback`: so it
-    is for single steps, but when `patience_steps` in a row leap (or are not finite), weights and
-    optimizer go back to a checkpoint before the first of them, and to an earlier one if that does
-    not help. The data goes on, so that what led there is not read again."""
+    is for single steps, but when `patience_steps` in a row leap (or are not finite), weights,
+    optimizer and what is usual go back to a checkpoint before the first of them. If as many leap
+    again before a newer checkpoint is written, they go back to the checkpoint before that one, and
+    so on; where there is none, the run stops with an error. The data goes on, so that what led
+    there is not read again. No regular checkpoint is written in a step that leaps, nor in the
+    `patience_steps` after a rollback."""
     window_steps: int = 100
-    """Steps before, whose losses say what is usual; 0: no watch."""
+    """Steps before, whose losses say what is usual; leaps are not among them, and a new blend of
+    `data.stages` begins anew. 0: no watch."""
     deviations: float = 8.0
     """A loss leaps that lies so many standard deviations (robust: from the median absolute
     deviation) above their median."""
@@ -425,8 +432,9 @@ class EvalConfig:
     every_steps: int = 100
     """Steps between evaluations; 0: only at the end."""
     tokens: int = 200_000
-    """Held-out tokens read per source, about, in whole documents, the same ones every time; one
-    longer than a tenth of this is passed over where there are others. 0: none."""
+    """Held-out tokens that are scored per source, the same ones at every evaluation: all where
+    there are no more, else stretches of documents from all over the set, cut at
+    `data.context_tokens` as in training. 0: none."""
     forgetting_alarm: float | None = None
     """Nats per token by which the held-out loss of a source may rise above that at the start of a
     run with `start.checkpoint` before a warning. None: no warning."""
@@ -472,7 +480,9 @@ class MonitorConfig:
     tensorboard: bool = True
     """Write TensorBoard events beside `metrics.jsonl`."""
     trackers: tuple[Literal["wandb", "mlflow", "trackio"], ...] = ()
-    """Further trackers; each package must be installed."""
+    """Further trackers; each package must be installed (`megascale[trackers]`). They get rows from
+    threads of their own: what fails there is one warning. A resumed run continues its run there,
+    by the id in `trackers/` of the run folder; the config is its parameters."""
     profile_steps: tuple[int, int] | None = None
     """First and last step recorded with torch.profiler, as a Chrome trace in the run folder;
     None: no profile."""

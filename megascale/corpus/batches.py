@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from fractions import Fraction
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from megascale.config.schema import DataConfig, SourceConfig, StageConfig
+from megascale.corpus.cache import Int64Array
 from megascale.corpus.pieces import (
     NO_PIECES,
     Documents,
-    Int64Array,
     Order,
     PieceIndex,
     Pieces,
@@ -40,16 +42,14 @@ class SourceCursor:
 class Cursor:
     """Where the data stands between two steps; all that a resumed run needs to go on exactly.
 
-    Nominal tokens count `global_batch_tokens` per step; they decide where stages end and what
-    each source owes. A source that is in no current blend keeps its place.
+    Nominal tokens count `global_batch_tokens` per step; they decide what each source owes. A
+    source that is in no current blend keeps its place.
     """
 
     step: int = 0
     """Steps done."""
     tokens_seen: int = 0
-    """Loss tokens of those steps."""
-    nominal_tokens: int = 0
-    """Nominal tokens of those steps."""
+    """Loss tokens of those steps; they decide where stages end."""
     stage: int = 0
     """Index of the stage of the last step done."""
     stage_nominal_tokens: int = 0
@@ -63,9 +63,13 @@ class Cursor:
 
     @staticmethod
     def from_json(value: Any) -> Cursor:
-        """Inverse of `to_json`. Raises UserError where `value` is not a cursor."""
+        """Inverse of `to_json`. Raises UserError where `value` is not a cursor.
+
+        Versions before 0.2 also stored the nominal tokens of the run, which decide nothing now.
+        """
         try:
             sources = {str(name): SourceCursor(**one) for name, one in value["sources"].items()}
+            value = {key: field for key, field in value.items() if key != "nominal_tokens"}
             cursor = Cursor(**{**value, "sources": sources})
         except (AttributeError, KeyError, TypeError):
             raise UserError("data cursor: wrong or missing fields; the file is damaged") from None
@@ -108,14 +112,15 @@ class GlobalBatches:
     After k steps of a stage of share w, a source has given the first count of its pieces whose
     tokens reach w * k * global_batch_tokens, so its share is exact to within one sequence at
     every step. Where all sources have given that much already, because sequences are long beside
-    a batch, the one nearest to owing some gives one more: no batch is empty. Pieces come in the
-    order of a permutation of the whole source, a new one for each epoch. A step that begins at or
-    after the end of a stage belongs to the next one.
+    a batch, the source with the fewest tokens for its share gives one more piece: no batch is
+    empty, and shares still hold to within one sequence. Pieces come in the order of a permutation
+    of the whole source, a new one for each epoch. A step that begins at or after the end of a
+    stage, in loss tokens of the run, belongs to the next one.
     """
 
     def __init__(self, data: DataConfig, sources: Mapping[str, Documents], seed: int) -> None:
         self.names = tuple(data.sources)
-        self._data = data
+        self.data = data
         self._orders = {
             name: _order_of(sources[name], name, source, data.context_tokens, seed)
             for name, source in data.sources.items()
@@ -129,15 +134,15 @@ class GlobalBatches:
 
         Raises UserError where a source would be read more than `data.max_epochs` times.
         """
-        cursor = _enter_stage(cursor, self._data.stages)
-        stage_nominal_tokens = cursor.stage_nominal_tokens + self._data.global_batch_tokens
+        cursor = _enter_stage(cursor, self.data.stages)
+        stage_nominal_tokens = cursor.stage_nominal_tokens + self.data.global_batch_tokens
         sources, dealt = dict(cursor.sources), []
-        owed = {}
-        for name, share in shares(self._data.stages[cursor.stage]).items():
-            sources.setdefault(name, SourceCursor(self._data.sources[name].begin))
+        owed, blend = {}, shares(self.data.stages[cursor.stage])
+        for name, share in blend.items():
+            sources.setdefault(name, SourceCursor(self.data.sources[name].begin))
             owed[name] = math.ceil(share * stage_nominal_tokens) - sources[name].stage_tokens
         if max(owed.values()) <= 0:
-            owed[max(owed, key=lambda name: owed[name])] = 1
+            owed[min(blend, key=lambda name: sources[name].stage_tokens / blend[name])] = 1
         for name, need in owed.items():
             old = sources[name]
             pieces = self._take(name, old.pieces, need, cursor.step)
@@ -150,12 +155,23 @@ class GlobalBatches:
         after = Cursor(
             step=cursor.step + 1,
             tokens_seen=cursor.tokens_seen + batch.num_tokens,
-            nominal_tokens=cursor.nominal_tokens + self._data.global_batch_tokens,
             stage=cursor.stage,
             stage_nominal_tokens=stage_nominal_tokens,
             sources=sources,
         )
         return batch, after
+
+    def rates(self, stage: int) -> tuple[float, float]:
+        """Mean loss tokens and mean pieces of a step of a stage, over many steps.
+
+        Where a piece is longer than the batch, as the blend draws them, a step is one piece.
+        """
+        blend = shares(self.data.stages[stage])
+        pieces = sum(
+            float(share) / self._orders[name].tokens_per_piece for name, share in blend.items()
+        )
+        tokens = max(float(self.data.global_batch_tokens), 1 / pieces)
+        return tokens, tokens * pieces
 
     def _take(self, name: str, begin: int, need: int, step: int) -> Pieces:
         """The first pieces from the `begin`-th on that hold at least `need` tokens."""
@@ -172,7 +188,7 @@ class GlobalBatches:
         return join(parts)
 
     def _check_epochs(self, name: str, pieces: int, step: int) -> None:
-        limit = self._data.max_epochs
+        limit = self.data.max_epochs
         if limit is not None and pieces > self._orders[name].pieces_of(limit):
             raise UserError(
                 f"source '{name}' is used up at step {step}: data.max_epochs = {limit}; "
@@ -194,13 +210,13 @@ def _order_of(
 
 def _enter_stage(cursor: Cursor, stages: Sequence[StageConfig]) -> Cursor:
     """The cursor moved to the stage to which its next step belongs."""
-    stage = stage_at(cursor.nominal_tokens, stages)
+    stage = stage_at(cursor.tokens_seen, stages)
     return cursor if stage == cursor.stage else _at_stage(cursor, stage)
 
 
 def with_stages(cursor: Cursor, was: Sequence[StageConfig], now: Sequence[StageConfig]) -> Cursor:
     """The cursor of a run whose stages are others from here on: new shares count from now."""
-    stage = stage_at(cursor.nominal_tokens, now)
+    stage = stage_at(cursor.tokens_seen, now)
     if stage == cursor.stage and shares(was[stage]) == shares(now[stage]):
         return cursor
     return _at_stage(cursor, stage)
@@ -212,14 +228,14 @@ def _at_stage(cursor: Cursor, stage: int) -> Cursor:
     return replace(cursor, stage=stage, stage_nominal_tokens=0, sources=sources)
 
 
-def stage_at(nominal_tokens: int, stages: Sequence[StageConfig]) -> int:
-    """Index of the stage of a step that begins at `nominal_tokens`; the last one never ends."""
-    end = 0
-    for index, stage in enumerate(stages[:-1]):
-        end += stage.tokens or 0
-        if nominal_tokens < end:
-            return index
-    return len(stages) - 1
+def stage_ends(stages: Sequence[StageConfig]) -> list[int]:
+    """Tokens of the run at which each stage but the last ends; the last one never does."""
+    return list(accumulate(stage.tokens or 0 for stage in stages[:-1]))
+
+
+def stage_at(tokens_seen: int, stages: Sequence[StageConfig]) -> int:
+    """Index of the stage of a step that begins at `tokens_seen`."""
+    return bisect_right(stage_ends(stages), tokens_seen)
 
 
 def shares(stage: StageConfig) -> dict[str, Fraction]:
@@ -231,35 +247,6 @@ def shares(stage: StageConfig) -> dict[str, Fraction]:
 def used_sources(stages: Sequence[StageConfig]) -> tuple[str, ...]:
     """Names of the sources that some stage reads, each once."""
     return tuple(dict.fromkeys(name for stage in stages for name in shares(stage)))
-
-
-def num_steps(data: DataConfig, tokens: int) -> int:
-    """Steps of a run of `tokens`: the first count whose nominal tokens reach it."""
-    return -(-tokens // data.global_batch_tokens)
-
-
-def tokens_needed(data: DataConfig, tokens: int) -> dict[str, int]:
-    """Tokens of each source that a run of `tokens` reads, to within one sequence per stage."""
-    needed = dict.fromkeys(used_sources(data.stages), 0)
-    begin, end = 0, num_steps(data, tokens) * data.global_batch_tokens
-    while begin < end:
-        stage = stage_at(begin, data.stages)
-        stop = end
-        if stage < len(data.stages) - 1:
-            stage_end = sum(one.tokens or 0 for one in data.stages[: stage + 1])
-            stop = min(end, num_steps(data, stage_end) * data.global_batch_tokens)
-        for name, share in shares(data.stages[stage]).items():
-            needed[name] += math.ceil(share * (stop - begin))
-        begin = stop
-    return needed
-
-
-def epochs_needed(
-    data: DataConfig, tokens: int, source_tokens: Mapping[str, int]
-) -> dict[str, float]:
-    """Passes over each source that a run of `tokens` makes; `source_tokens` are its tokens."""
-    needed = tokens_needed(data, tokens)
-    return {name: count / max(1, source_tokens[name]) for name, count in needed.items()}
 
 
 def _concatenate(step: int, dealt: Sequence[tuple[int, Pieces]]) -> GlobalBatch:

@@ -23,6 +23,9 @@ from megascale.errors import UserError
 DECODED_DOCUMENTS = 2000
 """Documents that are decoded and encoded again, spread evenly; the rest is checked as ids."""
 BAR_WIDTH = 40
+SAMPLED_ENDS = 256
+"""Documents whose last token is looked at when a run begins."""
+NO_END = "do not end in the end-of-document id"
 ONE_TOKEN = "documents of one token (their end)"
 DAMAGED_BEFORE = "documents that spell U+FFFD, which stands where text was damaged earlier"
 OTHER_SIZE = "documents that decode to another number of bytes than their text had"
@@ -50,6 +53,31 @@ class Findings:
         if number:
             line = f"{number:,} {what}; the first is {first}"
             (self.faults if is_fault else self.notes).append(line)
+
+
+def missing_ends(info: SourceInfo) -> str | None:
+    """A line where documents of a source do not end as they should, by their last tokens alone.
+
+    Looks at SAMPLED_ENDS documents of each part, spread evenly. None where all is well.
+    """
+    for part, prefix in (("train", info.train), ("heldout", info.heldout)):
+        if prefix is None:
+            continue
+        shard = Shard.open(prefix)
+        count = min(SAMPLED_ENDS, shard.num_documents)
+        sampled = [shard.num_documents * place // count for place in range(count)]
+        without = [one for one in sampled if not _has_end(shard, one, info.eod_id)]
+        if without:
+            return (
+                f"{len(without)} of {count} documents of {part} that were looked at "
+                f"{NO_END} {info.eod_id}; the first is document {without[0]}"
+            )
+    return None
+
+
+def _has_end(shard: Shard, document: int, eod_id: int) -> bool:
+    length = int(shard.lengths[document])
+    return length > 0 and int(shard.read(document, length - 1)[0]) == eod_id
 
 
 def check_source(info: SourceInfo) -> Findings:
@@ -147,7 +175,7 @@ def _id_problems(tokens: NDArray[Any], info: SourceInfo, tokenizer: Tokenizer | 
         problems.append(f"documents with ids outside the vocabulary of {info.vocab_size:,}")
     ends = np.flatnonzero(tokens == info.eod_id)
     if not len(ends) or ends[-1] != len(tokens) - 1:
-        problems.append(f"documents that do not end in the end-of-document id {info.eod_id}")
+        problems.append(f"documents that {NO_END} {info.eod_id}")
     if len(ends) and ends[0] < len(tokens) - 1:
         problems.append("documents with an end-of-document id inside")
     special = (info.bos_id,) if tokenizer is None else tokenizer.special_ids

@@ -89,10 +89,7 @@ def describe(
         _refuse_other(path, info, heldout, vocab_size, eod_id, bos_id)
         return info
     if not Path(f"{path}.idx").exists():
-        raise UserError(
-            f"source {path}: no corpus there; make one, e.g. megascale prepare "
-            "data/python_stdlib.yaml"
-        )
+        raise UserError(f"source {path}: {_nothing_there(Path(path))}")
     for name, value in (("vocab_size", vocab_size), ("eod_id", eod_id)):
         if value is None:
             raise UserError(f"source {path}: a bare Megatron prefix needs {name} in data.sources")
@@ -102,6 +99,8 @@ def describe(
             raise UserError(f"source {path}: {name} = {value} is outside vocab_size = {vocab_size}")
     shard = _not_empty(Shard.open(path), path)
     if heldout is not None:
+        if not Path(f"{heldout}.idx").exists():
+            raise UserError(f"source {path}: heldout {heldout}: {_nothing_there(Path(heldout))}")
         Shard.open(heldout)
     return SourceInfo(
         train=path,
@@ -117,6 +116,19 @@ def describe(
         unigram_bits_per_byte=None,
         tokenizer=None,
     )
+
+
+def _nothing_there(path: Path) -> str:
+    """Why a path is no corpus, and what would be."""
+    prefix = path.with_suffix("")
+    if path.suffix in (".bin", ".idx") and prefix.with_name(f"{prefix.name}.idx").exists():
+        return f"leave out the ending {path.suffix}: a pair of files is named {prefix}"
+    if path.name == CORPUS_FILE and path.is_file():
+        return f"give the folder of the corpus, {path.parent}"
+    prefixes = sorted(str(one.with_suffix("")) for one in path.glob("*.idx"))
+    if prefixes:
+        return f"a folder without {CORPUS_FILE}; give a pair of its files, such as {prefixes[0]}"
+    return "no corpus there; make one, e.g. megascale prepare data/python_stdlib.yaml"
 
 
 def _content(prefix: str) -> str:

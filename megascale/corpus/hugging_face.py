@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +72,20 @@ def find_tokenizer(path: str) -> FoundTokenizer:
         return _from_files(local / TOKENIZER_FILE, local)
     if path.startswith((".", "/", "~")) and not local.is_dir():
         raise UserError(f"tokenizer.path {path}: no such folder; give one with a {TOKENIZER_FILE}")
+    _require_reader(local)
     return _through_transformers(str(local) if local.is_dir() else path)
+
+
+def _require_reader(folder: Path) -> None:
+    """Name the package that a folder's vocabulary file needs and this environment lacks."""
+    for file in sorted(folder.glob("*.model")):
+        with open(file, "rb") as content:  # SentencePiece's are protobuf, tiktoken's lines of text
+            package = "sentencepiece" if content.read(1) == b"\n" else "tiktoken"
+        if find_spec(package) is None:
+            raise UserError(
+                f"tokenizer.path {folder}: {file.name} needs {package}, which is not installed: "
+                f"pip install {package}, or add a {TOKENIZER_FILE}"
+            )
 
 
 def _from_files(file: Path, folder: Path) -> FoundTokenizer:
@@ -99,7 +113,7 @@ def _through_transformers(path: str) -> FoundTokenizer:
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path)
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
         named = {name: getattr(tokenizer, name) for name in NAMED if getattr(tokenizer, name)}
         adds_bos = getattr(tokenizer, "add_bos_token", None) is True
         return FoundTokenizer(tokenizer.backend_tokenizer, named, adds_bos)

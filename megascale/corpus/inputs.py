@@ -7,23 +7,24 @@ line is left to the processes that tokenize.
 from __future__ import annotations
 
 import glob
-import gzip
 import json
 import os
 import sysconfig
-import zlib
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any, BinaryIO, Literal, cast
+from typing import Any, Literal
 
+from megascale.corpus.columns import count_rows, text_rows
+from megascale.corpus.opening import other_format, reading
 from megascale.corpus.recipe import InputConfig
 from megascale.errors import UserError
 from megascale.runtime.progress import progress
 
 _BATCH_BYTES = 1 << 24
+_UNITS = {"line": "line", "text": "row"}
+"""What a row of a file is called."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,8 @@ class Table:
     key: str
     """Key of the text in a line of JSON."""
     arrow_files: tuple[str, ...]
+    names: tuple[str, ...] = ()
+    """The input file that each Arrow file was made of, where there is one."""
 
     def open(self) -> Any:
         """The rows, memory-mapped, as a `datasets.Dataset`."""
@@ -49,8 +52,15 @@ class Table:
 
     def where(self, row: int, value: bytes) -> str:
         """What to call a row in messages."""
+        import datasets
+
         if self.content == "path":
             return value.decode("utf-8", "replace")
+        for name, arrow_file in zip(self.names, self.arrow_files, strict=False):
+            rows = datasets.Dataset.from_file(arrow_file)
+            if row < len(rows):
+                return f"{name} {_UNITS[self.content]} {rows[row]['number']}"
+            row -= len(rows)
         return f"{self.label} row {row + 1}"
 
 
@@ -77,18 +87,21 @@ def _local(one: InputConfig) -> bool:
 
 
 def _matches(pattern: str) -> list[str]:
-    names = glob.glob(str(Path(pattern).expanduser()), recursive=True)
+    path = str(Path(pattern).expanduser())
+    names = glob.glob(path, recursive=True)
     if not names:
         raise UserError(f"inputs: nothing matches '{pattern}'; give the path of text that is there")
+    if names == [path] and os.path.isdir(path):
+        raise UserError(f"inputs: '{pattern}' is a folder; name the files in it, e.g. {path}/*")
     return names
 
 
 def read_table(one: InputConfig, work: Path) -> Table:
     """List the documents of an input in Arrow files below `work`.
 
-    Raises UserError for an input without files, and for what `datasets` cannot read.
+    Raises UserError for an input without files, and for what cannot be read.
     """
-    if one.kind in ("parquet", "dataset"):
+    if one.kind == "dataset":
         return _through_datasets(one, work)
     files = input_files(one)
     label = "python_stdlib" if one.kind == "python_stdlib" else ", ".join(one.paths)
@@ -99,57 +112,65 @@ def read_table(one: InputConfig, work: Path) -> Table:
             arrow_files = [
                 _write_rows(work / f"{i}.arrow", _lines(name, bar)) for i, name in enumerate(files)
             ]
-        return Table(label, "line", "content", one.text_column, tuple(arrow_files))
-    listing = _write_rows(work / "files.arrow", map(os.fsencode, files))
+        return Table(label, "line", "content", one.text_column, tuple(arrow_files), tuple(files))
+    if one.kind == "parquet":
+        with progress(sum(map(count_rows, files)), f"reading {label}", " rows") as bar:
+            arrow_files = [
+                _write_rows(
+                    work / f"{i}.arrow", enumerate(text_rows(name, one.text_column, bar), 1)
+                )
+                for i, name in enumerate(files)
+            ]
+        return Table(label, "text", "content", "", tuple(arrow_files), tuple(files))
+    listing = _write_rows(work / "files.arrow", enumerate(map(os.fsencode, files), 1))
     return Table(label, "path", "content", "", (listing,))
 
 
-def _lines(path: str, bar: Any) -> Iterator[bytes]:
-    with _reading(path) as (file, raw):
+def _lines(path: str, bar: Any) -> Iterator[tuple[int, bytes]]:
+    """(number, content) of each line that is not blank."""
+    with reading(path) as (file, raw):
         before = 0
-        for line in file:
+        for number, line in enumerate(file, 1):
+            if number == 1 and (other := other_format(line)) is not None:
+                raise UserError(f"{path}: is {other}")
             at = raw.tell()
             bar.update(at - before)
             before = at
             if line.strip():
-                yield line
+                yield number, line
 
 
-@contextmanager
-def _reading(path: str) -> Iterator[tuple[BinaryIO, BinaryIO]]:
-    """The text of a file, unpacked, and the file itself. Raises UserError where it is damaged."""
-    try:
-        with open(path, "rb") as raw:
-            yield cast(BinaryIO, gzip.GzipFile(fileobj=raw)) if path.endswith(".gz") else raw, raw
-    except (OSError, EOFError, zlib.error) as error:
-        reason = getattr(error, "strerror", None) or str(error)
-        raise UserError(f"{path}: {reason}; mend it or name it in exclude") from None
-
-
-def _write_rows(path: Path, rows: Iterator[bytes]) -> str:
-    """Write rows as an Arrow stream, in batches of bounded size."""
+def _write_rows(path: Path, rows: Iterable[tuple[int, bytes]]) -> str:
+    """Write (number, content) rows as an Arrow stream, in batches of bounded size."""
     import pyarrow as pa
 
-    schema = pa.schema([("content", pa.large_binary())])
-    batch: list[bytes] = []
+    schema = pa.schema([("content", pa.large_binary()), ("number", pa.int64())])
+    batch: list[tuple[int, bytes]] = []
     size = 0
+
+    def write(writer: Any) -> None:
+        numbers = pa.array([number for number, _ in batch], pa.int64())
+        content = pa.array([row for _, row in batch], pa.large_binary())
+        writer.write_batch(pa.record_batch([content, numbers], schema))
+        batch.clear()
+
     path.parent.mkdir(parents=True, exist_ok=True)
     with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, schema) as writer:
         for row in rows:
             batch.append(row)
-            size += len(row) + 64
+            size += len(row[1]) + 64
             if size >= _BATCH_BYTES:
-                writer.write_batch(pa.record_batch([pa.array(batch, pa.large_binary())], schema))
-                batch, size = [], 0
-        writer.write_batch(pa.record_batch([pa.array(batch, pa.large_binary())], schema))
+                write(writer)
+                size = 0
+        write(writer)
     return str(path)
 
 
 def _through_datasets(one: InputConfig, work: Path) -> Table:
     import datasets
 
-    label = one.name if one.kind == "dataset" else ", ".join(one.paths)
-    dataset = _load(one, work, str(label))
+    label = str(one.name)
+    dataset = _load(one, label)
     if one.text_column not in dataset.column_names:
         raise UserError(
             f"inputs: {label} has no column '{one.text_column}'; set text_column to one of "
@@ -167,18 +188,13 @@ def _through_datasets(one: InputConfig, work: Path) -> Table:
     files = tuple(entry["filename"] for entry in dataset.cache_files)
     if not files:
         raise UserError(f"inputs: {label}: no rows")
-    return Table(str(label), "text", one.text_column, "", files)
+    return Table(label, "text", one.text_column, "", files)
 
 
-def _load(one: InputConfig, work: Path, label: str) -> Any:
+def _load(one: InputConfig, label: str) -> Any:
     import datasets
 
     try:
-        if one.kind == "parquet":
-            files, cache = input_files(one), str(work)
-            return datasets.load_dataset(
-                "parquet", data_files=files, split="train", cache_dir=cache
-            )
         if _local(one) and list(Path(str(one.name)).rglob("state.json")):
             return _split_of(datasets.load_from_disk(str(one.name)), one)
         return datasets.load_dataset(one.name, one.config, split=one.split)
@@ -211,21 +227,34 @@ def read_document(table: Table, row: int, value: bytes) -> bytes:
         return value
     if table.content == "line":
         return _parse(table, row, value)
-    with _reading(os.fsdecode(value)) as (file, _):
+    with reading(os.fsdecode(value)) as (file, _):
         return file.read()
 
 
 def _parse(table: Table, row: int, line: bytes) -> bytes:
+    """The text of a line of JSON; null is empty, as in Parquet."""
     try:
-        text = json.loads(line.decode("utf-8", "surrogateescape"))[table.key]
+        text = _under(json.loads(line.decode("utf-8", "surrogateescape")), table.key)
     except (ValueError, KeyError, TypeError, RecursionError):
-        text = None
+        text = 0
+    if text is None:
+        return b""
     if not isinstance(text, str):
+        hint = "; a JSON array is no JSONL" if line.lstrip().startswith(b"[") else ""
         raise UserError(
             f"{table.where(row, line)}: not a JSON object with text under '{table.key}'; mend the "
-            "line or set text_column"
+            f"line or set text_column{hint}"
         )
     try:
         return text.encode("utf-8", "surrogateescape")
     except UnicodeEncodeError:
         return text.encode("utf-8", "surrogatepass")
+
+
+def _under(value: Any, key: str) -> Any:
+    """What an object has under `key`, or under its parts in nested objects, as `meta.text`."""
+    if key in value or "." not in key:
+        return value[key]
+    for step in key.split("."):
+        value = value[step]
+    return value

@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import hashlib
-import os
-import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from megascale.config.schema import ReadConfig
+from megascale.corpus.cache import Int64Array, cache_path, digest, kept
 from megascale.corpus.permutation import Permutation
 
-Int64Array = NDArray[np.int64]
 _CHUNK = 1 << 20
 
 
@@ -79,8 +75,8 @@ class PieceIndex:
     def of_shard(shard: Documents, context_tokens: int) -> PieceIndex:
         """Index of a shard, kept on disk and memory-mapped, so that memory does not grow."""
         lengths = np.asarray(shard.lengths)
-        path = _cache_path(Path(shard.prefix), f"pieces-{context_tokens}")
-        ends = _kept(path, lambda: _ends_in_chunks(lengths, context_tokens), len(lengths))
+        path = cache_path(Path(shard.prefix), f"pieces-{context_tokens}")
+        ends = kept(path, lambda: _ends_in_chunks(lengths, context_tokens), len(lengths))
         return PieceIndex(lengths, context_tokens, ends)
 
     def pieces(self, numbers: Int64Array) -> Pieces:
@@ -124,11 +120,11 @@ def left_by(shard: Documents, reads: Sequence[ReadConfig], context_tokens: int) 
     if not reads or not reads[-1].pieces:
         return PieceIndex.of_shard(shard, context_tokens)
     key = repr([(one.name, one.seed, one.context_tokens, one.pieces) for one in reads])
-    folder, spans = Path(shard.prefix), f"left-{_digest(key)}"
-    flat = _kept(_cache_path(folder, spans), lambda: _spans_left(shard, reads))
+    folder, spans = Path(shard.prefix), f"left-{digest(key)}"
+    flat = kept(cache_path(folder, spans), lambda: _spans_left(shard, reads))
     spans_n3 = flat.reshape(-1, 3)
-    ends = _kept(
-        _cache_path(folder, f"{spans}-{context_tokens}"),
+    ends = kept(
+        cache_path(folder, f"{spans}-{context_tokens}"),
         lambda: _ends_in_chunks(spans_n3[:, 2], context_tokens),
         len(spans_n3),
     )
@@ -162,10 +158,10 @@ def _spans_left(shard: Documents, reads: Sequence[ReadConfig]) -> Iterator[Int64
     for begin in range(0, count, _CHUNK):
         is_read[order(np.arange(begin, min(begin + _CHUNK, count)))] = True
     for begin in range(0, index.num_pieces, _CHUNK):
-        yield _joined(index.pieces(begin + np.flatnonzero(~is_read[begin : begin + _CHUNK])))
+        yield joined(index.pieces(begin + np.flatnonzero(~is_read[begin : begin + _CHUNK])))
 
 
-def _joined(pieces: Pieces) -> Int64Array:
+def joined(pieces: Pieces) -> Int64Array:
     """Flat triples of the stretches that `pieces`, in document order, make up."""
     if not len(pieces.length):
         return np.empty(0, np.int64)
@@ -242,27 +238,6 @@ class Order:
         return self._first.num_pieces + (more - 1) * self._whole.num_pieces if more > 0 else 0
 
 
-def heldout_pieces(shard: Documents, context_tokens: int, tokens: int) -> Pieces:
-    """Pieces of whole held-out documents with about `tokens` tokens in all, for evaluation.
-
-    Documents are taken in one fixed shuffled order, the same in every run; the last one is
-    taken if that brings the total nearer to `tokens`. One longer than a tenth of `tokens` is
-    passed over, so that no giant speaks for all. At least one where `tokens` > 0.
-    """
-    lengths = np.asarray(shard.lengths)
-    if not tokens or not len(lengths):
-        return NO_PIECES
-    order = Permutation(len(lengths), 0, "heldout", 0)(np.arange(len(lengths)))
-    fits = lengths[order] <= tokens / 10
-    order = order[fits] if fits.any() else order[:1]
-    sums = np.cumsum(lengths[order], dtype=np.int64)
-    count = max(1, int(np.searchsorted(sums - lengths[order] // 2, tokens)))
-    document = order[:count]
-    index = PieceIndex(lengths[document], context_tokens)
-    pieces = index.pieces(np.arange(index.num_pieces))
-    return Pieces(document[pieces.document], pieces.start, pieces.length)
-
-
 NO_PIECES = Pieces(np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0, np.int64))
 
 
@@ -282,68 +257,3 @@ def _ends_in_chunks(lengths: NDArray[Any], context_tokens: int) -> Iterator[Int6
         sums = np.cumsum(-(-part // context_tokens)) + total
         total = int(sums[-1])
         yield sums
-
-
-def _cache_path(prefix: Path, kind: str) -> Path:
-    """A file in the folder `cache` beside a shard, with another name when the shard changes."""
-    identity = [str(prefix.name), kind]
-    for ending in (".idx", ".bin"):
-        with suppress(OSError):
-            stat = os.stat(f"{prefix}{ending}")
-            identity.append(f"{stat.st_size}/{stat.st_mtime_ns}")
-    return prefix.parent / "cache" / f"{prefix.name}.{kind}-{_digest(' '.join(identity))}.npy"
-
-
-def _digest(text: str) -> str:
-    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
-
-
-def _kept(
-    path: Path, make: Callable[[], Iterator[Int64Array]], length: int | None = None
-) -> Int64Array:
-    """The numbers that `make` yields in chunks, int64[length], memory-mapped.
-
-    They are kept in the file `path`; where that cannot be written, in an unnamed temporary one.
-    """
-    numbers = _load(path, length)
-    if numbers is None:
-        with suppress(OSError):
-            _write(path, make())
-        numbers = _load(path, length)
-    if numbers is None:
-        with suppress(OSError, ValueError), tempfile.TemporaryFile() as file:
-            count = sum(file.write(chunk.astype("<i8").tobytes()) for chunk in make()) // 8
-            file.flush()
-            numbers = np.asarray(np.memmap(file, dtype="<i8", mode="r", shape=(count,)))
-    return np.concatenate([np.empty(0, np.int64), *make()]) if numbers is None else numbers
-
-
-def _load(path: Path, length: int | None) -> Int64Array | None:
-    try:
-        numbers = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError, EOFError):
-        return None
-    fits = numbers.dtype == np.int64 and numbers.ndim == 1 and length in (None, len(numbers))
-    return np.asarray(numbers) if fits else None
-
-
-def _write(path: Path, chunks: Iterator[Int64Array]) -> None:
-    """Write the .npy file of what `chunks` hold, whole or not at all. Raises OSError."""
-    path.parent.mkdir(exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=path.name, suffix=".tmp", dir=path.parent)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            _write_header(file, 0)  # room for the real one
-            count = sum(file.write(chunk.astype("<i8").tobytes()) for chunk in chunks) // 8
-            file.seek(0)
-            _write_header(file, count)
-        os.chmod(name, 0o644)
-        os.replace(name, path)
-    finally:
-        Path(name).unlink(missing_ok=True)
-
-
-def _write_header(file: IO[bytes], count: int) -> None:
-    """NumPy leaves room in a header for its first axis to grow."""
-    header = {"descr": "<i8", "fortran_order": False, "shape": (count,)}
-    np.lib.format.write_array_header_1_0(file, header)

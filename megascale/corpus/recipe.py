@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Literal
 
-from megascale.config.load import parse_as
+from megascale.config import RunConfig
+from megascale.config.load import parse_as, top_level_keys
 from megascale.errors import UserError
+
+CONFIG_KEYS = {field.name for field in fields(RunConfig)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,15 +20,17 @@ class InputConfig:
     """One place that documents come from."""
 
     kind: Literal["python_stdlib", "files", "jsonl", "parquet", "dataset"]
-    """python_stdlib: the interpreter's own *.py files. files: one document per file, .gz
-    unpacked. jsonl, parquet: one per row. dataset: of Hugging Face `datasets`."""
+    """python_stdlib: the interpreter's own *.py files. files: one document per file. jsonl,
+    parquet: one per row. dataset: of Hugging Face `datasets`. files and jsonl are unpacked where
+    their first bytes are those of gzip, zstd, bzip2 or xz."""
     paths: tuple[str, ...] = ()
     """Files or globs (`**` descends), relative to the working directory; their matches are read
     in sorted order. For files, jsonl and parquet."""
     exclude: tuple[str, ...] = ()
     """Patterns of paths to leave out, as in `*/tests/*`; `*` also matches `/`."""
     text_column: str = "text"
-    """Key or column of the text, for jsonl, parquet and dataset."""
+    """Key or column of the text, for jsonl, parquet and dataset; `a.b` is b in a nested a, for
+    jsonl and parquet. null counts as an empty document."""
     name: str | None = None
     """For dataset: its name on the hub, or a local folder."""
     config: str | None = None
@@ -93,6 +98,13 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         raise UserError(
             f"recipe {path}: {reason}; give one, e.g. data/python_stdlib.yaml"
         ) from None
+    keys = top_level_keys(text)
+    if "inputs" not in keys and keys & CONFIG_KEYS:
+        raise UserError(
+            f"{path} is the config of a run, not the recipe of a corpus; 'megascale plan {path}' "
+            f"shows the run, 'megascale train {path}' trains; give a recipe, e.g. "
+            "data/python_stdlib.yaml"
+        )
     return parse_recipe(text, overrides, str(path))
 
 

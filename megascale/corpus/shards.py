@@ -115,6 +115,11 @@ def _read_header(prefix: Path) -> tuple[NDArray[np.uint8], np.dtype[Any], int, i
             f"{prefix}.idx: not a megatron-core index of version 1 with whole-number tokens"
         )
     needed = HEADER.size + 12 * num_sequences + 8 * num_bounds
+    if size == needed + num_sequences and num_sequences:
+        raise UserError(
+            f"{prefix}.idx: is a multimodal index of megatron-core, with a mode for each sequence; "
+            "only text can be trained on: write the shard without modes"
+        )
     if size != needed:
         raise UserError(
             f"{prefix}.idx: has {size} bytes where its header speaks of {needed}; it was cut "

@@ -8,7 +8,7 @@ from dataclasses import replace
 from megascale.checkpoint.read import ROUTER_STATE
 from megascale.checkpoint.shards import MOMENTS
 from megascale.checkpoint.tensors import Piece, Tensors, moment_key
-from megascale.config import ModelConfig, MoeConfig, parse_config
+from megascale.config import ModelConfig, MoeConfig
 from megascale.errors import UserError
 from megascale.growth.depth import add_random, deepen, interpolated, stacked
 from megascale.growth.learn import Maps, combined
@@ -16,7 +16,6 @@ from megascale.growth.model import Growth, grown_model
 from megascale.growth.resize import resize, resize_moment
 from megascale.growth.upcycle import upcycle
 from megascale.growth.width import widen, widen_moment
-from megascale.model.counts import padded_vocab_size
 from megascale.model.initialise import CLOSED_TOKENS
 from megascale.optim.soap import SIDES
 
@@ -42,8 +41,8 @@ def grow(
     if growth.operator == "random":
         return grown, add_random(base, model.num_layers, grown, growth.seed)
     if growth.operator == "resize":
-        old, rows = model.vocab_size or 0, _rows(base, grown)
-        return grown, resize(base, old, rows, growth.noise, growth.seed)
+        old, new = model.vocab_size or 0, grown.vocab_size or 0
+        return grown, resize(base, old, new, growth.noise, growth.seed)
     if growth.operator == "learn":
         return grown, combined(base, growth.factor, maps or {})
     order = interpolated if growth.operator == "interpolate" else stacked
@@ -79,8 +78,8 @@ def grow_moments(model: ModelConfig, checkpoint: Tensors, growth: Growth) -> Ite
 def _moment(model: ModelConfig, moment: Tensors, growth: Growth, power: int) -> Iterator[Piece]:
     old, factor = model.num_layers, growth.factor
     if growth.operator == "resize":
-        rows = _rows(moment, grown_model(model, growth))
-        return resize_moment(moment, model.vocab_size or 0, rows)
+        new = grown_model(model, growth).vocab_size or 0
+        return resize_moment(moment, model.vocab_size or 0, new)
     if growth.operator == "width":
         return widen_moment(moment, factor, model.tied_embeddings, power)
     order = interpolated if growth.operator == "interpolate" else stacked
@@ -91,13 +90,6 @@ def _moment(model: ModelConfig, moment: Tensors, growth: Growth, power: int) -> 
 def _trained(checkpoint: Tensors) -> set[str]:
     """Keys of the weights, without the counts that layers and routers keep."""
     return {key for key in checkpoint.shapes if not key.endswith((*ROUTER_STATE, CLOSED_TOKENS))}
-
-
-def _rows(base: Tensors, grown: ModelConfig) -> int:
-    """Rows of the grown embedding, padded as the base's is."""
-    position = base.found.manifest.position
-    layout = parse_config(position.config, where=str(base.found.folder)).parallel
-    return padded_vocab_size(grown, layout.tensor)
 
 
 def _check_branches(parents: Sequence[tuple[ModelConfig, Tensors]], moe: MoeConfig) -> None:

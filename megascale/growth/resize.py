@@ -9,34 +9,30 @@ import torch
 from megascale.checkpoint.tensors import Piece, Tensors
 from megascale.growth.tensors import is_layered
 from megascale.model.initialise import named_generator
-
-ROWS = ("embedding.word_embeddings.weight", "output_layer.weight")
-"""Tensors with a row for each id."""
+from megascale.model.vocabulary import VOCABULARY
 
 
-def resize(
-    base: Tensors, old: int, rows: int, noise: float = 0.0, seed: int = 0
-) -> Iterator[Piece]:
-    """The base's tensors, with `rows` rows of which the first `old`, those of its ids, stay.
+def resize(base: Tensors, old: int, new: int, noise: float = 0.0, seed: int = 0) -> Iterator[Piece]:
+    """The base's tensors, with rows for `new` ids, of which the first `old` stay.
 
-    A new row, of padding too, is the mean of the old ones: a new id is then neither likely nor
+    A new row is the mean of the old ones: a new id is then neither likely nor
     unlikely, and all new ones are alike. `noise` a tells them apart: a times the deviation of the
     old rows, drawn anew for each number.
     """
     for key, shape in base.shapes.items():
-        if key in ROWS:
-            yield Piece.whole(key, _resized(key, base.read(key)[:old], rows, noise, seed))
+        if key in VOCABULARY:
+            yield Piece.whole(key, _resized(key, base.read(key)[:old], new, noise, seed))
         else:
             yield from _copied(base, key, shape)
 
 
-def resize_moment(moment: Tensors, old: int, rows: int) -> Iterator[Piece]:
+def resize_moment(moment: Tensors, old: int, new: int) -> Iterator[Piece]:
     """AdamW's moments of those: zeros for new rows."""
     for key, shape in moment.shapes.items():
-        if key in ROWS:
+        if key in VOCABULARY:
             kept = moment.read(key)[:old]
-            new = kept.new_zeros(rows - old, kept.shape[1])
-            yield Piece.whole(key, torch.cat([kept, new]))
+            zeros = kept.new_zeros(new - old, kept.shape[1])
+            yield Piece.whole(key, torch.cat([kept, zeros]))
         else:
             yield from _copied(moment, key, shape)
 

@@ -7,10 +7,11 @@ order.
 
 `ac`: the strings that have a code in `reference`, where their order is that of the codes.
 
-`tunstall`: the 2^16 most probable strings. The greedy walk passes through a string with the
-string's probability, so the expected bytes of a window are the sum of the probabilities of all
-strings in the dictionary: no other dictionary of its size that is closed under prefixes has more
-(as in Tunstall 1967, with a code for inner strings too, so that any text can end anywhere).
+`tunstall`: the 2^16 most probable strings, of equally probable ones the first in sorted order. The
+greedy walk passes through a string with the string's probability, so the expected bytes of a window
+are the sum of the probabilities of all strings in the dictionary: no other dictionary of its size
+that is closed under prefixes has more (as in Tunstall 1967, with a code for inner strings too, so
+that any text can end anywhere).
 """
 
 from __future__ import annotations
@@ -78,7 +79,8 @@ def _expand_tunstall(model: ByteModel, progress: Progress) -> tuple[dict[bytes, 
     """The most probable strings first, as long as one could still have a child in the dictionary.
 
     A child is less probable than its parent, so once every string above the least probable one of
-    the dictionary has been expanded, no string outside is more probable.
+    the dictionary has been expanded, no string outside is as probable. Equal strings are all kept
+    until the end, so that the order in which they are found decides nothing.
     """
     chances = np.diff(byte_tables(model.weights_after([b""])), axis=1)[0] / TOTAL
     found = {bytes([byte]): float(chances[byte]) for byte in range(BYTES)}
@@ -93,7 +95,7 @@ def _expand_tunstall(model: ByteModel, progress: Progress) -> tuple[dict[bytes, 
         progress(step)
         tables = byte_tables(model.weights_after(batch)) if batch else np.empty((0, BYTES + 1))
         chances = np.array([found[s] for s in batch])[:, None] * (np.diff(tables, axis=1) / TOTAL)
-        for row, byte in zip(*map(np.ndarray.tolist, (chances > floor).nonzero()), strict=True):
+        for row, byte in zip(*map(np.ndarray.tolist, (chances >= floor).nonzero()), strict=True):
             child = batch[row] + bytes([byte])
             found[child] = float(chances[row, byte])
             waiting.append(child)
@@ -105,7 +107,8 @@ def _expand_tunstall(model: ByteModel, progress: Progress) -> tuple[dict[bytes, 
 
 
 def _floor(found: dict[bytes, float]) -> float:
-    """What a string outside must exceed to get into the dictionary; 0 while there is room."""
+    """Probability of the last string of the dictionary so far: a string outside that is as probable
+    may come before it in sorted order. 0 while there is room."""
     longer = [chance for string, chance in found.items() if len(string) > 1]
     if len(longer) < NUM_CODES - BYTES:
         return 0.0

@@ -23,13 +23,15 @@ from megascale.model.counts import padded_vocab_size
 from megascale.model.initialise import initialise
 from megascale.model.layers import LayerMask, final_norm, layer_spec, use_transformer_engine
 from megascale.model.timing import ComputeTimer
+from megascale.model.vocabulary import exclude_padding
 from megascale.runtime.distributed import Ranks
 
 
 def build_model(config: RunConfig, ranks: Ranks) -> DistributedDataParallel:
     """This rank's part of the model, with initial weights, wrapped for gradient reduction.
 
-    The weights depend on `seed` and their name alone, not on the layout of the ranks.
+    The weights depend on `seed` and their name alone, not on the layout of the ranks. Padded rows
+    of the vocabulary are in no softmax (`vocabulary.exclude_padding`).
     Gradients are summed, never averaged (design, decision 3). Its attribute `offloader` runs the
     micro-batches that keep activations in host memory, `balance` counts what its routers choose
     (None without experts), `timer` times forward passes, and `masked_layers` are those that a step
@@ -47,6 +49,8 @@ def build_model(config: RunConfig, ranks: Ranks) -> DistributedDataParallel:
         position_embedding_type="none",
         parallel_output=True,
     )
+    assert config.model.vocab_size is not None  # it is finalized
+    exclude_padding(model, config.model.vocab_size, ranks.device)
     initialise(model, config.model, config.seed)
     model = model.to(ranks.device)
     layers = model.decoder.layers

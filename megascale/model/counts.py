@@ -23,10 +23,15 @@ BACKWARD_AND_FORWARD = 3
 def padded_vocab_size(model: ModelConfig, tensor: int = 1) -> int:
     """Rows of the embedding: the vocabulary up to a multiple of `vocab_multiple` and `tensor`.
 
-    It is the same for every `tensor` that divides `vocab_multiple`, so checkpoints reshard.
+    Rows that belong to no id are in no softmax and in no checkpoint (`model.vocabulary`).
     """
     multiple = math.lcm(model.vocab_multiple, tensor)
     return -(-_known(model.vocab_size) // multiple) * multiple
+
+
+def logits_per_token(model: ModelConfig, tensor: int) -> int:
+    """Logits that all tensor ranks compute. One alone leaves out the padded rows."""
+    return padded_vocab_size(model, tensor) if tensor > 1 else _known(model.vocab_size)
 
 
 @dataclass(frozen=True)
@@ -99,7 +104,7 @@ def flops_per_token(model: ModelConfig, tensor: int = 1) -> int:
     weights = _attention_weights(model) + _feed_forward_weights(model) + _router_weights(model)
     if model.moe:
         weights += model.moe.top_k * _expert_weights(model)
-    head = padded_vocab_size(model, tensor) * model.hidden_size
+    head = logits_per_token(model, tensor) * model.hidden_size
     return 2 * (model.num_layers * weights + head)
 
 
@@ -219,7 +224,7 @@ def activation_bytes(config: RunConfig, layout: Layout, stage: int) -> int:
         kept += _layer_elements(config, layout)
     head = 0
     if stage == layout.pipeline - 1:
-        head = padded_vocab_size(model, layout.tensor) // layout.tensor * (element + 8)
+        head = logits_per_token(model, layout.tensor) // layout.tensor * (element + 8)
     return tokens * (kept * element + head)
 
 

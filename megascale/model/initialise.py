@@ -10,6 +10,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTenso
 from megatron.core.transformer.module import MegatronModule
 
 from megascale.config import ModelConfig
+from megascale.model.vocabulary import VOCABULARY, ids_among
 
 OUTPUT_PROJECTIONS = ("linear_proj.weight", "linear_fc2.weight")
 CLOSED_TOKENS = "closed_tokens"
@@ -23,7 +24,7 @@ def initialise(model: MegatronModule, config: ModelConfig, seed: int) -> None:
     Matrices are normal with `init_std`; the projections back into the residual stream are
     scaled by 1/sqrt(2 layers), as in GPT-2; biases are zeros, other vectors (norms) ones. Every
     rank draws the whole matrix of a name and keeps its shard, so TP, PP and EP do not change the
-    model.
+    model. Nor does padding of the vocabulary, whose rows are zeros.
     """
     with torch.no_grad():
         for entry in _flatten(model.sharded_state_dict()):
@@ -66,9 +67,13 @@ def _flatten(tree: object) -> list[ShardedTensor | ShardedTensorFactory]:
 def _fill(shard: ShardedTensor, config: ModelConfig, seed: int) -> None:
     stacked = shard.prepend_axis_num
     place, offsets = shard.global_offset[:stacked], shard.global_offset[stacked:]
-    shape = shard.global_shape[stacked:]
+    shape, own = shard.global_shape[stacked:], shard.data.view(shard.local_shape[-len(offsets) :])
+    if shard.key in VOCABULARY:
+        assert config.vocab_size is not None  # it is finalized
+        shape = (config.vocab_size, *shape[1:])
+        known = ids_among(len(own), offsets[0], config.vocab_size)
+        own[known:] = 0
+        own = own[:known]
     whole = initial(shard.key, place, shape, config, seed, shard.data.device)
-    part = tuple(
-        slice(o, o + n) for o, n in zip(offsets, shard.local_shape[-len(shape) :], strict=True)
-    )
-    shard.data.copy_(whole[part].view_as(shard.data))
+    part = tuple(slice(o, o + n) for o, n in zip(offsets, own.shape, strict=True))
+    own.copy_(whole[part])

@@ -12,6 +12,8 @@ from io import FileIO
 from pathlib import Path
 from typing import Any
 
+from megascale.runtime.logs import say
+
 MOST_WAITING = 100_000
 
 
@@ -59,7 +61,7 @@ class LineFile:
         except OSError as error:
             if not self._torn:
                 problem = f"{self._path}: {error.strerror}; what goes there waits in memory"
-                print(f"warning: {problem}", flush=True)
+                say(f"warning: {problem}")
             self._torn = True
             self.close()
         return not self._waiting

@@ -2,37 +2,30 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping
+import time
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from megascale.checkpoint.folder import replace_file
-from megascale.errors import UserError
+from megascale.monitor import trackers as trackers_of
+from megascale.monitor.background import Background
 from megascale.monitor.lines import LineFile, json_line
 
 METRICS_FILE = "metrics.jsonl"
-PROJECT = "megascale"
-
-
-class Tracker(Protocol):
-    """A place beside `metrics.jsonl` that takes flat rows of numbers."""
-
-    def log(self, values: Mapping[str, float], step: int) -> None:
-        """Take the values of one step."""
-
-    def close(self) -> None:
-        """Send what is still buffered."""
+FINISH_S = 30.0
+"""What trackers may take to send the last rows."""
 
 
 class MetricsWriter:
-    """Writes rows to `metrics.jsonl`, TensorBoard and the named trackers.
+    """Writes rows to `metrics.jsonl`, and passes them to TensorBoard and the named trackers.
 
     A row holds `step` and numbers, or `step` and `{"eval": {source: {name: number}}}`. On resume
     after step `resume_step` the rows of later steps are dropped, so the joined curve has each
-    step once; None keeps every row. Raises UserError for a tracker that is not installed.
+    step once; None keeps every row. Each tracker has a thread of its own, and its failures are
+    notices. Raises UserError for a tracker that is not installed.
     """
 
     def __init__(
@@ -45,11 +38,12 @@ class MetricsWriter:
     ) -> None:
         path = run_dir / METRICS_FILE
         rewind(path, resume_step)
-        self._trackers: list[Tracker] = []
+        starts = {}
         if tensorboard:
-            self._trackers.append(_TensorBoard(run_dir, resume_step))
+            starts["TensorBoard"] = trackers_of.tensorboard(run_dir, resume_step)
         for name in trackers:
-            self._trackers.append(TRACKERS[name](run_dir, resume_step or 0, config))
+            starts[name] = trackers_of.tracker(name, run_dir, resume_step or 0, config)
+        self._trackers = [Background(name, start) for name, start in starts.items()]
         self._lines = LineFile(path)
 
     def write(self, row: Mapping[str, Any]) -> None:
@@ -57,13 +51,20 @@ class MetricsWriter:
         self._lines.write(json_line(row))
         values = {key: value for key, value in flatten(row) if key != "step"}
         for tracker in self._trackers:
-            tracker.log(values, int(row["step"]))
+            tracker.put(values, int(row["step"]))
 
-    def close(self) -> None:
-        """Close the file and the trackers."""
+    def notices(self) -> list[tuple[str, str]]:
+        """(tracker, what the user should know of it), since the last call."""
+        return [(one.name, text) for one in self._trackers for text in one.notices()]
+
+    def close(self, finish_s: float = FINISH_S) -> None:
+        """Close the file, and give all trackers together `finish_s` seconds to send what waits."""
         self._lines.close()
+        deadline = time.monotonic() + finish_s
         for tracker in self._trackers:
-            tracker.close()
+            tracker.finish()
+        for tracker in self._trackers:
+            tracker.join(deadline)
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
@@ -72,6 +73,15 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     Raises OSError where the file cannot be read.
     """
     return list(_parse(path.read_bytes()))
+
+
+def last_step(run_dir: Path) -> int:
+    """The last step whose metrics a run has written; 0 before the first, or where none are read."""
+    try:
+        rows = read_rows(run_dir / METRICS_FILE)
+    except OSError:
+        return 0
+    return int(rows[-1]["step"]) if rows else 0
 
 
 def has_numbers(row: Mapping[str, Any], *names: str) -> bool:
@@ -110,92 +120,3 @@ def rewind(path: Path, resume_step: int | None) -> None:
     if resume_step == 0:
         kept = []
     replace_file(path, "".join(json.dumps(row) + "\n" for row in kept).encode())
-
-
-class _TensorBoard:
-    def __init__(self, run_dir: Path, resume_step: int | None) -> None:
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError:
-            raise UserError(
-                "monitor.tensorboard = true, but tensorboard is not installed: "
-                "pip install tensorboard, or set monitor.tensorboard=false"
-            ) from None
-        purge = None if resume_step is None else resume_step + 1
-        folder = str(run_dir / "tensorboard")
-        self._writer = SummaryWriter(folder, purge_step=purge, flush_secs=10)
-
-    def log(self, values: Mapping[str, float], step: int) -> None:
-        for name, value in values.items():
-            self._writer.add_scalar(name, value, step)
-
-    def close(self) -> None:
-        self._writer.close()
-
-
-class _Wandb:
-    """One wandb run per start, grouped by run folder: wandb takes no step twice."""
-
-    def __init__(self, run_dir: Path, start_step: int, config: Mapping[str, Any]) -> None:
-        self._run = _import("wandb").init(
-            project=PROJECT,
-            group=run_dir.name,
-            name=_run_name(run_dir, start_step),
-            dir=str(run_dir),
-            config=dict(config),
-        )
-
-    def log(self, values: Mapping[str, float], step: int) -> None:
-        self._run.log(dict(values), step=step)
-
-    def close(self) -> None:
-        self._run.finish()
-
-
-class _Mlflow:
-    def __init__(self, run_dir: Path, start_step: int, config: Mapping[str, Any]) -> None:
-        self._mlflow = _import("mlflow")
-        self._mlflow.set_experiment(PROJECT)
-        self._mlflow.start_run(run_name=_run_name(run_dir, start_step))
-        self._mlflow.log_dict(dict(config), "config.json")
-
-    def log(self, values: Mapping[str, float], step: int) -> None:
-        self._mlflow.log_metrics(dict(values), step=step)
-
-    def close(self) -> None:
-        self._mlflow.end_run()
-
-
-class _Trackio:
-    def __init__(self, run_dir: Path, start_step: int, config: Mapping[str, Any]) -> None:
-        self._trackio = _import("trackio")
-        self._trackio.init(
-            project=PROJECT, name=_run_name(run_dir, start_step), config=dict(config)
-        )
-
-    def log(self, values: Mapping[str, float], step: int) -> None:
-        self._trackio.log(dict(values), step=step)
-
-    def close(self) -> None:
-        self._trackio.finish()
-
-
-TRACKERS: dict[str, Callable[[Path, int, Mapping[str, Any]], Tracker]] = {
-    "wandb": _Wandb,
-    "mlflow": _Mlflow,
-    "trackio": _Trackio,
-}
-
-
-def _run_name(run_dir: Path, start_step: int) -> str:
-    return f"{run_dir.name} from step {start_step}" if start_step else run_dir.name
-
-
-def _import(name: str) -> Any:
-    try:
-        return importlib.import_module(name)
-    except ImportError:
-        raise UserError(
-            f"monitor.trackers names {name}, which is not installed: pip install {name}, "
-            "or leave it out"
-        ) from None

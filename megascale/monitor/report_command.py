@@ -16,7 +16,7 @@ from megascale.checkpoint.folder import replace_file
 from megascale.errors import UserError
 from megascale.monitor.console import show_count, show_duration
 from megascale.monitor.events import at
-from megascale.monitor.status_command import show_step, start_rows
+from megascale.monitor.status_command import LIVELY, show_step, start_rows
 from megascale.monitor.story import PARTS, Story, clock, read_story
 
 STYLE = """
@@ -90,7 +90,7 @@ def render(run: Path, story: Story, pictures: Mapping[str, bytes], now: float) -
     yield '<meta name="viewport" content="width=device-width, initial-scale=1">'
     yield f"<title>{name}</title><style>{STYLE}</style></head><body>"
     yield f"<h1>{name}</h1><p>{escape(story.state(now))}, told on {clock(now)}</p>"
-    yield _table([], _facts(story))
+    yield _table([], _facts(story, now))
     yield f"<h2>Goodput {story.goodput:.1%} of {show_duration(story.wall_s)}</h2>"
     yield from _goodput(story)
     yield "<h2>Starts</h2>"
@@ -109,15 +109,18 @@ def render(run: Path, story: Story, pictures: Mapping[str, bytes], now: float) -
     yield "</body></html>"
 
 
-def _facts(story: Story) -> Iterator[tuple[str, str]]:
+def _facts(story: Story, now: float) -> Iterator[tuple[str, str]]:
     yield "done", show_step(story)
     last = story.last
     if last:
         yield "tokens", f"{last['tokens_seen']:,}"
         yield "loss", "not finite" if last["loss"] is None else f"{last['loss']:.4f} nats per token"
         yield "speed", f"{show_count(float(last['tokens_per_s']))} tokens/s"
-    if story.eta_s:
+    if story.eta_s and story.state(now).startswith(LIVELY):
         yield "time left", show_duration(story.eta_s)
+    command = story.resume_command(now)
+    if command is not None:
+        yield "continue it with", command
 
 
 def _goodput(story: Story) -> Iterator[str]:

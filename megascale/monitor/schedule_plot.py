@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from megascale.config import GrowthConfig, RunConfig, SegmentConfig, StageConfig
-from megascale.corpus.batches import num_steps, shares, used_sources
+from megascale.corpus.batches import shares, used_sources
 from megascale.monitor.plots import COLOURS, STYLE, Floats
 from megascale.optim.schedule import joints, lr_at
 
@@ -68,9 +68,7 @@ def parts(config: RunConfig) -> list[tuple[int, int]]:
     """
     if config.growth is None:
         return [(0, config.train.tokens)]
-    batch = config.data.global_batch_tokens
-    assert isinstance(batch, int)
-    begin = num_steps(config.data, config.growth.at_tokens) * batch
+    begin = config.growth.at_tokens
     return [(0, begin), (begin, begin + config.train.tokens)]
 
 

@@ -22,9 +22,9 @@ if TYPE_CHECKING:
 REFRESH_S = 2.0
 MOST_RANKS = 8
 """Of which is shown how they are."""
-LIVELY = ("training", "starting")
-"""States of a run whose ranks are shown."""
-OVER = ("done", "given up")
+LIVELY = ("training", "starting", "silent for")
+"""How states begin of a run whose ranks are shown."""
+OVER = ("done", "given up", "failed", "could not start")
 """How states begin in which a run does not go on by itself."""
 
 
@@ -51,8 +51,15 @@ def run_status(args: argparse.Namespace) -> int:
     if args.watch:
         _watch(run, console)
     else:
-        console.print(shown(run, read_story(run), time.time()))
+        _print(run, read_story(run), time.time(), console)
     return 0
+
+
+def _print(run: Path, story: Story, now: float, console: Console) -> None:
+    console.print(shown(run, story, now))
+    command = story.resume_command(now)
+    if command is not None:  # on a line of its own, so that it can be copied
+        console.print(f"\ncontinue it with:\n  {command}", soft_wrap=True)
 
 
 def _watch(run: Path, console: Console) -> None:
@@ -74,9 +81,10 @@ def as_json(story: Story, now: float) -> dict[str, Any]:
         "state": story.state(now),
         "step": story.step,
         "total_steps": story.total_steps,
-        "tokens_seen": int(story.last.get("tokens_seen", 0)),
+        "tokens_seen": story.tokens_seen,
         "loss": story.last.get("loss"),
-        "eta_s": story.eta_s,
+        "eta_s": story.eta_s if story.state(now).startswith(LIVELY) else None,
+        "resume_command": story.resume_command(now),
         "wall_s": story.wall_s,
         "goodput": story.goodput,
         "parts_s": story.parts,
@@ -107,7 +115,7 @@ def shown(run: Path, story: Story, now: float) -> Group:
     part = story.step / max(1, story.total_steps or 0)
     head = Text(f"{run}: {story.state(now)}", style="bold")
     where = Table.grid(padding=(0, 2))
-    where.add_row(ProgressBar(total=1.0, completed=part, width=30), *_where(story, part))
+    where.add_row(ProgressBar(total=1.0, completed=part, width=30), *_where(story, part, now))
     went = Table(box=None, pad_edge=False, header_style="dim")
     went.add_column(f"goodput {story.goodput:.1%} of {show_duration(story.wall_s)}")
     went.add_column("time", justify="right")
@@ -150,18 +158,18 @@ def _ranks(heartbeats: Mapping[str, Any] | None) -> Iterator[Table | Text]:
     yield table
 
 
-def _where(story: Story, part: float) -> Iterator[str]:
+def _where(story: Story, part: float, now: float) -> Iterator[str]:
     yield f"{part:.1%}"
     yield show_step(story)
     last = story.last
     if not last:
         return
-    yield f"{show_count(float(last['tokens_seen']))} tokens"
+    yield f"{show_count(story.tokens_seen)} tokens"
     if last["loss"] is not None:
         yield f"loss {last['loss']:.4f}"
     yield f"{show_count(float(last['tokens_per_s']))} tok/s"
     eta = story.eta_s
-    if eta:
+    if eta and story.state(now).startswith(LIVELY):
         yield f"ETA {show_duration(eta)}"
 
 
@@ -177,8 +185,10 @@ def start_rows(story: Story, now: float) -> list[tuple[str, ...]]:
     Failures before which nothing was trained are among them.
     """
     state, sessions = story.state(now), story.sessions
-    rows = [(one.began, _start_row(one, one is sessions[-1], state)) for one in sessions]
-    for event in story.failed_starts:
+    failed = list(story.failed_starts)
+    newest = max([one.started for one in sessions] + [at(event) for event in failed], default=0.0)
+    rows = [(one.began, _start_row(one, one.started == newest, state)) for one in sessions]
+    for event in failed:
         cells = (clock(at(event)), "", "never began", "", str(event.get("error")))
         rows.append((at(event), cells))
     return [cells for _, cells in sorted(rows)]

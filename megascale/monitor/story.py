@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,10 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from megascale.config import RunConfig, load_config
-from megascale.corpus.batches import num_steps
 from megascale.errors import UserError
+from megascale.monitor.console import show_duration
 from megascale.monitor.events import EVENTS_FILE, at, read_events
 from megascale.monitor.metrics import METRICS_FILE, has_numbers, read_rows
+from megascale.runtime.lock import JOB_LOCK, RUN_LOCK, Holding, ask
 
 SPENT = ("training", "planning", "evaluation", "saving")
 """What a run keeps account of in its `progress` events, in seconds."""
@@ -35,18 +37,24 @@ PARTS = {
 """What the wall time of a run is made of."""
 HEARTBEATS_FILE = "heartbeats.json"
 """How the ranks were a moment ago, as the driver that leads them keeps it."""
-TURNS = ("launch", "attempt", "start", "stop", "failure", "gave_up", "leave")
+TURNS = ("launch", "attempt", "start", "stop", "error", "failure", "gave_up", "leave")
 """Events after which a run is in another state than before."""
 NUMBERS = {
     "start": ("began", "step", "world"),
     "progress": ("step",),
     "stop": ("step",),
+    "error": ("step",),
     "skip": ("step",),
     "rollback": ("step", "to_step"),
     "rewind": ("last_step", "step_s", "written"),
 }
 """What of an event is counted with; one that lacks it is left out."""
+OF_LAUNCHER = ("launch", "attempt", "failure")
+"""TURNS after which a launcher is about to start ranks."""
 SILENT = "silent: dead or hung"
+GOES_ON = ("done", "training", "starting", "silent for", "ended; the launcher", "has not started")
+"""How states begin of a run that nobody needs to continue, or whose process still lives."""
+UNKNOWN_COMMAND = "the command that started it, with --resume auto"
 QUIET_S, QUIET_STEPS = 120.0, 10
 """A run that says nothing for so long, and for so many of its steps, is thought dead or hung."""
 
@@ -63,6 +71,8 @@ class Session:
     world: int
     first_step: int
     """Steps that were done when it started."""
+    total_steps: int | None
+    """Steps at its end, as it expected; None where an earlier version wrote it."""
     last_step: int
     spent: Mapping[str, float]
     """Seconds by SPENT."""
@@ -84,17 +94,35 @@ class Story:
     last: Mapping[str, Any]
     """The last step's row of metrics; empty before there is one."""
     events: Sequence[Mapping[str, Any]]
+    run: Holding = Holding()
+    """Whether ranks are in the folder."""
+    job: Holding = Holding()
+    """Whether a launcher is."""
 
     @property
     def total_steps(self) -> int | None:
-        """Steps of the whole run; None where it has no config yet."""
-        config = self.config
-        return None if config is None else num_steps(config.data, config.train.tokens)
+        """Steps at the end of the run; None where it has no config yet.
+
+        As its last start expected them: a run takes steps until it has seen its tokens.
+        """
+        if self.config is None:
+            return None
+        train = self.config.train
+        if self.tokens_seen >= train.tokens or self.step >= (train.stop_after_steps or math.inf):
+            return self.step
+        expected = self.sessions[-1].total_steps if self.sessions else None
+        batches = -(-train.tokens // self.config.data.global_batch_tokens)
+        return max(self.step + 1, expected or batches)
 
     @property
     def step(self) -> int:
         """Steps done."""
         return int(self.last.get("step", 0))
+
+    @property
+    def tokens_seen(self) -> int:
+        """Loss tokens of those steps."""
+        return int(self.last.get("tokens_seen", 0))
 
     @property
     def wall_s(self) -> float:
@@ -169,42 +197,61 @@ class Story:
         """What the run seems to be doing at `now`, seconds since the epoch."""
         turns = [event for event in self.events if event["event"] in TURNS]
         if not turns:
-            return "has not started"
-        last, before = turns[-1], turns[-2] if len(turns) > 1 else turns[-1]
-        if last["event"] == "gave_up":
-            return f"given up: {last.get('why')}"
-        if last["event"] == "leave" and before["event"] != "stop":
-            return f"left: {last.get('why')}"
-        if last["event"] in ("stop", "leave"):
-            return str(_end((before if last["event"] == "leave" else last,)))
-        if last["event"] == "start":
+            return "starting" if self.run.held else "has not started"
+        if turns[-1]["event"] in OF_LAUNCHER:
+            return self._between(turns, now)
+        if self.run.held and self.run.since > at(turns[-1]):
+            return "starting"
+        if turns[-1]["event"] == "start":
             return self._pace(now)
-        if now - at(last) > QUIET_S:
-            return SILENT
+        return _over(turns)
+
+    def _between(self, turns: Sequence[Mapping[str, Any]], now: float) -> str:
+        """What a launcher seems to be doing that has no ranks which train."""
         ends = (one for one in reversed(turns) if one["event"] not in ("launch", "attempt"))
-        end = next(ends, last)
-        return f"starting again after: {_end((end,))}" if end["event"] == "failure" else "starting"
+        end = next(ends, turns[-1])
+        after = f" after: {_end((end,))}" if end["event"] == "failure" else ""
+        if not self.run.held and not self.job.held:
+            if self.job.held is False:
+                return f"killed with its launcher{after}"
+            if now - at(turns[-1]) > QUIET_S:
+                return SILENT
+        return f"starting again{after}" if after else "starting"
 
     def _pace(self, now: float) -> str:
-        """What a run seems to be doing that has started and not ended."""
+        """What a run seems to be doing that has started and has not said that it ended."""
         one = self.sessions[-1]
-        if now - one.ended > max(QUIET_S, QUIET_STEPS * (self.seconds_per_step or 0.0)):
-            return SILENT
+        if self.run.held is False:
+            if self.job.held:
+                return "ended; the launcher decides what follows"
+            return f"killed at step {self.step:,}: its process ended without a word"
+        quiet_s = now - one.ended
+        if quiet_s > max(QUIET_S, QUIET_STEPS * (self.seconds_per_step or 0.0)):
+            known = f"silent for {show_duration(quiet_s)}: alive, perhaps hung"
+            return known if self.run.held else SILENT
         return "training" if one.last_step > one.first_step else "starting"
+
+    def resume_command(self, now: float) -> str | None:
+        """How a user continues a run that does not go on by itself; None where there is no need."""
+        starts = [event for event in self.events if event["event"] == "start"]
+        if not starts or self.state(now).startswith(GOES_ON):
+            return None
+        return str(starts[-1].get("command", UNKNOWN_COMMAND))
 
     @property
     def failed_starts(self) -> Iterator[Mapping[str, Any]]:
         """The failures before which ranks had not begun to train, oldest first."""
         trains = False
         for event in self.events:
-            if event["event"] == "failure" and not trains:
+            kind = event["event"]
+            if (kind == "failure" and not trains) or _is_failed_start(event):
                 yield event
-            trains = event["event"] == "start" or (trains and event["event"] != "failure")
+            trains = kind == "start" or (trains and kind not in ("failure", "error"))
 
 
 def read_story(run_dir: Path) -> Story:
     """The story of a run so far. Raises UserError for a folder that holds no run."""
-    path = run_dir / "config.yaml"
+    path, locks = run_dir / "config.yaml", _ask(run_dir)
     try:
         events = [event for event in read_events(run_dir) if _is_whole(event)]
         config = load_config(path) if path.exists() or not events else None
@@ -219,7 +266,20 @@ def read_story(run_dir: Path) -> Story:
         last_step, step_s = int(rows[-1]["step"]), rows[-1]["step_s"]
         now = _until(sessions[-1], last_step, path.stat().st_mtime, step_s)
         sessions = (*sessions[:-1], now)
-    return Story(config, sessions, rows[-1] if rows else {}, events)
+    run, job = map(_lasting, locks, _ask(run_dir))
+    return Story(config, sessions, rows[-1] if rows else {}, events, run, job)
+
+
+def _ask(run_dir: Path) -> tuple[Holding, Holding]:
+    return ask(run_dir / RUN_LOCK), ask(run_dir / JOB_LOCK)
+
+
+def _lasting(before: Holding, after: Holding) -> Holding:
+    """What held while the files between two questions were read.
+
+    A lock that was free at one of the two only does not mean that the run had ended.
+    """
+    return after if before == after else replace(after, held=before.held or after.held or None)
 
 
 def _is_whole(event: Mapping[str, Any]) -> bool:
@@ -249,6 +309,7 @@ def _sessions(events: Sequence[Mapping[str, Any]]) -> Iterator[Session]:
     starts = [index for index, event in enumerate(events) if event["event"] == "start"]
     for begin, end in pairwise([*starts, len(events)]):
         start, rest = events[begin], events[begin + 1 : end]
+        rest = [event for event in rest if not _is_failed_start(event)]
         progress = [event for event in rest if event["event"] in ("progress", "stop")]
         spoken = [event for event in (start, *rest) if event["event"] not in OF_OTHERS]
         one = Session(
@@ -257,6 +318,7 @@ def _sessions(events: Sequence[Mapping[str, Any]]) -> Iterator[Session]:
             ended=at(spoken[-1]),
             world=int(start["world"]),
             first_step=int(start["step"]),
+            total_steps=int(start["total_steps"]) if has_numbers(start, "total_steps") else None,
             last_step=int(progress[-1]["step"]) if progress else int(start["step"]),
             spent=progress[-1]["spent"] if progress else {},
             skipped=frozenset(event["step"] for event in rest if event["event"] == "skip"),
@@ -280,13 +342,32 @@ start. `rewind`: that one found metrics up to `last_step`, the last of them `wri
 went back before them."""
 
 
+def _is_failed_start(event: Mapping[str, Any]) -> bool:
+    """Whether a run without a launcher failed before it had written that it starts."""
+    return event["event"] == "error" and bool(event.get("starting"))
+
+
 def _end(rest: Sequence[Mapping[str, Any]]) -> str | None:
     for event in rest:
-        if event["event"] == "failure":
+        if event["event"] in ("failure", "error"):
             return str(event.get("error", "failed"))
         if event["event"] == "stop":
             return "stopped" if event.get("asked") else "done"
+        if event["event"] == "leave":
+            return f"left: {event.get('why')}"
     return None
+
+
+def _over(turns: Sequence[Mapping[str, Any]]) -> str:
+    """The state of a run that has said that it ended: the last of its turns says how."""
+    last, before = turns[-1], turns[-2] if len(turns) > 1 else turns[-1]
+    if last["event"] == "gave_up":
+        return f"given up: {last.get('why')}"
+    if last["event"] == "error":
+        return f"{'could not start' if _is_failed_start(last) else 'failed'}: {_end((last,))}"
+    if last["event"] == "leave" and before["event"] == "stop":
+        last = before
+    return str(_end((last,)))
 
 
 def _until(one: Session, last_step: int, ended: float, step_s: float) -> Session:

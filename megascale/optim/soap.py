@@ -11,7 +11,7 @@ of pytorch-optimizer makes its state from the first gradient, where a checkpoint
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -153,6 +153,26 @@ def refreshed_basis(average: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
     product = average @ basis
     order = (basis * product).sum(dim=-2).argsort(dim=-1, descending=True, stable=True)
     return torch.linalg.qr(product.take_along_dim(order.unsqueeze(-2), -1)).Q, order
+
+
+def with_rows(state: Mapping[str, Tensor], kept: int, rows: int) -> dict[str, Tensor]:
+    """State of a matrix of which the first `kept` rows stay and others have no gradient: of `rows`.
+
+    `state` holds exp_avg, exp_avg_sq, left_average and left_basis. The mean of gradients is carried
+    over exactly, that of their squares as if they were independent in the old basis.
+    """
+    average = state["left_average"].new_zeros(rows, rows)
+    average[:kept, :kept] = state["left_average"][:kept, :kept]
+    basis = torch.eye(rows, dtype=average.dtype, device=average.device)
+    basis[:kept, :kept] = eigenbasis(average[:kept, :kept])
+    turn = basis[:kept].mT @ state["left_basis"][:kept]
+    mean, square = turn @ state["exp_avg"], turn.square() @ state["exp_avg_sq"]
+    return {
+        "exp_avg": mean,
+        "exp_avg_sq": square,
+        "left_average": average,
+        "left_basis": basis,
+    }
 
 
 def _into_bases(tensor_BNM: Tensor, state: dict[str, Tensor]) -> Tensor:

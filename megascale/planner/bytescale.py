@@ -10,7 +10,8 @@ import heapq
 import math
 import time
 from bisect import bisect_left, insort
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
@@ -133,21 +134,69 @@ def plan_bytescale_naive(problem: Problem) -> StepPlan:
     packed best fit, in order of arrival, into micro-batches of one rank. Each of these takes the
     next ranks of the first round of micro-batches that has enough left, so ranks get equally many
     tokens but not equally much work. Raises UserError where a sequence is too long for all ranks.
+
+    Open in the paper, decided here: the tokens C of a rank are those of `_capacities`. All
+    micro-batches have the same tokens in the paper, whose batches fill them. So where the last
+    round would stay partly empty, packs are filled less than C, so that all ranks have one.
     """
+    return _best_capacity(problem, _naive)
+
+
+def _naive(problem: Problem) -> list[Placed]:
+    tokens, sizes = problem.lengths.tolist(), _ring_sizes(problem)
+    rings = np.flatnonzero(problem.lengths > problem.capacity).tolist()
+    units = [(int(sizes.ranks[i]), [i], float(sizes.offload[i])) for i in rings]
+    short = np.flatnonzero(problem.lengths <= problem.capacity).tolist()
+    turns = sum(unit[0] for unit in units)
+    packs = _even_bins(tokens, problem.capacity, short, problem.num_ranks, turns)
+    return _in_rounds(problem.num_ranks, [*units, *((1, pack, 0.0) for pack in packs)])
+
+
+def _even_bins(
+    tokens: list[int], capacity: int, order: list[int], num_ranks: int, turns: int
+) -> list[list[int]]:
+    """`best_fit` with the least capacity that needs no more rounds of `num_ranks` bins.
+
+    `turns` places of the rounds are taken. The least capacity is found to a part of 1/64.
+    """
+    bins = best_fit(tokens, capacity, order)
+    most = -(-(turns + len(bins)) // num_ranks) * num_ranks - turns
+    low = max((tokens[item] for item in order), default=0)
+    low = max(low, -(-sum(tokens[item] for item in order) // max(1, most)))
+    step = max(1, (capacity - low) // 64)
+    first, last = 0, (capacity - low) // step  # in steps above `low`
+    while first < last:
+        middle = (first + last) // 2
+        found = best_fit(tokens, low + middle * step, order)
+        if len(found) <= most:
+            bins, last = found, middle
+        else:
+            first = middle + 1
+    return bins
+
+
+def _capacities(problem: Problem) -> list[Problem]:
+    """The problem with the values of C that a user of ByteScale would set.
+
+    C, the tokens of a rank in a micro-batch, is a setting. Memory limits it. Where the ranks can
+    hold more than the batch, that C leaves ranks without work, and with P pipeline stages fewer
+    than P micro-batches leave stages without work. The second C is an even share of the tokens:
+    one micro-batch for each rank and stage. Offload saves memory, which then is not short.
+    """
+    tokens, ranks = problem.lengths, problem.num_ranks
+    fewest = -(-int(tokens.max(initial=1)) // ranks)
+    share = max(fewest, -(-int(tokens.sum()) // (ranks * problem.pipeline)))
+    if share >= problem.capacity:
+        return [problem]
+    return [problem, replace(problem, capacity=share, offload=None)]
+
+
+def _best_capacity(problem: Problem, place: Callable[[Problem], list[Placed]]) -> StepPlan:
+    """The plan of least predicted time over the values of C in `_capacities`."""
     began = time.perf_counter()
     problem.require_fit()
-    tokens = problem.lengths.tolist()
-    sizes = _ring_sizes(problem)
-    units = [
-        (ranks, [sequence], share)
-        for sequence, ranks, share in zip(
-            range(len(tokens)), sizes.ranks.tolist(), sizes.offload.tolist(), strict=True
-        )
-        if tokens[sequence] > problem.capacity
-    ]
-    short = np.flatnonzero(problem.lengths <= problem.capacity).tolist()
-    units += [(1, packed, 0.0) for packed in best_fit(tokens, problem.capacity, short)]
-    return complete(problem, _in_rounds(problem.num_ranks, units), began)
+    plans = [complete(problem, place(variant), began) for variant in _capacities(problem)]
+    return min(plans, key=lambda plan: plan.predicted_s)
 
 
 def _in_rounds(num_ranks: int, units: list[tuple[int, list[int], float]]) -> list[Placed]:
@@ -177,15 +226,20 @@ def plan_bytescale(problem: Problem) -> StepPlan:
     Rings have the size of Eq. 3 (see `smallest_ring`). Raises UserError where a sequence is too
     long for all ranks.
 
-    Open in the paper, decided here: a micro-batch is the longest sequence left in its bucket and
-    then, where that is no ring, the longest ones that still fit the capacity and the time by
-    which its rank lags. "Lags" is measured from the time at which all ranks would end together
-    if what is left could be cut at will; at the start, when all are at 0, so all do lag. Also
-    PP-balance gives the rings first: they have one index on all their ranks, and a rank that ran
-    many short micro-batches before would make the others of its ring run empty ones.
+    Open in the paper, decided here: the tokens C of a rank are those of `_capacities`. A
+    micro-batch is the longest sequence left in its bucket and then, where that is no ring, the
+    longest ones that still fit the capacity and the time by which its rank lags. Where the bucket
+    runs out, DP-balance goes on with the next one, which then is the first, and PP-balance with a
+    bucket of the same length, which is of the same level. "Lags" is measured from the time at which
+    all ranks would end together if what is left could be cut at will; at the start, when all are at
+    0, so all do lag. Also PP-balance gives the rings first: they have one index on all their ranks,
+    and a rank that ran many short micro-batches before would make the others of its ring run empty
+    ones.
     """
-    began = time.perf_counter()
-    problem.require_fit()
+    return _best_capacity(problem, _balanced)
+
+
+def _balanced(problem: Problem) -> list[Placed]:
     buckets = _buckets(problem)
     balance = _Balance(problem, len(buckets))
     placed: list[Placed] = []
@@ -194,12 +248,14 @@ def plan_bytescale(problem: Problem) -> StepPlan:
         across = problem.mode == "aligned" and buckets[levels[0]].longest <= problem.capacity
         turn = (turn + 1) % len(levels) if across else 0
         level = levels[turn]
-        placed.append(balance.give(buckets[level], level))
-        if not buckets[level].left:
-            levels.remove(level)
+        bucket, later = buckets[level], [buckets[other] for other in levels if other > level]
+        following = [one for one in later if not across or one.longest == bucket.longest]
+        placed.append(balance.give(bucket, level, following))
+        if not bucket.left:
             turn -= 1
             balance.aim()
-    return complete(problem, placed, began)
+        levels = [other for other in levels if buckets[other].left]
+    return placed
 
 
 def _ring_sizes(problem: Problem) -> RingSizes:
@@ -279,8 +335,11 @@ class _Balance:
         level_s = (self._left_s + np.cumsum(ends)) / np.arange(1, len(ends) + 1)
         self._goal_s = max(float(level_s.min()), float(ends[0]) + 2 * self._delta_s)
 
-    def give(self, bucket: _Bucket, level: int) -> Placed:
-        """Give lagging ranks their next micro-batch, with sequences of `bucket`."""
+    def give(self, bucket: _Bucket, level: int, following: Sequence[_Bucket] = ()) -> Placed:
+        """Give lagging ranks their next micro-batch, with sequences of `bucket`.
+
+        Where that runs out, a pack takes sequences of the `following` buckets too.
+        """
         if min(heap[0][0] for heap in self._heaps if heap) > self._goal_s - self._delta_s:
             self.aim()
         first = bucket.take(math.inf)
@@ -293,7 +352,7 @@ class _Balance:
             sequences, end_s = [first], begin_s
             end_s += self._ring_s[ranks[0] // node == ranks[-1] // node][first]
         else:
-            sequences, end_s = self._fill(bucket, first, begin_s)
+            sequences, end_s = self._fill([bucket, *following], first, begin_s)
         self._left_s -= sum(self._share_s[sequence] for sequence in sequences)
         heap = self._heaps[level if self._by_level else -1]
         for rank in ranks:
@@ -318,18 +377,22 @@ class _Balance:
             chosen.append(heapq.heappop(heap))
         return chosen
 
-    def _fill(self, bucket: _Bucket, first: int, begin_s: float) -> tuple[list[int], float]:
+    def _fill(
+        self, buckets: Sequence[_Bucket], first: int, begin_s: float
+    ) -> tuple[list[int], float]:
         """Sequences of a micro-batch of one rank that begins with `first`, and when it ends."""
         cost, sequences = self._problem.cost, [first]
         room = self._problem.capacity - self._tokens[first]
         end_s = begin_s + cost.fixed + self._compute_s[first]
-        while room and bucket.left and end_s < self._goal_s:
-            found = bucket.take(min(room, _tokens_within(cost, self._goal_s - end_s)))
-            if found is None:
-                break
-            sequences.append(found)
-            room -= self._tokens[found]
-            end_s += self._compute_s[found]
+        for bucket in buckets:
+            while room and bucket.left and end_s < self._goal_s:
+                until_s = self._goal_s + self._delta_s
+                found = bucket.take(min(room, _tokens_within(cost, until_s - end_s)))
+                if found is None:
+                    return sequences, end_s
+                sequences.append(found)
+                room -= self._tokens[found]
+                end_s += self._compute_s[found]
         return sequences, end_s
 
 

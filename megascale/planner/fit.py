@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import product
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -22,8 +24,12 @@ GOOD_ERROR = 0.06
 """Relative error below which FlexSP calls its cost model accurate."""
 _INDEPENDENT = 1e-3
 """A column is unidentifiable when less than this part of it is left beside the others."""
-_PAYS = 0.95
-"""A `pass_` term must bring the squared error below this part of what it is without."""
+_FALSE_PASS = 0.01
+"""Most of the fits that may find a `pass_` term in measurements of a model that has none."""
+_EXACT = 1e-9
+"""Relative error below which a prediction counts as exact, so that rounding is not noise."""
+_REFINEMENTS = 24
+"""Steps in which a ratio that was found is refined between its neighbours."""
 _MOST_RATIOS = 12
 _ROUNDS = 12
 
@@ -83,20 +89,18 @@ def fit_cost(measurements: Sequence[Measurement], node_size: int, quantile: floa
     What it aims at is the `quantile` of the repeats: 0.5 their median, 0 the fastest. Single
     measurements that are far off, as other programs cause them, count less than by their square.
     For a given ratio of `pass` to `a` the time is linear in what is left, so the ratios are tried
-    one by one. A coefficient that the measurements cannot tell is 0 and named. Raises ValueError
-    without a measurement that took time.
+    one by one. A ratio above 0 needs evidence: see `_best_ratios`. A coefficient that the
+    measurements cannot tell is 0 and named. Raises ValueError without a measurement that took time.
     """
     table = _Table.of(measurements, quantile)
-    ratios = min(
-        _candidates(table), key=lambda pair: _solve(table, pair)[1] / (1 if any(pair) else _PAYS)
-    )
+    ratios = _best_ratios(table)
     identified = _identified(table.columns(ratios) / table.seconds[:, None])
-    found, _ = _solve(table, ratios)
+    found = _solve(table, ratios).found
     cost = _cost(found, ratios, node_size)
     left_out = np.empty(len(measurements))
     everything = np.arange(len(measurements))
     for one in everything:
-        rest, _ = _solve(table.rows(everything != one), ratios)
+        rest = _solve(table.rows(everything != one), ratios).found
         left_out[one] = table.columns(ratios)[one] @ rest
     unidentified = [name for name, known in zip(COEFFICIENTS, identified, strict=True) if not known]
     cost, copied = _copied(cost, table)
@@ -209,6 +213,67 @@ class _Table:
         return bool((~self.one_node & (self.size > 1)).any())
 
 
+def _best_ratios(table: _Table) -> tuple[float, float]:
+    """Ratios of `pass` to `a`, in tokens, within a node and across; 0 without evidence.
+
+    The evidence is the F-test of nested models (Draper and Smith, Applied Regression Analysis): how
+    much smaller must the sum of squared errors be with the ratios than without, given how far the
+    measurements scatter about the model? Let n measurements leave v = n - k degrees of freedom to k
+    coefficients and ratios. If there is no `pass_` term and the errors are normal, the probability
+    is x^(v/2) that two needless ratios leave less than a part x of the sum; for one ratio it is
+    smaller. (1 / (1 + 2 F / v) has a beta distribution.) As the best of many ratios is taken, the
+    probability is shared among them (Bonferroni).
+    """
+    candidates = _candidates(table)
+    known = int(_identified(table.columns(candidates[0]) / table.seconds[:, None]).sum())
+    bend = _solve(table, candidates[0]).bend
+    floor = len(table.seconds) * _EXACT**2
+
+    def loss(ratios: tuple[float, float]) -> float:
+        return max(floor, _solve(table, ratios, bend).loss)
+
+    def score(ratios: tuple[float, float]) -> float:
+        extra = sum(ratio > 0 for ratio in ratios)
+        freedom = len(table.seconds) - known - extra
+        if not extra:
+            return loss(ratios)
+        if freedom <= 0:
+            return math.inf
+        return loss(ratios) / math.pow(_FALSE_PASS / len(candidates), 2 / freedom)
+
+    best = min(candidates, key=score)
+    for place in (0, 1):
+        if best[place] > 0:
+            best = _refined(loss, best, place, sorted({pair[place] for pair in candidates}))
+    return best
+
+
+def _refined(
+    loss: Callable[[tuple[float, float]], float],
+    ratios: tuple[float, float],
+    place: int,
+    options: list[float],
+) -> tuple[float, float]:
+    """`ratios` with one of them moved to the least loss between its neighbours in `options`.
+
+    Golden-section search.
+    """
+    at = options.index(ratios[place])
+    low, high = options[at - 1], options[min(at + 1, len(options) - 1)]
+    golden = (5**0.5 - 1) / 2
+
+    def moved(ratio: float) -> tuple[float, float]:
+        return (ratio, ratios[1]) if place == 0 else (ratios[0], ratio)
+
+    for _ in range(_REFINEMENTS):
+        left, right = high - golden * (high - low), low + golden * (high - low)
+        if loss(moved(left)) <= loss(moved(right)):
+            high = right
+        else:
+            low = left
+    return min(ratios, moved((low + high) / 2), key=loss)
+
+
 def _candidates(table: _Table) -> list[tuple[float, float]]:
     """Ratios of `pass` to `a`, in tokens, within a node and across; (0, 0) first.
 
@@ -225,25 +290,36 @@ def _candidates(table: _Table) -> list[tuple[float, float]]:
     return list(product(*options))
 
 
-def _solve(table: _Table, ratios: tuple[float, float]) -> tuple[Floats, float]:
-    """(coefficients, sum of squared relative errors, the square cut to a line for outliers).
+class _Solved(NamedTuple):
+    """Coefficients for given ratios of `pass` to `a`."""
 
-    Iterated re-weighting for Huber's loss, bent at 2 median errors.
+    found: Floats
+    loss: float
+    """Sum of squared relative errors, the square cut to a line above `bend`."""
+    bend: float
+
+
+def _solve(table: _Table, ratios: tuple[float, float], bend: float | None = None) -> _Solved:
+    """The coefficients of the least loss.
+
+    Iterated re-weighting for Huber's loss, bent at 2 median errors unless `bend` is given. Losses
+    can be compared only where the bend is the same.
     """
     columns = table.columns(ratios) / table.seconds[:, None]
     known = _identified(columns)
     found, weight = np.zeros(columns.shape[1]), np.ones(len(columns))
-    loss = np.inf
+    loss, bent = np.inf, bend or 0.0
     for _ in range(_ROUNDS if len(columns) else 0):
         root = np.sqrt(weight)
         found[known] = least_squares_not_negative(columns[:, known] * root[:, None], root)
         error = np.abs(columns @ found - 1)
-        bend = max(2 * float(np.median(error)), 1e-9)
-        before, loss = loss, float(np.minimum(error**2, bend * (2 * error - bend)).sum())
+        bent = bend or max(2 * float(np.median(error)), _EXACT)
+        squares = np.where(error <= bent, error**2, bent * (2 * error - bent))
+        before, loss = loss, float(squares.sum())
         if abs(before - loss) <= 1e-6 * loss:
             break
-        weight = np.minimum(1.0, bend / np.maximum(error, 1e-12))
-    return found, loss
+        weight = np.minimum(1.0, bent / np.maximum(error, 1e-12))
+    return _Solved(found, loss, bent)
 
 
 def _identified(columns: Floats) -> NDArray[np.bool_]:

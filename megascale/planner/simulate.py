@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -10,9 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megascale.errors import UserError
-from megascale.planner.placing import Placed, complete
 from megascale.planner.plan import PlanError, StepPlan, kept_share
 from megascale.planner.problem import Planner, Problem
+from megascale.planner.static import plan_static_rings
 from megascale.planner.timeline import ring_seconds, timeline
 
 SIZE_CLASSES = (1, 2, 9, 65, 513)
@@ -91,11 +90,9 @@ def judge(plan: StepPlan, problem: Problem, overhead_s: float = 0.0) -> Outcome:
 def plan_static_mesh(problem: Problem, context: int) -> StepPlan:
     """The mesh that all planners are measured against: every sequence on rings of one size.
 
-    The size is the smallest one that holds `context` tokens and divides the ranks. Sequences are
-    packed in order of arrival, each into the first pack with room for it, and packs go to the
-    rings in turn. It never offloads. Raises UserError where no such ring exists.
+    The size is the smallest one that holds `context` tokens and divides the ranks; else this is
+    `plan_static`. It never offloads. Raises UserError where no such ring exists.
     """
-    began = time.perf_counter()
     num_ranks = problem.num_ranks
     size = -(-context // problem.capacity)
     while size <= num_ranks and num_ranks % size:
@@ -105,24 +102,7 @@ def plan_static_mesh(problem: Problem, context: int) -> StepPlan:
             f"a context of {context} tokens does not fit {num_ranks} HDP ranks of "
             f"{problem.capacity} tokens; give more ranks or a larger capacity"
         )
-    placed = []
-    for number, pack in enumerate(_first_fit(problem.lengths, size * problem.capacity)):
-        first = number * size % num_ranks
-        placed.append(Placed(range(first, first + size), pack))
-    return complete(problem, placed, began)
-
-
-def _first_fit(lengths: NDArray[np.int64], room_tokens: int) -> list[list[int]]:
-    """Packs of at most `room_tokens`, each length in the first with room for it."""
-    packs: list[list[int]] = []
-    room = np.full(len(lengths), room_tokens, dtype=np.int64)
-    for sequence, tokens in enumerate(lengths.tolist()):
-        pack = int(np.argmax(room[: len(packs) + 1] >= tokens))
-        if pack == len(packs):
-            packs.append([])
-        packs[pack].append(sequence)
-        room[pack] -= tokens
-    return packs
+    return plan_static_rings(problem, size)
 
 
 @dataclass(frozen=True)

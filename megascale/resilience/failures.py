@@ -27,7 +27,7 @@ from typing import Any
 from megascale.checkpoint.folder import checkpoints_dir, read_latest
 from megascale.errors import UserError
 from megascale.monitor.events import EventLog, at, read_events
-from megascale.monitor.metrics import METRICS_FILE, read_rows
+from megascale.monitor.metrics import METRICS_FILE, last_step
 from megascale.monitor.story import HEARTBEATS_FILE
 
 SAME_FAILURES = 3
@@ -204,7 +204,7 @@ class FailureBook:
         for folder in reversed(self._folders):
             starts = [one for one in read_events(folder) if one["event"] == "start"]
             if starts and at(starts[-1]) > began:
-                return steps_done(folder) > int(starts[-1]["step"])
+                return last_step(folder) > int(starts[-1]["step"])
         return False
 
     def _verdict(self) -> str | None:
@@ -228,18 +228,11 @@ class FailureBook:
 
     def _step(self) -> int:
         written = [folder for folder in self._folders if (folder / METRICS_FILE).exists()]
-        return steps_done(written[-1]) if written else 0
+        return last_step(written[-1]) if written else 0
 
     def _saved(self) -> int:
         saved = [read_latest(checkpoints_dir(folder)) for folder in reversed(self._folders)]
         return next((step for step in saved if step is not None), 0)
-
-
-def steps_done(run_dir: Path) -> int:
-    """The last step in the metrics of a run folder; 0 where there is none yet."""
-    path = run_dir / METRICS_FILE
-    rows = read_rows(path) if path.exists() else []
-    return int(rows[-1]["step"]) if rows else 0
 
 
 _ENDS = ("launch", "leave", "gave_up")
@@ -248,7 +241,7 @@ _ENDS = ("launch", "leave", "gave_up")
 def _ended_without_a_word(events: Sequence[dict[str, Any]]) -> bool:
     """Whether the last driver is gone, and neither it nor its ranks have said that they end."""
     for event in reversed(events):
-        if event["event"] in ("leave", "gave_up", "stop"):
+        if event["event"] in ("leave", "gave_up", "stop", "error"):
             return False
         if event["event"] in ("launch", "attempt"):
             return True

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from megascale.config import Layout, RunConfig, load_config
 from megascale.config.load import whole_number
-from megascale.errors import UserError
+from megascale.errors import UserError, reason
 from megascale.resilience.board import Board, Ledger, hold_meeting, join_board, serve_board
 from megascale.resilience.channel import TOKEN_VARIABLE, check_token, new_token, write_token
 from megascale.resilience.driver import BEAT_S, Driver, Node
@@ -32,9 +32,9 @@ from megascale.resilience.leader import (
     Timing,
 )
 from megascale.resilience.local_ranks import MOST_RANKS
-from megascale.resilience.lock import HELD_S, hold
 from megascale.resilience.signals import StopRequest
 from megascale.resilience.slurm import MOST_NODES, node_range, requeue
+from megascale.runtime.lock import HELD_S, JOB_LOCK, hold
 from megascale.runtime.logs import say
 
 LEAST_HANG_S = 5.0
@@ -150,13 +150,10 @@ def _lead(
         given_up = book.begin(nodes=fleet.num_nodes)
         if given_up is not None:  # before anybody joins, who would miss this driver
             return _give_up(given_up)
+        leave.push(partial(_note_error, book))
         if fleet.num_nodes > 1:
             secret = new_token() if token is None else check_token(token)
-            try:
-                leave.callback(serve_board(ledger, node.host, port, secret).close)
-            except UserError as error:
-                book.leave(str(error), time_is_up=False)
-                raise
+            leave.callback(serve_board(ledger, node.host, port, secret).close)
             if token is None:
                 path = _token_path(fleet.config, port)
                 write_token(path, secret)  # a job that held the port would need its own
@@ -173,6 +170,14 @@ def _lead(
     return status if given_up is None else _give_up(given_up)
 
 
+def _note_error(
+    book: FailureBook, kind: object, error: BaseException | None, trace: object
+) -> None:
+    """Write into the diary of the run what ends this driver, such as a second Ctrl-C."""
+    if error is not None:
+        book.leave(reason(error), time_is_up=False)
+
+
 @contextmanager
 def _only_job(run_dir: Path) -> Iterator[None]:
     """Hold the folder of a run, so that no other job drives it. Raises UserError where one does.
@@ -181,7 +186,7 @@ def _only_job(run_dir: Path) -> Iterator[None]:
     """
     with ExitStack() as leave:
         with suppress(OSError):  # of a full disk, for which nodes are checked, or without locks
-            file = leave.enter_context(open(run_dir / ".job", "a+", encoding="utf-8"))
+            file = leave.enter_context(open(run_dir / JOB_LOCK, "a+", encoding="utf-8"))
             holder = hold(file, HELD_S if "SLURM_JOB_ID" in os.environ else 0.0)
             if holder is not None:
                 raise UserError(

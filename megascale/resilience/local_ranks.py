@@ -24,15 +24,10 @@ from pathlib import Path
 from megascale.config.load import whole_number
 from megascale.errors import RankError, UserError
 from megascale.monitor.events import EventLog, at, read_events
+from megascale.monitor.metrics import last_step
 from megascale.resilience.board import serve_meeting
 from megascale.resilience.channel import listen
-from megascale.resilience.failures import (
-    KILL,
-    Cause,
-    cause_of_rank,
-    culprit,
-    steps_done,
-)
+from megascale.resilience.failures import KILL, Cause, cause_of_rank, culprit
 from megascale.resilience.leader import BAD_INPUT
 from megascale.resilience.processes import adopt_orphans, die_with_parent, end_descendants
 from megascale.resilience.scratch import scratch_folder
@@ -233,7 +228,7 @@ class LocalRanks:
             starting = not starts or at(starts[-1]) < self._began
             facts = {"error": cause.error, "rank": cause.rank, "starting": starting}
             node = socket.gethostname()
-            EventLog(run_dir).write("error", step=steps_done(run_dir), node=node, **facts)
+            EventLog(run_dir).write("error", step=last_step(run_dir), node=node, **facts)
 
     def _look(self) -> None:
         """Note why ranks have failed, each once."""

@@ -52,7 +52,7 @@ def read_script(name: str) -> str:
         return path.read_text(encoding="utf-8")
     except OSError:
         raise UserError(
-            f"{path} is not there; install megascale from its repository with pip install -e"
+            f"{path} is not there; install megascale in its checkout, with pip install -e ."
         ) from None
 
 

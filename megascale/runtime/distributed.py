@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import socket
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any
@@ -16,9 +16,12 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 
 from megascale.config import Layout, RunConfig
-from megascale.errors import UserError
+from megascale.errors import RankError, UserError
+from megascale.runtime.environment import meeting_point, world_from_environment
 
 NAME_BYTES = 64
+MOST_CORES = 4096
+"""Of a node, that are compared."""
 TIMEOUT = timedelta(minutes=10)
 PATIENCE = timedelta(days=7)
 
@@ -93,18 +96,13 @@ def prepare_device(wanted: str) -> tuple[str, str]:
     return kind, why
 
 
-def world_from_environment() -> tuple[int, int, int]:
-    """(rank, world, local rank) as torchrun sets them; (0, 1, 0) when it did not."""
-    read = os.environ.get
-    return int(read("RANK", "0")), int(read("WORLD_SIZE", "1")), int(read("LOCAL_RANK", "0"))
-
-
 def start(config: RunConfig) -> Ranks:
     """Join the other ranks, lay out the groups of TP, PP, EP and HDP, and warm each one.
 
     A group is warmed with one collective before any point-to-point use, because on NCCL a
     point-to-point exchange must not be a group's first operation.
-    Raises UserError when the layout does not fit the number of ranks.
+    Raises UserError when the layout does not fit the number of ranks, RankError when the ranks
+    cannot meet.
     """
     rank, world, local_rank = world_from_environment()
     layout = Layout.of(config, world)
@@ -208,6 +206,23 @@ def node_names(ranks: Ranks) -> list[str]:
     return [] if names is None else [one.tobytes().rstrip(b"\0").decode() for one in names]
 
 
+def cores_are_shared(ranks: Ranks) -> bool:
+    """Whether ranks of a node may run on the same cores, so that how long each takes says little
+    about itself; on rank 0, False on others and with CUDA. For all ranks to call."""
+    if ranks.device.type != "cpu":
+        return False
+    mine = np.zeros(MOST_CORES, dtype=np.uint8)
+    mine[[core for core in os.sched_getaffinity(0) if core < MOST_CORES]] = 1
+    names, cores_RC = node_names(ranks), gather_arrays(mine, ranks)
+    return cores_RC is not None and any_overlap(names, cores_RC)
+
+
+def any_overlap(names: Sequence[str], cores_RC: NDArray[Any]) -> bool:
+    """Whether two ranks with the same name of a node have a core C in common."""
+    nodes = [[rank for rank, name in enumerate(names) if name == one] for one in set(names)]
+    return any(int(cores_RC[members].sum(axis=0).max()) > 1 for members in nodes)
+
+
 def all_agree(fine: bool, ranks: Ranks) -> bool:
     """Whether `fine` holds on every rank."""
     flag = torch.tensor([1 if fine else 0])
@@ -232,7 +247,14 @@ def _join(rank: int, world: int, backend: str) -> None:
         store = dist.HashStore()
         dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=TIMEOUT)
         return
-    dist.init_process_group(backend, rank=rank, world_size=world, timeout=TIMEOUT)
+    try:
+        dist.init_process_group(backend, rank=rank, world_size=world, timeout=TIMEOUT)
+    except (dist.DistNetworkError, dist.DistStoreError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise RankError(
+            f"rank {rank} of {world} cannot meet the others at {meeting_point()} (MASTER_ADDR, "
+            f"MASTER_PORT): {reason}"
+        ) from None
 
 
 def _make_groups(layout: Layout) -> None:

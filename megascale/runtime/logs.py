@@ -1,7 +1,9 @@
-"""What each rank notes for later: warnings and tracebacks go to logs/rank<r>.log."""
+"""What each rank notes for later, in logs/rank<r>.log, and lines for the user on the console."""
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import logging
 import os
 import sys
@@ -38,9 +40,37 @@ def note_failure(error: BaseException) -> None:
 
 
 def say(text: str) -> None:
-    """Print a line for the user. A terminal or a pipe that is gone must not stop a run."""
+    """Print a line for the user; a console that cannot take it costs the line and not the run.
+
+    A console whose reader is gone takes nothing more. One on a full disk is tried again.
+    """
+    try:
+        _print(text)
+    except (OSError, ValueError) as error:
+        logging.getLogger("megascale").warning("the console does not take lines: %s", error)
+        if getattr(error, "errno", None) not in (errno.ENOSPC, errno.EDQUOT):
+            _silence()
+
+
+def settle_console() -> None:
+    """Write what the console has not taken so far, or leave it out: the end comes without error."""
+    try:
+        sys.stdout.flush()
+    except (OSError, ValueError):
+        _silence()
+
+
+def _print(text: str) -> None:
     try:
         print(text, flush=True)
-    except OSError:
-        # what waits in the buffer, and all that follows, goes nowhere
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except UnicodeEncodeError:
+        known = getattr(sys.stdout, "encoding", None) or "ascii"
+        print(text.encode(known, "backslashreplace").decode(known), flush=True)
+
+
+def _silence() -> None:
+    """Lead standard output nowhere; a later flush, as that at exit, then finds no error."""
+    with contextlib.suppress(OSError, ValueError):
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())
+        os.close(nowhere)

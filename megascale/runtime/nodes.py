@@ -19,6 +19,7 @@ from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from megascale.errors import UserError
+from megascale.runtime.environment import world_from_environment
 from megascale.runtime.placement import meetings, members_of, node_name
 from megascale.runtime.self_test import cpu, cuda, examine_device
 from megascale.runtime.verdict import LEAST, Report, Verdict, judge
@@ -53,11 +54,11 @@ def run_rank(options: Options, told: Mapping[str, float], least: float | None) -
     """
     import torch
 
-    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    rank, world, local = world_from_environment()
     store = _store(rank, options.timeout_s)
     board = _Board(store, rank, world)
     board.say("host", node_name())
-    on_cuda, local = torch.cuda.is_available(), int(os.environ.get("LOCAL_RANK", "0"))
+    on_cuda = torch.cuda.is_available()
     device = cuda(local, options.memory_share) if on_cuda else cpu()
     hosts = board.begin_together(options.timeout_s)
     board.say("alone", asdict(examine_device(device, options.seconds)))

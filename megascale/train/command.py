@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from megascale.resilience.driver import is_driven
 from megascale.resilience.local_ranks import RankJob, as_rank, megascale, rank_count, run_ranks
 from megascale.resilience.signals import StopRequest
+from megascale.runtime.environment import world_from_environment
 
 if TYPE_CHECKING:
     from megascale.config import RunConfig
@@ -89,6 +90,7 @@ def _start_ranks(args: argparse.Namespace, count: int) -> int:
 
 
 def _train(args: argparse.Namespace) -> int:
+    world_from_environment()  # what is wrong there is said before anything is read
     from megascale.train.describe import load_run
     from megascale.train.ready import check_resume
 
@@ -118,7 +120,8 @@ def resume_command(config: str, overrides: list[str], started: int = 1) -> str:
     of which this is one."""
     if is_driven():
         return "megascale launch or submit, as before"
-    world = int(os.environ.get("WORLD_SIZE", str(started)))
+    _, world, _ = world_from_environment()
+    world = max(world, started)
     local = int(os.environ.get("LOCAL_WORLD_SIZE", str(world)))
     words = ["megascale", "train", config, *overrides, "--resume", "auto"]
     if world != local:

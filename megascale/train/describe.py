@@ -5,6 +5,8 @@ Without torch: this answers in under a second.
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
@@ -19,12 +21,12 @@ from megascale.corpus.batches import (
     Cursor,
     GlobalBatch,
     GlobalBatches,
-    epochs_needed,
-    num_steps,
     shares,
     used_sources,
 )
+from megascale.corpus.check import missing_ends
 from megascale.corpus.describe import SourceInfo, describe_source
+from megascale.corpus.length import RunLength, begin_after, most_tokens, run_length
 from megascale.corpus.shards import Shard
 from megascale.errors import UserError
 from megascale.model import counts
@@ -34,6 +36,7 @@ from megascale.planner import PLANNERS, CostModel, OffloadModel, Problem, StepPl
 from megascale.planner.gantt import LEGEND, text_gantt
 from megascale.train.earlier import unwatched, with_earlier
 from megascale.train.growing import small_and_grown
+from megascale.train.heldout import foreseen
 from megascale.train.replay import part_seen, with_replay_blend
 from megascale.train.same_tokenizer import require_same_tokenizer, warn_if_tokenizers_differ
 from megascale.train.start import (
@@ -85,6 +88,15 @@ def source_tokens(sources: Mapping[str, SourceInfo]) -> dict[str, int]:
     return {name: info.train_tokens for name, info in sources.items()}
 
 
+def _missing_ends(sources: Mapping[str, SourceInfo]) -> list[str]:
+    problems = {name: missing_ends(info) for name, info in sources.items()}
+    return [
+        f"source '{name}': {problem}; eod_id may be another, or megascale data check says more"
+        for name, problem in problems.items()
+        if problem is not None
+    ]
+
+
 def _check_vocabulary(config: RunConfig, sources: Mapping[str, SourceInfo]) -> None:
     known, start = config.model.vocab_size or 0, config.start.checkpoint
     for name, info in sources.items():
@@ -106,25 +118,33 @@ def _check_epochs(config: RunConfig, tokens: Mapping[str, int]) -> None:
     limit = config.data.max_epochs
     if limit is None:
         return
-    for name, epochs in _epochs(config, tokens).items():
+    most = most_tokens(config.data, config.train.tokens)
+    if config.growth is not None:  # where the small model stops, a piece may be begun
+        small = most_tokens(config.data, config.growth.at_tokens)
+        piece = config.data.context_tokens - 1
+        most = {name: count + small[name] + piece for name, count in most.items()}
+    for name, epochs in _epochs(config, most, tokens).items():
         if epochs > limit:
             earlier = config.data.sources[name].earlier
             before = ", with what earlier runs read," * (earlier is not None)
             raise UserError(
-                f"source '{name}'{before} would be read {epochs:.2f} times, but data.max_epochs = "
-                f"{limit}; set data.max_epochs={int(-(-epochs // 1))}, lower its share or "
-                "train.tokens"
+                f"source '{name}'{before} would be read up to {epochs:.4g} times, but "
+                f"data.max_epochs = {limit}; set data.max_epochs={math.ceil(epochs)}, lower its "
+                "share or train.tokens"
             )
 
 
-def _epochs(config: RunConfig, tokens: Mapping[str, int]) -> dict[str, float]:
-    """Passes over each source that a run makes, its small model and the runs behind it included."""
-    epochs = epochs_needed(config.data, config.train.tokens, tokens)
-    small = epochs_needed(config.data, config.growth.at_tokens, tokens) if config.growth else {}
-    for name, source in config.data.sources.items():
-        if name in epochs and source.earlier is not None and not source.replay:
-            epochs[name] += source.earlier.tokens / max(1, tokens[name])
-    return {name: passes + small.get(name, 0) for name, passes in epochs.items()}
+def _epochs(
+    config: RunConfig, read: Mapping[str, int], tokens: Mapping[str, int]
+) -> dict[str, float]:
+    """Passes over each source where so much of it is `read`, the runs behind this one included."""
+    epochs = {}
+    for name in used_sources(config.data.stages):
+        source, count = config.data.sources[name], read.get(name, 0)
+        if source.earlier is not None and not source.replay:
+            count += source.earlier.tokens
+        epochs[name] = count / max(1, tokens[name])
+    return epochs
 
 
 def cost_model(config: RunConfig) -> CostModel:
@@ -196,9 +216,22 @@ class FirstStep:
 
 def first_step(config: RunConfig, layout: Layout, sources: Mapping[str, SourceInfo]) -> FirstStep:
     """Deal and plan step 0."""
-    shards = {name: Shard.open(info.train) for name, info in sources.items()}
-    batch, _ = GlobalBatches(config.data, shards, config.seed).next(Cursor())
+    batch, _ = _batches(config, sources).next(Cursor())
     return FirstStep(batch, plan_lengths(config, layout, batch.length))
+
+
+def _batches(config: RunConfig, sources: Mapping[str, SourceInfo]) -> GlobalBatches:
+    shards = {name: Shard.open(info.train) for name, info in sources.items()}
+    return GlobalBatches(config.data, shards, config.seed)
+
+
+def expected_lengths(config: RunConfig, sources: Mapping[str, SourceInfo]) -> list[RunLength]:
+    """How long a run will be; before it, where it grows, how long its small model's will be."""
+    batches, tokens = _batches(config, sources), config.train.tokens
+    if config.growth is None:
+        return [run_length(batches, tokens, Cursor())]
+    small = run_length(batches, config.growth.at_tokens, Cursor())
+    return [small, run_length(batches, tokens, begin_after(small))]
 
 
 def describe_run(
@@ -213,18 +246,21 @@ def describe_run(
     """
     first = first or first_step(config, layout, sources)
     has_heldout = {name: info.heldout is not None for name, info in sources.items()}
-    epochs = _epochs(config, source_tokens(sources))
-    warnings = warnings_of(config, layout, epochs, has_heldout, first.batch.num_sequences)
+    lengths = expected_lengths(config, sources)
+    read = sum((Counter(one.read) for one in lengths), Counter())
+    epochs, length = _epochs(config, read, source_tokens(sources)), lengths[-1]
+    warnings = warnings_of(config, layout, epochs, has_heldout, first.batch.num_sequences, length)
     warnings += warn_if_tokenizers_differ(config, sources)
     warnings += [*warn_if_rate_jumps(config), *unwatched(config)]
+    warnings += _missing_ends(sources)
     sections = [
-        _title(config),
+        _title(config, length),
         _model(config, first),
         _grown(config, layout, first),
         _layout(config, layout),
         _memory(config, layout),
         _data(config, sources, epochs),
-        _learning_rate(config),
+        _learning_rate(config, first, length),
         _step(config, layout, first),
         _files(config),
         [f"warning: {warning}" for warning in warnings],
@@ -232,11 +268,13 @@ def describe_run(
     return "\n\n".join("\n".join(lines) for lines in sections if lines) + "\n"
 
 
-def _title(config: RunConfig) -> list[str]:
-    steps = num_steps(config.data, config.train.tokens)
+def _title(config: RunConfig, length: RunLength) -> list[str]:
+    steps = length.num_steps
+    about = "about " * (length.end is None)
     lines = [
-        f"run {config.run_dir}: {steps:,} steps of {config.data.global_batch_tokens:,} tokens to "
-        f"reach {config.train.tokens:,}, {config.train.precision}, seed {config.seed}"
+        f"run {config.run_dir}: {about}{steps:,} steps of {config.data.global_batch_tokens:,} "
+        f"tokens to reach {config.train.tokens:,}, {config.train.precision}, seed {config.seed}",
+        f"  takes {about}{length.num_tokens:,} tokens, {length.num_tokens / steps:,.0f} in a step",
     ]
     growth = config.growth
     if growth is not None:
@@ -332,6 +370,8 @@ def _data(
             f"  {name:<21} {info.train_tokens:,} tokens in {info.train_documents:,} documents, "
             f"read {epochs[name]:.2f} times"
         )
+    for name, part in foreseen(config, sources):
+        lines.append(f"  {f'held-out {name}':<21} {part}")
     begin = 0
     for index, stage in enumerate(config.data.stages):
         blend = ", ".join(f"{name} {float(share):.2%}" for name, share in shares(stage).items())
@@ -340,15 +380,15 @@ def _data(
     return lines
 
 
-def _learning_rate(config: RunConfig) -> list[str]:
+def _learning_rate(config: RunConfig, first: FirstStep, length: RunLength) -> list[str]:
     lines = ["learning rate           (of the step that reaches these tokens)"]
-    first = config.data.global_batch_tokens
-    points = {first: lr_at(first, config.optim.schedule), **dict(joints(config.optim.schedule))}
-    end = config.train.tokens
-    points.setdefault(end, lr_at(end, config.optim.schedule))
+    begin, end = first.batch.num_tokens, config.train.tokens
+    points = dict(joints(config.optim.schedule))
+    for tokens in (min(begin, end), end):
+        points.setdefault(tokens, lr_at(tokens, config.optim.schedule))
     for tokens, lr in sorted(points.items()):
         if 0 < tokens <= end:
-            step = num_steps(config.data, tokens) - 1
+            step = length.step_reaching(tokens) - 1
             lines.append(f"  {tokens:>16,} tokens {lr:.4g} in step {step:,}")
     return lines
 

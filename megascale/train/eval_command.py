@@ -7,13 +7,15 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megascale.errors import UserError
+from megascale.errors import UserError, install_command
 
 if TYPE_CHECKING:
     from megascale.train.score_text import TextScorer, TextTokens
 
 MOST_TOKENS = 256
 """Of a continuation whose task says nothing, as lm-eval has it."""
+LENGTH_OPTIONS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
+"""Names under which a task may say it; lm-eval takes the first that is there."""
 
 
 def add_eval_arguments(parser: argparse.ArgumentParser) -> None:
@@ -85,7 +87,10 @@ def text_tokens(found: Any, config: Any, given: str | None) -> TextTokens:
         from transformers import AutoTokenizer
 
         ours = load_hf(str(folder))
-        theirs, end_id = AutoTokenizer.from_pretrained(folder, local_files_only=True), ours.eod_id
+        theirs = AutoTokenizer.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False
+        )
+        end_id = ours.eod_id
         first_id = theirs.bos_token_id if ours.bos_id is None else ours.bos_id
     require_known(ours.vocab_size, config.model.vocab_size, folder)
     return TextTokens(
@@ -102,7 +107,7 @@ def _load_tasks(tasks: str, include: str | None) -> tuple[list[str], Any]:
     try:
         from lm_eval.tasks import TaskManager
     except ImportError:
-        raise UserError("lm-eval is not installed; pip install 'megascale[eval]'") from None
+        raise UserError(f"lm-eval is not installed; {install_command('eval')}") from None
     if include is not None and not Path(include).is_dir():
         raise UserError(f"--include {include}: no such folder")
     names = [name.strip() for name in tasks.split(",") if name.strip()]
@@ -140,10 +145,12 @@ def lm_eval_model(scorer: TextScorer) -> Any:
 
 
 def _generate(scorer: TextScorer, prompt: str, options: dict[str, Any]) -> str:
-    if options.get("do_sample") or options.get("temperature"):
+    sampled = options.get("do_sample")
+    if options.get("temperature") if sampled is None else sampled:
         raise UserError("a task asks for sampled text; megascale eval continues greedily only")
     stops = options.get("until") or []
-    most = int(options.get("max_gen_toks", MOST_TOKENS))
+    given = (options[name] for name in LENGTH_OPTIONS if options.get(name) is not None)
+    most = int(next(given, MOST_TOKENS))
     return scorer.generate(prompt, [stops] if isinstance(stops, str) else stops, most)
 
 

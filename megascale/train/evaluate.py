@@ -10,15 +10,16 @@ import numpy as np
 
 from megascale.corpus.batches import GlobalBatch
 from megascale.corpus.describe import SourceInfo
-from megascale.corpus.pieces import Pieces, heldout_pieces
+from megascale.corpus.heldout import HeldoutPart, choose_part
+from megascale.corpus.pieces import Pieces
 from megascale.corpus.shards import Shard
-from megascale.errors import UserError
 from megascale.mesh.reader import MicroBatchReader, TokenSource
 from megascale.model.balance import ExpertUse
 from megascale.model.build import pack_multiple
 from megascale.planner.plan import StepPlan
-from megascale.runtime.distributed import broadcast_bytes
-from megascale.train.earlier import PREFIX
+from megascale.runtime.distributed import Ranks, broadcast_bytes
+from megascale.train.folder import on_first_rank
+from megascale.train.heldout import scored_sources
 from megascale.train.step import Learner, evaluate, look
 
 
@@ -29,31 +30,43 @@ class HeldoutScore:
     loss: float
     """Mean loss per token, nats."""
     bits_per_byte: float | None
-    """Summed loss in bits over the bytes of the same documents that their ids give back; None
-    where the source does not know its bytes (a bare Megatron prefix)."""
+    """Summed loss in bits over the bytes of the same text that its ids give back; None where the
+    source does not know its bytes (a bare Megatron prefix)."""
     tokens: int
     """Tokens judged."""
+    documents: int
+    """Documents of which something was judged."""
+    set_tokens: int
+    """Tokens of the whole held-out set."""
+    set_documents: int
+    """Documents of the whole held-out set."""
+    part: str
+    """Mark of the part of the set that was judged; scores of other parts do not compare."""
 
 
 @dataclass(frozen=True)
 class HeldoutSet:
-    """The held-out documents of one source, planned once and read at every evaluation."""
+    """The held-out text of one source, planned once and read at every evaluation."""
 
     reader: MicroBatchReader
     batch: GlobalBatch
     plan: StepPlan
-    num_bytes: int | None
+    part: HeldoutPart
 
     def score(self, learner: Learner) -> HeldoutScore:
         """Run the whole set, without gradients, over all ranks."""
         count = len(self.plan.rings_of(self.reader.hdp_rank))
         micro_batches = self.reader.read(self.plan, self.batch)
         loss_sum, tokens = evaluate(learner, micro_batches, count)
-        bits = loss_sum / math.log(2)
+        bits, part = loss_sum / math.log(2), self.part
         return HeldoutScore(
             loss=loss_sum / tokens,
-            bits_per_byte=bits / self.num_bytes if self.num_bytes else None,
+            bits_per_byte=bits / part.num_bytes if part.num_bytes else None,
             tokens=tokens,
+            documents=part.documents,
+            set_tokens=part.set_tokens,
+            set_documents=part.set_documents,
+            part=part.mark,
         )
 
     def experts(self, learner: Learner) -> ExpertUse:
@@ -73,16 +86,13 @@ def heldout_sets(
     """The sets of all sources that have held-out documents; empty when `eval.tokens` is 0."""
     config, ranks = learner.config, learner.ranks
     sets: dict[str, HeldoutSet] = {}
-    for name, info in sources.items():
-        plain = sources.get(name.removeprefix(PREFIX))
-        twice = plain is not None and plain is not info and plain.heldout == info.heldout
-        if info.heldout is None or not config.eval.tokens or twice:
-            continue
-        shard = Shard.open(info.heldout)
-        pieces = heldout_pieces(shard, config.data.context_tokens, config.eval.tokens)
+    for name, info in scored_sources(config, sources):
+        part = _chosen(info, config.data.context_tokens, config.eval.tokens, ranks)
+        pieces = part.pieces(config.data.context_tokens)
         if not len(pieces.length):
             continue
         payload = planner(pieces.length).to_bytes() if ranks.rank == 0 else None
+        shard = Shard.open(info.heldout or "")
         source = TokenSource(name, shard, info.first_id, config.model.vocab_size or 0)
         sets[name] = HeldoutSet(
             reader=MicroBatchReader(
@@ -90,9 +100,17 @@ def heldout_sets(
             ),
             batch=_as_batch(pieces),
             plan=StepPlan.from_bytes(broadcast_bytes(payload, ranks)),
-            num_bytes=_bytes_of(info, pieces),
+            part=part,
         )
     return sets
+
+
+def _chosen(info: SourceInfo, context_tokens: int, tokens: int, ranks: Ranks) -> HeldoutPart:
+    """What is scored of a held-out set, chosen by rank 0."""
+    found: list[HeldoutPart] = []
+    on_first_rank(ranks, lambda: found.append(choose_part(info, context_tokens, tokens)))
+    payload = found[0].to_bytes() if found else None
+    return HeldoutPart.from_bytes(broadcast_bytes(payload, ranks))
 
 
 def _as_batch(pieces: Pieces) -> GlobalBatch:
@@ -103,13 +121,3 @@ def _as_batch(pieces: Pieces) -> GlobalBatch:
         start=pieces.start,
         length=pieces.length.astype(np.int32),
     )
-
-
-def _bytes_of(info: SourceInfo, pieces: Pieces) -> int | None:
-    if info.heldout_bytes is None:
-        return None
-    try:
-        sizes = np.load(info.heldout_bytes, mmap_mode="r", allow_pickle=False)
-        return int(sizes[np.unique(pieces.document)].sum())
-    except (OSError, ValueError, IndexError):
-        raise UserError(f"{info.heldout_bytes} is damaged; prepare the corpus again") from None

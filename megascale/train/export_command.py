@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megascale.config import RunConfig, SourceConfig
 from megascale.config.load import whole_number
 from megascale.errors import UserError
-from megascale.train.import_command import add_check_arguments
+from megascale.train.import_command import add_check_arguments, check_tokens
 
 if TYPE_CHECKING:
+    from megascale.checkpoint.huggingface.kept import Kept
     from megascale.checkpoint.load import Found
 
 SHARD_BYTES = "4Gi"
+SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
 def add_export_arguments(parser: argparse.ArgumentParser) -> None:
@@ -26,7 +29,8 @@ def add_export_arguments(parser: argparse.ArgumentParser) -> None:
         "--tokenizer",
         metavar="FOLDER",
         help="prepared corpus or Hugging Face folder; default: what the checkpoint was imported "
-        "with, else that of the run's first corpus that has one",
+        "with, else that of the run's first corpus that has one, else that of the model it "
+        "comes from",
     )
     add(
         "--shard-bytes",
@@ -56,31 +60,52 @@ def run_export(args: argparse.Namespace) -> int:
 
 def _convert(found: Found, out: Path, shard_bytes: int, args: argparse.Namespace) -> list[str]:
     """Write the model folder; what there is to say."""
-    from megascale.checkpoint.huggingface.config import config_of
     from megascale.checkpoint.huggingface.files import write_files
-    from megascale.checkpoint.huggingface.tokenizer import write_tokenizer
     from megascale.checkpoint.huggingface.weights import export_shapes, export_tensors
     from megascale.checkpoint.tensors import Tensors
     from megascale.train.compare_logits import compare_logits, require_close
     from megascale.train.one_rank import run_config
 
     config, stored = run_config(found), Tensors(found)
-    context_tokens, shapes = config.data.context_tokens, export_shapes(config.model)
+    shapes = export_shapes(config.model)
     dtype = stored.read("decoder.final_layernorm.weight").dtype
-    theirs = config_of(config.model, context_tokens, str(dtype).removeprefix("torch."))
+    type_name = str(dtype).removeprefix("torch.")
     source = tokenizer_folder(found, config, args.tokenizer)
+    family, notes = write_settings(found, config, type_name, source, out)
+    tensors = export_tensors(stored, config.model)
+    files = write_files(out, shapes, dtype, tensors, shard_bytes)
+    said = [f"{family} in {type_name}, {len(files)} file{'s' * (len(files) > 1)}"]
+    if args.check:
+        difference = compare_logits(out, found, dtype, check_tokens(args))
+        require_close(difference, args.tolerance)
+        said.append(f"  logits      {difference}")
+    said.append(f"  tokenizer   {f'of {source}' if source else 'none; --tokenizer adds one'}")
+    return said + [f"  note        {note}" for note in notes]
+
+
+def write_settings(
+    found: Found, config: RunConfig, dtype: str, source: Path | None, out: Path
+) -> tuple[str, list[str]]:
+    """Write all files of a model folder but the weights; its family, and what there is to say.
+
+    `source` is where the tokenizer comes from. Raises UserError where no family has such a model,
+    and where the tokenizer has ids that it lacks.
+    """
+    from megascale.checkpoint.huggingface.config import config_of
+    from megascale.checkpoint.huggingface.kept import Kept
+    from megascale.checkpoint.huggingface.merge import merged_config
+    from megascale.checkpoint.huggingface.tokenizer import write_tokenizer
+    from megascale.train.start import home_of
+
+    kept, context_tokens = Kept.of(home_of(found.folder.resolve())), config.data.context_tokens
+    if kept is not None:
+        document = merged_config(kept, config.model, context_tokens, dtype)
+        return document["model_type"], write_kept(kept, document, source, out)
+    theirs = config_of(config.model, context_tokens, dtype)
     if source is not None:
         write_tokenizer(source, out, context_tokens)
     write_configs(theirs, out, source)
-    tensors = export_tensors(stored, config.model)
-    files = write_files(out, shapes, dtype, tensors, shard_bytes)
-    number = f"{len(files)} file{'s' * (len(files) > 1)}"
-    said = [f"{theirs.model_type} in {str(dtype).removeprefix('torch.')}, {number}"]
-    if args.check:
-        difference = compare_logits(out, found, dtype)
-        require_close(difference, args.tolerance)
-        said.append(f"  logits      {difference}")
-    return [*said, f"  tokenizer   {f'of {source}' if source else 'none; --tokenizer adds one'}"]
+    return theirs.model_type, []
 
 
 def tokenizer_folder(found: Found, config: RunConfig, given: str | None) -> Path | None:
@@ -88,7 +113,10 @@ def tokenizer_folder(found: Found, config: RunConfig, given: str | None) -> Path
 
     Raises UserError for a corpus of the run that is not what the run has read.
     """
+    from megascale.checkpoint.huggingface.kept import KEPT
+    from megascale.checkpoint.huggingface.tokenizer import has_tokenizer
     from megascale.corpus.describe import CORPUS_FILE, TOKENIZER_FOLDER
+    from megascale.train.start import home_of
 
     if given is not None:
         return Path(given)
@@ -100,7 +128,8 @@ def tokenizer_folder(found: Found, config: RunConfig, given: str | None) -> Path
             if held is not None:
                 _require_same(name, source, held)
             return Path(source.path)
-    return None
+    kept = home_of(found.folder.resolve()) / KEPT
+    return kept if has_tokenizer(kept) else None
 
 
 def _require_same(name: str, source: SourceConfig, held: str) -> None:
@@ -133,18 +162,86 @@ def write_configs(theirs: Any, out: Path, source: Path | None) -> None:
     `source` is where the tokenizer in `out` comes from. Raises UserError where it has ids that
     the model lacks.
     """
-    from transformers import AutoTokenizer, GenerationConfig
+    from transformers import GenerationConfig
 
     from megascale.checkpoint.huggingface.config import write_config
-    from megascale.checkpoint.huggingface.tokenizer import INFOWINDOW_CLASS
 
     if source is not None:
+        ids = _ids_of(out, theirs.vocab_size, source)
+        theirs.bos_token_id, theirs.eos_token_id = ids["bos_token_id"], ids["eos_token_id"]
+    write_config(theirs, out)
+    GenerationConfig.from_model_config(theirs).save_pretrained(out)
+
+
+def write_kept(kept: Kept, document: dict[str, Any], source: Path | None, out: Path) -> list[str]:
+    """Write config.json (`document`), what an import has kept beside it, and the tokenizer of
+    `source`; what there is to say.
+
+    Ids that begin and end a text are those of the import, unless `source` has another tokenizer.
+    Raises UserError where it has ids that the model lacks.
+    """
+    from megascale.checkpoint.huggingface.documents import CONFIG, GENERATION, write_document
+    from megascale.checkpoint.huggingface.kept import without_unknown_ids
+    from megascale.checkpoint.huggingface.tokenizer import relation, write_related
+
+    vocab_size, generation, notes = document["vocab_size"], kept.generation, []
+    if source is not None:
+        related = relation(source, kept.folder)
+        write_related(source, kept.folder, related, out, document["max_position_embeddings"])
+        if related == "other":
+            ids = _ids_of(out, vocab_size, source)
+            document |= ids
+            generation = None if generation is None else {**generation, **ids}
+            notes.append(
+                f"the tokenizer of {source} is another than the imported one, so ids that begin "
+                "and end a text are its own, and the imported chat template is left out"
+            )
+        elif related == "larger":
+            _ids_of(out, vocab_size, source)
+    document, lost = without_unknown_ids(document, vocab_size)
+    write_document(document, out / CONFIG)
+    if generation is not None:
+        generation, more = without_unknown_ids(generation, vocab_size)
+        lost += [f"{option} of {GENERATION}" for option in more]
+        write_document(generation, out / GENERATION)
+    known = f"the model knows {vocab_size:,} ids, so what is above them was left out of"
+    notes += [f"{known} {option}" for option in lost]
+    return [*notes, *_notes_on_end(source, {**document, **(generation or {})})]
+
+
+def _notes_on_end(source: Path | None, settings: Mapping[str, Any]) -> Iterator[str]:
+    """What there is to say where generation does not stop at what ended documents in training."""
+    from megascale.corpus.describe import CORPUS_FILE
+    from megascale.corpus.tokenizers import load_tokenizer
+
+    if source is None or not (source / CORPUS_FILE).is_file():
+        return
+    ends, eod_id = settings.get("eos_token_id"), load_tokenizer(source).eod_id
+    if eod_id not in (ends if isinstance(ends, list) else [ends]):
+        yield (
+            f"documents ended with id {eod_id} in training, and eos_token_id = {ends} of the "
+            "import does not have it; add it where generation is to stop there"
+        )
+
+
+def _ids_of(out: Path, model_ids: int, source: Path) -> dict[str, Any]:
+    """The ids that begin, end and pad a text by the tokenizer in `out`, which is that of `source`.
+
+    Raises UserError where it cannot be loaded or has ids that the model lacks.
+    """
+    from transformers import AutoTokenizer
+
+    from megascale.checkpoint.huggingface.tokenizer import INFOWINDOW_CLASS
+    from megascale.checkpoint.storage import one_line
+
+    try:
         # code that runs is our own, which was just written there
         tokenizer = AutoTokenizer.from_pretrained(
             out, local_files_only=True, trust_remote_code=(out / INFOWINDOW_CLASS.name).is_file()
         )
-        require_known(max(tokenizer.get_vocab().values()) + 1, theirs.vocab_size, source)
-        theirs.bos_token_id = tokenizer.bos_token_id
-        theirs.eos_token_id = tokenizer.eos_token_id
-    write_config(theirs, out)
-    GenerationConfig.from_model_config(theirs).save_pretrained(out)
+    except Exception as error:  # it raises many kinds
+        raise UserError(
+            f"transformers cannot load the tokenizer of {source}: {one_line(error)}"
+        ) from None
+    require_known(max(tokenizer.get_vocab().values()) + 1, model_ids, source)
+    return {name: getattr(tokenizer, name) for name in SPECIAL_IDS}

@@ -53,8 +53,9 @@ class _Dealt(NamedTuple):
 class _Step:
     """A step on its way: first its batch is dealt, then its plan is sent."""
 
-    def __init__(self, dealt: Future[_Dealt]) -> None:
+    def __init__(self, dealt: Future[_Dealt | None]) -> None:
         self.dealt = dealt
+        """None after the last step of the run."""
         self.outcome: Planned | Exception | None = None
         """On rank 0, once it is known."""
         self.sent: Callable[[], Planned | None] | None = None
@@ -70,8 +71,8 @@ class Feed:
     next step's plan in an envelope, which travels and is read while the step trains. Envelopes
     are of a size that all ranks know; one stays empty where the plan is not ready or too big, and
     then that plan is sent, and waited for, when its step begins. All collectives are begun by
-    `take`, in the same order on every rank. `slowdown_at` gives what `Problem.slowdown` is in a
-    step.
+    `take`, in the same order on every rank. `is_over` says after which cursor no step follows, so
+    that none is begun there. `slowdown_at` gives what `Problem.slowdown` is in a step.
     """
 
     def __init__(
@@ -81,34 +82,36 @@ class Feed:
         ranks: Ranks,
         plans: PlansAhead | None,
         ahead_steps: int,
+        is_over: Callable[[Cursor], bool],
         slowdown_at: Callable[[int], tuple[float, ...]] = lambda step: (),
     ) -> None:
         self._batches, self._problem_of, self._ranks = batches, problem_of, ranks
         self._plans, self._ahead_steps = plans, ahead_steps
-        self._slowdown_at = slowdown_at
+        self._is_over, self._slowdown_at = is_over, slowdown_at
         self._dealer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="feed-dealer")
         self._reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="feed-reader")
         self._steps: deque[_Step] = deque()
         self._cursor: Cursor | None = None
         self._room = FIRST_ROOM_BYTES
 
-    def take(self, cursor: Cursor, end: int) -> PlannedBatch:
-        """The batch after `cursor`; steps from step `end` on are not begun.
+    def take(self, cursor: Cursor) -> PlannedBatch:
+        """The batch after `cursor`, after which the run is not over.
 
         Raises UserError, on every rank, where a source is used up or no plan exists.
         """
         began = time.perf_counter()
         if cursor != self._cursor:
             self._start_over(cursor)
-        ahead = min(self._ahead_steps, max(0, end - cursor.step - 1))
-        while len(self._steps) <= ahead:
+        while len(self._steps) <= self._ahead_steps:
             self._begin(self._steps[-1].dealt if self._steps else cursor)
         step = self._steps.popleft()
-        batch, after, _ = step.dealt.result()
+        dealt = step.dealt.result()
+        assert dealt is not None, "a run that is over takes no step"
+        batch, after, _ = dealt
         planned = step.sent() if step.sent is not None else None
         if planned is None:
             planned = self._send_now(step)
-        if self._steps:
+        if not self._is_over(after):
             self._send_ahead(self._steps[0])
         self._cursor = after
         waited_s = time.perf_counter() - began
@@ -121,16 +124,22 @@ class Feed:
 
     def _start_over(self, cursor: Cursor) -> None:
         for step in self._steps:
-            if self._plans and step.outcome is None and step.dealt.exception() is None:
+            if self._plans and step.outcome is None and _is_dealt(step):
                 self._plans.forget(_request(step))
         self._steps.clear()
         self._cursor = cursor
 
-    def _begin(self, after: Cursor | Future[_Dealt]) -> None:
+    def _begin(self, after: Cursor | Future[_Dealt | None]) -> None:
         self._steps.append(_Step(self._dealer.submit(self._deal, after)))
 
-    def _deal(self, after: Cursor | Future[_Dealt]) -> _Dealt:
-        cursor = after if isinstance(after, Cursor) else after.result().after
+    def _deal(self, after: Cursor | Future[_Dealt | None]) -> _Dealt | None:
+        if isinstance(after, Cursor):
+            cursor = after
+        else:
+            before = after.result()
+            if before is None or self._is_over(before.after):
+                return None
+            cursor = before.after
         batch, following = self._batches.next(cursor)
         if self._plans is None:
             return _Dealt(batch, following, None)
@@ -156,14 +165,19 @@ class Feed:
         step.sent = self._reader.submit(_open, arrived, step, self._ranks).result
 
 
+def _is_dealt(step: _Step) -> bool:
+    """Whether there is a batch; waits until that is known."""
+    return step.dealt.exception() is None and step.dealt.result() is not None
+
+
 def _request(step: _Step) -> int:
-    request = step.dealt.result().request
-    assert request is not None, "only rank 0 asks for plans"
-    return request
+    dealt = step.dealt.result()
+    assert dealt is not None and dealt.request is not None, "only rank 0 asks for plans"
+    return dealt.request
 
 
 def _is_ready(plans: PlansAhead, step: _Step) -> bool:
-    dealt = step.outcome is None and step.dealt.done() and step.dealt.exception() is None
+    dealt = step.outcome is None and step.dealt.done() and _is_dealt(step)
     return dealt and plans.ready(_request(step))
 
 

@@ -11,6 +11,7 @@ from itertools import chain
 from math import prod
 from pathlib import Path
 
+from megascale.checkpoint.folder import whole_or_not_at_all
 from megascale.checkpoint.load import Found
 from megascale.checkpoint.manifest import Position
 from megascale.checkpoint.tensors import Piece, Tensors, write_checkpoint
@@ -30,7 +31,13 @@ from megascale.runtime.pulse import pulse
 from megascale.train.earlier import read_by
 from megascale.train.growing import command_of
 from megascale.train.learn import Learned, learn_maps
-from megascale.train.start import RATE_TOKENS, Origin, Parent, require_relatives
+from megascale.train.start import (
+    RATE_TOKENS,
+    Origin,
+    Parent,
+    keep_of_import,
+    require_relatives,
+)
 
 
 def write_grown(found: Sequence[Found], growth: Growth, out: Path) -> str:
@@ -54,10 +61,13 @@ def write_grown(found: Sequence[Found], growth: Growth, out: Path) -> str:
     if growth.optimizer == "grow":
         steps, times = found[0].manifest.optimizer_steps, 3
         pieces = chain(pieces, grow_moments(*parents[0], growth))
-    manifest = write_checkpoint(out, _shown(pieces, 4 * times * after), position, steps)
-    tokenizer = found[0].folder / TOKENIZER_FOLDER
-    if tokenizer.is_dir() and growth.operator != "resize":
-        shutil.copytree(tokenizer, out / TOKENIZER_FOLDER)
+    with whole_or_not_at_all(out) as unfinished:
+        shown = _shown(pieces, 4 * times * after)
+        manifest = write_checkpoint(unfinished, shown, position, steps)
+        tokenizer = found[0].folder / TOKENIZER_FOLDER
+        if tokenizer.is_dir() and growth.operator != "resize":
+            shutil.copytree(tokenizer, unfinished / TOKENIZER_FOLDER)
+        keep_of_import(found[0], unfinished)
     before = count_parameters(parents[0][0]).total
     size = sum(file.bytes for file in manifest.files.values())
     layers = f", {parents[0][0].num_layers} layers become {model.num_layers}"

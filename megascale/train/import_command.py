@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from megascale.config import DataConfig, RunConfig, TrainConfig, dump_config
+from megascale.config.load import whole_number
 
 TOLERANCE = 1e-2
 """Rounding in fp32 reached 7e-4 with a real model of 30 layers; weights in a wrong order give more
@@ -32,6 +33,12 @@ def add_check_arguments(parser: argparse.ArgumentParser) -> None:
         action=argparse.BooleanOptionalAction,
         default=True,
         help="compare logits with those of transformers; needs memory for the model in fp32",
+    )
+    parser.add_argument(
+        "--check-tokens",
+        metavar="N",
+        help="longest sequence of the check; default: what reaches beyond the sliding window and "
+        "the context where scaling of rope begins, or as much as some minutes and 16 GiB allow",
     )
     parser.add_argument(
         "--tolerance",
@@ -61,8 +68,10 @@ def _convert(source: Path, out: Path, args: argparse.Namespace) -> list[str]:
     """Write the checkpoint; what there is to say."""
     import torch
 
-    from megascale.checkpoint.huggingface.config import CONFIG, model_of, read_config
+    from megascale.checkpoint.huggingface.config import import_notes, model_of, read_config
+    from megascale.checkpoint.huggingface.documents import CONFIG
     from megascale.checkpoint.huggingface.files import ModelFiles
+    from megascale.checkpoint.huggingface.kept import keep
     from megascale.checkpoint.huggingface.tokenizer import copy_tokenizer
     from megascale.checkpoint.huggingface.weights import check_files, import_pieces
     from megascale.checkpoint.manifest import Position
@@ -80,19 +89,26 @@ def _convert(source: Path, out: Path, args: argparse.Namespace) -> list[str]:
     config = RunConfig(model=model, data=data, train=TrainConfig(precision=precision))
     position = Position(0, 0, config.seed, dump_config(config), {})
     write_checkpoint(out, import_pieces(files, model, dtype), position)
+    keep(source, theirs, out)
     size = count_parameters(model).total
     said = [f"{theirs.model_type} of {size:,} parameters in {precision}"]
     if args.check:
-        said.append(f"  logits      {_compare(source, out, dtype, args.tolerance)}")
+        said.append(f"  logits      {_compare(source, out, dtype, args)}")
     has_tokenizer = copy_tokenizer(source, out / TOKENIZER_FOLDER)
     what = f"{args.out}/{TOKENIZER_FOLDER}" if has_tokenizer else "none there"
-    return [*said, f"  tokenizer   {what}"]
+    notes = (f"  note        {note}" for note in import_notes(theirs))
+    return [*said, f"  tokenizer   {what}", *notes]
 
 
-def _compare(source: Path, out: Path, dtype: object, tolerance: float) -> object:
+def _compare(source: Path, out: Path, dtype: object, args: argparse.Namespace) -> object:
     from megascale.checkpoint.load import find_at
     from megascale.train.compare_logits import compare_logits, require_close
 
-    difference = compare_logits(source, find_at(out), dtype)
-    require_close(difference, tolerance)
+    difference = compare_logits(source, find_at(out), dtype, check_tokens(args))
+    require_close(difference, args.tolerance)
     return difference
+
+
+def check_tokens(args: argparse.Namespace) -> int | None:
+    """The value of --check-tokens. Raises UserError for what is no number."""
+    return args.check_tokens and whole_number(args.check_tokens, "--check-tokens", least=2)

@@ -21,6 +21,7 @@ from megascale.mesh.reader import MicroBatchReader, TokenSource
 from megascale.model.build import build_model, pack_multiple
 from megascale.runtime import distributed
 from megascale.runtime.distributed import Ranks
+from megascale.runtime.environment import world_from_environment
 from megascale.train.describe import plan_lengths
 from megascale.train.one_rank import for_one_rank, run_config
 from megascale.train.replay import part_seen
@@ -49,7 +50,7 @@ def learn_maps(found: Found, grown: ModelConfig, factor: int, steps: int) -> Lea
     model is built on this one process, with gradients and no optimizer; experts learn without
     a balance loss. Raises UserError under torchrun, and where the run's data is gone.
     """
-    if distributed.world_from_environment()[1] != 1:
+    if world_from_environment()[1] != 1:
         raise UserError("--operator learn runs in one process; start it without torchrun")
     logging.getLogger("megatron").setLevel(logging.ERROR)  # there is no log file for its notices
     config = _config(found, grown)
@@ -108,7 +109,7 @@ def _config(found: Found, grown: ModelConfig) -> RunConfig:
     capacity = max(was.planner.capacity_tokens or 0, was.data.context_tokens)
     return replace(
         was,
-        model=_unbalanced(for_one_rank(grown, was.parallel.tensor)),
+        model=_unbalanced(for_one_rank(grown)),
         parallel=replace(ParallelConfig(), sequence_parallel=False),
         planner=replace(was.planner, name="longest_first", capacity_tokens=capacity, cost=None),
         optim=replace(was.optim, name="adamw", distributed_optimizer=False),

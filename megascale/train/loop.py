@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -28,8 +28,9 @@ from megascale.checkpoint.load import (
 from megascale.checkpoint.manifest import Position
 from megascale.checkpoint.save import Saver, SaveResult
 from megascale.config import RunConfig, dump_config, parse_config, validate
-from megascale.corpus.batches import Cursor, GlobalBatches, num_steps, with_stages
+from megascale.corpus.batches import Cursor, GlobalBatches, with_stages
 from megascale.corpus.describe import SourceInfo, identity
+from megascale.corpus.length import is_over, run_length
 from megascale.corpus.shards import Shard
 from megascale.errors import UserError
 from megascale.mesh.reader import MicroBatchReader, TokenSource
@@ -46,23 +47,31 @@ from megascale.runtime import distributed
 from megascale.runtime.distributed import (
     Ranks,
     broadcast_bytes,
+    cores_are_shared,
     device_bytes,
     gather_arrays,
     node_names,
 )
-from megascale.runtime.logs import log_to, note_failure
+from megascale.runtime.logs import log_to, say
 from megascale.runtime.pulse import begin_pulse, pulse
 from megascale.train.describe import describe_run, plan_lengths, step_problem
 from megascale.train.earlier import places_told, with_earlier
 from megascale.train.evaluate import HeldoutSet, heldout_sets
 from megascale.train.feed import Feed, PlannedBatch, start_plans
-from megascale.train.folder import RunFolder, on_first_rank
+from megascale.train.folder import RunFolder, noting_errors, on_first_rank
 from megascale.train.grow import write_grown
 from megascale.train.growing import require_growth, small_and_grown
 from megascale.train.report import Report
-from megascale.train.resume import compare_configs, compare_sources
-from megascale.train.sample import sample_tokens
-from megascale.train.start import LINEAGE, Origin, Parent, find_start, taken_over
+from megascale.train.resume import compare_configs, compare_sources, softmax_changes
+from megascale.train.sample import sample_text
+from megascale.train.start import (
+    LINEAGE,
+    Origin,
+    Parent,
+    find_start,
+    keep_of_import,
+    taken_over,
+)
 from megascale.train.step import Learner, StepResult, train_step
 
 COMPARED_STEPS = 10
@@ -95,12 +104,13 @@ class Run:
     """In a row."""
     save_again_at: int | None = None
     """Step after which a failed save is tried again."""
+    save_waits: bool = False
+    """A checkpoint is due, and is written once the loss is settled."""
 
     @property
-    def num_steps(self) -> int:
-        """Steps of the whole run."""
-        whole = num_steps(self.config.data, self.config.train.tokens)
-        return min(whole, self.config.train.stop_after_steps or whole)
+    def is_over(self) -> bool:
+        """Whether its last step is done."""
+        return is_over(self.cursor, self.config.train)
 
 
 def train(
@@ -113,7 +123,7 @@ def train(
     """
     with ExitStack() as leave:
         if config.monitor.heartbeats:
-            begin_pulse()
+            _begin_heartbeat()
         leave.callback(pulse.enter, "ended")
         ranks = distributed.start(config)
         leave.callback(distributed.stop)
@@ -140,21 +150,21 @@ def _train(
     """
     pulse.restart()
     with ExitStack() as leave:
-        folder = RunFolder.open(config.run_dir, resume, ranks, entered)
+        folder = RunFolder.open(config.run_dir, resume, ranks, entered, command)
         leave.callback(folder.close)
         log_to(folder.logs, ranks.rank)
-        leave.push(_note_failure)
-        plans = start_plans(config.planner, ranks, folder.logs)  # it starts beside what follows
-        if plans is not None:
-            leave.callback(plans.close)
-        run = _begin(config, sources, ranks, folder, plans, resume, stop)
-        leave.callback(run.report.close)
-        leave.callback(run.feed.close)
-        _steps(run)
-        if not run.stopped and config.eval.sample_prompt is not None:
-            _sample(run, config.eval.sample_prompt)
-        run.report.finished(run.cursor, run.stopped, command)
-        return run.stopped
+        with folder.noting_errors(ranks):  # before anything is closed
+            plans = start_plans(config.planner, ranks, folder.logs)  # it starts beside what follows
+            if plans is not None:
+                leave.callback(plans.close)
+            run = _begin(config, sources, ranks, folder, plans, resume, stop)
+            leave.callback(run.report.close)
+            leave.callback(run.feed.close)
+            _steps(run)
+            if not run.stopped and config.eval.sample_prompt is not None:
+                _sample(run, config.eval.sample_prompt)
+            run.report.finished(run.cursor, run.stopped, command)
+            return run.stopped
 
 
 def _train_growing(
@@ -175,17 +185,21 @@ def _train_growing(
         if run(small, None if resume is None else "auto", psutil.Process().create_time()):
             return True
         pulse.restart()
-        found = [find_at(small.run_dir, ranks)]
-        waiting = distributed.patient(ranks)  # a piece at a time on one rank, it may take hours
-        on_first_rank(waiting, lambda: print(write_grown(found, growth, folder)))
-    steps = small.train.stop_after_steps
-    on_first_rank(ranks, lambda: require_growth(grown, growth, steps))
+        with noting_errors(Path(grown.run_dir), ranks):
+            found = [find_at(small.run_dir, ranks)]
+            waiting = distributed.patient(ranks)  # a piece at a time on one rank, it may take hours
+            on_first_rank(waiting, lambda: say(write_grown(found, growth, folder)))
+    tokens = small.train.tokens
+    on_first_rank(ranks, lambda: require_growth(grown, growth, tokens))
     return run(with_earlier(grown), resume, time.time())
 
 
-def _note_failure(kind: object, error: BaseException | None, trace: object) -> None:
-    if error is not None:
-        note_failure(error)
+def _begin_heartbeat() -> None:
+    """A rank whose heartbeat cannot be had trains without it; its launcher sees no hang of it."""
+    try:
+        begin_pulse()
+    except (OSError, ValueError, RuntimeError) as error:
+        say(f"warning: no heartbeat of this rank: {error}; the run goes on")
 
 
 def _steps(run: Run) -> None:
@@ -194,13 +208,16 @@ def _steps(run: Run) -> None:
     pulse.begin_at(run.cursor.step)
     if run.cursor.step == 0 and config.start.checkpoint is not None:
         _evaluate(run)  # what there is to forget
-    with profiler(config.monitor, config.run_dir, run.learner.ranks) as profiled_step:
-        while run.cursor.step < run.num_steps and not run.stopped:
+    ranks, failed = run.learner.ranks, run.report.failed
+    with profiler(config.monitor, config.run_dir, ranks, failed) as profiled_step:
+        while not run.is_over and not run.stopped:
             pulse.enter("planning")
-            planned = run.feed.take(run.cursor, end=run.num_steps)
+            planned = run.feed.take(run.cursor)
+            if run.cursor.step and planned.after.stage != run.cursor.stage:
+                run.spikes.begin_anew()  # another blend has other losses
             result = _step(run, planned)
             run.cursor, run.stopped = planned.after, result.stop
-            pulse.step(run.cursor.step, device_bytes(run.learner.ranks.device))
+            pulse.step(run.cursor.step, device_bytes(ranks.device))
             pulse.enter("profiling")
             profiled_step()
             pulse.enter("reporting")
@@ -209,11 +226,13 @@ def _steps(run: Run) -> None:
                 _saved(run, run.saver.finalize())
             _compare_ranks(run)
             _guard_loss(run, result)
-            ends = run.cursor.step == run.num_steps
+            ends = run.is_over
             if _due(run.cursor.step, config.eval.every_steps) or (ends and not run.stopped):
                 _evaluate(run)
             due = _due(run.cursor.step, config.checkpoint.save_every_steps)
-            if ends or run.stopped or due or run.cursor.step == run.save_again_at:
+            run.save_waits |= due or run.cursor.step == run.save_again_at
+            settled = run.save_waits and run.spikes.is_settled(run.cursor.step)
+            if ends or run.stopped or settled:
                 _save(run)
             elif _due(run.cursor.step, config.checkpoint.emergency_every_steps):
                 _copy(run)
@@ -285,25 +304,37 @@ def _guard_loss(run: Run, result: StepResult) -> None:
 def _roll_back(run: Run) -> None:
     """Restore a checkpoint from before the leaps, and go on with the data that comes next."""
     pulse.enter("restoring")
-    run.report.saved(run.saver.wait())
-    spikes, ranks = run.spikes, run.learner.ranks
-    before = run.cursor.step - spikes.in_a_row
-    if spikes.rolled_to is not None:  # that did not help
-        before = min(before, spikes.rolled_to - 1)
-    try:
-        found = find_before(run.config.run_dir, before, ranks)
-    except UserError as error:
-        raise UserError(
-            f"the loss stays too high for {spikes.in_a_row} steps up to step {run.cursor.step} "
-            f"and cannot go back: {error}; lower optim.lr and resume an earlier checkpoint with "
-            "--resume STEP"
-        ) from None
-    restore(found, run.learner.model, run.learner.optimizer, ranks)
+    _saved(run, run.saver.wait())
+    found = _found_before_spikes(run)
+    position = found.manifest.position
+    restore(found, run.learner.model, run.learner.optimizer, run.learner.ranks)
     if run.saver.emergency is not None:
-        run.saver.emergency.forget_after(found.manifest.position.step)
-    run.report.rolled_back(run.cursor.step, spikes.in_a_row, found)
-    spikes.begin_anew(found.manifest.position.step)
+        run.saver.emergency.forget_after(position.step)
+    run.report.rolled_back(run.cursor.step, run.spikes.in_a_row, found)
+    same_stage = Cursor.from_json(position.cursor["data"]).stage == run.cursor.stage
+    usual = position.cursor["spikes"] if same_stage else None
+    run.spikes.roll_back(usual, to=position.step, at=run.cursor.step)
     run.skipped_in_a_row = 0
+
+
+def _found_before_spikes(run: Run) -> Found:
+    """The newest checkpoint before the spikes; an earlier one where it has not helped before.
+
+    Raises UserError where there is none.
+    """
+    spikes, ranks, run_dir = run.spikes, run.learner.ranks, run.config.run_dir
+    try:
+        found = find_before(run_dir, run.cursor.step - spikes.in_a_row, ranks)
+        if spikes.rolled_to is not None and found.manifest.position.step <= (spikes.rolled_at or 0):
+            found = find_before(run_dir, spikes.rolled_to - 1, ranks)
+        return found
+    except UserError as error:
+        tried = f", also after going back to step {spikes.rolled_to}," * bool(spikes.rolled_to)
+        raise UserError(
+            f"the loss stays too high{tried} for {spikes.in_a_row} steps up to step "
+            f"{run.cursor.step} and cannot go back: {error}; lower optim.lr and resume an earlier "
+            "checkpoint with --resume STEP"
+        ) from None
 
 
 def _guard_skips(run: Run, result: StepResult) -> None:
@@ -334,6 +365,7 @@ def _position(run: Run) -> Position:
 
 def _save(run: Run) -> None:
     pulse.enter("saving")
+    run.save_waits = False
     with run.report.spending("saving"):
         outcomes = run.saver.save(_position(run), run.learner.model, run.learner.optimizer)
     for outcome in outcomes:
@@ -383,17 +415,21 @@ def _identity(sources: Mapping[str, SourceInfo]) -> dict[str, str]:
 
 
 def _sample(run: Run, prompt: str) -> None:
-    """Show what the model writes after `prompt`, where the corpus brings its tokenizer."""
-    from megascale.corpus.tokenizers import load_tokenizer
+    """Show what the model writes after `prompt`, where the corpus brings its tokenizer.
 
+    The run is saved by then, so an error is a warning.
+    """
     info = next(iter(run.sources.values()))
     if info.tokenizer is None:
         return
-    tokenizer = load_tokenizer(info.tokenizer)
-    begin = [int(token) for token in tokenizer.encode(prompt)]
-    count = run.config.eval.sample_tokens
-    drawn = sample_tokens(run.learner, begin, count, info.first_id, info.eod_id)
-    run.report.sample(prompt, tokenizer.decode(drawn))
+    count, stop = run.config.eval.sample_tokens, run.stop_request.__bool__
+    try:
+        text = sample_text(run.learner, prompt, info, count, stop)
+    except Exception as error:
+        run.report.failed("sample", error)
+        return
+    if text is not None:
+        run.report.sample(prompt, text)
 
 
 def _begin(
@@ -421,6 +457,7 @@ def _begin(
         ranks,
         plans,
         config.planner.ahead_steps,
+        partial(is_over, train=config.train),
         *([speeds.at] if speeds is not None else []),
     )
     readable = [
@@ -428,8 +465,12 @@ def _begin(
         for name in batches.names
     ]
     saver.prepare(model, learner.optimizer)
-    report = Report(config, ranks, folder, sources, cursor, node_names(ranks))
+    length = run_length(batches, config.train.tokens, cursor)
+    nodes, shared = node_names(ranks), cores_are_shared(ranks)
+    report = Report(config, ranks, folder, sources, cursor, length, nodes, shared)
     report.started(cursor, describe_run(config, ranks.layout, sources), notes)
+    heldout = heldout_sets(learner, sources, partial(plan_lengths, config, ranks.layout))
+    report.heldout({name: one.part for name, one in heldout.items()})
     return Run(
         config=config,
         sources=sources,
@@ -438,7 +479,7 @@ def _begin(
         reader=MicroBatchReader(
             readable, ranks.hdp_rank, pack_multiple(config), ranks.device, ranks.axis
         ),
-        heldout=heldout_sets(learner, sources, partial(plan_lengths, config, ranks.layout)),
+        heldout=heldout,
         saver=saver,
         report=report,
         stop_request=stop,
@@ -485,12 +526,14 @@ def _restore(
         return _start(learner, sources, folder)
     position = found.manifest.position
     cursor = Cursor.from_json(position.cursor["data"])
-    changed = compare_configs(position.config, learner.config)
+    changed = compare_configs(position.config, learner.config, position.tokens_seen)
     was = parse_config(position.config).data.stages
-    cursor = with_stages(cursor, was, learner.config.data.stages)
+    cursor, left = with_stages(cursor, was, learner.config.data.stages), cursor
     compare_sources(position.cursor["sources"], _identity(sources))
     restore(found, learner.model, learner.optimizer, learner.ranks)
     spikes.go_on(position.cursor["spikes"])
+    if cursor is not left:
+        spikes.begin_anew()  # another blend has other losses
     if speeds is not None and not speeds.go_on(position.cursor.get("speeds")):
         changed = [*changed, "number of ranks, whose speeds are measured anew"]
     # whoever went back to a step means it: a crash before the next save must not undo that
@@ -498,7 +541,17 @@ def _restore(
     if found.bring is None:
         on_first_rank(learner.ranks, lambda: go_on_from(checkpoints, position.step))
     notes = [*warnings, *(f"changed since the checkpoint: {line}" for line in changed)]
+    notes += [*softmax_changes(found, learner.config), *_end_reached(cursor, learner.config)]
     return cursor, notes
+
+
+def _end_reached(cursor: Cursor, config: RunConfig) -> Iterator[str]:
+    """That a run is over which may have been meant to go on."""
+    if cursor.tokens_seen >= config.train.tokens:
+        yield (
+            f"nothing is left to train: the checkpoint of step {cursor.step} has seen "
+            f"{cursor.tokens_seen:,} tokens, and train.tokens = {config.train.tokens:,}"
+        )
 
 
 def _find(
@@ -528,4 +581,6 @@ def _start(
     parent = found.manifest.position
     origin = json.dumps(Origin("start.checkpoint", (Parent.of(found),)).to_json(), indent=1)
     on_first_rank(learner.ranks, lambda: folder.write(LINEAGE, f"{origin}\n"))
-    return Cursor(), [*taken_over(parent, config), *places_told(config)]
+    on_first_rank(learner.ranks, lambda: keep_of_import(found, folder.path))
+    notes = [*taken_over(parent, config), *places_told(config), *softmax_changes(found, config)]
+    return Cursor(), notes

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -19,6 +18,7 @@ from megascale.errors import UserError
 from megascale.mesh.packing import TokenSequence, pack
 from megascale.model.build import build_model
 from megascale.runtime import distributed
+from megascale.runtime.environment import world_from_environment
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ def open_model(found: Found, precision: Literal["fp32", "bf16"]) -> Iterator[One
     Needs no optimizer state and no corpus. Raises UserError under torchrun with several ranks,
     and where weights and manifest disagree.
     """
-    if distributed.world_from_environment()[1] != 1:
+    if world_from_environment()[1] != 1:
         raise UserError("this runs in one process; start it without torchrun")
     logging.getLogger("megatron").setLevel(logging.ERROR)  # there is no log file for its notices
     config = _config(found, precision)
@@ -73,15 +73,13 @@ def run_config(found: Found) -> RunConfig:
 
 def _config(found: Found, precision: Literal["fp32", "bf16"]) -> RunConfig:
     config = run_config(found)
-    model = for_one_rank(config.model, config.parallel.tensor)
+    model = for_one_rank(config.model)
     return complete(replace(config, model=model, train=TrainConfig(precision=precision)))
 
 
-def for_one_rank(model: ModelConfig, tensor: int) -> ModelConfig:
-    """The model of a run over `tensor` ranks, so that one process builds it on any device."""
-    # the same arithmetic on every device; and the padding that the run gave its vocabulary
-    rows = math.lcm(model.vocab_multiple, tensor)
-    model = replace(model, implementation="local", vocab_multiple=rows)
+def for_one_rank(model: ModelConfig) -> ModelConfig:
+    """A run's model, so that one process builds it on any device."""
+    model = replace(model, implementation="local")  # the same arithmetic on every device
     if model.moe is None:
         return model
     # the other dispatcher pads every pass to one length

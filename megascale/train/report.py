@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
-from pathlib import Path
+from functools import wraps
 from statistics import fmean
-from typing import Any
+from typing import Any, Concatenate, ParamSpec
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,27 +18,48 @@ from numpy.typing import NDArray
 from megascale.checkpoint.load import Found
 from megascale.checkpoint.save import SaveResult
 from megascale.config import RunConfig, dump_config
-from megascale.corpus.batches import Cursor, GlobalBatch, num_steps, used_sources
+from megascale.corpus.batches import Cursor, GlobalBatch, used_sources
 from megascale.corpus.describe import SourceInfo
+from megascale.corpus.heldout import HeldoutPart
+from megascale.corpus.length import RunLength, is_over
 from megascale.model.balance import ExpertUse
 from megascale.model.counts import batch_flops
 from megascale.monitor.console import Console
 from megascale.monitor.device import mfu, peak_flops
-from megascale.monitor.events import EventLog
 from megascale.monitor.experts import CollapseWatch, ExpertLog
-from megascale.monitor.metrics import METRICS_FILE, MetricsWriter, read_rows
+from megascale.monitor.metrics import FINISH_S, METRICS_FILE, MetricsWriter, read_rows
 from megascale.monitor.story import SPENT
 from megascale.monitor.stragglers import IN_A_ROW, RankLog, StragglerWatch
 from megascale.optim.schedule import joints, lr_at
 from megascale.runtime.distributed import Ranks
-from megascale.runtime.logs import say
+from megascale.runtime.logs import say, settle_console
 from megascale.train.evaluate import HeldoutScore
 from megascale.train.feed import PlannedBatch
 from megascale.train.folder import RunFolder
+from megascale.train.heldout import changed, evaluations_of, first_scores, in_words
 from megascale.train.step import StepResult
 
 PROGRESS_S = 30.0
 """Seconds between two accounts of where the time goes, of which a crash loses the last."""
+HURRIED_S = 5.0
+"""What trackers may take to send the last rows where the run did not reach its end."""
+
+P = ParamSpec("P")
+
+
+def _beside(
+    method: Callable[Concatenate[Report, P], None],
+) -> Callable[Concatenate[Report, P], None]:
+    """Make an error of a method a warning: a record that fails must not end the run."""
+
+    @wraps(method)
+    def guarded(self: Report, *args: P.args, **kwargs: P.kwargs) -> None:
+        try:
+            method(self, *args, **kwargs)
+        except Exception as error:
+            self.failed(f"report ({method.__name__.lstrip('_')})", error)
+
+    return guarded
 
 
 class Report:
@@ -50,18 +72,27 @@ class Report:
         folder: RunFolder,
         sources: Mapping[str, SourceInfo],
         cursor: Cursor,
+        length: RunLength,
         nodes: Sequence[str],
+        cores_are_shared: bool,
     ) -> None:
-        """`nodes` are the names of the ranks' machines, on rank 0."""
+        """`length` is counted from `cursor`; `nodes` are the ranks' machines, on rank 0.
+
+        Where `cores_are_shared`, comparisons of ranks go to the files only: which rank is slow
+        then depends on what else runs.
+        """
         self._config, self._ranks, self._folder = config, ranks, folder
+        self._length = length
         self._speaks = ranks.rank == 0
+        self._failures: set[str] = set()
+        self._finish_s = HURRIED_S
         self._bytes_per_token = bytes_per_token(sources[name] for name in config.data.sources)
         self._peak = peak_flops(_device_name(ranks), config.train.precision)
         if not self._speaks:
             return
         monitor, resolved = config.monitor, dump_config(config)
         folder.write("config.yaml", resolved)
-        self._events = EventLog(folder.path)
+        self._events = folder.events
         self._note_rewind(cursor.step)
         self._metrics = MetricsWriter(
             folder.path, monitor.tensorboard, monitor.trackers, cursor.step, asdict(config)
@@ -72,13 +103,17 @@ class Report:
         if ranks.world > 1:
             self._rank_log = RankLog(folder.path, cursor.step)
             self._stragglers = StragglerWatch(ranks.world)
-        self._nodes = nodes
+        self._nodes, self._cores_are_shared = nodes, cores_are_shared
         self._plan_waits_s: list[float] = []
-        self._first_scores = first_scores(folder.path)
+        self._first_scores: dict[str, float] = {}
         self._spent = dict.fromkeys(SPENT, 0.0)
         self._told = time.monotonic()
-        steps = num_steps(config.data, config.train.tokens)
-        self._console = Console(min(steps, config.train.stop_after_steps or steps), cursor.step)
+        self._console = Console(self._total_steps(cursor), cursor.step)
+
+    def _total_steps(self, cursor: Cursor) -> int:
+        """Steps at the end of the run, as it looks at `cursor`."""
+        steps, stop = self._length.total_steps(cursor), self._config.train.stop_after_steps
+        return steps if stop is None else min(steps, stop)
 
     def _note_rewind(self, step: int) -> None:
         """Keep account of steps that are about to be trained again."""
@@ -90,8 +125,10 @@ class Report:
             written = path.stat().st_mtime
             self._event("rewind", step=step, last_step=last_step, step_s=step_s, written=written)
 
+    @_beside
     def started(self, cursor: Cursor, description: str, notes: Sequence[str]) -> None:
         """Say where the run runs, and from where it goes on; keep its description."""
+        self._folder.has_started = True
         if not self._speaks:
             return
         self._folder.write("plan.txt", description)
@@ -108,14 +145,29 @@ class Report:
             "start",
             began=round(self._folder.entered, 3),
             step=cursor.step,
+            total_steps=self._total_steps(cursor),
             world=ranks.world,
             layout=asdict(layout),
+            command=self._folder.command,
         )
         if cursor.step:
             self._say(f"resumed at step {cursor.step}: {_lr_outlook(self._config, cursor)}")
         for note in notes:
             self._say(note)
 
+    @_beside
+    def heldout(self, parts: Mapping[str, HeldoutPart]) -> None:
+        """Say how much of the held-out sets is scored, and where that is not what it was before."""
+        if not self._speaks:
+            return
+        evaluations = evaluations_of(self._folder.path)
+        self._first_scores = first_scores(evaluations, parts)
+        for name, part in parts.items():
+            self._say(f"held-out {name}: every evaluation scores {in_words(part)}")
+            if (warning := changed(name, part, evaluations)) is not None:
+                self._say(f"warning: {warning}")
+
+    @_beside
     def step(self, cursor: Cursor, planned: PlannedBatch, result: StepResult) -> None:
         """Record one step."""
         if not self._speaks:
@@ -141,8 +193,9 @@ class Report:
         if result.offload_gib:
             row["offload_gib"] = result.offload_gib
         if result.experts is not None:
-            self._experts(cursor.step, result.experts, row)
+            self._experts(cursor, result.experts, row)
         self._metrics.write(row)
+        self._pass_on_notices()
         self._plan_waits_s.append(planned.plan_wait_s)
         self._spent["training"] += result.seconds
         self._spent["planning"] += planned.plan_wait_s
@@ -155,8 +208,8 @@ class Report:
         if result.skipped:
             self._event("skip", step=cursor.step, loss=result.loss, grad_norm=result.grad_norm)
             self._say(f"step {cursor.step} skipped: loss {result.loss}, norm {result.grad_norm}")
-        last = cursor.step == self._console.total_steps
-        if cursor.step % self._config.monitor.log_every_steps == 0 or last:
+        self._console.total_steps = self._total_steps(cursor)
+        if self._is_logged(cursor):
             num_bytes = bytes_of(planned.batch, self._bytes_per_token)
             if num_bytes:
                 nats = result.loss * planned.batch.num_tokens
@@ -167,8 +220,15 @@ class Report:
         else:
             self._console.tick(cursor.step)
 
-    def _experts(self, step: int, use: ExpertUse, row: dict[str, Any]) -> None:
+    def _is_logged(self, cursor: Cursor) -> bool:
+        """Whether the step before `cursor` is shown: one of every so many, and the last."""
+        every = self._config.monitor.log_every_steps
+        return cursor.step % every == 0 or is_over(cursor, self._config.train)
+
+    @_beside
+    def _experts(self, cursor: Cursor, use: ExpertUse, row: dict[str, Any]) -> None:
         """Add how the experts were used to a row of metrics, and to the record of its own."""
+        step = cursor.step
         row["balance_loss"] = float(use.loss_L.mean())
         row["max_violation"] = float(use.max_violation_L.max())
         row["dead_experts"] = int(use.dead_L.sum())
@@ -176,11 +236,11 @@ class Report:
         if warning is not None:
             self._event("routing", step=step, problem=warning)
             self._say(f"warning: step {step}: {warning}")
-        last = step == self._console.total_steps
-        if step % self._config.monitor.log_every_steps == 0 or last:
+        if self._is_logged(cursor):
             sources = tuple(self._config.data.sources)
             self._expert_log.write(step, sources, use.counts_SLE.numpy())
 
+    @_beside
     def evaluation(self, cursor: Cursor, scores: Mapping[str, HeldoutScore]) -> None:
         """Record held-out scores."""
         if not self._speaks or not scores:
@@ -196,10 +256,13 @@ class Report:
         for name, score in scores.items():
             bits = score.bits_per_byte
             shown = f"{bits:.4f} bits/byte" if bits is not None else "bits/byte n/a"
-            self._say(f"held-out {name}: loss {score.loss:.4f}, {shown}, {score.tokens:,} tokens")
+            self._say(
+                f"held-out {name}: loss {score.loss:.4f}, {shown}, {score.tokens:,} of "
+                f"{score.set_tokens:,} tokens"
+            )
 
     def _watch_forgetting(self, step: int, scores: Mapping[str, HeldoutScore]) -> None:
-        """Compare with the evaluation that the run began with."""
+        """Compare with the first evaluation of the run that scored the same text."""
         alarm = self._config.eval.forgetting_alarm
         for name, score in scores.items():
             rise = score.loss - self._first_scores.setdefault(name, score.loss)
@@ -226,17 +289,24 @@ class Report:
         spent = {part: round(seconds, 3) for part, seconds in self._spent.items()}
         return {"step": cursor.step, "tokens_seen": cursor.tokens_seen, "spent": spent}
 
+    @_beside
     def ranks(self, step: int, over_R: NDArray[np.float64]) -> None:
-        """Record how slow the ranks were (`slowdown_R`), and name those that stay slow."""
+        """Record how slow the ranks were (`slowdown_R`), and name those that stay slow.
+
+        The user is told where each rank has cores of its own.
+        """
         self._rank_log.write(step, over_R)
         for rank in self._stragglers.see(over_R):
             node, over = self._nodes[rank], float(over_R[rank])
             self._event("straggler", step=step, rank=rank, node=node, slowdown=round(over, 3))
+            if self._cores_are_shared:
+                continue
             self._say(
                 f"warning: step {step}: rank {rank} on {node} takes {over:.2f} times as long as "
                 f"others for the same work, for {IN_A_ROW} comparisons now"
             )
 
+    @_beside
     def speeds(self, step: int, first: int, slowdown: Sequence[float]) -> None:
         """Say that plans count with other speeds of ranks from step `first` on."""
         slow = {place: one for place, one in enumerate(slowdown) if one > 1}
@@ -245,11 +315,13 @@ class Report:
         said = f"{', '.join(counted[:8])} times as slow" if slow else "all ranks as alike"
         self._say(f"step {step}: from step {first} on plans count {said}")
 
+    @_beside
     def spike(self, step: int, loss: float, limit: float) -> None:
         """Say that a loss leapt above what was usual."""
         self._event("spike", step=step, loss=loss, limit=limit)
         self._say(f"warning: step {step}: loss {loss:.4f} leaps above {limit:.4f}")
 
+    @_beside
     def rolled_back(self, step: int, in_a_row: int, found: Found) -> None:
         """Say that the weights are those of an earlier step again."""
         to_step = found.manifest.position.step
@@ -261,6 +333,7 @@ class Report:
         for warning in found.warnings:
             self._say(warning)
 
+    @_beside
     def saved(self, outcome: SaveResult | None) -> None:
         """Record a finished checkpoint, or why there is none."""
         if outcome is None:
@@ -269,10 +342,13 @@ class Report:
         if outcome.error is not None:
             self._say(str(outcome))
 
+    @_beside
     def finished(self, cursor: Cursor, stopped: bool, command: str) -> None:
         """Say how the run ended, and how to go on."""
         if self._speaks:
             self._event("stop", **self._progress(cursor), asked=stopped)
+        if not stopped:
+            self._finish_s = FINISH_S
         if stopped:
             self._say(f"stopped by a signal after step {cursor.step}; go on with:\n  {command}")
         else:
@@ -280,19 +356,41 @@ class Report:
             replayed = f", {share:.2%} of them replayed" if share else ""
             self._say(f"done: {cursor.step} steps, {cursor.tokens_seen:,} tokens{replayed}")
 
+    @_beside
     def sample(self, prompt: str, text: str) -> None:
         """Show what the model writes."""
         self._event("sample", prompt=prompt, text=text)
         self._say(f"sample after {prompt!r}:\n{prompt}{text}")
 
+    def failed(self, what: str, error: Exception) -> None:
+        """Report that `what`, something beside the training, failed on this rank.
+
+        The first failure of each is a warning, and its traceback is in the rank's log.
+        """
+        if what in self._failures:
+            return
+        self._failures.add(what)
+        logging.getLogger("megascale").warning("%s failed", what, exc_info=error)
+        problem = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        self._event("failed", what=what, problem=problem)
+        self._say(f"warning: {what} failed: {problem}; the run goes on")
+
+    @_beside
     def close(self) -> None:
-        """Flush and close the files."""
+        """Flush and close the files; trackers get a bounded time to send their last rows."""
         if self._speaks:
-            self._metrics.close()
+            self._metrics.close(self._finish_s)
+            self._pass_on_notices()
             if self._ranks.world > 1:
                 self._rank_log.close()
             if self._config.model.moe is not None:
                 self._expert_log.close()
+            settle_console()
+
+    def _pass_on_notices(self) -> None:
+        for tracker, text in self._metrics.notices():
+            self._event("tracker", tracker=tracker, problem=text)
+            self._say(f"warning: {tracker} {text}")
 
     def _say(self, text: str) -> None:
         if self._speaks:
@@ -313,19 +411,6 @@ def replayed_share(cursor: Cursor, config: RunConfig) -> float:
     old = [name for name, source in config.data.sources.items() if source.replay]
     again = sum(cursor.sources[name].tokens for name in old if name in cursor.sources)
     return again / max(1, cursor.tokens_seen)
-
-
-def first_scores(run_dir: Path) -> dict[str, float]:
-    """Held-out losses of the first evaluation that a run has recorded; empty before it.
-
-    One that was not finite, which a record says as null, is left out.
-    """
-    try:
-        rows = read_rows(run_dir / METRICS_FILE)
-    except OSError:
-        return {}
-    first = next((row["eval"] for row in rows if "eval" in row), {})
-    return {name: one["loss"] for name, one in first.items() if one["loss"] is not None}
 
 
 def _lr_outlook(config: RunConfig, cursor: Cursor) -> str:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import json
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -10,33 +11,63 @@ import torch
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
 
+from megascale.corpus.describe import SourceInfo
 from megascale.mesh.packing import MicroBatch, TokenSequence, pack
 from megascale.model.build import pack_multiple
-from megascale.runtime.distributed import broadcast_bytes
+from megascale.runtime.distributed import all_agree, broadcast_bytes
 from megascale.train.step import Learner
 
 TEMPERATURE = 0.7
 
 
+def sample_text(
+    learner: Learner, prompt: str, info: SourceInfo, count: int, stop: Callable[[], bool]
+) -> str | None:
+    """Continue `prompt` as `sample_tokens` does, on rank 0; None on other ranks.
+
+    `info` is a source with a tokenizer. Only rank 0 reads it: all ranks take part, or none where
+    it cannot be read, in which case rank 0 raises what the tokenizer raised.
+    """
+    from megascale.corpus.tokenizers import load_tokenizer
+
+    begin, tokenizer, problem = b"", None, None
+    if learner.ranks.rank == 0:
+        assert info.tokenizer is not None
+        try:
+            tokenizer = load_tokenizer(info.tokenizer)
+            begin = json.dumps([int(token) for token in tokenizer.encode(prompt)]).encode()
+        except Exception as error:
+            problem = error
+    begin = broadcast_bytes(begin, learner.ranks)
+    if problem is not None:
+        raise problem
+    if not begin:
+        return None
+    drawn = sample_tokens(learner, json.loads(begin), count, info, stop)
+    return None if tokenizer is None else tokenizer.decode(drawn)
+
+
 def sample_tokens(
-    learner: Learner, prompt: list[int], count: int, first_id: int, eod_id: int
+    learner: Learner, prompt: list[int], count: int, info: SourceInfo, stop: Callable[[], bool]
 ) -> list[int]:
     """Continue `prompt` by up to `count` tokens, drawn at temperature 0.7 with the run's seed.
 
-    `first_id` stands before the prompt, as before every document in training. Ends early at
-    `eod_id`. Every rank takes part and returns the same tokens. Each token costs a whole forward
-    pass over at most `context_tokens` tokens.
+    The id that begins documents of `info` stands before the prompt. Ends early at its
+    end-of-document id, and as soon as `stop` holds on any rank. Every rank takes part and returns
+    the same tokens. Each token costs a whole forward pass over at most `context_tokens` tokens.
     """
     learner.model.eval()
     generator = torch.Generator().manual_seed(learner.config.seed)
-    context, tokens = learner.config.data.context_tokens, [first_id, *prompt]
+    context, tokens = learner.config.data.context_tokens, [info.first_id, *prompt]
     with torch.no_grad():
         for _ in range(count):
-            logits = _next_logits(learner, tokens[-context:], eod_id)
+            if not all_agree(not stop(), learner.ranks):
+                break
+            logits = _next_logits(learner, tokens[-context:], info.eod_id)
             drawn = _draw(logits, generator) if logits is not None else None
             last_rank = learner.ranks.world - 1
             token = int.from_bytes(broadcast_bytes(drawn, learner.ranks, last_rank), "little")
-            if token == eod_id:
+            if token == info.eod_id:
                 break
             tokens.append(token)
     learner.model.train()

@@ -1,7 +1,7 @@
 """Log-likelihoods and greedy continuations of text by a checkpoint's model: what lm-eval asks.
 
-A text is read after one token that begins it, as every document is in training, and long ones
-lose their beginning.
+A text is read after one token that begins it, as every document is in training. Windows and cuts
+are those of lm-eval's own backend for `transformers` models, so both give the same scores.
 """
 
 from __future__ import annotations
@@ -15,7 +15,10 @@ import torch
 from megascale.train.one_rank import OneRankModel
 
 BATCH_TOKENS = 4096
-"""Tokens of one pass, or one text where that is longer."""
+"""Tokens of one pass, or one window where that is longer."""
+
+TokenPair = tuple[list[int], list[int]]
+"""Tokens that are read, and those after them that are scored."""
 
 
 @dataclass(frozen=True)
@@ -49,24 +52,32 @@ class TextScorer:
     tokens: TextTokens
 
     def continuations(self, pairs: Sequence[tuple[str, str]]) -> list[Scored]:
-        """How likely each second text is after the first."""
-        split = [self._split(*pair) for pair in pairs]
-        return self._score([self._cut(context, text) for context, text in split])
+        """How likely each second text is after the first.
+
+        The first loses its beginning where both together exceed the context. A second text that
+        exceeds the context alone is scored whole, in windows, as `whole` does.
+        """
+        return self._score([self._split(*pair) for pair in pairs])
 
     def whole(self, text: str) -> float:
-        """Log-likelihood of all of a text, cut where the context ends; each token counts once."""
-        ids, most = self.tokens.encode(text), self._context
-        joined = [self.tokens.first_id, *ids]
-        starts = range(0, len(ids), most)
-        windows = [(joined[i : i + 1], joined[i + 1 : i + 1 + most]) for i in starts]
-        return sum(one.log_likelihood for one in self._score(windows))
+        """Log-likelihood of all of a text; each token is scored once.
+
+        Windows follow one another at the length of the context. The last one begins earlier, so
+        that its tokens have a full context before them.
+        """
+        (scored,) = self._score([([self.tokens.first_id], self.tokens.encode(text))])
+        return scored.log_likelihood
 
     def generate(self, prompt: str, stops: Sequence[str], most_tokens: int) -> str:
         """The greedy continuation, up to the first of `stops`, which is left out.
 
-        Each token costs a whole pass.
+        A prompt loses its beginning where it and `most_tokens` together exceed the context. Where
+        `most_tokens` alone exceed it, the beginning goes as the text grows. Each token costs a
+        whole pass.
         """
         begin, ids = [self.tokens.first_id, *self.tokens.encode(prompt)], list[int]()
+        if most_tokens < self._context:
+            begin = begin[most_tokens - self._context :]
         text = ""
         while len(ids) < most_tokens:
             (logits,) = self.model.logits([(begin + ids)[-self._context :]])
@@ -99,29 +110,43 @@ class TextScorer:
             before = before[: -self.tokens.unsettled]
         return [self.tokens.first_id, *before], both[len(before) :]
 
-    def _cut(self, context: list[int], text: list[int]) -> tuple[list[int], list[int]]:
-        """The end of both that fits; the last token is only a target."""
-        both = (context + text)[-self._context - 1 :]
-        count = min(len(text), len(both) - 1)
-        return both[: len(both) - count], both[len(both) - count :]
+    def _score(self, pairs: Sequence[TokenPair]) -> list[Scored]:
+        """Judge the second of each pair, after the first, in as many windows as it takes."""
+        windows = [list(_windows(*pair, self._context)) for pair in pairs]
+        judged = self._score_windows([window for each in windows for window in each])
+        parts = [[next(judged) for _ in each] for each in windows]
+        return [
+            Scored(
+                sum((part.log_likelihood for part in each), 0.0),
+                all(part.is_greedy for part in each),
+            )
+            for each in parts
+        ]
 
-    def _score(self, pairs: Sequence[tuple[list[int], list[int]]]) -> list[Scored]:
-        """Judge the second of each pair, after the first."""
-        scored: list[Scored] = []
-        for batch in _batches(pairs):
+    def _score_windows(self, windows: Sequence[TokenPair]) -> Iterator[Scored]:
+        """Judge the second of each window, after the first."""
+        for batch in _batches(windows):
             logits = self.model.logits([(first + second)[:-1] for first, second in batch])
             for (_, second), out in zip(batch, logits, strict=True):
                 chances = torch.log_softmax(out[len(out) - len(second) :], dim=-1)
                 wanted = torch.tensor(second, dtype=torch.int64, device=out.device)
                 total = chances.gather(-1, wanted[:, None]).sum().item()
-                scored.append(Scored(total, bool((chances.argmax(dim=-1) == wanted).all())))
-        return scored
+                yield Scored(total, bool((chances.argmax(dim=-1) == wanted).all()))
 
 
-def _batches(
-    pairs: Sequence[tuple[list[int], list[int]]],
-) -> Iterator[list[tuple[list[int], list[int]]]]:
-    batch: list[tuple[list[int], list[int]]] = []
+def _windows(before: list[int], text: list[int], context: int) -> Iterator[TokenPair]:
+    """`text` in parts of at most `context` tokens, each after as many tokens as one pass can read.
+
+    A pass reads at most `context` tokens; the last token of a window is only a target.
+    """
+    joined = before + text
+    for start in range(len(before), len(joined), context):
+        end = min(start + context, len(joined))
+        yield joined[max(0, end - 1 - context) : start], joined[start:end]
+
+
+def _batches(pairs: Sequence[TokenPair]) -> Iterator[list[TokenPair]]:
+    batch: list[TokenPair] = []
     for pair in pairs:
         total = sum(len(first) + len(second) for first, second in [*batch, pair])
         if batch and total > BATCH_TOKENS:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -11,18 +12,20 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from megascale.checkpoint.folder import EMERGENCY, checkpoints_dir, steps_in
+from megascale.checkpoint.folder import EMERGENCY, checkpoints_dir, copies_name, steps_in
+from megascale.checkpoint.huggingface.kept import pass_on
 from megascale.checkpoint.load import Found, find_at, find_before, folder_at, read_manifest
 from megascale.checkpoint.manifest import MANIFEST, Position
 from megascale.config import RunConfig, StartConfig, dump_config, load_config, parse_config
 from megascale.errors import UserError
-from megascale.model.counts import padded_vocab_size
 from megascale.optim.schedule import lr_at
 from megascale.train.resume import changes, same_start
 
 if TYPE_CHECKING:
     from megascale.runtime.distributed import Ranks
 
+COPY_ID = re.compile("[0-9a-f]{32}")
+"""Name of the folder that holds the emergency copies of a start."""
 LINEAGE = "lineage.json"
 """File of a run_dir: the origin of the run."""
 DECIDES_WEIGHTS = frozenset(
@@ -84,9 +87,35 @@ def origin_of(folder: Path) -> Origin | None:
 
 
 def home_of(checkpoint: str | Path) -> Path:
-    """The run that a checkpoint belongs to, or its own folder where it belongs to none."""
+    """The run that a checkpoint belongs to, or its own folder where it belongs to none.
+
+    An emergency copy belongs to the run that made it, as long as the copy is there to say so.
+    """
     path = Path(checkpoint)
-    return path.parents[1] if path.parent.name == "checkpoints" else path
+    if path.parent.name != "checkpoints":
+        return path
+    home = path.parents[1]
+    return _run_of_copy(path) or home if COPY_ID.fullmatch(home.name) else home
+
+
+def _run_of_copy(folder: Path) -> Path | None:
+    """The run that made an emergency copy; None where the copy does not say."""
+    try:
+        position = read_manifest(folder).position
+        run_dir = parse_config(position.config).run_dir
+    except UserError:
+        return None
+    run = Path(position.cursor.get("cwd", ""), run_dir).resolve()
+    return run if copies_name(run) == folder.parents[2].name else None
+
+
+def keep_of_import(parent: Found, home: Path) -> None:
+    """Let a run, or a checkpoint that no run wrote, keep what its parent has kept of an import.
+
+    Raises UserError where that cannot be read, OSError.
+    """
+    config = parse_config(parent.manifest.position.config, where=str(parent.folder))
+    pass_on(home_of(parent.folder.resolve()), home, config.data.context_tokens)
 
 
 def require_relatives(branches: Sequence[Found]) -> None:
@@ -194,16 +223,11 @@ def require_model(config: RunConfig, of_start: Mapping[str, Any]) -> None:
                 f"model.vocab_size = {now}, but the model of {start} knows {was} ids; leave it "
                 f"out{f'{grow} --out DIR' * (now > was)}"
             )
-        if key in DECIDES_WEIGHTS or (key == "vocab_multiple" and _rows_differ(config, was)):
+        if key in DECIDES_WEIGHTS:
             raise UserError(
                 f"model.{key} = {json.dumps(now)}, but the model of {start} has {json.dumps(was)}; "
                 f"leave model.{key} out, or make another model of it with megascale grow"
             )
-
-
-def _rows_differ(config: RunConfig, vocab_multiple: int) -> bool:
-    was = replace(config.model, vocab_multiple=vocab_multiple)
-    return padded_vocab_size(was) != padded_vocab_size(config.model)
 
 
 def with_rate_of_start(config: RunConfig) -> RunConfig:

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 
 from megascale.config import Layout, OptimConfig, RunConfig
-from megascale.corpus.batches import num_steps, stage_at, used_sources
+from megascale.config.curves import options_of
+from megascale.corpus.batches import used_sources
+from megascale.corpus.length import RunLength
 from megascale.model.counts import count_parameters
 from megascale.optim import steplaw
 from megascale.optim.schedule import lr_at
@@ -20,16 +22,18 @@ def warnings_of(
     epochs: Mapping[str, float],
     has_heldout: Mapping[str, bool],
     num_sequences: int,
+    length: RunLength,
 ) -> list[str]:
     """One line per oddity of a finalized config.
 
     `epochs` are the passes over each source that is read, `has_heldout` says which sources can
-    be evaluated, and `num_sequences` are those of step 0.
+    be evaluated, `num_sequences` are those of step 0, and `length` is that of the run.
     """
     return [
         *_data(config, epochs, has_heldout),
+        *_stages(config, length),
         *_model(config, layout, num_sequences),
-        *_steps(config),
+        *_steps(config, length),
         *_step_law(config),
     ]
 
@@ -50,12 +54,20 @@ def _data(
             yield f"source '{name}' is in no blend and will not be read"
         if config.eval.tokens and not has_heldout[name]:
             yield f"source '{name}' has no held-out documents and will not be evaluated"
-    last_step_begins = (num_steps(data, config.train.tokens) - 1) * data.global_batch_tokens
-    reached = stage_at(last_step_begins, data.stages)
-    for index in range(reached + 1, len(data.stages)):
-        yield f"data.stages[{index}] begins after the end of training and has no effect"
-    lasts = data.stages[-1].tokens
-    if lasts is not None and sum(one.tokens or 0 for one in data.stages) < config.train.tokens:
+
+
+def _stages(config: RunConfig, length: RunLength) -> Iterator[str]:
+    stages = config.data.stages
+    for index in set(range(len(stages))).difference(length.stages):
+        if index > length.stages[-1]:
+            yield f"data.stages[{index}] begins after the end of training and has no effect"
+        else:
+            yield (
+                f"data.stages[{index}] of {stages[index].tokens} tokens begins and ends inside one "
+                "step and has no effect"
+            )
+    lasts = stages[-1].tokens
+    if lasts is not None and sum(one.tokens or 0 for one in stages) < config.train.tokens:
         yield "data.stages end before train.tokens; the last blend goes on to the end"
 
 
@@ -87,12 +99,19 @@ def _model(config: RunConfig, layout: Layout, num_sequences: int) -> Iterator[st
             yield f"optim.{name} has no effect with optim.name = {config.optim.name}"
 
 
-def _steps(config: RunConfig) -> Iterator[str]:
+def _steps(config: RunConfig, length: RunLength) -> Iterator[str]:
     if config.start.checkpoint is None:
         for name, default in (("optimizer", "reset"), ("data", "continue")):
             if getattr(config.start, name) != default:
                 yield f"start.{name} has no effect without start.checkpoint"
-    steps = num_steps(config.data, config.train.tokens)
+    steps, batch = length.num_steps, config.data.global_batch_tokens
+    mean, pieces = length.num_tokens / steps, len(config.data.sources) * len(config.data.stages)
+    rest = length.num_tokens - steps * batch  # that the last pieces of sources do not explain
+    if rest > pieces * config.data.context_tokens and mean > 1.1 * batch:
+        yield (
+            f"data.global_batch_tokens = {batch} is less than a sequence, and a step takes at "
+            f"least one: {mean:,.0f} tokens on average"
+        )
     if config.train.tokens < config.data.global_batch_tokens:
         yield (
             f"train.tokens = {config.train.tokens} is less than one step of "
@@ -110,13 +129,26 @@ def _steps(config: RunConfig) -> Iterator[str]:
     profile = config.monitor.profile_steps
     if profile is not None and profile[0] > steps:
         yield f"monitor.profile_steps begins after the last step, {steps}"
-    covered = sum(segment.tokens or 0 for segment in config.optim.schedule)
-    if covered > config.train.tokens:
-        end_lr = lr_at(config.train.tokens, config.optim.schedule)
+    yield from _schedule(config)
+
+
+def _schedule(config: RunConfig) -> Iterator[str]:
+    tokens, schedule = config.train.tokens, config.optim.schedule
+    covered = sum(segment.tokens or 0 for segment in schedule)
+    if covered <= tokens:
+        return
+    end_lr, named = lr_at(tokens, schedule), options_of(schedule)
+    if named is not None and named.warmup_tokens is not None and named.warmup_tokens >= tokens:
         yield (
-            f"optim.schedule lasts {covered} tokens but training ends at {config.train.tokens}, "
-            f"at a rate of {end_lr:.3g}"
+            f"optim.warmup_tokens = {named.warmup_tokens} does not end before training does, at "
+            f"train.tokens = {tokens}: the rate rises to {end_lr:.3g} of {schedule[0].lr:.3g}; "
+            f"optim.warmup_tokens={max(1, tokens // 100)} is 1 % of the run"
         )
+        return
+    yield (
+        f"optim.schedule lasts {covered} tokens but training ends at {tokens}, "
+        f"at a rate of {end_lr:.3g}"
+    )
 
 
 def _step_law(config: RunConfig) -> Iterator[str]:

@@ -142,7 +142,12 @@ def test_a_grandchild_replays_both(ranks, old, new, tmp_path):
     assert max(shares) < 0.5 and abs(shares[-1] - 0.25) < 0.05  # what the child replayed is its own
     ((status, said),) = ranks(1, command, "lineage", old, "--among", tmp_path)
     assert status == 0
-    assert said.splitlines()[1:] == [f"  to {child}", f"    to {grandchild}"]
+    lines = said.splitlines()
+    assert lines[0] == f"{old}  <-- this one"
+    assert lines[1].startswith(f"  {child}, from step 8 (") and lines[1].endswith(
+        " tokens), by start.checkpoint"
+    )
+    assert lines[2].startswith(f"    {grandchild}, from step 8 (") and len(lines) == 3
 
 
 def test_what_plan_warns_of_is_said_by_the_run(ranks, old, new, tmp_path):
@@ -168,7 +173,6 @@ def test_forgetting_is_told(ranks, old, new, tmp_path):
         (["model.num_layers=3"], "model.num_layers = 3, but the model of"),
         (["model.moe.num_experts=4"], "model.moe.num_experts = 4, but the model of"),
         (["model.tied_embeddings=false"], "model.tied_embeddings = false, but the model of"),
-        (["model.vocab_multiple=512"], "model.vocab_multiple = 512, but the model of"),
         (["model.vocab_size=300"], "or: megascale grow"),
         (["data.sources.other.vocab_size=300"], "--operator resize --vocab 300 --out DIR, then"),
         (["optim.lr=-1"], "must be a finite number, at least 0"),
@@ -297,6 +301,23 @@ def test_branches_of_one_run_become_experts(ranks, old, new, tmp_path):
     words = ("--operator", "upcycle", "--experts", "2", "--out", tmp_path / "out")
     ((status, said),) = ranks(1, command, "grow", tmp_path / "a", tmp_path / "b", *words)
     assert status == 0, said
+    run = tmp_path / "apart" / "run"
+    assert branch(ranks, tmp_path / "out", new, run, "train.tokens=1000")[0] == 0
+    shown = {}
+    for member in (old, tmp_path / "a", tmp_path / "b", tmp_path / "out", run):
+        status, said = command("lineage", member, "--among", run.parent)
+        assert status == 0 and said.count("<-- this one") == (
+            2 if member == tmp_path / "out" else 1
+        )
+        shown[member] = said.replace("  <-- this one", "")
+    # old finds the branches by the folder that is looked in: they are not beside it
+    assert len(set(shown.values())) == 1
+    lines = shown[old].splitlines()
+    assert [len(line) - len(line.lstrip()) for line in lines] == [0, 2, 4, 6, 2, 4]
+    assert lines[2].lstrip().startswith(f"{tmp_path / 'out'}, from step ")
+    assert f", with {tmp_path / 'b'}, by megascale grow --operator upcycle" in lines[2]
+    assert lines[3].lstrip().startswith(f"{run}, from step ")
+    assert lines[5].endswith("; what comes from it is shown above")
 
 
 def test_an_anneal_without_a_parents_rate_is_one_line(ranks, new, tmp_path):
@@ -436,7 +457,7 @@ def test_epochs_count_what_earlier_runs_read(old, tmp_path):
     words = (old.parent / "config.yaml", f"run_dir={tmp_path}", f"start.checkpoint={old}")
     everything = 150_000
     status, said = command("plan", *words, f"train.tokens={everything}", "data.max_epochs=1")
-    assert status == 2 and "with what earlier runs read, would be read 1." in said, said
+    assert status == 2 and "with what earlier runs read, would be read up to 1." in said, said
     status, said = command("plan", *words, "train.tokens=8000", "data.max_epochs=1")
     assert status == 0, said
 

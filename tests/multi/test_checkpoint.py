@@ -8,11 +8,13 @@ import os
 import pickle
 import shutil
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 
@@ -167,6 +169,7 @@ def test_the_same_layout_gives_the_same_bits(
 TENSOR, PIPELINE = "parallel.tensor=2", "parallel.pipeline=2"
 EXPERT, REPLICATED = "parallel.expert=2", "optim.distributed_optimizer=false"
 SOAP = "optim.name=soap"
+UNPADDED, WIDE = "model.vocab_multiple=1", "model.vocab_multiple=128"
 BF16, UNTIED = "train.precision=bf16", "model.tied_embeddings=false"
 
 
@@ -189,6 +192,13 @@ BF16, UNTIED = "train.precision=bf16", "model.tied_embeddings=false"
         ([BF16], (2, []), (3, [])),
         ([BF16], (4, [TENSOR, PIPELINE]), (2, [])),
         ([MOE], (2, [PIPELINE]), (4, [EXPERT, PIPELINE])),
+        # 100 ids in 100, 102, 104, 128 or 384 rows, and tensor ranks of nothing but padding
+        ([], (1, [UNPADDED]), (2, [TENSOR, "model.vocab_multiple=3"])),
+        ([UNTIED, "model.num_heads=4"], (2, [TENSOR, UNPADDED]), (4, ["parallel.tensor=4", WIDE])),
+        ([BF16], (4, ["parallel.tensor=2", WIDE]), (3, [UNPADDED])),
+        ([BF16, UNTIED], (2, [PIPELINE, REPLICATED, WIDE]), (2, [TENSOR])),
+        ([MOE], (2, [EXPERT, WIDE]), (4, [EXPERT, TENSOR])),
+        ([SOAP, "optim.soap_max_dim=99"], (2, [WIDE]), (1, [UNPADDED])),
         ([SOAP, BF16], (2, [REPLICATED]), (3, [])),
         ([SOAP, MOE, BF16], (2, [EXPERT]), (2, [PIPELINE])),
         ([SOAP, TENSOR], (2, []), (4, [PIPELINE])),
@@ -209,6 +219,37 @@ def test_any_layout_loads_into_any_other(
     found, losses_after = ranks(after[0], loaded, str(tmp_path), [*common, *after[1]], follow)[0]
     assert same(saved, found)
     assert losses_after == pytest.approx(losses, rel=5e-3 if BF16 in common else 1e-5)
+
+
+@pytest.mark.parametrize(
+    "before, after",
+    [((2, [WIDE]), (1, [UNPADDED])), ((1, [UNPADDED]), (2, [REPLICATED, WIDE]))],
+    ids=["fewer rows", "more rows"],
+)
+def test_soap_goes_on_with_other_padding(
+    ranks: Any, tmp_path: Path, before: tuple[int, list[str]], after: tuple[int, list[str]]
+) -> None:
+    """Its bases over the rows of the vocabulary are those of the ids; the rest is as it was."""
+    import torch
+
+    follow, key = range(2, 4), "embedding.word_embeddings.weight"
+    saved, losses = ranks(before[0], trained_and_saved, str(tmp_path), [SOAP, *before[1]], follow)[
+        0
+    ]
+    found, losses_after = ranks(after[0], loaded, str(tmp_path), [SOAP, *after[1]], follow)[0]
+    assert losses_after == pytest.approx(losses, rel=1e-3)
+    state = {}
+    for name in ("exp_avg", "exp_avg_sq", "left_average", "left_basis"):
+        was, now = (one.pop(f"optimizer.state.{name}.{key}") for one in (saved, found))
+        assert sorted((was.shape[-2], now.shape[-2])) == [100, 128]
+        state[name] = was.view(was.shape[-2:]), now.view(now.shape[-2:])
+    assert same(saved, found)
+    means = [basis @ mean for basis, mean in zip(state["left_basis"], state["exp_avg"])]
+    torch.testing.assert_close(means[1][:100], means[0][:100], rtol=1e-4, atol=1e-7)
+    assert means[0].any() and not means[1][100:].any()
+    was, now = state["left_average"]
+    assert now[:100, :100].equal(was[:100, :100]) and not now[100:].any()
+    assert state["exp_avg_sq"][1].min() >= 0 and state["exp_avg_sq"][1].any()
 
 
 def initial_state(overrides: list[str]) -> Any:
@@ -333,7 +374,7 @@ def refused(folder: str, overrides: list[str]) -> str:
     "overrides, says",
     [
         (["model.hidden_size=64"], "decoder.final_layernorm.weight is 32 float32 there and 64 f"),
-        ([UNTIED], "tensor output_layer.weight is absent there and 104x32 float32 here"),
+        ([UNTIED], "tensor output_layer.weight is absent there and 100x32 float32 here"),
         (["model.qk_norm=true"], "layers.self_attention.k_layernorm.weight is absent there"),
         ([BF16], "final_layernorm.weight is 32 float32 there and 32 bfloat16 here"),
         (["model.num_layers=4"], "2x32 float32 there and 4x32 float32 here"),
@@ -449,6 +490,101 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_is_used(
     warnings, state = ranks(1, load_with_warnings, str(tmp_path))[0]
     assert len(warnings) == 2 and "__0_0.distcp: missing" in warnings[1]
     assert same(state, states[0])
+
+
+def found_damage(folder: str, damages: list[tuple[str, str]]) -> list[str]:
+    """What this rank says of the checkpoint with one file damaged, for each of `damages`.
+
+    `-` stands for a checkpoint that is found to be good.
+    """
+    import torch.distributed as dist
+
+    from megascale.checkpoint.load import find_at
+
+    run, told = Run([]), []
+    for name, how in damages:
+        path = Path(folder) / name
+        content = path.read_bytes()
+        dist.barrier()
+        if run.ranks.rank == 0:
+            path.write_bytes(damaged(content, how))
+        dist.barrier()
+        try:
+            find_at(folder, run.ranks)
+            told.append("-")
+        except UserError as error:
+            told.append(str(error))
+        dist.barrier()
+        if run.ranks.rank == 0:
+            path.write_bytes(content)
+        dist.barrier()
+    find_at(folder, run.ranks)  # it is good again
+    return told
+
+
+def damaged(content: bytes, how: str) -> bytes:
+    """`content` with one bit turned at its begin, middle or end, or without its last byte."""
+    if how == "cut":
+        return content[:-1]
+    place = {"first": 0, "middle": len(content) // 2, "last": len(content) - 1}[how]
+    return content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :]
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_damage_of_any_file_is_found_on_any_number_of_ranks(
+    ranks: Any, tmp_path: Path, world: int
+) -> None:
+    """The files are shared out to be verified, and none is left out."""
+    ranks(2, saved_thrice, str(tmp_path))
+    folder = tmp_path / "checkpoints" / "00000003"
+    names = sorted(set(json.loads((folder / "manifest.json").read_bytes())["files"]))
+    assert names == [".metadata", "__0_0.distcp", "__1_0.distcp", "common.pt", "metadata.json"]
+    damages = [(name, how) for name in names for how in ("first", "middle", "last", "cut")]
+    for told in ranks(world, found_damage, str(folder), damages):
+        for (name, how), said in zip(damages, told, strict=True):
+            what = "bytes where the manifest says" if how == "cut" else "its checksum differs"
+            assert f"00000003 is damaged: {name}: " in said and what in said, (name, how)
+
+
+def order_of_a_save(folder: str) -> list[tuple[str, str]]:
+    """What this rank makes survive a power cut, and what it renames, in order."""
+    checkpoints, done = Path(folder).resolve() / "checkpoints", []
+    run = Run([])
+    saver = run.saver(folder)
+
+    def noting(name: str) -> Any:
+        honest = getattr(os, name)
+
+        def noted(first: Any, *others: Any) -> Any:
+            path = f"/proc/self/fd/{first}" if name == "fsync" else first
+            place = Path(os.path.realpath(path)).relative_to(checkpoints)
+            honest(first, *others)
+            done.append((name, str(place)))
+
+        return patch.object(os, name, noted)
+
+    with noting("fsync"), noting("rename"), noting("replace"):
+        assert [result.error for result in run.save(saver, 1)] == [None]
+    return done
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="names of open files are in Linux's /proc")
+def test_a_checkpoint_is_on_the_disk_before_it_has_its_name_and_latest_follows(
+    ranks: Any, tmp_path: Path
+) -> None:
+    """Cut off anywhere between two of these, the disk holds the old state or the new one."""
+    first, second = ranks(2, order_of_a_save, str(tmp_path))
+    assert second == [("fsync", ".tmp-00000001/__1_0.distcp")]
+    files = ["__0_0.distcp", ".metadata", "metadata.json", "common.pt", "manifest.json"]
+    assert first == [
+        *(("fsync", f".tmp-00000001/{name}") for name in files),
+        ("fsync", ".tmp-00000001"),
+        ("rename", ".tmp-00000001"),
+        ("fsync", "."),
+        ("fsync", ".tmp-latest"),
+        ("replace", ".tmp-latest"),
+        ("fsync", "."),
+    ]
 
 
 def kept(folder: str, keep_last: int, keep_every_steps: int) -> None:

@@ -42,7 +42,7 @@ def config(tmp_path_factory):
     return path
 
 
-def open_feed(config, planner, *words):
+def open_feed(config, planner, *words, steps=1000):
     """(feed, plans, ranks, batches, what plans a batch in this process) on this rank."""
     from megascale.corpus.batches import GlobalBatches
     from megascale.corpus.shards import Shard
@@ -57,7 +57,14 @@ def open_feed(config, planner, *words):
     batches = GlobalBatches(config.data, shards, config.seed)
     plans = PlansAhead(planner, config.planner.timeout_s) if ranks.rank == 0 else None
     layout, ahead = ranks.layout, config.planner.ahead_steps
-    feed = Feed(batches, lambda lengths: step_problem(config, layout, lengths), ranks, plans, ahead)
+    feed = Feed(
+        batches,
+        lambda lengths: step_problem(config, layout, lengths),
+        ranks,
+        plans,
+        ahead,
+        lambda cursor: cursor.step >= steps,
+    )
     return feed, plans, ranks, batches, lambda lengths: plan_lengths(config, layout, lengths)
 
 
@@ -77,12 +84,12 @@ def digests(config, steps, room, words):
     from megascale.train import feed as feeds
 
     before, feeds.FIRST_ROOM_BYTES = feeds.FIRST_ROOM_BYTES, room
-    feed, plans, _, batches, plan_here = open_feed(config, plan_longest_first, *words)
+    feed, plans, _, batches, plan_here = open_feed(config, plan_longest_first, *words, steps=steps)
     feeds.FIRST_ROOM_BYTES = before
     taken, expected, cursor = [], [], Cursor()
     for _ in range(steps):
         batch, after = batches.next(cursor)
-        planned = feed.take(cursor, end=steps)
+        planned = feed.take(cursor)
         assert planned.after == after and (planned.batch.length == batch.length).all()
         assert planned.trouble is None
         taken.append(planned.plan.digest())
@@ -108,10 +115,10 @@ def take_again(config):
     """Digests of steps 0, 1, 2, 1, 2, 3 and 0, where each was gone back to."""
     from megascale.corpus.batches import Cursor
 
-    feed, plans, *_ = open_feed(config, planners.plan_slowly)
+    feed, plans, *_ = open_feed(config, planners.plan_slowly, steps=10)
     cursors, found = [Cursor()], []
     for step in (0, 1, 2, 1, 2, 3, 0):
-        planned = feed.take(cursors[step], end=10)
+        planned = feed.take(cursors[step])
         cursors[step + 1 :] = [planned.after]
         found.append(planned.plan.digest())
     close_feed(feed, plans)
@@ -131,10 +138,10 @@ def waits(config):
     """Seconds waited in each of 12 steps of 100 ms, planned in 50 ms each."""
     from megascale.corpus.batches import Cursor
 
-    feed, plans, *_ = open_feed(config, planners.plan_slowly)
+    feed, plans, *_ = open_feed(config, planners.plan_slowly, steps=12)
     cursor, found = Cursor(), []
     for _ in range(12):
-        planned = feed.take(cursor, end=12)
+        planned = feed.take(cursor)
         assert planned.plan.plan_s < 0.05
         found.append(planned.plan_wait_s)
         time.sleep(0.1)
@@ -242,7 +249,7 @@ def fail_on_the_way(config, how):
     from megascale.corpus.batches import Cursor
     from megascale.train import feed as feeds
 
-    feed, plans, ranks, *_ = open_feed(config, planners.plan_slowly)
+    feed, plans, ranks, *_ = open_feed(config, planners.plan_slowly, steps=1)
 
     def fail(request):
         raise ZeroDivisionError("a mistake")
@@ -258,7 +265,7 @@ def fail_on_the_way(config, how):
     if how == "damage":
         feeds.broadcast_bytes = damage
     try:
-        feed.take(Cursor(), end=1)
+        feed.take(Cursor())
     except Exception as error:
         return f"{type(error).__name__}: {error}"
     finally:

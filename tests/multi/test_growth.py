@@ -445,7 +445,9 @@ def test_growth_that_has_been_done_stays(ranks, growing, tmp_path):
         assert status == 2 and "growth was 'megascale grow --operator stack --factor 2'" in said
         assert said.count("\n") == 1
     status, said = command("lineage", tmp_path / "run-base")
-    assert status == 0 and f"to {tmp_path / 'run-base/grown'}\n    to {run}\n" in said
+    lines = [line.split(", ")[0] for line in said.splitlines()]
+    base = tmp_path / "run-base"
+    assert status == 0 and lines == [f"{base}  <-- this one", f"  {base / 'grown'}", f"    {run}"]
     status, said = command("lineage", tmp_path)
     assert status == 2 and "no run; give a run_dir" in said
 
@@ -682,9 +684,9 @@ def test_a_growing_run_takes_its_moments_along(ranks, growing, tmp_path):
 ROWS = ("embedding.word_embeddings.weight", "output_layer.weight")
 
 
-@pytest.mark.parametrize("vocab, rows", [(101, 104), (250, 256)])
+@pytest.mark.parametrize("vocab", [104, 250])
 @pytest.mark.parametrize("noise", ["0", "0.1"])
-def test_new_ids_get_the_mean_of_the_old(ranks, base, tmp_path, vocab, rows, noise):
+def test_new_ids_get_the_mean_of_the_old(ranks, base, tmp_path, vocab, noise):
     import torch
 
     words = ("--operator", "resize", "--vocab", str(vocab), "--noise", noise)
@@ -694,7 +696,7 @@ def test_new_ids_get_the_mean_of_the_old(ranks, base, tmp_path, vocab, rows, noi
         if key not in ROWS:
             assert after[key].equal(old), key
             continue
-        assert after[key].shape == (rows, 32) and after[key][:100].equal(old[:100])
+        assert after[key].shape == (vocab, 32) and after[key][:100].equal(old[:100])
         apart = after[key][100:] - old[:100].mean(dim=0)
         if noise == "0":
             assert float(apart.abs().max()) < 1e-7
@@ -735,10 +737,10 @@ def test_a_resized_model_says_the_same_of_old_ids(ranks, tmp_path, written, tied
         ranks(2, known_logits, tmp_path / "out", ["parallel.tensor=2"]),
     )
     after = torch.cat(list(parts), dim=1)
-    assert after.shape == (20, 304)
+    assert after.shape == (20, 304) and bool(after[:, 300:].isneginf().all())
     torch.testing.assert_close(after[:, :100], before[:, :100], rtol=1e-5, atol=1e-6)
-    mean = before[:, :100].mean(dim=1, keepdim=True).expand(-1, 204)
-    torch.testing.assert_close(after[:, 100:], mean, rtol=1e-4, atol=1e-6)
+    mean = before[:, :100].mean(dim=1, keepdim=True).expand(-1, 200)
+    torch.testing.assert_close(after[:, 100:300], mean, rtol=1e-4, atol=1e-6)
     (grown,) = ranks(1, all_tensors, tmp_path / "out")
     moment = grown["exp_avg", ROWS[0]]
     assert moment[:100].abs().max() > 0 and moment[100:].abs().max() == 0

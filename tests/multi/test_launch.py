@@ -129,6 +129,19 @@ def test_a_crash_loop_is_given_up(config, tmp_path):
         assert len(job.events("attempt")) == 3 and "the run is given up: 3 times" in job.said()
 
 
+def test_a_loss_that_stays_bad_is_given_up(config, tmp_path):
+    """Every loss above the median counts as a spike, so that no rollback helps for long."""
+    spikes = "{action: rollback, window_steps: 8, deviations: 0, patience_steps: 1}"
+    words = ("--backoff-s=0.1", f"train.spikes={spikes}", "optim.lr=3e-2")
+    with Job(config, tmp_path / "run", 1, *words) as job:
+        assert job.finish() == [3], job.said()
+        why = job.events("gave_up")[0]["why"]
+        assert why.startswith("3 times the same failure at step ")
+        assert "the loss stays too high, also after going back to step " in why
+        assert "holds no good checkpoint up to step " in why
+        assert len(job.events("attempt")) == 3
+
+
 def test_ranks_that_hang_do_not_keep_a_job_that_should_leave(config, tmp_path):
     with Job(config, tmp_path / "run", 1, "--leave-s=1") as job:
         job.wait_for_steps(1)

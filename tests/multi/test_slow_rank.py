@@ -3,6 +3,7 @@
 import os
 import time
 from statistics import median
+from unittest.mock import patch
 
 import pytest
 from test_train import command
@@ -45,13 +46,23 @@ def command_on_a_slow_rank(*words):
         ComputeTimer._after = honest
 
 
-def test_a_slow_rank_is_named(ranks, config, tmp_path):
+def pinned_command_on_a_slow_rank(*words):
+    """The same, as if each rank had a core of its own."""
+    with patch.object(os, "sched_getaffinity", lambda _: {int(os.environ["RANK"])}):
+        return command_on_a_slow_rank(*words)
+
+
+@pytest.mark.parametrize("pinned", [True, False])
+def test_a_slow_rank_is_named(ranks, config, tmp_path, pinned):
+    """To the user where each rank has cores of its own; in the files always."""
     words = ("train", config, *WORDS, f"run_dir={tmp_path}")
-    status, said = ranks(2, command_on_a_slow_rank, *words)[0]
+    run = pinned_command_on_a_slow_rank if pinned else command_on_a_slow_rank
+    status, said = ranks(2, run, *words)[0]
     assert status == 0, said
     named = [event for event in rows(tmp_path / "events.jsonl") if event["event"] == "straggler"]
     assert {event["rank"] for event in named} == {1} and named[0]["node"] == os.uname().nodename
-    assert "rank 1 on " in said and "times as long as others for the same work" in said
+    assert ("rank 1 on " in said) == pinned
+    assert ("times as long as others for the same work" in said) == pinned
     compared = rows(tmp_path / "ranks.jsonl")
     assert [row["step"] for row in compared][:3] == [4, 8, 12]
     assert command("plot", tmp_path)[0] == 0

@@ -5,6 +5,7 @@ import io
 import json
 import math
 import os
+import re
 import signal
 import threading
 import time
@@ -141,7 +142,8 @@ def test_a_resume_does_not_become_another_run(ranks, config, tmp_path, word, mes
     status, said = train(ranks, 1, config, run_dir, word, "--resume", "auto")
     assert status == 2 and message in said
     status, said = train(ranks, 1, config, run_dir, "optim.lr=0.001", "--resume", "auto")
-    assert status == 0 and "changed since the checkpoint: optim.schedule" in said
+    assert status == 0 and "changed since the checkpoint: optim.lr: 0.01 -> 0.001" in said
+    assert "learning rate at 2,048 tokens: " in said and "{" not in said
 
 
 def test_the_balance_of_experts_may_change_on_resume(ranks, config, tmp_path):
@@ -171,6 +173,13 @@ def test_bad_input_is_one_line_and_status_2(ranks, config, tmp_path, words, mess
     status, said = train(ranks, 1, config, tmp_path / "run", *words)
     assert status == 2 and message in said
     assert said.count("\n") == 1 and "Traceback" not in said
+
+
+@pytest.mark.parametrize("resume", ["latest", "4"])
+def test_a_run_that_is_not_there_leaves_nothing_behind(ranks, config, tmp_path, resume):
+    status, said = train(ranks, 2, config, tmp_path / "runs" / "run", "--resume", resume)
+    assert status == 2 and "holds no checkpoint" in said and said.count("\n") == 1
+    assert not list(tmp_path.iterdir())
 
 
 def test_ids_outside_the_vocabulary_are_named(ranks, tmp_path):
@@ -241,3 +250,101 @@ def command_with_broken_steps(broken, *words, factor=math.nan):
         return command(*words)
     finally:
         steps.run_micro_batches = honest
+
+
+BELOW_A_SEQUENCE = (
+    "data.global_batch_tokens=40",
+    "data.context_tokens=512",
+    "planner.capacity_tokens=512",
+    "train.tokens=9000",
+    "eval.every_steps=0",
+    "checkpoint.save_every_steps=5",
+)
+"""Steps of one sequence each, 12 times as long as the batch asks for."""
+
+
+def test_a_batch_below_a_sequence_ends_with_the_step_that_reaches_the_tokens(
+    ranks, config, tmp_path
+):
+    run_dir = tmp_path / "run"
+    words = (*BELOW_A_SEQUENCE, "optim.warmup_tokens=1000", "monitor.log_every_steps=1")
+    status, said = train(ranks, 1, config, run_dir, *words)
+    assert status == 0, said
+    rows = [row for row in curve(run_dir).values() if "loss" in row]
+    seen = [row["tokens_seen"] for row in rows]
+    assert seen[-2] < 9000 <= seen[-1] < 9000 + 512
+    assert len(rows) < 30 and rows[-1]["lr"] == pytest.approx(1e-3)
+    assert sum(row["lr"] < 1.2e-3 for row in rows) < len(rows) / 4
+    plan = (run_dir / "plan.txt").read_text()
+    assert f"{len(rows)} steps of 40 tokens to reach 9,000" in plan
+    assert f"  takes {seen[-1]:,} tokens" in plan
+    assert f" tokens 0.001 in step {len(rows) - 1}\n" in plan
+    ((status, plan),) = ranks(1, command, "plan", config, *TINY, *words)
+    assert f"{len(rows)} steps of 40 tokens" in plan
+    shown = re.findall(r" %  step +(\d+)/(\d+)  loss", said)
+    assert shown == [(str(step), str(len(rows))) for step in range(1, len(rows) + 1)]
+    assert f"100.0 %  step {len(rows)}/{len(rows)}" in said
+    ((status, told),) = ranks(1, command, "status", run_dir, "--json")
+    told = json.loads(told)
+    assert (told["state"], told["step"], told["total_steps"]) == ("done", len(rows), len(rows))
+
+
+def test_stages_and_growth_follow_the_tokens_that_were_read(ranks, config, tmp_path):
+    run_dir = tmp_path / "run"
+    words = (*BELOW_A_SEQUENCE, "growth={at_tokens: 3000, factor: 2}")
+    status, said = train(ranks, 1, config, run_dir, *words)
+    assert status == 0, said
+    for folder, tokens in ((tmp_path / "run-base", 3000), (run_dir, 9000)):
+        seen = [row["tokens_seen"] for row in curve(folder).values() if "loss" in row]
+        assert seen[-2] < tokens <= seen[-1]
+    plan = (tmp_path / "run" / "plan.txt").read_text()
+    assert f"takes {seen[-1]:,} tokens" in plan
+
+
+def test_a_run_of_an_earlier_version_that_overran_its_tokens_is_over(ranks, config, tmp_path):
+    """It is resumed as it lies there: its cursor is past the tokens, and has one field more."""
+    run_dir = tmp_path / "run"
+    words = (*BELOW_A_SEQUENCE, "checkpoint.async_save=false")
+    assert train(ranks, 1, config, run_dir, *words)[0] == 0
+    before = curve(run_dir)
+    for manifest in (run_dir / "checkpoints").glob("*/manifest.json"):
+        document = json.loads(manifest.read_text())
+        document["position"]["cursor"]["data"]["nominal_tokens"] = 40 * len(before)
+        manifest.write_text(json.dumps(document))
+    few = "train.tokens=5000"
+    status, said = train(ranks, 1, config, run_dir, *words, few, "--resume", "auto")
+    assert status == 0 and "nothing is left to train: the checkpoint of step" in said, said
+    assert "and train.tokens = 5,000" in said and curve(run_dir) == before
+    more = "train.tokens=12000"
+    status, said = train(ranks, 1, config, run_dir, *words, more, "--resume", "auto")
+    assert status == 0 and "nothing is left" not in said
+    assert max(row["tokens_seen"] for row in curve(run_dir).values()) >= 12000
+    assert list(curve(run_dir)) == list(range(1, len(curve(run_dir)) + 1))
+
+
+@pytest.mark.parametrize("stop", [1, 7])
+def test_a_run_below_a_sequence_resumes_to_the_bit(ranks, config, tmp_path, stop):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert train(ranks, 2, config, whole, *BELOW_A_SEQUENCE)[0] == 0
+    words = (*BELOW_A_SEQUENCE, f"train.stop_after_steps={stop}")
+    assert train(ranks, 2, config, parts, *words)[0] == 0
+    assert train(ranks, 2, config, parts, *BELOW_A_SEQUENCE, "--resume", "auto")[0] == 0
+    losses = [[row["loss"] for row in curve(run).values()] for run in (whole, parts)]
+    assert losses[0] == losses[1]
+    status, said = ranks(1, command, "status", parts, "--json")[0]
+    assert json.loads(said)["total_steps"] == len(losses[0])
+
+
+def test_epochs_that_are_allowed_are_enough(ranks, config, tmp_path):
+    """The largest number of tokens that the check lets pass is trained to its end."""
+    words = (*BELOW_A_SEQUENCE, "data.max_epochs=1", "checkpoint.save_every_steps=0")
+    from megascale.train.describe import load_run
+
+    _, sources = load_run(config, [])
+    most = sources["tiny"].train_tokens // 40 * 40
+    status, said = ranks(1, command, "plan", config, *words, f"train.tokens={most + 1}")[0]
+    assert status == 2 and "would be read up to 1" in said and "max_epochs=2" in said
+    run = tmp_path / "run"
+    status, said = train(ranks, 1, config, run, *words, f"train.tokens={most}")
+    assert status == 0, said
+    assert max(row["tokens_seen"] for row in curve(run).values()) >= most

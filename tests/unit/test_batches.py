@@ -17,11 +17,8 @@ from megascale.corpus.batches import (
     Cursor,
     GlobalBatch,
     GlobalBatches,
-    epochs_needed,
-    num_steps,
-    tokens_needed,
 )
-from megascale.corpus.pieces import PieceIndex, heldout_pieces
+from megascale.corpus.pieces import PieceIndex
 from megascale.errors import UserError
 
 NOWHERE = "/nonexistent/shard"
@@ -169,7 +166,7 @@ def test_seed_changes_the_order() -> None:
 
 
 def test_stage_switches_at_the_step_that_begins_at_its_end() -> None:
-    config = data([(1000, {"a": 1}), (1, {"b": 1}), (None, {"a": 1, "b": 1})])
+    config = data([(1000, {"a": 1}), (16, {"b": 1}), (None, {"a": 1, "b": 1})])
     shards = {"a": random_shard(300, 1), "b": random_shard(300, 2)}
     steps = deal(GlobalBatches(config, shards, 1), 5)
     assert [cursor.stage for _, cursor in steps] == [0, 0, 1, 2, 2]
@@ -200,7 +197,7 @@ def test_a_changed_batch_size_goes_on_exactly() -> None:
     _, cursor = deal(GlobalBatches(config, shards, 1), 2)[-1]
     wider = GlobalBatches(replace(config, global_batch_tokens=1000), shards, 1)
     batch, cursor = wider.next(cursor)
-    assert cursor.nominal_tokens == 2000 and cursor.stage == 0
+    assert cursor.stage_nominal_tokens == 2000 and cursor.stage == 0
     assert 0 <= cursor.sources["a"].tokens - 1000 < 16
     assert wider.next(cursor)[1].stage == 1
 
@@ -231,22 +228,33 @@ def test_max_epochs_can_be_used_up_but_no_more() -> None:
         batches.next(cursor)
 
 
-def test_epochs_needed_is_what_a_run_reads() -> None:
-    config = data([(900, {"a": 1, "b": 3}), (700, {"b": 1}), (None, {"a": 1})])
-    shards = {"a": random_shard(60, 1), "b": random_shard(20, 2)}
-    tokens = 4321
-    *_, (_, cursor) = deal(GlobalBatches(config, shards, 1), num_steps(config, tokens))
-    needed = tokens_needed(config, tokens)
-    for name, count in needed.items():
-        assert 0 <= cursor.sources[name].tokens - count < 2 * 16
-    epochs = epochs_needed(config, tokens, {name: one.num_tokens for name, one in shards.items()})
-    assert epochs == {name: count / shards[name].num_tokens for name, count in needed.items()}
+def test_shares_hold_where_a_batch_is_less_than_a_sequence() -> None:
+    """To within one sequence of each source, at every step."""
+    config = data([(None, {"a": 9, "b": 1})], context_tokens=1000, global_batch_tokens=100)
+    lengths = np.random.default_rng(1).integers(200, 1000, (2, 300))
+    batches = GlobalBatches(config, {"a": Lengths(lengths[0]), "b": Lengths(lengths[1])}, 1)
+    for _, cursor in deal(batches, 200):
+        for name, share in (("a", 0.9), ("b", 0.1)):
+            read = cursor.sources[name].tokens if name in cursor.sources else 0
+            assert abs(read - share * cursor.tokens_seen) <= 1000
+    assert cursor.tokens_seen > 200 * 500
 
 
-@given(tokens=st.integers(1, 10_000), batch_tokens=st.integers(1, 3000))
-def test_steps_reach_the_tokens_of_a_run(tokens: int, batch_tokens: int) -> None:
-    steps = num_steps(DataConfig(global_batch_tokens=batch_tokens), tokens)
-    assert (steps - 1) * batch_tokens < tokens <= steps * batch_tokens
+def test_stages_end_with_the_tokens_that_were_read() -> None:
+    """Where a step takes more than its batch, too."""
+    config = data([(5000, {"a": 1}), (None, {"b": 1})], context_tokens=500, global_batch_tokens=100)
+    shards = {"a": shard(*[500] * 90), "b": shard(*[500] * 90)}
+    cursors = [cursor for _, cursor in deal(GlobalBatches(config, shards, 1), 14)]
+    assert [cursor.stage for cursor in cursors] == [0] * 10 + [1] * 4
+    assert cursors[9].tokens_seen == 5000
+
+
+def test_a_cursor_of_an_earlier_version_goes_on() -> None:
+    config, shards = data([(None, {"a": 1})]), {"a": random_shard(99, 1)}
+    batches = GlobalBatches(config, shards, 1)
+    _, cursor = batches.next(Cursor())
+    old = cursor.to_json() | {"nominal_tokens": 500}
+    assert batches.next(Cursor.from_json(old))[1] == batches.next(cursor)[1]
 
 
 def test_source_without_tokens_is_an_error() -> None:
@@ -310,36 +318,3 @@ def test_no_cache_folder_no_problem(tmp_path: Path) -> None:
     index = PieceIndex.of_shard(source, 16)
     assert index.pieces(np.arange(5)).length.tolist() == [10, 16, 16, 8, 3]
     assert sorted(os.listdir(tmp_path)) == ["cache", "train.bin", "train.idx"]
-
-
-def test_heldout_is_whole_documents_and_always_the_same() -> None:
-    source = random_shard(500, 3, longest=100)
-    pieces = heldout_pieces(source, 16, 5000)
-    again = heldout_pieces(source, 16, 5000)
-    assert pieces.document.tolist() == again.document.tolist()
-    read = np.bincount(pieces.document, pieces.length, minlength=500)
-    chosen = np.unique(pieces.document)
-    assert read[chosen].tolist() == source.lengths[chosen].tolist()
-    assert abs(int(pieces.length.sum()) - 5000) <= 50
-    assert pieces.length.max() <= 16
-    assert chosen.tolist() != list(range(len(chosen)))
-
-
-def test_more_heldout_tokens_keep_the_documents_there_are() -> None:
-    source = random_shard(500, 3)
-    few, more = (set(heldout_pieces(source, 16, n).document.tolist()) for n in (800, 3000))
-    assert few < more
-    everything = heldout_pieces(source, 16, 10**9)
-    assert everything.length.sum() == source.num_tokens
-
-
-def test_no_giant_speaks_for_all_heldout_documents() -> None:
-    pieces = heldout_pieces(shard(*[10] * 50, 300, 90), 16, 400)
-    assert set(pieces.document.tolist()) <= set(range(50))
-    assert abs(int(pieces.length.sum()) - 400) <= 10
-
-
-def test_heldout_of_a_giant_is_one_document_and_of_zero_tokens_none() -> None:
-    assert heldout_pieces(shard(1000), 16, 10).length.sum() == 1000
-    assert len(heldout_pieces(shard(1000), 16, 0).length) == 0
-    assert len(heldout_pieces(shard(), 16, 10).length) == 0

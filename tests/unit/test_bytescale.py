@@ -184,13 +184,16 @@ def test_best_fit_by_exhaustive_search(tokens: list[int], capacity: int) -> None
 
 
 def test_naive_places_rings_then_packs_where_ranks_are_left() -> None:
-    """Rings of 3 and 2 ranks do not fit one round of 4; packs take the ranks between."""
+    """Rings of 3 and 2 ranks do not fit one round of 4; packs take the ranks between.
+
+    The two rounds have places for three packs, so packs of 9 tokens are filled no further.
+    """
     plan = plan_bytescale_naive(Problem.of([5, 25, 6, 4, 12, 9], 4, 10, "free", COST))
     assert [(ring.ranks, ring.sequences) for ring in plan.rings] == [
         ((0, 1, 2), (1,)),
-        ((3,), (0,)),
+        ((3,), (0, 3)),
         ((0, 1), (4,)),
-        ((2,), (2, 3)),
+        ((2,), (2,)),
         ((3,), (5,)),
     ]
 
@@ -209,7 +212,7 @@ def test_ranks_beside_a_long_ring_take_other_work() -> None:
 
 def test_lagging_ranks_get_what_is_longest_in_the_first_bucket() -> None:
     plan = plan_bytescale(Problem.of([2, 4, 6, 8], 2, 10, "free", TOKENS_ONLY))
-    assert [on_rank(plan, rank) for rank in range(2)] == [[(3,), (0,)], [(2,), (1,)]]
+    assert [on_rank(plan, rank) for rank in range(2)] == [[(3,), (0,)], [(2, 1)]]
     assert plan.predicted_s == 10.0
 
 
@@ -229,13 +232,13 @@ def test_a_micro_batch_is_filled_from_its_bucket_up_to_capacity_and_time(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """One bucket: rank 0 takes 7 + 2, since 7 + 3 would end after the 9 s of an even share; then
-    rank 1 takes 6 + 3. With 7 in a bucket of its own, 2 goes to rank 0 when that lags again."""
+    rank 1 takes 6 + 3. With 7 in a bucket of its own, rank 0 goes on with the next bucket."""
     monkeypatch.setattr(bytescale, "NUM_BUCKETS", 1)
     plan = plan_bytescale(Problem.of([7, 6, 3, 2], 2, 10, "free", TOKENS_ONLY))
     assert [on_rank(plan, rank) for rank in range(2)] == [[(0, 3)], [(1, 2)]]
     monkeypatch.setattr(bytescale, "NUM_BUCKETS", 2)
     plan = plan_bytescale(Problem.of([7, 6, 3, 2], 2, 10, "free", TOKENS_ONLY))
-    assert [on_rank(plan, rank) for rank in range(2)] == [[(0,), (3,)], [(1, 2)]]
+    assert [on_rank(plan, rank) for rank in range(2)] == [[(0, 3)], [(1, 2)]]
 
 
 def test_buckets_have_about_equal_work_and_long_ones_few_sequences() -> None:
@@ -322,13 +325,52 @@ def test_every_plan_keeps_the_invariants(problem: Problem, planner) -> None:
         return
     plan = planner(problem)
     plan.check(problem.lengths.tolist())
-    short = problem.lengths <= problem.capacity
-    for ring in plan.rings:
-        if any(short[i] for i in ring.sequences):
-            assert len(ring.ranks) == 1 and ring.offload == 0
-        else:
-            assert len(ring.sequences) <= 1
+    allowed = [one.capacity for one in bytescale._capacities(problem)]
+    assert any(keeps_short_whole(plan, problem, capacity) for capacity in allowed)
     assert planner(problem).digest() == plan.digest()
+
+
+def keeps_short_whole(plan: StepPlan, problem: Problem, capacity: int) -> bool:
+    """Sequences of at most C tokens have one rank, where they are packed; others have a ring."""
+    short = problem.lengths <= capacity
+    return all(
+        len(ring.ranks) == 1 and ring.offload == 0
+        if any(short[i] for i in ring.sequences)
+        else len(ring.sequences) <= 1
+        for ring in plan.rings
+    )
+
+
+@BOTH
+@pytest.mark.parametrize("mode", ["free", "aligned", "lockstep"])
+def test_a_small_batch_of_one_length_is_shared_evenly(planner, mode) -> None:
+    """All of it fits one micro-batch of one rank; memory alone would leave the others idle."""
+    for number, num_ranks in [(6, 2), (12, 4), (40, 8)]:
+        plan = planner(Problem.of([256] * number, num_ranks, 16 * K, mode, COST))
+        loads = [sum(len(held) for held in on_rank(plan, rank)) for rank in range(num_ranks)]
+        assert loads == [number // num_ranks] * num_ranks
+        assert plan.predicted_s == pytest.approx(COST.ring_s([256] * (number // num_ranks), [0]))
+
+
+@BOTH
+def test_a_cluster_that_holds_more_than_the_batch_uses_larger_rings(planner) -> None:
+    """8 ranks of 8K hold 4 times the batch: by memory the 8K sequence has one rank of them."""
+    problem = Problem.of([8 * K, *[1 * K] * 8], 8, 8 * K, "free", SEVEN_B)
+    assert [one.capacity for one in bytescale._capacities(problem)] == [8 * K, 2 * K]
+    plan = planner(problem)
+    assert max(len(ring.ranks) for ring in plan.rings) == 4
+    assert plan.predicted_s < 0.5 * SEVEN_B.ring_s([8 * K], [0])
+    crowded = Problem.of([8 * K] * 9, 8, 8 * K, "free", SEVEN_B)
+    assert bytescale._capacities(crowded) == [crowded]
+
+
+def test_bins_are_filled_no_more_than_the_rounds_need() -> None:
+    """One round has 8 places, of which rings may take some; sequences of 50 tokens need three."""
+    assert len(bytescale._even_bins([50] * 40, 100, list(range(40)), 8, 0)) == 20
+    bins = bytescale._even_bins([10] * 40, 100, list(range(40)), 8, 0)
+    assert [len(one) for one in bins] == [5] * 8
+    bins = bytescale._even_bins([10] * 40, 100, list(range(40)), 8, 3)
+    assert [len(one) for one in bins] == [8] * 5
 
 
 @BOTH
@@ -411,9 +453,9 @@ def test_offload_helps_a_balanced_step() -> None:
 
 @BOTH
 def test_cluster_sized_steps_are_planned_fast(planner) -> None:
-    """0.1 to 0.2 s alone on a core; the limit leaves room for other work on the machine."""
+    """0.2 to 0.7 s alone on a core; the limit leaves room for other work on the machine."""
     many = draw_lengths("github", None, 256 * K, 0, num_sequences=8000)
     short, one = np.minimum(many, 8 * K), [8 * K * 12288]
     for lengths, num_ranks in [(many, 12288), (short, 1), (one, 12288)]:
         problem = Problem.of(lengths, num_ranks, 8 * K, "free", SEVEN_B)
-        assert min(planner(problem).plan_s for _ in range(4)) < 0.6
+        assert min(planner(problem).plan_s for _ in range(4)) < 2.5

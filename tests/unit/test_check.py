@@ -7,7 +7,13 @@ import numpy as np
 import pytest
 
 from megascale import cli
-from megascale.corpus.check import LOSSY, OTHER_SIZE, check_source, length_histogram
+from megascale.corpus.check import (
+    LOSSY,
+    OTHER_SIZE,
+    check_source,
+    length_histogram,
+    missing_ends,
+)
 from megascale.corpus.describe import describe
 from megascale.corpus.prepare import prepare
 from megascale.corpus.recipe import parse_recipe
@@ -185,3 +191,37 @@ def test_command_line(corpus, tmp_path, capsys):
     assert "needs vocab_size" in capsys.readouterr().err
     assert cli.main(["data", "check", str(tmp_path / "none")]) == 2
     assert "megascale prepare data/python_stdlib.yaml" in capsys.readouterr().err
+
+
+def test_documents_without_an_end_are_seen_by_their_last_tokens(tmp_path):
+    """As a run does that begins; the check reads all of them."""
+    good = [[1, EOD], [EOD], [EOD, 2, EOD]]
+    assert missing_ends(describe(_shard(tmp_path / "good", good), None, 257, EOD)) is None
+    bad = describe(_shard(tmp_path / "bad", [[1, EOD], [2, 3], [EOD, 4]]), None, 257, EOD)
+    assert missing_ends(bad) == (
+        "2 of 3 documents of train that were looked at do not end in the end-of-document id 256; "
+        "the first is document 1"
+    )
+    many = [[1, EOD]] * 1000 + [[1]] * 1000
+    line = missing_ends(describe(_shard(tmp_path / "many", many), None, 257, EOD))
+    assert line.startswith("128 of 256 documents of train") and line.endswith("document 1000")
+    heldout = _shard(tmp_path / "heldout", [[1, 2]])
+    line = missing_ends(describe(str(tmp_path / "good"), heldout, 257, EOD))
+    assert line.startswith("1 of 1 documents of heldout")
+
+
+@pytest.mark.parametrize("ending", [".bin", ".idx"])
+def test_a_path_with_an_ending_is_told_without_it(tmp_path, ending):
+    prefix = _shard(tmp_path / "web.text", [[1, EOD]])
+    for words in ((f"{prefix}{ending}", None), (prefix, f"{prefix}{ending}")):
+        with pytest.raises(UserError, match=f"leave out the ending {ending}: .* {prefix}$"):
+            describe(*words, 257, EOD)
+    with pytest.raises(UserError, match="no corpus there; make one"):
+        describe(f"{tmp_path / 'none'}{ending}", None, 257, EOD)
+    with pytest.raises(UserError, match=f"give a pair of its files, such as {prefix}$"):
+        describe(str(tmp_path), None, 257, EOD)
+
+
+def test_a_corpus_file_stands_in_its_folder(corpus):
+    with pytest.raises(UserError, match=f"give the folder of the corpus, {corpus}$"):
+        describe(str(corpus / "corpus.json"))

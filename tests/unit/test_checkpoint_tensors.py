@@ -1,5 +1,8 @@
 """Checkpoints written and read as global tensors, without ranks."""
 
+import os
+import sys
+
 import pytest
 
 from megascale.errors import UserError
@@ -66,3 +69,26 @@ def test_damage_is_found(tools, tmp_path):
     data.write_bytes(data.read_bytes()[:-1] + b"x")
     with pytest.raises(UserError, match="checksum differs"):
         load.find_at(folder)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="names of open files are in Linux's /proc")
+def test_a_checkpoint_is_on_the_disk_before_it_has_its_name(tools, tmp_path, monkeypatch):
+    _, manifest, tensors = tools
+    done, out = [], tmp_path / "out"
+    for name in ("fsync", "rename"):
+        honest = getattr(os, name)
+
+        def noted(first, *others, name=name, honest=honest):
+            place = os.path.realpath(f"/proc/self/fd/{first}" if name == "fsync" else first)
+            honest(first, *others)
+            done.append((name, os.path.relpath(place, tmp_path.resolve())))
+
+        monkeypatch.setattr(os, name, noted)
+    tensors.write_checkpoint(out, pieces(tensors), manifest.Position(0, 0, 1, "", {}))
+    files = ["__0_0.distcp", ".metadata", "metadata.json", "common.pt", "manifest.json"]
+    assert done == [
+        *(("fsync", f".tmp-out/{name}") for name in files),
+        ("fsync", ".tmp-out"),
+        ("rename", ".tmp-out"),
+        ("fsync", "."),
+    ]

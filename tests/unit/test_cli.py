@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 
 import megascale
-from megascale import cli
+from megascale import cli, errors
 from megascale.errors import RankError, UserError
+from megascale.train import eval_command
 
 ROOT = Path(__file__).parents[2]
 HEAVY = ("torch", "megatron", "datasets", "matplotlib", "transformers", "tokenizers", "mpi4py")
@@ -89,7 +90,7 @@ def test_the_examples_name_files_that_exist():
 def test_help_loads_nothing_heavy():
     script = f"""
 import contextlib, sys
-from megascale import cli
+from megascale import cli, errors
 for verb in cli.VERBS:
     with contextlib.suppress(SystemExit):
         cli.main([*verb.split(), "--help"])
@@ -204,7 +205,7 @@ def test_a_defect_keeps_its_traceback(verb):
 def test_a_reader_that_leaves_is_no_error(characters):
     script = f"""
 import sys
-from megascale import cli
+from megascale import cli, errors
 sys.stdin.read()
 cli._overview = lambda: "x" * {characters}
 sys.exit(cli.main([]))
@@ -220,3 +221,54 @@ sys.exit(cli.main([]))
     process.stdin.close()  # it prints only now
     assert process.stderr.read() == b""
     assert process.wait(30) == 128 + signal.SIGPIPE
+
+
+RECIPE, CONFIG = "data/python_stdlib.yaml", "configs/quickstart.yaml"
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["train", CONFIG, "--tokens", "5M"], "train.tokens=5M or eval.tokens=5M"),
+        (["train", "--tokens", "5M", CONFIG], "train.tokens=5M or eval.tokens=5M"),
+        (["plan", CONFIG, "--tokens=5M"], "train.tokens=5M or eval.tokens=5M"),
+        (["train", CONFIG, "--train.tokens", "5M"], "write it as train.tokens=5M\n"),
+        (["branch", "run", CONFIG, "--lr=1e-3"], "write it as optim.lr=1e-3\n"),
+        (["train", CONFIG, "--global-batch-tokens"], "as data.global_batch_tokens=...\n"),
+        (["train", CONFIG, "--num-experts", "--resume", "auto"], "as model.moe.num_experts=...\n"),
+        (["prepare", RECIPE, "--heldout-fraction", "0.1"], "as heldout_fraction=0.1\n"),
+        (["train", CONFIG, "--frobnicate", "1"], "'megascale train --help' says what would work"),
+        (["doctor", "--tokens", "5M"], "'megascale doctor --help' says what would work"),
+    ],
+)
+def test_an_option_that_is_written_as_a_flag_is_suggested(words, said, capsys):
+    assert cli.main(words) == 2
+    error = capsys.readouterr().err
+    assert said in error and error.count("\n") == 1 and "unrecognized argument --" in error
+
+
+@pytest.mark.parametrize("verb", ["plan", "train", "launch", "calibrate"])
+def test_a_recipe_is_not_taken_for_a_config(verb, capsys):
+    assert cli.main([verb, RECIPE]) == 2
+    error = capsys.readouterr().err
+    assert f"'megascale prepare {RECIPE}' makes the corpus" in error and error.count("\n") == 1
+
+
+def test_a_config_is_not_taken_for_a_recipe(capsys):
+    assert cli.main(["prepare", CONFIG]) == 2
+    error = capsys.readouterr().err
+    assert f"'megascale plan {CONFIG}' shows the run" in error and error.count("\n") == 1
+    assert f"'megascale train {CONFIG}'" in error
+
+
+def test_what_is_missing_is_installed_from_the_checkout(monkeypatch, tmp_path):
+    """The package is on no index."""
+    root = Path(cli.__file__).parents[1]
+    assert errors.install_command("eval") == f"pip install -e '{root}[eval]'"
+    monkeypatch.setattr(errors, "__file__", str(tmp_path / "site-packages/megascale/errors.py"))
+    elsewhere = "in the checkout of megascale: pip install -e '.[eval]'"
+    assert errors.install_command("eval") == elsewhere
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    monkeypatch.setitem(sys.modules, "lm_eval.tasks", None)
+    with pytest.raises(errors.UserError, match="lm-eval is not installed; in the checkout of "):
+        eval_command._load_tasks("lambada", None)

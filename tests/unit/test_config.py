@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from megascale.config import RunConfig, dump_config, finalize, parse_config, validate
 from megascale.config.derive import Layout
+from megascale.config.load import whole_number
 from megascale.errors import UserError
 
 BASE = """
@@ -355,3 +356,73 @@ def accepts_or_explains(text):
         finalize(config, {"web": 10}, 257)
     except UserError as error:
         assert "\n" not in str(error)
+
+
+@pytest.mark.parametrize(
+    "text, number",
+    [
+        ("1e9", 10**9),
+        ("2.5e3", 2500),
+        ("1E+6", 10**6),
+        ("1e9 ", 10**9),
+        ("3.0", 3),
+        ("'1E3'", 1000),
+    ],
+)
+def test_a_whole_number_may_be_written_with_an_exponent(text, number):
+    """On the command line, in YAML, and in options of verbs."""
+    assert parse_config("", [f"train.tokens={text}"]).train.tokens == number
+    config = parse_config(f"train: {{tokens: {text}}}\ndata: {{context_tokens: {text}}}")
+    assert config.train.tokens == config.data.context_tokens == number
+    assert type(config.train.tokens) is int
+    if "." not in text or "e" in text:
+        assert whole_number(text.strip("'"), "--ranks") == number
+
+
+@pytest.mark.parametrize("text", ["1.5", "1.5e0", "1e-3", ".inf", "-.inf", ".nan", "1e40"])
+def test_what_is_no_whole_number_is_refused(text):
+    with pytest.raises(UserError, match="train.tokens must be a whole number"):
+        parse_config("", [f"train.tokens={text}"])
+
+
+def cut(heads, kv_heads, layers, *overrides):
+    model = f"model: {{num_heads: {heads}, num_kv_heads: {kv_heads}, num_layers: {layers}, "
+    model += f"hidden_size: {heads * 8}, ffn_hidden_size: 240, vocab_size: 100}}\n"
+    text = model + "data: {sources: {web: {path: none}}, context_tokens: 8}\ntrain: {tokens: 1000}"
+    return finalize(parse_config(text, overrides), {"web": 1000}, 100)
+
+
+@pytest.mark.parametrize(
+    "option, value, works",
+    [("tensor", 8, 6), ("tensor", 4, 3), ("tensor", 5, 6), ("tensor", 48, 6), ("pipeline", 7, 8)],
+)
+def test_the_nearest_size_that_works_is_suggested(option, value, works):
+    """Tensor parallelism cuts 12 heads, 6 of keys and values, and 240 units: 1, 2, 3 or 6."""
+    with pytest.raises(UserError, match=f"parallel.{option} = {value} does not divide") as error:
+        cut(12, 6, 8, f"parallel.{option}={value}")
+    assert f"; {works} would work" in str(error.value)
+    cut(12, 6, 8, f"parallel.{option}={works}")
+
+
+@pytest.mark.parametrize(
+    "ranks, sizes, suggestion",
+    [(6, (4, 1), "parallel.tensor=3"), (2, (4, 1), "parallel.tensor=2"), (5, (4, 1), "tensor=1"),
+     (4, (4, 8), "parallel.tensor=1 parallel.pipeline=4"), (8, (1, 3), "parallel.pipeline=2")],
+)  # fmt: skip
+def test_a_layout_that_fits_the_ranks_is_suggested(ranks, sizes, suggestion):
+    words = [f"parallel.tensor={sizes[0]}", f"parallel.pipeline={sizes[1]}"]
+    config = parse_config("model: {num_heads: 12, num_layers: 8}", words)
+    with pytest.raises(UserError, match=f"must divide the {ranks} ranks") as error:
+        Layout.of(config, ranks)
+    assert str(error.value).endswith(suggestion)
+    words += str(error.value).split("or set ")[1].split()
+    Layout.of(parse_config("model: {num_heads: 12, num_layers: 8}", words), ranks)
+
+
+@pytest.mark.parametrize(
+    "curve, name", [("infinite", "cooldown"), ("wsd", "anneal"), ("wsd", "warmup")]
+)
+def test_a_part_that_is_longer_than_the_run_is_named(curve, name):
+    words = [f"optim.curve={curve}", f"optim.{name}_tokens=5000"]
+    with pytest.raises(UserError, match=f"optim.{name}_tokens = 5000 is above train.tokens = 1000"):
+        cut(4, 4, 2, *words)

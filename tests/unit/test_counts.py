@@ -104,6 +104,8 @@ def multiply_adds(model: ModelConfig, lengths: list[int]) -> int:
             count += 1
 
     matrices = {key: shape for key, shape in shapes(model).items() if len(shape) == 2}
+    head = "embedding" if model.tied_embeddings else "head"
+    matrices[head] = (model.vocab_size, model.hidden_size)  # no logits of padded rows
     experts = [f".expert{i}." for i in range(model.moe.top_k, model.moe.num_experts)] \
         if model.moe else []  # fmt: skip
     for length in lengths:
@@ -140,6 +142,13 @@ def test_parameters_are_the_sum_of_all_shapes(name: str) -> None:
 def test_operations_are_the_brute_force_count(name: str) -> None:
     model, lengths = final(name), [3, 1, 5]
     assert batch_flops(model, lengths) == 3 * 2 * multiply_adds(model, lengths)
+
+
+def test_tensor_ranks_compute_logits_of_padded_rows_too() -> None:
+    model = final("dense")
+    assert (model.vocab_size, padded_vocab_size(model, 3)) == (11, 24)
+    added = flops_per_token(model, 3) - flops_per_token(model)
+    assert added == 2 * (24 - 11) * model.hidden_size
 
 
 @given(st.lists(st.integers(1, 40), max_size=5), st.none() | st.integers(1, 50))
@@ -210,7 +219,7 @@ def test_experts_share_their_optimizer_state_with_fewer_ranks() -> None:
 def test_activations_follow_the_documented_formula() -> None:
     config, layout = run_config(DENSE), Layout(1, 1, 1, 1, 1)
     layer = 4 * 8 + 3 * (4 + 4) * 2 + 4 * 12
-    head = 16 * (2 + 8)
+    head = 11 * (2 + 8)
     assert activation_bytes(config, layout, 0) == 64 * (2 * layer * 2 + head)
     full = replace(config, train=TrainConfig(recompute="full"))
     assert activation_bytes(full, layout, 0) == 64 * ((2 * 8 + layer) * 2 + head)

@@ -146,6 +146,17 @@ def test_jobs_that_end_without_a_word_are_counted(run_dir):
     assert sum(event["event"] == "failure" for event in events(run_dir)) == count
 
 
+def test_errors_of_runs_without_a_launcher_are_not_counted(run_dir):
+    """Nor is the launcher before them taken for one that ended without a word."""
+    book, log = FailureBook([str(run_dir)], None), EventLog(run_dir)
+    assert book.begin(nodes=1) is None
+    for _ in range(4):
+        log.write("error", step=7, error="boom", rank=0, starting=False)
+    assert FailureBook([str(run_dir)], None).begin(nodes=1) is None
+    assert not [event for event in events(run_dir) if event["event"] == "failure"]
+    assert book.failed(Cause("boom", 0.0)) is None
+
+
 def test_time_limits_that_are_too_short_are_counted(run_dir):
     (run_dir / "checkpoints").mkdir(parents=True)
     said = []

@@ -251,7 +251,7 @@ def test_pipelines_with_hardly_a_short_sequence_share_rings(num_ranks: int) -> N
     plan = plan_hybrid(problem)
     plan.check(lengths)
     assert max(len(ring.sequences) for ring in plan.rings if len(ring.ranks) > 1) > 1
-    assert plan.predicted_s < 0.97 * plan_static_best(problem).predicted_s
+    assert plan.predicted_s < 0.98 * plan_static_best(problem).predicted_s
 
 
 def test_pipelines_do_no_worse_than_one_ring_size_for_sequences_of_like_length() -> None:

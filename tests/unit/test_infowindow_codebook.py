@@ -3,6 +3,7 @@
 import builtins
 import functools
 import hashlib
+import heapq
 import json
 import os
 import sys
@@ -105,6 +106,63 @@ def test_tunstall_takes_the_most_probable_strings(monkeypatch):
         for byte in np.flatnonzero(chance(parent) * frequencies[parent] > inside).tolist():
             assert parent + bytes([byte]) in known
     assert all(one[:-1] in known for one in strings if len(one) > 1)
+
+
+class EvenModel:
+    """Bytes that do not depend on what came before: some likely, many of them equally so."""
+
+    def __init__(self, weights):
+        self._weights = np.ones(257, np.int64)
+        self._weights[list(weights)] = list(weights.values())
+
+    def weights_after(self, contexts):
+        return np.tile(self._weights, (len(contexts), 1))
+
+
+def best_first(model, size):
+    """The dictionary, one string at a time: always the most probable, of equal ones the first."""
+    row = np.diff(byte_tables(model.weights_after([b""])), axis=1)[0] / 2**14
+    chosen = {bytes([byte]): float(row[byte]) for byte in range(256)}
+    waiting = []
+
+    def grow(parent):
+        for byte in range(256):
+            child = -(chosen[parent] * float(row[byte])), parent + bytes([byte])
+            heapq.heappush(waiting, child)
+
+    for one in list(chosen):
+        grow(one)
+    while len(chosen) < size:
+        chance, one = heapq.heappop(waiting)
+        chosen[one] = -chance
+        grow(one)
+    edge = -chance
+    return dict(sorted(chosen.items())), sum(-chance == edge for chance, _ in waiting)
+
+
+@pytest.mark.parametrize("batch", [1, 7, 2048])
+@pytest.mark.parametrize(
+    "weights",
+    [
+        dict.fromkeys(range(256), 1),
+        dict.fromkeys(b"abcd", 1 << 20),
+        {97: 1 << 20, 98: 1 << 19, 99: 1 << 18, 120: 1 << 19, 121: 1 << 18},
+        {122: 1 << 20, 109: 1 << 19, 97: 1 << 18, 0: 1 << 18},
+    ],
+    ids=["all", "four", "first likely", "last likely"],
+)
+def test_of_equally_probable_strings_the_first_are_taken(monkeypatch, weights, batch):
+    """Whatever the order in which they are found: against best first, with ties at the edge."""
+    monkeypatch.setattr(expand_module, "_BATCH", batch)
+    model, ties = EvenModel(weights), 0
+    for size in (257, 300, 345, 401):
+        monkeypatch.setattr(expand_module, "NUM_CODES", size)
+        found = expand_module.expand(model, "tunstall", lambda count: None)
+        expected, left_out = best_first(model, size)
+        ties += left_out
+        assert found.strings == list(expected)
+        assert found.probabilities.tolist() == list(expected.values())
+    assert ties
 
 
 def test_windows_and_threads_change_nothing():

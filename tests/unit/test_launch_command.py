@@ -14,9 +14,10 @@ from tiny_corpus import tiny_config
 from megascale.cli import main
 from megascale.errors import UserError
 from megascale.monitor.events import read_events
-from megascale.resilience import launch_command, lock
+from megascale.resilience import launch_command
 from megascale.resilience.driver import Node
 from megascale.resilience.failures import Cause, FailureBook
+from megascale.runtime import lock
 from megascale.train import folder
 
 

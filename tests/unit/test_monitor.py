@@ -1,10 +1,12 @@
 """Metrics survive a crash and a resume, the console tells the time left, MFU is never guessed."""
 
+import errno
 import gzip
 import io
 import json
 import sys
 import types
+from contextlib import nullcontext
 from datetime import datetime, timedelta
 from pathlib import Path
 
@@ -20,6 +22,8 @@ from megascale.monitor.device import mfu, peak_flops
 from megascale.monitor.events import EventLog
 from megascale.monitor.metrics import MetricsWriter, flatten, read_rows
 from megascale.monitor.profile import profiler
+from megascale.monitor.trackers import TRACKERS
+from megascale.runtime.logs import say, settle_console
 
 
 def writer(folder: Path, resume_step: int | None = None, **options) -> MetricsWriter:
@@ -63,14 +67,34 @@ def test_what_json_cannot_say_is_null(tmp_path: Path, value: float) -> None:
 
 
 def test_a_first_score_that_was_not_finite_is_none(tmp_path: Path) -> None:
-    from megascale.train.report import first_scores
+    from megascale.corpus.heldout import HeldoutPart
+    from megascale.train.heldout import evaluations_of, first_scores
 
-    assert first_scores(tmp_path) == {}
+    part = HeldoutPart(np.array([[0, 0, 50]]), None, 50, 1)
+    assert first_scores(evaluations_of(tmp_path), {"a": part}) == {}
     metrics = writer(tmp_path)
     for step, loss in ((1, float("nan")), (2, 3.0)):
-        metrics.write({"step": step, "eval": {"a": {"loss": loss}, "b": {"loss": 2.0}}})
+        scores = {"a": {"loss": loss, "tokens": 50}, "b": {"loss": 2.0, "part": part.mark}}
+        metrics.write({"step": step, "eval": scores})
     metrics.close()
-    assert first_scores(tmp_path) == {"b": 2.0}
+    assert first_scores(evaluations_of(tmp_path), {"a": part, "b": part}) == {"b": 2.0}
+
+
+def test_scores_of_another_part_do_not_compare() -> None:
+    from megascale.corpus.heldout import HeldoutPart
+    from megascale.train.heldout import changed, first_scores
+
+    part = HeldoutPart(np.array([[0, 0, 50], [3, 7, 40]]), None, 200, 5)
+    old = [{"a": {"loss": 5.0, "tokens": 30}}, {"b": {"loss": 1.0, "tokens": 30}}]
+    assert "(30 tokens)" in (changed("a", part, old) or "")
+    assert changed("c", part, old) is None and first_scores(old, {"a": part}) == {}
+    same_size = [*old, {"a": {"loss": 4.0, "tokens": 90, "part": "another"}}]
+    assert changed("a", part, same_size) is not None
+    known = {"tokens": 90, "part": part.mark}
+    again = [*same_size, {"a": {"loss": 3.0, **known}}, {"a": {"loss": 2.0, **known}}]
+    assert changed("a", part, again) is None and first_scores(again, {"a": part}) == {"a": 3.0}
+    written_before = [*old, {"a": {"loss": 2.5, "tokens": 90}}]
+    assert changed("a", part, written_before) is None
 
 
 def test_resume_drops_later_steps_and_the_half_written_line(tmp_path: Path) -> None:
@@ -146,98 +170,20 @@ def test_tensorboard_shows_each_step_once_after_a_resume(tmp_path: Path) -> None
     assert set(seen) == {"loss", "skipped", "eval/web/loss"}
 
 
-class Calls(list):
-    """Records what a tracker was asked to do."""
-
-    def note(self, call: str, /, **values) -> None:
-        self.append((call, values))
-
-
-def fake_wandb(calls: Calls) -> types.ModuleType:
-    module = types.ModuleType("wandb")
-
-    class Run:
-        def log(self, data: dict, step: int | None = None, commit: bool | None = None) -> None:
-            calls.note("log", data=data, step=step)
-
-        def finish(self, exit_code: int | None = None) -> None:
-            calls.note("end")
-
-    def init(entity=None, project=None, dir=None, id=None, name=None, notes=None, tags=None,
-             config=None, group=None, resume=None) -> Run:  # fmt: skip
-        calls.note("start", project=project, name=name, config=config)
-        return Run()
-
-    module.init = init
-    return module
-
-
-def fake_mlflow(calls: Calls) -> types.ModuleType:
-    module = types.ModuleType("mlflow")
-
-    def set_experiment(experiment_name=None, experiment_id=None) -> None:
-        calls.note("experiment", project=experiment_name)
-
-    def start_run(run_id=None, experiment_id=None, run_name=None, nested=False) -> None:
-        calls.note("begin", name=run_name)
-
-    def log_dict(dictionary: dict, artifact_file: str, run_id=None) -> None:
-        project, name = calls.pop(0)[1]["project"], calls.pop(0)[1]["name"]
-        calls.note("start", project=project, name=name, config=dictionary)
-        assert artifact_file.endswith(".json")
-
-    def log_metrics(metrics: dict, step=None, synchronous=None, run_id=None) -> None:
-        calls.note("log", data=metrics, step=step)
-
-    def end_run(status: str = "FINISHED") -> None:
-        calls.note("end")
-
-    for function in (set_experiment, start_run, log_dict, log_metrics, end_run):
-        setattr(module, function.__name__, function)
-    return module
-
-
-def fake_trackio(calls: Calls) -> types.ModuleType:
-    module = types.ModuleType("trackio")
-
-    def init(project: str, name=None, space_id=None, dataset_id=None, config=None,
-             resume: str = "never") -> None:  # fmt: skip
-        calls.note("start", project=project, name=name, config=config)
-
-    def log(metrics: dict, step: int | None = None) -> None:
-        calls.note("log", data=metrics, step=step)
-
-    def finish() -> None:
-        calls.note("end")
-
-    module.init, module.log, module.finish = init, log, finish
-    return module
-
-
-FAKES = {"wandb": fake_wandb, "mlflow": fake_mlflow, "trackio": fake_trackio}
-
-
-@pytest.mark.parametrize("name", FAKES)
-def test_a_tracker_gets_flat_numbers(tmp_path: Path, monkeypatch, name: str) -> None:
-    calls = Calls()
-    monkeypatch.setitem(sys.modules, name, FAKES[name](calls))
-    metrics = writer(tmp_path, resume_step=4, trackers=(name,))
-    metrics.write({"step": 5, "loss": 2.0, "mfu": None})
-    metrics.write({"step": 5, "eval": {"web": {"loss": 1.0}}})
-    metrics.close()
-    run = f"{tmp_path.name} from step 4"
-    assert calls == [
-        ("start", {"project": "megascale", "name": run, "config": {"seed": 1}}),
-        ("log", {"data": {"loss": 2.0}, "step": 5}),
-        ("log", {"data": {"eval/web/loss": 1.0}, "step": 5}),
-        ("end", {}),
-    ]
-
-
-@pytest.mark.parametrize("name", FAKES)
+@pytest.mark.parametrize("name", TRACKERS)
 def test_a_missing_tracker_is_named_with_its_remedy(tmp_path: Path, monkeypatch, name) -> None:
     monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(UserError, match=f"pip install {name}"):
+        writer(tmp_path, trackers=(name,))
+
+
+@pytest.mark.parametrize("name", TRACKERS)
+def test_a_broken_tracker_is_named_in_one_line(tmp_path: Path, monkeypatch, name) -> None:
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / f"{name}.py").write_text("raise TypeError('Descriptors\\ncannot be made')")
+    monkeypatch.syspath_prepend(str(tmp_path / "site"))
+    monkeypatch.delitem(sys.modules, name, raising=False)
+    with pytest.raises(UserError, match=f"{name}, which cannot be imported .TypeError: Desc"):
         writer(tmp_path, trackers=(name,))
 
 
@@ -415,11 +361,15 @@ def test_events_are_added_with_their_time(tmp_path: Path) -> None:
     assert datetime.fromisoformat(first["time"]).utcoffset() == timedelta(0)
 
 
+def unexpected(what: str, error: Exception) -> None:
+    raise AssertionError(f"{what} failed") from error
+
+
 RANKS = types.SimpleNamespace(rank=0, device=torch.device("cpu"))
 
 
 def profile_run(folder: Path, config: MonitorConfig, steps: int) -> Path:
-    with profiler(config, folder, RANKS) as done_step:
+    with profiler(config, folder, RANKS, unexpected) as done_step:
         for step in range(1, steps + 1):
             with torch.profiler.record_function(f"step number {step}"):
                 torch.ones(2).sum()
@@ -441,13 +391,14 @@ def test_a_trace_holds_the_steps_asked_for(tmp_path: Path, asked, steps, recorde
 def test_nothing_is_written_that_was_not_asked_for(tmp_path: Path, capsys) -> None:
     profile_run(tmp_path, MonitorConfig(), 3)
     assert list(tmp_path.iterdir()) == []
-    assert capsys.readouterr().err == ""
+    said = capsys.readouterr()
+    assert said.out == said.err == ""
 
 
 def test_a_memory_snapshot_without_cuda_is_one_warning(tmp_path: Path, capsys) -> None:
     profile_run(tmp_path, MonitorConfig(memory_snapshot=True), 2)
     assert list(tmp_path.iterdir()) == []
-    warning = capsys.readouterr().err
+    warning = capsys.readouterr().out
     assert "memory_snapshot is ignored" in warning
     assert warning.count("\n") == 1
 
@@ -464,7 +415,75 @@ def test_a_memory_snapshot_is_written_also_when_the_run_fails(tmp_path: Path, mo
     )
     ranks = types.SimpleNamespace(rank=3, device=torch.device("cuda", 0))
     with pytest.raises(RuntimeError, match="out of memory"):
-        with profiler(MonitorConfig(memory_snapshot=True), tmp_path, ranks):
+        with profiler(MonitorConfig(memory_snapshot=True), tmp_path, ranks, unexpected):
             raise RuntimeError("out of memory")
     assert (tmp_path / "profile" / "rank3.memory.pickle").read_bytes() == b"pickle"
     assert recording == ["all", None]
+
+
+@pytest.mark.parametrize("broken", ["_record_memory_history", "_dump_snapshot"])
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_memory_snapshot_that_fails_is_reported(
+    tmp_path: Path, monkeypatch, broken: str, fails: bool
+) -> None:
+    """And it does not stand for the error that ended the run."""
+
+    def refuse(*args: object, **options: object) -> None:
+        raise RuntimeError(f"no {broken}")
+
+    for name in ("_record_memory_history", "_dump_snapshot"):
+        monkeypatch.setattr(
+            torch.cuda.memory, name, refuse if name == broken else lambda *a, **o: 0
+        )
+    ranks = types.SimpleNamespace(rank=0, device=torch.device("cuda", 0))
+    failed: list[tuple[str, str]] = []
+    expected = pytest.raises(ValueError, match="of the run") if fails else nullcontext()
+    with expected:
+        with profiler(
+            MonitorConfig(memory_snapshot=True),
+            tmp_path,
+            ranks,
+            lambda what, error: failed.append((what, str(error))),
+        ):
+            if fails:
+                raise ValueError("of the run")
+    assert failed == [("memory snapshot", f"no {broken}")]
+
+
+# -------------------------------------------------------------------------------------- console
+
+
+class Terminal(io.TextIOWrapper):
+    """A console of few characters."""
+
+    def __init__(self) -> None:
+        super().__init__(io.BytesIO(), encoding="ascii")
+
+
+def test_a_console_of_few_characters_takes_what_it_can(monkeypatch) -> None:
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stdout", terminal)
+    say("caf\u00e9 \u2713")
+    say("plain")
+    assert terminal.buffer.getvalue() == b"caf\\xe9 \\u2713\nplain\n"
+
+
+def test_a_console_on_a_full_disk_is_tried_again(monkeypatch, caplog) -> None:
+    said: list[str] = []
+
+    class Full(io.StringIO):
+        full = True
+
+        def write(self, text: str) -> int:
+            if self.full:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            said.append(text)
+            return len(text)
+
+    stream = Full()
+    monkeypatch.setattr(sys, "stdout", stream)
+    say("lost")
+    stream.full = False
+    say("there")
+    settle_console()
+    assert "".join(said) == "there\n" and "No space left" in caplog.text

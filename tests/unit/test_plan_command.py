@@ -7,15 +7,18 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from megascale.config import Layout
-from megascale.corpus.batches import Cursor, GlobalBatches, num_steps
-from megascale.corpus.shards import Shard
+from megascale.config import Layout, RunConfig
+from megascale.corpus.batches import Cursor, GlobalBatches
+from megascale.corpus.describe import SourceInfo
+from megascale.corpus.length import run_length
+from megascale.corpus.shards import Shard, writing
 from megascale.errors import UserError
 from megascale.model.counts import batch_flops, count_parameters, memory_per_rank
 from megascale.optim.schedule import lr_at
@@ -81,6 +84,19 @@ def printed(label: str, text: str) -> list[str]:
     return line.strip().removeprefix(label).split()
 
 
+def batches_of(run: RunConfig, sources: Mapping[str, SourceInfo]) -> GlobalBatches:
+    shards = {name: Shard.open(info.train) for name, info in sources.items()}
+    return GlobalBatches(run.data, shards, run.seed)
+
+
+def dealt(run: RunConfig, sources: Mapping[str, SourceInfo]) -> list[Cursor]:
+    """The cursor after each step of a whole run."""
+    cursors = [Cursor()]
+    while cursors[-1].tokens_seen < run.train.tokens:
+        cursors.append(batches_of(run, sources).next(cursors[-1])[1])
+    return cursors[1:]
+
+
 def test_prints_the_numbers_of_the_run(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert plan(config, "optim.lr=1e-3", "--ranks", "4") == 0
     text = capsys.readouterr().out
@@ -92,8 +108,10 @@ def test_prints_the_numbers_of_the_run(config: Path, capsys: pytest.CaptureFixtu
     assert printed("weights", text) == [f"{memory.weights / 2**10:.1f}", "KiB"]
     assert printed("layout", text)[:2] == ["4", "ranks"]
     assert printed("mode", text) == ["free"]
-    assert f"{num_steps(run.data, 50000)} steps of 4,096 tokens to reach 50,000" in text
     first = first_step(run, layout, sources)
+    *_, end = dealt(run, sources)
+    assert f"{end.step} steps of 4,096 tokens to reach 50,000" in text
+    assert f"  takes {end.tokens_seen:,} tokens, {end.tokens_seen / end.step:,.0f} in a" in text
     flops = batch_flops(run.model, first.batch.length) / first.batch.num_tokens
     assert printed("FLOPs per token", text)[0] == f"{flops:,.0f}"
     over = first.plan.predicted_s / first.plan.lower_bound_s
@@ -105,23 +123,21 @@ def test_learning_rates_are_those_of_the_steps(config: Path) -> None:
     run, sources = load_run(config, ["optim.warmup_tokens=8000"])
     text = describe_run(run, Layout.of(run, 1), sources)
     rows = re.findall(r"^ +([\d,]+) tokens (\S+) in step (\d+)$", text, re.MULTILINE)
-    assert [row[0] for row in rows] == ["4,096", "8,000", "50,000"]
+    ends = [cursor.tokens_seen for cursor in dealt(run, sources)]
+    assert [row[0] for row in rows] == [f"{ends[0]:,}", "8,000", "50,000"]
     for tokens, lr, step in rows:
         seen = int(tokens.replace(",", ""))
         assert float(lr) == pytest.approx(lr_at(seen, run.optim.schedule), rel=1e-3)
-        assert int(step) * 4096 < seen <= (int(step) + 1) * 4096
+        assert [0, *ends][int(step)] < seen <= ends[int(step)]
 
 
 def test_epochs_and_stages_are_those_of_the_batches(config: Path) -> None:
     run, sources = load_run(config)
     text = describe_run(run, Layout.of(run, 1), sources)
-    shards = {name: Shard.open(info.train) for name, info in sources.items()}
-    batches, cursor = GlobalBatches(run.data, shards, run.seed), Cursor()
-    for _ in range(num_steps(run.data, run.train.tokens)):
-        _, cursor = batches.next(cursor)
-    for name, shard in shards.items():
-        said = float(printed(name, text)[-2])
-        assert said == pytest.approx(cursor.sources[name].tokens / shard.num_tokens, abs=0.06)
+    *_, cursor = dealt(run, sources)
+    for name, info in sources.items():
+        epochs = cursor.sources[name].tokens / info.train_tokens
+        assert printed(name, text)[-2] == f"{epochs:.2f}"
     assert "from 0 tokens: web 75.00%, code 25.00%" in text
     assert "from 20,000 tokens: web 100.00%" in text
 
@@ -201,6 +217,14 @@ def test_mistakes_are_one_clear_line(config: Path, arguments: list[str], problem
         (["train.tokens=10000"], r"data.stages\[1\] begins after the end of training"),
         (["data.stages=[{tokens: 9000, blend: {web: 1}}]"], "the last blend goes on"),
         (["model.sliding_window=256"], "model.sliding_window = 256 has no effect"),
+        (["data.global_batch_tokens=100"], r"= 100 is less than a sequence.* \d+ tokens on av"),
+        (
+            [
+                "data.stages=[{tokens: 9, blend: {web: 1}}, {tokens: 9, blend: {code: 1}}, "
+                "{blend: {web: 1}}]"
+            ],
+            r"data.stages\[1\] of 9 tokens begins and ends inside one step",
+        ),
         (["data.global_batch_tokens=100"], "sequences for 64 HDP ranks, so some ranks idle"),
         (["device=cuda", "train.threads=2"], "train.threads has no effect on CUDA"),
         (["device=cpu", "monitor.memory_snapshot=true"], "memory_snapshot has no effect"),
@@ -209,6 +233,10 @@ def test_mistakes_are_one_clear_line(config: Path, arguments: list[str], problem
         (["train.stop_after_steps=999"], "has no effect on a run of 13 steps"),
         (["monitor.profile_steps=[20, 30]"], "profile_steps begins after the last step, 13"),
         (["optim.schedule=[{shape: linear, tokens: 60000, lr: 1.0}]"], "at a rate of 0.833"),
+        (
+            ["optim.warmup_tokens=60000", "optim.lr=1.0"],
+            "optim.warmup_tokens = 60000 does not end .* 0.833 of 1; optim.warmup_tokens=500 is",
+        ),
         (["eval.tokens=100"], "source 'code' has no held-out documents"),
         (["optim.lr=steplaw"], "learning rate: the Step Law was fitted on 60M to 1.1B parameters"),
         (["data.global_batch_tokens=steplaw"], "global_batch_tokens: the Step Law was fitted on"),
@@ -225,11 +253,13 @@ def test_oddities_are_warnings(config: Path, overrides: list[str], warning: str)
 
 
 def test_an_ordinary_run_has_no_warnings(config: Path) -> None:
-    run, _ = load_run(config)
+    run, sources = load_run(config)
     heldout = {"web": True, "code": True}
-    assert warnings_of(run, Layout.of(run, 4), {"web": 1.0, "code": 4.0}, heldout, 50) == []
+    length = run_length(batches_of(run, sources), run.train.tokens, Cursor())
+    epochs = {"web": 1.0, "code": 4.0}
+    assert warnings_of(run, Layout.of(run, 4), epochs, heldout, 50, length) == []
     evaluated = replace(run, eval=replace(run.eval, tokens=100))
-    assert warnings_of(evaluated, Layout.of(run, 4), {"web": 1.0}, heldout, 50) == []
+    assert warnings_of(evaluated, Layout.of(run, 4), epochs, heldout, 50, length) == []
 
 
 SCRIPT = """
@@ -250,3 +280,14 @@ def test_answers_in_a_second_without_torch(config: Path) -> None:
         subprocess.run([sys.executable, "-c", SCRIPT, str(config)], check=True, timeout=60)
         seconds.append(time.perf_counter() - begin)
     assert statistics.median(seconds) < 2.0  # about 0.4 s alone on two cores; CI is busier
+
+
+def test_documents_without_an_end_are_a_warning(config: Path, tmp_path: Path) -> None:
+    with writing(tmp_path / "endless", np.uint16) as writer:
+        for _ in range(100):
+            writer.add(np.full(600, 3))
+    run, sources = load_run(config, [f"data.sources.code.path={tmp_path / 'endless'}"])
+    text = describe_run(run, Layout.of(run, 2), sources)
+    assert re.search(
+        "^warning: source 'code': 100 of 100 documents of train .* do not end", text, re.MULTILINE
+    )

@@ -92,7 +92,7 @@ def test_an_error_of_one_rank_ends_all(mpiexec, tmp_path):
     words = [mpiexec, "-n", "3", sys.executable, "-m", "megascale", "prepare", "r.yaml"]
     done = _run(words, tmp_path)
     assert done.returncode == 2, done.stderr
-    assert done.stderr.count("megascale: more.jsonl row 64: not a JSON object") == 1
+    assert done.stderr.count("megascale: more.jsonl line 64: not a JSON object") == 1
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "corpora" / "x").exists()
 

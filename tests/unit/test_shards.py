@@ -144,6 +144,20 @@ def test_cut_short(tmp_path, ending, left):
         Shard.open(tmp_path / "x")
 
 
+def test_a_multimodal_index_is_named(megatron, tmp_path):
+    import torch
+
+    builder = megatron.IndexedDatasetBuilder(
+        str(tmp_path / "x.bin"), dtype=np.uint16, multimodal=True
+    )
+    for tokens, mode in (([1, 2], 0), ([3], 1), ([4, 5, 6], 0)):
+        builder.add_item(torch.tensor(tokens), mode)
+        builder.end_document()
+    builder.finalize(str(tmp_path / "x.idx"))
+    with pytest.raises(UserError, match=r"x\.idx: is a multimodal index .* without modes"):
+        Shard.open(tmp_path / "x")
+
+
 def test_missing_files(tmp_path):
     with pytest.raises(UserError, match="No such file"):
         Shard.open(tmp_path / "x")

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
 
-from megascale.optim.soap import Soap, matrices
+from megascale.optim.soap import Soap, matrices, with_rows
 
 OPTIONS = {"betas": (0.9, 0.95), "lr": 0.02, "weight_decay": 0.1, "refresh_steps": 3}
 SQUARE, WIDE, TALL, VECTOR = (5, 5), (4, 9), (9, 4), (6,)
@@ -181,3 +183,28 @@ def test_state_may_be_made_before_the_first_step() -> None:
     early.init_state()
     late = run(Soap([{"params": [weight]}], **OPTIONS), weight, given)
     np.testing.assert_array_equal(run(early, twin, given), late)
+
+
+def test_other_rows_keep_the_means_of_those_that_stay() -> None:
+    torch.manual_seed(0)
+    kept, old, columns = 5, 8, 3
+    gradients = torch.randn(50, old, columns, dtype=torch.float64)
+    average = (gradients @ gradients.mT).mean(dim=0)
+    basis = torch.linalg.qr(torch.randn(old, old, dtype=torch.float64)).Q
+    mean, square = torch.randn(2, old, columns, dtype=torch.float64)
+    state = {"exp_avg": mean, "exp_avg_sq": square.square()}
+    state |= {"left_average": average, "left_basis": basis}
+    for rows in (kept, 7, old, 11):
+        new = with_rows(state, kept, rows)
+        turned = new["left_basis"] @ new["exp_avg"]
+        torch.testing.assert_close(turned[:kept], (basis @ mean)[:kept])
+        assert turned.shape == (rows, columns) and not turned[kept:].any()
+        torch.testing.assert_close(
+            new["left_basis"].mT @ new["left_basis"], torch.eye(rows, dtype=torch.float64)
+        )
+        diagonal = new["left_basis"].mT @ new["left_average"] @ new["left_basis"]
+        torch.testing.assert_close(diagonal, diagonal.diagonal().diag(), rtol=0, atol=1e-9)
+        turn = new["left_basis"][:kept].mT @ basis[:kept]
+        for row, column in itertools.product(range(rows), range(columns)):
+            variance = sum(turn[row, i] ** 2 * square[i, column] ** 2 for i in range(old))
+            assert new["exp_avg_sq"][row, column] == pytest.approx(float(variance))

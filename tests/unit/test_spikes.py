@@ -36,6 +36,52 @@ def test_leaps_are_named_and_do_not_change_what_is_usual(seed):
     assert watch(losses)[1] == leaps
 
 
+@pytest.mark.parametrize("spike", [3.0, 90.0, math.inf, math.nan])
+def test_nothing_is_learned_from_spikes(spike):
+    """Whatever their number, and where they make up half of the window."""
+    losses = list(np.random.default_rng(0).normal(2.0, 0.01, 100))
+    one, _ = watch(losses)
+    limit, known = one.limit, one.to_json()["losses"]
+    assert all(one.see(spike) for _ in range(200))
+    assert one.limit == limit and one.to_json()["losses"] == known
+    other, _ = watch(losses)
+    for loss in losses:
+        assert not other.see(loss) and other.see(spike)
+    assert other.limit == limit and other.to_json()["losses"] == losses
+
+
+def test_what_was_usual_comes_back_with_the_checkpoint():
+    one, _ = watch([2.0] * 50, action="rollback", patience_steps=3)
+    saved = one.to_json()
+    for _ in range(60):
+        one.see(1.0)
+    assert one.limit < 1.5
+    for _ in range(3):
+        assert one.see(9.0)
+    one.roll_back(saved, to=50, at=113)
+    assert one.limit == pytest.approx(2.0 * (1 + 8 * 0.005)) and one.in_a_row == 0
+    assert one.see(9.0) and one.most_loss < 3
+
+
+@pytest.mark.parametrize("saved", [{"losses": [5.0] * 19, "in_a_row": 0, "rolled_to": None}, None])
+def test_what_was_usual_before_the_spikes_holds_on_where_the_checkpoint_knows_nothing(saved):
+    one, _ = watch([2.0] * 50, action="rollback")
+    one.see(9.0)
+    one.roll_back(saved, to=19, at=51)
+    assert one.limit == pytest.approx(2.0 * (1 + 8 * 0.005)) and one.see(9.0)
+
+
+def test_no_checkpoint_is_due_among_spikes_or_before_a_rollback_has_shown_its_use():
+    one, _ = watch([2.0] * 50, action="rollback", patience_steps=3)
+    assert one.is_settled(50)
+    one.see(9.0)
+    assert not one.is_settled(51)
+    one.roll_back(None, to=40, at=53)
+    assert [step for step in range(53, 60) if one.is_settled(step)] == [56, 57, 58, 59]
+    skip, _ = watch([2.0] * 50 + [9.0], action="skip")
+    assert skip.is_settled(51)
+
+
 def test_nothing_is_known_at_first():
     one, leaps = watch([5.0] * 19)
     assert one.limit == math.inf and leaps == []
@@ -67,11 +113,13 @@ def test_its_state_goes_with_the_checkpoint():
     other = SpikeWatch(SpikeConfig(window_steps=64))
     other.go_on(json.loads(json.dumps(one.to_json())))
     assert other.limit == one.limit and other.in_a_row == 1
-    other.begin_anew(rolled_to=7)
-    assert other.to_json()["rolled_to"] == 7
-    for _ in range(20):
-        other.see(2.0)
-    assert other.rolled_to is None  # what is usual is known again
+    other.roll_back(one.to_json(), to=7, at=9)
+    third = SpikeWatch(SpikeConfig(window_steps=64))
+    third.go_on(json.loads(json.dumps(other.to_json())))
+    assert (third.rolled_to, third.rolled_at, third.in_a_row) == (7, 9, 0)
+    old = {"losses": [2.0], "in_a_row": 1, "rolled_to": 7}
+    third.go_on(old)  # as earlier versions wrote it
+    assert (third.rolled_to, third.rolled_at) == (7, 7)
     with pytest.raises(UserError, match="record of losses is damaged"):
         other.go_on({"losses": "none"})
 

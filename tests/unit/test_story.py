@@ -5,15 +5,18 @@ import json
 import os
 import shutil
 import subprocess
+from contextlib import ExitStack
 from datetime import UTC, datetime
 
 import pytest
 
 from megascale.cli import main
 from megascale.errors import UserError
+from megascale.monitor import story as stories
 from megascale.monitor.report_command import COLOURS
 from megascale.monitor.status_command import shown, start_rows
 from megascale.monitor.story import PARTS, read_heartbeats, read_story
+from megascale.runtime.lock import JOB_LOCK, RUN_LOCK, hold
 
 BEGAN = 1_790_000_000.0
 CONFIG = """
@@ -175,6 +178,105 @@ def test_the_state_is_that_of_the_last_turn(write, more, state):
     assert story.state(BEGAN + 11) == state
     late = story.state(BEGAN + 1000)
     assert late == ("silent: dead or hung" if state.startswith("starting") else state)
+
+
+@pytest.fixture
+def holds():
+    """Takes the lock of a run, and gives back what lets go of it."""
+    with ExitStack() as leave:
+
+        def take(run, name=RUN_LOCK):
+            file = leave.enter_context((run / name).open("a+"))
+            assert hold(file, 0.0) is None
+            os.utime(run / name, (BEGAN + 95, BEGAN + 95))
+            return file
+
+        yield take
+
+
+COMMAND = "torchrun --nproc-per-node 2 -m megascale train c.yaml --resume auto"
+
+
+def test_a_killed_run_is_not_training(write, holds, capsys):
+    """Whether it is known from the lock, at once; how to go on is said by status and report."""
+    run = write([*FIRST, {**SECOND[0], "command": COMMAND}], steps=60, written=131)
+    lock = holds(run)
+    assert read_story(run).state(BEGAN + 140) == "training"
+    assert "alive, perhaps hung" in read_story(run).state(BEGAN + 1000)
+    assert read_story(run).resume_command(BEGAN + 140) is None
+    assert read_story(run).resume_command(BEGAN + 1000) is None
+    lock.close()
+    story = read_story(run)
+    for now in (140, 1000):
+        assert story.state(BEGAN + now) == "killed at step 60: its process ended without a word"
+    assert start_rows(story, BEGAN + 140)[-1][-1].startswith("killed at step 60")
+    assert main(["status", str(run)]) == 0
+    said = capsys.readouterr().out
+    assert "killed at step 60" in " ".join(said.split()) and "ETA" not in said
+    assert said.endswith(f"continue it with:\n  {COMMAND}\n")
+    assert main(["status", str(run), "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["eta_s"] is None and told["resume_command"] == COMMAND
+    assert main(["report", str(run)]) == 0
+    page = (run / "report.html").read_text()
+    assert "killed at step 60" in page and COMMAND in page and "time left" not in page
+
+
+def test_a_launcher_that_lives_starts_again(write, holds):
+    run = write([*FIRST, *SECOND], steps=60, written=131)
+    holds(run).close()
+    job = holds(run, JOB_LOCK)
+    assert read_story(run).state(BEGAN + 140) == "ended; the launcher decides what follows"
+    with (run / "events.jsonl").open("a") as events:
+        events.write(json.dumps(event(150, "failure", step=60, error="rank 1: killed")) + "\n")
+    for now in (151, 1000):
+        assert read_story(run).state(BEGAN + now) == "starting again after: rank 1: killed"
+    job.close()
+    assert read_story(run).state(BEGAN + 151) == "killed with its launcher after: rank 1: killed"
+
+
+def test_a_resume_that_loads_is_starting(write, holds):
+    run = write([*SECOND, progress(200, "stop", 100, 70.0, asked=True)], 100)
+    holds(run)
+    assert read_story(run).state(BEGAN + 210) == "stopped"  # it has not let go yet
+    os.utime(run / RUN_LOCK, (BEGAN + 205, BEGAN + 205))
+    assert read_story(run).state(BEGAN + 210) == "starting"
+
+
+def test_a_lock_that_changed_while_files_were_read_says_nothing(write, holds, monkeypatch):
+    """A run that began and ended in between has not been killed."""
+    run = write(SECOND, steps=60, written=131)
+    holds(run).close()
+    honest = stories.read_events
+
+    def meanwhile(folder):
+        events = honest(folder)
+        with (run / RUN_LOCK).open("a+") as file:
+            hold(file, 0.0)
+        return events
+
+    monkeypatch.setattr(stories, "read_events", meanwhile)
+    assert read_story(run).state(BEGAN + 140) == "training"
+
+
+def test_an_error_is_the_end_of_its_start(write):
+    failed = event(150, "error", step=60, error="UserError: no room", rank=1, starting=False)
+    run = write([*FIRST, *SECOND, failed], steps=60, written=131)
+    story = read_story(run)
+    assert story.state(BEGAN + 151) == story.state(BEGAN + 1e6) == "failed: UserError: no room"
+    assert story.sessions[-1].end == "UserError: no room"
+    assert story.sessions[-1].ended == BEGAN + 150 and not list(story.failed_starts)
+    assert story.resume_command(BEGAN + 151) == "the command that started it, with --resume auto"
+
+
+def test_a_refused_start_is_not_the_end_of_the_one_before(write):
+    refused = event(300, "error", step=60, error="seed was 1", rank=0, starting=True)
+    run = write([*SECOND, refused], steps=60, written=131)
+    story = read_story(run)
+    assert story.state(BEGAN + 301) == "could not start: seed was 1"
+    assert story.sessions[-1].end is None and story.sessions[-1].ended == BEGAN + 131
+    ends = [cells[-1] for cells in start_rows(story, BEGAN + 301)]
+    assert ends == ["no word: killed, or its node was lost", "seed was 1"]
 
 
 def test_failures_without_a_start_stand_among_the_starts(write):

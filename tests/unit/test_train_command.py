@@ -118,7 +118,6 @@ def test_ranks_do_what_was_asked(config, monkeypatch):
     [
         (None, None, "megascale train c.yaml --resume auto"),
         ("2", "2", "megascale train c.yaml --ranks 2 --resume auto"),
-        ("2", None, "megascale train c.yaml --ranks 2 --resume auto"),
         (
             "8",
             "4",
@@ -127,8 +126,9 @@ def test_ranks_do_what_was_asked(config, monkeypatch):
     ],
 )
 def test_the_command_that_goes_on(config, monkeypatch, world, local, said):
-    for name, value in (("WORLD_SIZE", world), ("LOCAL_WORLD_SIZE", local)):
-        if value is not None:
+    if world is not None:
+        names = {"WORLD_SIZE": world, "LOCAL_WORLD_SIZE": local, "RANK": "1", "LOCAL_RANK": "1"}
+        for name, value in (names | {"MASTER_ADDR": "n0", "MASTER_PORT": "29500"}).items():
             monkeypatch.setenv(name, value)
     assert command.resume_command("c.yaml", []) == said
 

@@ -4,9 +4,19 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterator, Mapping
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
+from megascale.checkpoint.huggingface.documents import CONFIG, read_document, write_document
+from megascale.checkpoint.huggingface.families import (
+    BY_LAYER,
+    EVERY_LAYER,
+    FAMILIES,
+    Family,
+    family_of,
+)
 from megascale.checkpoint.storage import one_line
 from megascale.config import (
     DataConfig,
@@ -19,17 +29,12 @@ from megascale.config import (
 )
 from megascale.errors import UserError
 
-CONFIG = "config.json"
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "mixtral", "qwen2_moe", "qwen3_moe")
 ONLY = {
-    "hidden_act": "silu",
-    "attention_bias": False,
-    "mlp_bias": False,
-    "decoder_sparse_step": 1,
-    "mlp_only_layers": [],
-    "quantization_config": None,
+    "hidden_act": ("silu", "swish"),
+    "is_causal": (True,),
+    "quantization_config": (None,),
 }
-"""Options of which our model knows one value."""
+"""Options that all families have, and the values that our model can be."""
 LEAST_MULTIPLE = 8
 """A vocabulary that this divides is not padded; up to 8 tensor ranks can share it."""
 
@@ -39,22 +44,31 @@ def read_config(folder: Path) -> Any:
 
     Raises UserError where it cannot be read or is of a family that is not in `FAMILIES`.
     """
+    path = folder / CONFIG
+    return config_from(read_document(path), path)
+
+
+def config_from(document: Mapping[str, Any], path: Path) -> Any:
+    """The `transformers` config of what a config.json says, which is left as it is.
+
+    Raises UserError, which `path` begins, where it is refused.
+    """
     from transformers import CONFIG_MAPPING
 
-    path = folder / CONFIG
-    try:
-        document = json.loads(path.read_bytes())
-        kind = document.get("model_type")
-    except OSError as error:
-        raise UserError(
-            f"{path}: {error.strerror}; give the folder of a Hugging Face model"
-        ) from None
-    except (ValueError, AttributeError):
-        raise UserError(f"{path} is not the JSON of a config; copy the model again") from None
-    if kind not in FAMILIES:
+    kind = document.get("model_type")
+    if not isinstance(kind, str) or kind not in FAMILIES:
         raise UserError(f"{path}: model_type {kind!r} is not built; {', '.join(FAMILIES)} are")
+    if document.get("per_layer_config"):
+        raise UserError(f"{path}: per_layer_config is not built; equal layers are")
+    if kind == "mistral" and "layer_types" in document:
+        raise UserError(
+            f"{path}: transformers takes a mistral with layer_types for a ministral, which is not "
+            f"built; {', '.join(FAMILIES)} are"
+        )
     try:
-        return CONFIG_MAPPING[kind].from_dict(document)
+        config = CONFIG_MAPPING[kind].from_dict(deepcopy(dict(document)))
+        config.standardize_rope_params()  # a model with scaled angles does so too when it is made
+        return config
     except Exception as error:  # its validation raises many kinds
         raise UserError(f"{path}: {one_line(error)}") from None
 
@@ -64,16 +78,9 @@ def model_of(config: Any, where: Path) -> ModelConfig:
 
     Raises UserError for what our model cannot be.
     """
-    for name, wanted in ONLY.items():
-        value = getattr(config, name, wanted)
-        if value != wanted:
-            raise UserError(f"{where}: {name} = {value} is not built; only {wanted} is")
+    family = FAMILIES[config.model_type]
+    _refuse(config, family, where)
     rope, vocabulary = config.rope_parameters, math.gcd(config.vocab_size, 128)
-    known = rope["rope_type"] in ("default", "llama3")
-    if not known or rope.get("partial_rotary_factor", 1.0) != 1.0:
-        raise UserError(
-            f"{where}: rotary embedding {rope} is not built; rope_type = default and llama3 are"
-        )
     model = ModelConfig(
         num_layers=config.num_hidden_layers,
         hidden_size=config.hidden_size,
@@ -87,16 +94,46 @@ def model_of(config: Any, where: Path) -> ModelConfig:
         rope_base=float(rope["rope_theta"]),
         rope_scaling=_scaling(rope),
         norm_eps=config.rms_norm_eps,
-        qk_norm=config.model_type in ("qwen3", "qwen3_moe"),
-        qkv_bias=config.model_type == "qwen2" or getattr(config, "qkv_bias", False),
-        sliding_window=_window(config, where),
+        qk_norm=family.qk_norm,
+        qkv_bias=config.qkv_bias if family.qkv_bias is None else family.qkv_bias,
+        sliding_window=_window(config, family, where),
         init_std=config.initializer_range,
-        moe=_moe(config, where),
+        moe=_moe(config, family, where),
     )
     try:
         return complete(RunConfig(model=model)).model
     except UserError as error:
         raise UserError(f"{where}: {error}") from None
+
+
+def import_notes(config: Any) -> Iterator[str]:
+    """What `transformers` can do with such a model, and what is not done here."""
+    for name in FAMILIES[config.model_type].training_only:
+        if value := getattr(config, name):
+            yield f"{name} = {value} is not applied in training here; an export keeps it"
+    if getattr(config, "auto_map", None):
+        yield (
+            "auto_map names code of the model folder, which is not run: the model is read as "
+            f"a {config.model_type} of transformers, and an export leaves auto_map out"
+        )
+
+
+def _refuse(config: Any, family: Family, where: Path) -> None:
+    """Raise UserError for options that the family has and that our model does not."""
+    wanted = ONLY | {name: (False,) for name in family.biases}
+    for name, values in wanted.items():
+        value = getattr(config, name, values[0])
+        if value not in values:
+            raise UserError(f"{where}: {name} = {value} is not built; only {values[0]} is")
+    rope = config.rope_parameters
+    # with angles that are not scaled, no family reads the part of a head that is turned
+    whole = rope.get("partial_rotary_factor", 1.0) == 1.0
+    if not (rope.get("rope_type") == "default" or (rope.get("rope_type") == "llama3" and whole)):
+        raise UserError(
+            f"{where}: rotary embedding {rope} is not built; rope_type = default and llama3 are"
+        )
+    if not isinstance(rope.get("rope_theta"), int | float):
+        raise UserError(f"{where}: rope_theta = {rope.get('rope_theta')} must be a number")
 
 
 def complete(config: RunConfig) -> RunConfig:
@@ -130,69 +167,109 @@ def _rope(model: ModelConfig) -> dict[str, Any]:
     return rope | {"rope_type": "llama3"} | scaling
 
 
-def _window(config: Any, where: Path) -> int | None:
-    layers = set(getattr(config, "layer_types", None) or ())
+def _window(config: Any, family: Family, where: Path) -> int | None:
+    if family.window is None:
+        return None
+    window: int | None = config.sliding_window
+    if family.window == EVERY_LAYER:
+        return window
+    layers = set(config.layer_types)
     if len(layers) > 1 or layers - {"full_attention", "sliding_attention"}:
         kinds = ", ".join(sorted(layers))
         raise UserError(f"{where}: layers of {kinds} in one model are not built; equal layers are")
     if layers == {"full_attention"}:
         return None
-    window: int | None = getattr(config, "sliding_window", None)
+    if not window:
+        raise UserError(
+            f"{where}: layers of sliding_attention need sliding_window and use_sliding_window = "
+            "true; correct the config"
+        )
     return window
 
 
-def _moe(config: Any, where: Path) -> MoeConfig | None:
-    if config.model_type not in ("mixtral", "qwen2_moe", "qwen3_moe"):
+def _moe(config: Any, family: Family, where: Path) -> MoeConfig | None:
+    if not family.has_experts:
         return None
-    if config.num_experts_per_tok == 1:
+    top_k, normalizes = config.num_experts_per_tok, True
+    if family.is_qwen_moe:
+        _refuse_dense_layers(config, where)
+        normalizes = config.norm_topk_prob
+    if top_k == 1 and normalizes:
         raise UserError(
             f"{where}: one expert per token, of weight 1, is not built; two or more are"
         )
-    size = config.intermediate_size
+    has_shared = config.model_type == "qwen2_moe"
     return MoeConfig(
         num_experts=config.num_experts,
-        top_k=config.num_experts_per_tok,
-        normalize_top_k=getattr(config, "norm_topk_prob", True),
-        ffn_hidden_size=getattr(config, "moe_intermediate_size", size),
-        shared_ffn_hidden_size=getattr(config, "shared_expert_intermediate_size", 0),
-        shared_gate=config.model_type == "qwen2_moe",
+        top_k=top_k,
+        normalize_top_k=normalizes,
+        ffn_hidden_size=(
+            config.moe_intermediate_size if family.is_qwen_moe else config.intermediate_size
+        ),
+        shared_ffn_hidden_size=config.shared_expert_intermediate_size if has_shared else 0,
+        shared_gate=has_shared,
     )
 
 
-def family_of(model: ModelConfig) -> str:
-    """The family whose models are of our model's kind. Raises UserError where there is none."""
-    moe = model.moe
-    lacking = {
-        "model.parallel_block": model.parallel_block,
-        "model.qkv_bias with model.qk_norm": model.qkv_bias and model.qk_norm,
-        "model.qkv_bias with model.moe without model.moe.shared_gate": model.qkv_bias
-        and moe is not None
-        and not moe.shared_gate,
-        "model.moe.shared_ffn_hidden_size without model.moe.shared_gate": moe is not None
-        and moe.shared_ffn_hidden_size > 0
-        and not moe.shared_gate,
-        "model.moe.shared_gate with model.qk_norm": moe is not None
-        and moe.shared_gate
-        and model.qk_norm,
-        "model.moe.attention_experts": moe is not None and moe.attention_experts > 1,
-        "model.moe.normalize_top_k = false without model.qk_norm or model.moe.shared_gate": moe
-        is not None
-        and not (moe.normalize_top_k or moe.shared_gate or model.qk_norm),
-        "model.moe.top_k = 1": moe is not None and moe.top_k == 1,
-        "model.moe.balance = loss_free": moe is not None and moe.balance == "loss_free",
-    }
-    for option, is_set in lacking.items():
-        if is_set:
-            raise UserError(f"no family of Hugging Face has {option}; such a model stays here")
+def _refuse_dense_layers(config: Any, where: Path) -> None:
+    """Raise UserError where some layers have no experts."""
+    every, listed = config.decoder_sparse_step, config.mlp_only_layers
+    if every < 1:
+        raise UserError(f"{where}: decoder_sparse_step = {every} must be at least 1")
+    layers = range(config.num_hidden_layers)
+    dense = [i for i in layers if i in listed or (i + 1) % every]
+    if dense:
+        raise UserError(
+            f"{where}: mlp_only_layers = {listed} and decoder_sparse_step = {every} leave layers "
+            f"{dense} without experts; experts in every layer are built"
+        )
+
+
+def options_of(model: ModelConfig, kind: str) -> dict[str, Any]:
+    """What config.json of the family `kind` says of a (finalized) model that the family has."""
+    family, moe = FAMILIES[kind], model.moe
+    inner = model.ffn_hidden_size
+    options: dict[str, Any] = {}
+    if family.window is not None:
+        options["sliding_window"] = model.sliding_window
+    if kind.startswith("qwen"):
+        options |= {"use_sliding_window": model.sliding_window is not None}
+    if family.window == BY_LAYER:
+        layer = "full_attention" if model.sliding_window is None else "sliding_attention"
+        options |= {"max_window_layers": 0, "layer_types": [layer] * model.num_layers}
     if moe is not None:
-        if moe.shared_gate:
-            return "qwen2_moe"
-        return "qwen3_moe" if model.qk_norm else "mixtral"
-    if model.qk_norm or model.qkv_bias:
-        return "qwen3" if model.qk_norm else "qwen2"
-    # Llama's config wants heads that divide the width, and knows no window
-    plain = model.sliding_window is None and model.hidden_size % model.num_heads == 0
-    return "llama" if plain else "mistral"
+        inner = inner if family.is_qwen_moe else moe.ffn_hidden_size
+        options |= _options_of_experts(moe, kind)
+    if kind == "qwen2_moe":
+        options["qkv_bias"] = model.qkv_bias
+    return options | {
+        "num_hidden_layers": model.num_layers,
+        "hidden_size": model.hidden_size,
+        "num_attention_heads": model.num_heads,
+        "num_key_value_heads": model.num_kv_heads,
+        "head_dim": model.head_dim,
+        "intermediate_size": inner,
+        "vocab_size": model.vocab_size,
+        "tie_word_embeddings": model.tied_embeddings,
+        "rope_parameters": _rope(model),
+        "rms_norm_eps": model.norm_eps,
+        "initializer_range": model.init_std,
+    }
+
+
+def _options_of_experts(moe: MoeConfig, kind: str) -> dict[str, Any]:
+    options: dict[str, Any] = {"num_experts_per_tok": moe.top_k}
+    if not FAMILIES[kind].is_qwen_moe:
+        return options | {"num_local_experts": moe.num_experts}
+    options |= {
+        "num_experts": moe.num_experts,
+        "moe_intermediate_size": moe.ffn_hidden_size,
+        # one expert alone is weighted by its probability
+        "norm_topk_prob": moe.normalize_top_k and moe.top_k > 1,
+    }
+    if moe.shared_gate:
+        options["shared_expert_intermediate_size"] = moe.shared_ffn_hidden_size
+    return options
 
 
 def config_of(model: ModelConfig, context_tokens: int, dtype: str) -> Any:
@@ -201,45 +278,32 @@ def config_of(model: ModelConfig, context_tokens: int, dtype: str) -> Any:
     Raises UserError where no family has such a model.
     """
     from transformers import CONFIG_MAPPING
+
+    kind = family_of(model)
+    return CONFIG_MAPPING[kind](
+        architectures=[architecture_of(kind)],
+        dtype=dtype,
+        max_position_embeddings=context_tokens,
+        bos_token_id=None,
+        eos_token_id=None,
+        pad_token_id=None,
+        **options_of(model, kind),
+    )
+
+
+def architecture_of(kind: str) -> str:
+    """The class of `transformers` that is a family's language model."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-    kind, moe, inner = family_of(model), model.moe, model.ffn_hidden_size
-    options: dict[str, Any] = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
-    if kind.startswith("qwen"):
-        options |= {"use_sliding_window": model.sliding_window is not None, "max_window_layers": 0}
-    if moe is not None:
-        options |= {"num_local_experts": moe.num_experts, "num_experts_per_tok": moe.top_k}
-        if kind == "mixtral":
-            inner = moe.ffn_hidden_size
-        else:
-            options |= {
-                "moe_intermediate_size": moe.ffn_hidden_size,
-                "norm_topk_prob": moe.normalize_top_k,
-            }
-        if kind == "qwen2_moe":
-            options |= {
-                "num_experts": moe.num_experts,
-                "qkv_bias": model.qkv_bias,
-                "shared_expert_intermediate_size": moe.shared_ffn_hidden_size,
-            }
-    return CONFIG_MAPPING[kind](
-        architectures=[MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[kind]],
-        dtype=dtype,
-        num_hidden_layers=model.num_layers,
-        hidden_size=model.hidden_size,
-        num_attention_heads=model.num_heads,
-        num_key_value_heads=model.num_kv_heads,
-        head_dim=model.head_dim,
-        intermediate_size=inner,
-        vocab_size=model.vocab_size,
-        tie_word_embeddings=model.tied_embeddings,
-        rope_parameters=_rope(model),
-        rms_norm_eps=model.norm_eps,
-        sliding_window=model.sliding_window,
-        max_position_embeddings=context_tokens,
-        initializer_range=model.init_std,
-        **options,
-    )
+    return str(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[kind])
+
+
+def rope_for_all(rope: dict[str, Any]) -> dict[str, Any]:
+    """Rotary angles under the names of all versions of transformers."""
+    options: dict[str, Any] = {"rope_parameters": rope, "rope_theta": rope["rope_theta"]}
+    if rope["rope_type"] != "default":
+        options["rope_scaling"] = {k: value for k, value in rope.items() if k != "rope_theta"}
+    return options
 
 
 def write_config(config: Any, folder: Path) -> None:
@@ -249,9 +313,4 @@ def write_config(config: Any, folder: Path) -> None:
     """
     config.save_pretrained(folder)
     path = folder / CONFIG
-    document = json.loads(path.read_bytes())
-    document["rope_theta"] = config.rope_parameters["rope_theta"]
-    if config.rope_parameters["rope_type"] != "default":
-        rope = config.rope_parameters.items()
-        document["rope_scaling"] = {name: value for name, value in rope if name != "rope_theta"}
-    path.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+    write_document(json.loads(path.read_bytes()) | rope_for_all(config.rope_parameters), path)

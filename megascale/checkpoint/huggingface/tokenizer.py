@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import filecmp
 import json
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from megascale.corpus.describe import CORPUS_FILE
+from megascale.checkpoint.huggingface.documents import write_document
+from megascale.corpus.describe import CORPUS_FILE, TOKENIZER_FOLDER
 from megascale.corpus.tokenizers import EOD_TEXT, TOKENIZER_FILE, Tokenizer, load_tokenizer
 from megascale.errors import UserError
 from megascale.infowindow import tokenizer as tokenizer_module
@@ -16,36 +18,134 @@ from megascale.infowindow.tokenizer import InfoWindowTokenizer
 INFOWINDOW_CLASS = Path(tokenizer_module.__file__).with_name("tokenization_infowindow.py")
 """Copied beside an exported model."""
 CONFIG = "tokenizer_config.json"
-FILES = (
-    TOKENIZER_FILE,
+SETTINGS = (
     CONFIG,
     "special_tokens_map.json",
-    "added_tokens.json",
-    "tokenizer.model",
-    "vocab.json",
-    "merges.txt",
     "chat_template.jinja",
     "chat_template.json",
+    "additional_chat_templates/*.jinja",
 )
+"""Files that say how a vocabulary is used."""
+FILES = (
+    *SETTINGS,
+    TOKENIZER_FILE,
+    "added_tokens.json",
+    "tokenizer.model",
+    "tokenizer.model.v[0-9]*",
+    "spiece.model",
+    "sentencepiece*.model",
+    "*.tiktoken",
+    "tekken.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+)
+"""All files of a tokenizer, those of sentencepiece and tiktoken included."""
+Relation = Literal["same", "larger", "other"]
 
 
-def copy_tokenizer(source: Path, out: Path) -> bool:
-    """Copy the tokenizer of a model folder into `out`; whether there was one.
+def copy_tokenizer(source: Path, out: Path, files: tuple[str, ...] = FILES) -> bool:
+    """Copy the tokenizer of a model folder, or some of its files, into `out`; whether any is there.
 
     Raises OSError.
     """
-    found = [name for name in FILES if (source / name).is_file()]
-    for name in found:
-        out.mkdir(exist_ok=True)
-        shutil.copyfile(source / name, out / name)
+    found = _files_of(source, files)
+    for path in found:
+        target = out / path
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(source / path, target)
     return bool(found)
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Whether a folder has files of a Hugging Face tokenizer."""
+    return bool(_files_of(folder, FILES))
+
+
+def _files_of(folder: Path, patterns: tuple[str, ...]) -> list[Path]:
+    """Files of a tokenizer, from `folder` on."""
+    found = [path for pattern in patterns for path in folder.glob(pattern) if path.is_file()]
+    return sorted(path.relative_to(folder) for path in found)
+
+
+def relation(source: Path, kept: Path) -> Relation:
+    """How the tokenizer of `source`, a corpus or a model folder, is related to that of `kept`.
+
+    `same`: text becomes the same ids. `larger`: the ids of `kept` mean the same, and there may be
+    more. Where nothing is known of that of `kept`, it is taken to be the same.
+    Raises UserError where a tokenizer cannot be read.
+    """
+    files = _files_of(kept, FILES)
+    if all(
+        (source / path).is_file() and filecmp.cmp(source / path, kept / path, False)
+        for path in files
+    ):
+        return "same"  # or not known
+    ours = _corpus_backend(source) if (source / CORPUS_FILE).is_file() else _hf_backend(source)
+    theirs = _hf_backend(kept)
+    if ours is None or theirs is None:
+        return "other"
+    if _encoding(ours) == _encoding(theirs):
+        return "same"
+    known = ours.get_vocab(with_added_tokens=True)
+    former = theirs.get_vocab(with_added_tokens=True)
+    keeps_all = all(known.get(token) == number for token, number in former.items())
+    return "larger" if keeps_all else "other"
+
+
+def _corpus_backend(source: Path) -> Any:
+    """Of the `tokenizers` library; None for Equal-Info Windows, which it cannot be."""
+    tokenizer = load_tokenizer(source)
+    if isinstance(tokenizer, InfoWindowTokenizer):
+        return None
+    if tokenizer.kind == "bytes":
+        return _byte_backend(tokenizer)
+    return _read_backend(source / TOKENIZER_FOLDER / TOKENIZER_FILE)
+
+
+def _hf_backend(folder: Path) -> Any:
+    """Of the `tokenizers` library; None where a folder's tokenizer is not made of its parts."""
+    if (folder / TOKENIZER_FILE).is_file():
+        return _read_backend(folder / TOKENIZER_FILE)
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False
+        )
+    except Exception:  # it raises many kinds
+        return None
+    return tokenizer.backend_tokenizer if tokenizer.is_fast else None
+
+
+def _read_backend(path: Path) -> Any:
+    from tokenizers import Tokenizer as Backend
+
+    try:
+        return Backend.from_file(str(path))
+    except Exception as error:  # the library raises bare Exception
+        raise UserError(f"{path}: not a tokenizer: {error}; copy or prepare it again") from None
+
+
+def _encoding(backend: Any) -> dict[str, Any]:
+    """The parts of a tokenizer by which text becomes ids, special tokens around it aside."""
+    document = json.loads(backend.to_str())
+    return {
+        part: document[part] for part in ("normalizer", "pre_tokenizer", "model", "added_tokens")
+    }
+
+
+def first_id(source: Path) -> int:
+    """The id that stands before the first token of every document of a corpus in training."""
+    tokenizer = load_tokenizer(source)
+    return tokenizer.eod_id if tokenizer.bos_id is None else tokenizer.bos_id
 
 
 def write_tokenizer(source: Path, out: Path, context_tokens: int) -> None:
     """Write the tokenizer of `source`, a prepared corpus or a Hugging Face folder, into `out`.
 
-    A tokenizer of ours puts the end-of-document token before every text, as training did.
-    Raises UserError where there is none, OSError.
+    That of a corpus puts the token before every text that stood there in training; see
+    `first_id`. Raises UserError where there is none, OSError.
     """
     if not (source / CORPUS_FILE).is_file():
         if not copy_tokenizer(source, out):
@@ -58,19 +158,35 @@ def write_tokenizer(source: Path, out: Path, context_tokens: int) -> None:
     if isinstance(tokenizer, InfoWindowTokenizer):
         _write_infowindow(tokenizer, out, context_tokens)
         return
-    backend = _byte_backend(tokenizer) if tokenizer.kind == "bytes" else _backend(tokenizer, out)
-    end = backend.id_to_token(tokenizer.eod_id)
-    if tokenizer.kind != "hf":
-        _begin_with(backend, end, tokenizer.eod_id)
+    backend, begin = _corpus_backend(source), first_id(source)
+    first, end = backend.id_to_token(begin), backend.id_to_token(tokenizer.eod_id)
+    _begin_with(backend, first, begin)
     backend.save(str(out / TOKENIZER_FILE))
     document = {
         "tokenizer_class": "PreTrainedTokenizerFast",
-        "bos_token": end,
+        "bos_token": first,
         "eos_token": end,
         "model_max_length": context_tokens,
         "clean_up_tokenization_spaces": False,
     }
-    (out / CONFIG).write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+    write_document(document, out / CONFIG)
+
+
+def write_related(
+    source: Path, kept: Path, related: Relation, out: Path, context_tokens: int
+) -> None:
+    """Write the tokenizer of `source` into `out`, as what it is to that which an import has kept.
+
+    A corpus has the vocabulary alone, so files and settings are those of `kept` where they suit.
+    Raises UserError where one cannot be read, OSError.
+    """
+    is_corpus = (source / CORPUS_FILE).is_file()
+    if related == "other" or not is_corpus or not has_tokenizer(kept):
+        write_tokenizer(source, out, context_tokens)
+        return
+    copy_tokenizer(kept, out, FILES if related == "same" else SETTINGS)
+    if related == "larger":
+        _corpus_backend(source).save(str(out / TOKENIZER_FILE))
 
 
 def _write_infowindow(tokenizer: InfoWindowTokenizer, out: Path, context_tokens: int) -> None:
@@ -92,14 +208,7 @@ def _write_infowindow(tokenizer: InfoWindowTokenizer, out: Path, context_tokens:
         "vocabulary": tokenizer.eod_id,
         "model_max_length": context_tokens,
     }
-    (out / CONFIG).write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
-
-
-def _backend(tokenizer: Tokenizer, out: Path) -> Any:
-    from tokenizers import Tokenizer as Backend
-
-    tokenizer.save(out)
-    return Backend.from_file(str(out / TOKENIZER_FILE))
+    write_document(document, out / CONFIG)
 
 
 def _byte_backend(tokenizer: Tokenizer) -> Any:

@@ -7,13 +7,12 @@ from dataclasses import dataclass
 
 import torch
 
-from megascale.checkpoint.huggingface.config import family_of
+from megascale.checkpoint.huggingface.families import family_of
 from megascale.checkpoint.huggingface.files import ModelFiles
 from megascale.checkpoint.ranges import Shape
 from megascale.checkpoint.tensors import Piece, Tensors
 from megascale.config import ModelConfig
 from megascale.errors import UserError
-from megascale.model.counts import padded_vocab_size
 from megascale.model.initialise import CLOSED_TOKENS
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -40,18 +39,14 @@ class Match:
     groups: int = 1
     """Ours takes the first part of every one of theirs, then the second, and so on: megatron-core
     keeps the queries, the key and the value of a group together."""
-    padding: int = 0
-    """Rows of zeros at the end of ours."""
 
     def join(self, parts: list[torch.Tensor]) -> torch.Tensor:
         """Ours from theirs."""
         grouped = [part.unflatten(0, (self.groups, -1)) for part in parts]
-        joined = torch.cat(grouped, dim=1).flatten(0, 1)
-        filler = joined.new_zeros(self.padding, *self.row)
-        return torch.cat([joined, filler]) if self.padding else joined
+        return torch.cat(grouped, dim=1).flatten(0, 1)
 
     def split(self, joined: torch.Tensor) -> list[torch.Tensor]:
-        """Theirs from ours, which comes without padding."""
+        """Theirs from ours."""
         sizes = [count // self.groups for count in self.rows]
         parts = joined.unflatten(0, (self.groups, -1)).split(sizes, dim=1)
         return [part.flatten(0, 1) for part in parts]
@@ -74,9 +69,8 @@ def matches(model: ModelConfig) -> Iterator[Match]:
     """
     moe_names = _MOE_NAMES.get(family_of(model))
     vocab, width = model.vocab_size or 0, (model.hidden_size,)
-    padding = padded_vocab_size(model) - vocab
     key = "embedding.word_embeddings.weight"
-    yield Match(key, (EMBEDDING,), (vocab,), width, padding=padding)
+    yield Match(key, (EMBEDDING,), (vocab,), width)
     for layer in range(model.num_layers):
         yield from _attention(model, layer)
         if moe_names is None:
@@ -86,7 +80,7 @@ def matches(model: ModelConfig) -> Iterator[Match]:
     norm = ("model.norm.weight",)
     yield Match("decoder.final_layernorm.weight", norm, (model.hidden_size,), ())
     if not model.tied_embeddings:
-        yield Match("output_layer.weight", (HEAD,), (vocab,), width, padding=padding)
+        yield Match("output_layer.weight", (HEAD,), (vocab,), width)
 
 
 _MOE_NAMES = {

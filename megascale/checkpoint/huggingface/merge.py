@@ -1,0 +1,70 @@
+"""config.json of a model that has come from an import: what was kept, and what has changed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from megascale.checkpoint.huggingface.config import (
+    architecture_of,
+    config_from,
+    model_of,
+    options_of,
+    rope_for_all,
+)
+from megascale.checkpoint.huggingface.documents import CONFIG
+from megascale.checkpoint.huggingface.families import family_of
+from megascale.checkpoint.huggingface.kept import POSITIONS, Kept
+from megascale.config import ModelConfig
+
+ROPE = (
+    "rope_parameters",
+    "rope_theta",
+    "rope_scaling",
+    "partial_rotary_factor",
+    "original_max_position_embeddings",
+)
+"""Options by which some version of transformers decides the rotary angles."""
+EXPERTS = ("num_experts", "num_local_experts")
+"""Two names of one option."""
+NOT_KEPT = ("auto_map", "torch_dtype")
+"""Code of the imported folder, which is not run here; an old name of `dtype`."""
+
+
+def merged_config(
+    kept: Kept, model: ModelConfig, context_tokens: int, dtype: str
+) -> dict[str, Any]:
+    """config.json of what has become of an imported model: options that are as they were stay in
+    the words of the import, the others are those of `model` (finalized).
+
+    Raises UserError where no family has such a model.
+    """
+    was, where = kept.config["model_type"], kept.folder / CONFIG
+    kind = family_of(model, preferred=was)
+    old = options_of(model_of(config_from(kept.config, where), where), was)
+    new = options_of(model, kind)
+    document = {k: value for k, value in kept.config.items() if k not in NOT_KEPT}
+    if kind != was:
+        stale = {*old, *EXPERTS, *ROPE, "layer_types", *_options_that_only(kind, was)}
+        document = {k: value for k, value in document.items() if k not in stale}
+        old = {}
+    changed = {k: value for k, value in new.items() if k not in old or old[k] != value}
+    if "rope_parameters" in changed:
+        document = {k: value for k, value in document.items() if k not in ROPE}
+        changed |= rope_for_all(changed["rope_parameters"])
+    if len(document.get("layer_types") or ()) != model.num_layers:
+        document.pop("layer_types", None)
+    return {
+        **document,
+        **changed,
+        "model_type": kind,
+        "architectures": [architecture_of(kind)],
+        "dtype": dtype,
+        POSITIONS: max(kept.config[POSITIONS], context_tokens),
+    }
+
+
+def _options_that_only(kind: str, was: str) -> set[str]:
+    """Options that the family `kind` has and `was` ignores: the import did not mean them."""
+    from transformers import CONFIG_MAPPING
+
+    return set(CONFIG_MAPPING[kind]().to_dict()) - set(CONFIG_MAPPING[was]().to_dict())

@@ -1,0 +1,82 @@
+"""Numbers that follow from a shard, kept on disk beside it and memory-mapped."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import IO
+
+import numpy as np
+from numpy.typing import NDArray
+
+Int64Array = NDArray[np.int64]
+
+
+def cache_path(prefix: Path, kind: str) -> Path:
+    """A file in the folder `cache` beside a shard, with another name when the shard changes."""
+    identity = [str(prefix.name), kind]
+    for ending in (".idx", ".bin"):
+        with suppress(OSError):
+            stat = os.stat(f"{prefix}{ending}")
+            identity.append(f"{stat.st_size}/{stat.st_mtime_ns}")
+    return prefix.parent / "cache" / f"{prefix.name}.{kind}-{digest(' '.join(identity))}.npy"
+
+
+def digest(text: str) -> str:
+    """16 hexadecimal digits that stand for a text."""
+    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+
+
+def kept(
+    path: Path, make: Callable[[], Iterator[Int64Array]], length: int | None = None
+) -> Int64Array:
+    """The numbers that `make` yields in chunks, int64[length], memory-mapped.
+
+    They are kept in the file `path`; where that cannot be written, in an unnamed temporary one.
+    """
+    numbers = _load(path, length)
+    if numbers is None:
+        with suppress(OSError):
+            _write(path, make())
+        numbers = _load(path, length)
+    if numbers is None:
+        with suppress(OSError, ValueError), tempfile.TemporaryFile() as file:
+            count = sum(file.write(chunk.astype("<i8").tobytes()) for chunk in make()) // 8
+            file.flush()
+            numbers = np.asarray(np.memmap(file, dtype="<i8", mode="r", shape=(count,)))
+    return np.concatenate([np.empty(0, np.int64), *make()]) if numbers is None else numbers
+
+
+def _load(path: Path, length: int | None) -> Int64Array | None:
+    try:
+        numbers = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError, EOFError):
+        return None
+    fits = numbers.dtype == np.int64 and numbers.ndim == 1 and length in (None, len(numbers))
+    return np.asarray(numbers) if fits else None
+
+
+def _write(path: Path, chunks: Iterator[Int64Array]) -> None:
+    """Write the .npy file of what `chunks` hold, whole or not at all. Raises OSError."""
+    path.parent.mkdir(exist_ok=True)
+    handle, name = tempfile.mkstemp(prefix=path.name, suffix=".tmp", dir=path.parent)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            _write_header(file, 0)  # room for the real one
+            count = sum(file.write(chunk.astype("<i8").tobytes()) for chunk in chunks) // 8
+            file.seek(0)
+            _write_header(file, count)
+        os.chmod(name, 0o644)
+        os.replace(name, path)
+    finally:
+        Path(name).unlink(missing_ok=True)
+
+
+def _write_header(file: IO[bytes], count: int) -> None:
+    """NumPy leaves room in a header for its first axis to grow."""
+    header = {"descr": "<i8", "fortran_order": False, "shape": (count,)}
+    np.lib.format.write_array_header_1_0(file, header)
