@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import errno
 import os
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from importlib import import_module
 from itertools import pairwise
@@ -14,6 +16,7 @@ from typing import Any, NoReturn
 from megascale import __version__
 from megascale.errors import RankError, UserError
 from megascale.runtime.leaving import ends_with
+from megascale.runtime.terminal import escaped_output
 
 VERBS = {
     "prepare": (
@@ -164,17 +167,29 @@ VERBS = {
 }
 
 HELP = ("-h", "--help")
+NO_NAMES = (errno.ENAMETOOLONG, errno.ELOOP)
+"""Errors of paths that cannot be right, whatever happens on the machine."""
 CONFIG_KIND = "megascale.config:RunConfig"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one verb; returns the exit status: 0, or 2 for bad input, in one line on stderr."""
-    status = _status_of(list(sys.argv[1:] if argv is None else argv))
+    """Run one verb; returns the exit status: 0, or 2 for bad input, in one line on stderr.
+
+    What is printed controls no terminal, whatever the files hold that it comes from.
+    """
+    with escaped_output():
+        try:
+            status = _answer_or_complain(list(sys.argv[1:] if argv is None else argv))
+        except Exception:
+            if argv is not None:
+                raise
+            traceback.print_exc()  # here, where its message is escaped
+            status = 1
     ends_with(status)
     return status
 
 
-def _status_of(words: list[str]) -> int:
+def _answer_or_complain(words: list[str]) -> int:
     try:
         status = _answer(words)
         sys.stdout.flush()  # here, where a reader that has left is no error
@@ -186,6 +201,10 @@ def _status_of(words: list[str]) -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
+    except OSError as error:
+        if error.errno not in NO_NAMES or error.filename is None:
+            raise
+        return _complain(UserError(f"{error.filename}: {error.strerror}; give another path"))
 
 
 def _answer(words: list[str]) -> int:

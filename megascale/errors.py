@@ -5,6 +5,8 @@ from shlex import quote
 
 MOST_CHARS = 300
 """Of the reason for which a run ended."""
+MOST_MESSAGE = 2000
+"""Characters of bad input's one line; the middle of a longer one is left out."""
 
 
 class UserError(ValueError):
@@ -14,6 +16,8 @@ class UserError(ValueError):
     """
 
     def __init__(self, message: str) -> None:
+        if len(message) > MOST_MESSAGE:
+            message = f"{message[: MOST_MESSAGE // 2]} ... {message[-MOST_MESSAGE // 4 :]}"
         super().__init__("".join(c if c.isprintable() else repr(c)[1:-1] for c in message))
 
 

@@ -1,7 +1,18 @@
 """A session-wide pool of worker processes that stand for ranks."""
 
 import pytest
+from hypothesis import HealthCheck, settings
 from rank_pool import RankPools
+
+# A busy machine must not fail a test, so examples have no limit of time. The examples of a test
+# follow from its code alone, so a test that fails fails again. They may share its fixtures.
+settings.register_profile(
+    "megascale",
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
+)
+settings.load_profile("megascale")
 
 
 @pytest.fixture(scope="session")

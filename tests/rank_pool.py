@@ -94,7 +94,7 @@ class Worker:
             if self.pipe.poll(max(0.0, deadline - time.monotonic())):
                 return self.pipe.recv()
         except (EOFError, OSError):
-            self.process.join(5)  # the pipe of a dead process closes before it is gone
+            self.process.join(60)  # the pipe of a dead process closes before it is gone
         return None
 
     def num_threads(self) -> int:

@@ -5,6 +5,9 @@ before it in a ring, besides the index and the manifest, so a lost node's files 
 
     DIR/NODE/RUN/ID/checkpoints/STEP
 
+All folders below DIR belong to this user alone (mode 0700). Other users may write to a node's disk,
+so a link or a folder of theirs is refused.
+
 NODE is the node's name, RUN stands for the run's folder, and ID is drawn when the run begins, so
 that nobody resumes another run of the same name. Who resumes takes the newest copy whose files are
 all good somewhere, if it is newer than the shared checkpoint, and is sent what its node lacks.
@@ -16,7 +19,6 @@ import contextlib
 import os
 import re
 import secrets
-import shutil
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -32,9 +34,12 @@ from megascale.checkpoint.load import Found
 from megascale.checkpoint.manifest import MANIFEST, Manifest, sum_file, verify
 from megascale.checkpoint.storage import Entry, Written, one_line, write_index, write_tensors
 from megascale.errors import UserError
-from megascale.runtime.distributed import TIMEOUT, Ranks, broadcast_bytes
+from megascale.runtime.distributed import TIMEOUT, Ranks
+from megascale.runtime.files import discard, private_folder, sync_folder, whole_file, write_file
 from megascale.runtime.placement import members_of, node_name
+from megascale.runtime.together import from_first_rank
 
+IDENTITY = re.compile("[0-9a-f]{32}")
 KEPT = 2
 """Copies of a node: while the newest is made, the one before it must be whole on all of them."""
 CHUNK_BYTES = 1 << 24
@@ -81,10 +86,10 @@ class Emergency:
         self._hosts, self._nodes = hosts, nodes
         self._peers = _Peers(nodes, mine, nodes[mine].index(ranks.rank))
         run = Path(run_dir).resolve()
-        home = Path(directory) / name / folders.copies_name(run)
+        key = folders.copies_name(run)
         identity = self._identity(folders.checkpoints_dir(run), anew)
-        self.checkpoints = home / identity / "checkpoints"
-        self._prepare(home)
+        self.checkpoints = Path(directory) / name / key / identity / "checkpoints"
+        self._prepare(Path(directory), name, key, identity)
 
     @property
     def _leads(self) -> bool:
@@ -93,28 +98,33 @@ class Emergency:
 
     def _identity(self, checkpoints: Path, anew: bool) -> str:
         """What the run is known by, drawn by its first start and whenever it goes back."""
-        payload = None
-        if self._ranks.rank == 0:
+
+        def draw() -> bytes:
             path, known = checkpoints / folders.EMERGENCY, ""
             with contextlib.suppress(OSError, UnicodeDecodeError):
                 known = path.read_text(encoding="ascii").strip()
-            if anew or not re.fullmatch("[0-9a-f]{32}", known):
+            if anew or not IDENTITY.fullmatch(known):
                 known = secrets.token_hex(16)
-                folders.write_synced(path, known.encode())
-            payload = known.encode()
-        return broadcast_bytes(payload, self._ranks).decode()
+                write_file(path, known, synced=True)
+            return known.encode()
 
-    def _prepare(self, home: Path) -> None:
+        return from_first_rank(self._ranks, draw).decode()
+
+    def _prepare(self, base: Path, name: str, key: str, identity: str) -> None:
+        """Make this node's folder, and delete the copies of runs that were in the run's folder."""
         error = None
         if self._leads:
             try:
-                self.checkpoints.mkdir(parents=True, exist_ok=True, mode=0o700)
+                private_folder(base, name, key, identity, "checkpoints")
                 folders.remove_leftovers(self.checkpoints)
-                for other in home.iterdir():  # of runs that were in the same folder before
-                    if other != self.checkpoints.parent:
-                        shutil.rmtree(other, ignore_errors=True)
+                for other in self.checkpoints.parents[1].iterdir():
+                    if IDENTITY.fullmatch(other.name) and other.name != identity:
+                        discard(other)
             except OSError as failed:
-                error = f"checkpoint.emergency_dir: node {node_name()}: {failed.strerror}: {home}"
+                where = failed.filename or self.checkpoints
+                error = f"checkpoint.emergency_dir: node {name}: {failed.strerror}: {where}"
+                if isinstance(failed, PermissionError):
+                    error += "; give a folder that only you can write to"
         self._raise_together(error)
 
     def write(
@@ -133,7 +143,7 @@ class Emergency:
         try:
             return self._write(folder, manifest, tensors, entries)
         except BaseException:
-            shutil.rmtree(folder, ignore_errors=True)
+            discard(folder)
             raise
 
     def _write(
@@ -223,8 +233,8 @@ class Emergency:
         if not self._leads:
             return
         for name, content in told[0].items():
-            folders.write_synced(folder / name, content)
-        folders.sync_folder(folder)
+            write_file(folder / name, content, synced=True)
+        sync_folder(folder)
         step = manifest.position.step
         folders.publish(self.checkpoints, step)
         old = [one for one in folders.steps_in(self.checkpoints) if one <= step][:-KEPT]
@@ -311,16 +321,15 @@ class Emergency:
 
     def _receive(self, folder: Path, name: str, sender: int, manifest: Manifest) -> None:
         blocks = self._blocks(sender)
-        aside = folder / f"{folders.UNFINISHED}{name}"
         try:
-            folder.mkdir(parents=True, exist_ok=True)
-            with aside.open("wb") as sink:
+            folder.mkdir(exist_ok=True)
+            with whole_file(folder / name) as sink:
                 sink.writelines(blocks)
+                sink.flush()
+                if sum_file(Path(sink.name)) != manifest.files[name]:
+                    raise UserError("its checksum differs from the manifest")
         finally:
             deque(blocks, maxlen=0)  # the sender waits until all of it is taken
-        if sum_file(aside) != manifest.files[name]:
-            raise UserError("its checksum differs from the manifest")
-        aside.replace(folder / name)
 
     def _blocks(self, sender: int) -> Iterator[bytes]:
         """What a rank sends of a file."""
@@ -336,8 +345,8 @@ class Emergency:
     def forget_after(self, step: int) -> None:
         """Drop the copies of a future that the run goes back from; -1: all of them."""
         if self._leads:
-            later = [one for one in folders.steps_in(self.checkpoints) if one > step]
             with contextlib.suppress(OSError):
+                later = [one for one in folders.steps_in(self.checkpoints) if one > step]
                 folders.remove_steps(self.checkpoints, later)
         dist.barrier(group=self._group)
 

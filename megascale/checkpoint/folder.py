@@ -3,22 +3,33 @@
 from __future__ import annotations
 
 import os
-import shutil
+import re
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
 import xxhash
 
 from megascale.errors import UserError
+from megascale.runtime.files import (
+    UNFINISHED,
+    discard,
+    make_fresh_folder,
+    sync_folder,
+    write_file,
+)
 
 LATEST = "latest"
 LEFT = "left-behind"
 """File with the steps, a line each, of futures that the run went back from."""
 EMERGENCY = "emergency"
 """File of a run that makes emergency copies: which of them belong to it."""
-UNFINISHED = ".tmp-"
 REPLACED = ".old-"
+_LEFTOVER = re.compile(
+    f"({re.escape(UNFINISHED)}|{re.escape(REPLACED)})[0-9]{{8,}}"
+    f"|{re.escape(UNFINISHED)}({LATEST}|{LEFT}|{EMERGENCY})(-[0-9a-f]{{16}})?"
+)
+"""Names that an interrupted save leaves."""
 
 
 def checkpoints_dir(run_dir: str | Path) -> Path:
@@ -41,7 +52,7 @@ def steps_in(checkpoints: Path) -> list[int]:
     if not checkpoints.is_dir():
         return []
     names = (entry.name for entry in checkpoints.iterdir() if entry.is_dir())
-    return sorted(int(name) for name in names if name.isascii() and name.isdigit())
+    return sorted(int(name) for name in names if _is_step(name))
 
 
 def read_latest(checkpoints: Path) -> int | None:
@@ -50,7 +61,7 @@ def read_latest(checkpoints: Path) -> int | None:
         text = (checkpoints / LATEST).read_text(encoding="ascii").strip()
     except (OSError, UnicodeDecodeError):
         return None
-    return int(text) if text.isdigit() and len(text) < 19 else None
+    return int(text) if _is_step(text) else None
 
 
 def left_behind(checkpoints: Path) -> set[int]:
@@ -59,13 +70,18 @@ def left_behind(checkpoints: Path) -> set[int]:
         words = (checkpoints / LEFT).read_text(encoding="ascii").split()
     except (OSError, UnicodeDecodeError):
         return set()
-    return {int(word) for word in words if word.isdigit()}
+    return {int(word) for word in words if _is_step(word)}
+
+
+def _is_step(text: str) -> bool:
+    """Whether a text is the number of a step, which has at most 18 digits."""
+    return text.isascii() and text.isdigit() and len(text) < 19
 
 
 def _leave_behind(checkpoints: Path, steps: set[int]) -> None:
     if steps != left_behind(checkpoints):
         lines = "".join(f"{name_of(step)}\n" for step in sorted(steps))
-        replace_file(checkpoints / LEFT, lines.encode())
+        write_file(checkpoints / LEFT, lines, synced=True)
 
 
 def own_steps(checkpoints: Path) -> list[int]:
@@ -95,55 +111,28 @@ def prunable(steps: list[int], newest: int, keep_last: int, keep_every_steps: in
     return [step for step in past[:-keep_last] if step not in for_ever]
 
 
-def sync_folder(folder: Path) -> None:
-    """Make the names in `folder` survive a power cut."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def write_synced(path: Path, content: bytes) -> None:
-    """Write a file and wait until it is on the disk."""
-    with path.open("wb") as stream:
-        stream.write(content)
-        stream.flush()
-        os.fsync(stream.fileno())
-
-
-def replace_file(path: Path, content: bytes) -> None:
-    """Write a file that appears whole or not at all: what was there stays where that fails."""
-    partial = path.with_name(f"{UNFINISHED}{path.name}")
-    try:
-        write_synced(partial, content)
-        partial.replace(path)
-    except OSError:
-        with suppress(OSError):
-            partial.unlink()
-        raise
-
-
 @contextmanager
 def whole_or_not_at_all(out: Path) -> Iterator[Path]:
-    """A folder beside `out`, not made yet, that becomes `out` when the block ends well.
+    """An empty folder beside `out` that becomes `out` when the block ends well.
 
     Raises UserError where `out` exists or cannot be written.
     """
-    if out.exists():
+    if os.path.lexists(out):
         raise UserError(f"{out} exists; choose another folder or remove it")
     unfinished = out.with_name(f"{UNFINISHED}{out.name}")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(unfinished, ignore_errors=True)
-        yield unfinished
-        sync_folder(unfinished)
-        unfinished.rename(out)
+        make_fresh_folder(unfinished)
+        try:
+            yield unfinished
+            sync_folder(unfinished)
+            unfinished.rename(out)
+        finally:
+            discard(unfinished)
         sync_folder(out.parent)
     except OSError as error:
-        raise UserError(f"{out}: {error.strerror}; choose another folder") from None
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
+        where = error.filename if error.filename == str(unfinished) else out
+        raise UserError(f"{where}: {error.strerror}; choose another folder") from None
 
 
 def publish(checkpoints: Path, step: int) -> None:
@@ -154,13 +143,13 @@ def publish(checkpoints: Path, step: int) -> None:
     name = name_of(step)
     target, aside = checkpoints / name, checkpoints / f"{REPLACED}{name}"
     if target.exists():
-        shutil.rmtree(aside, ignore_errors=True)
+        discard(aside)
         target.rename(aside)
     (checkpoints / f"{UNFINISHED}{name}").rename(target)
     sync_folder(checkpoints)
     _leave_behind(checkpoints, left_behind(checkpoints) - {step})
     name_latest(checkpoints, step)
-    shutil.rmtree(aside, ignore_errors=True)
+    discard(aside)
 
 
 def go_on_from(checkpoints: Path, step: int) -> None:
@@ -172,26 +161,25 @@ def go_on_from(checkpoints: Path, step: int) -> None:
 
 def name_latest(checkpoints: Path, step: int) -> None:
     """Let `latest` name the checkpoint of `step`."""
-    replace_file(checkpoints / LATEST, f"{name_of(step)}\n".encode())
+    write_file(checkpoints / LATEST, f"{name_of(step)}\n", synced=True)
     sync_folder(checkpoints)
 
 
 def remove_leftovers(checkpoints: Path) -> None:
-    """Delete what an interrupted save left behind."""
+    """Delete what an interrupted save left behind, by its name."""
     if not checkpoints.is_dir():
         return
     for entry in checkpoints.iterdir():
-        if not entry.name.startswith((UNFINISHED, REPLACED)):
-            continue
-        if entry.is_dir():
-            shutil.rmtree(entry, ignore_errors=True)
-        else:
-            entry.unlink(missing_ok=True)
+        if _LEFTOVER.fullmatch(entry.name):
+            discard(entry)
 
 
 def remove_steps(checkpoints: Path, steps: list[int]) -> None:
-    """Delete checkpoints; each is first renamed, so that none is ever seen half deleted."""
+    """Delete checkpoints; each is first renamed, so that none is ever seen half deleted.
+
+    Of a link to a checkpoint the link goes, and what it leads to stays.
+    """
     for step in steps:
         doomed = checkpoints / f"{REPLACED}{name_of(step)}"
         (checkpoints / name_of(step)).rename(doomed)
-        shutil.rmtree(doomed, ignore_errors=True)
+        discard(doomed)

@@ -216,10 +216,9 @@ def _on_rank_0(ranks: Ranks | None, ask: Callable[[], list[int]]) -> list[int]:
     """What rank 0 sees in the file system, on every rank."""
     if ranks is None:
         return ask()
-    from megascale.runtime.distributed import broadcast_bytes
+    from megascale.runtime.together import from_first_rank
 
-    payload = json.dumps(ask()).encode() if ranks.rank == 0 else None
-    answer: list[int] = json.loads(broadcast_bytes(payload, ranks))
+    answer: list[int] = json.loads(from_first_rank(ranks, lambda: json.dumps(ask()).encode()))
     return answer
 
 

@@ -19,8 +19,9 @@ from typing import Any
 
 import xxhash
 
-from megascale.checkpoint.folder import write_synced
 from megascale.errors import UserError
+from megascale.parsing import read_json
+from megascale.runtime.files import write_file
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -82,7 +83,7 @@ class Manifest:
     def write(self, folder: Path) -> None:
         """Write `manifest.json` and wait until it is on the disk."""
         document = {"format": FORMAT} | asdict(self)
-        write_synced(folder / MANIFEST, json.dumps(document, indent=1).encode())
+        write_file(folder / MANIFEST, json.dumps(document, indent=1), synced=True)
 
     @staticmethod
     def read(folder: Path) -> Manifest:
@@ -92,11 +93,11 @@ class Manifest:
         """
         path = folder / MANIFEST
         try:
-            document = json.loads(path.read_bytes())
+            document = read_json(path)
         except OSError as error:
             raise UserError(f"{path}: {error.strerror}; the checkpoint is not complete") from None
-        except (ValueError, RecursionError):
-            raise UserError(f"{path} is not JSON; the checkpoint is damaged") from None
+        except UserError as error:
+            raise UserError(f"{error}; the checkpoint is damaged") from None
         return _from_document(document, path)
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import shutil
 import sys
 import threading
 import time
@@ -31,6 +30,8 @@ from megascale.checkpoint.storage import (
 )
 from megascale.config import CheckpointConfig
 from megascale.runtime.distributed import Ranks, broadcast_bytes
+from megascale.runtime.files import discard, sync_folder
+from megascale.runtime.together import from_first_rank, on_first_rank
 
 T = TypeVar("T")
 REPORT_BYTES = 2048
@@ -108,9 +109,11 @@ class Saver:
         self._entries: list[list[Entry]] = []
         self._report_bytes = 0
         self._last_good = folders.read_latest(self.checkpoints)
-        if ranks.rank == 0:
-            self.checkpoints.mkdir(parents=True, exist_ok=True)
-            folders.remove_leftovers(self.checkpoints)
+        on_first_rank(ranks, self._make_room)
+
+    def _make_room(self) -> None:
+        self.checkpoints.mkdir(parents=True, exist_ok=True)
+        folders.remove_leftovers(self.checkpoints)
 
     @property
     def pending(self) -> bool:
@@ -131,12 +134,14 @@ class Saver:
             for live in lives
         ]
         self._entries = self._gather([Entry.of(box) for box in self._boxes])
-        if self.ranks.rank == 0:
-            check_cover(self._entries)
-        most = max((len(of_rank) for of_rank in self._entries), default=0)
-        told = broadcast_bytes(json.dumps(most).encode(), self.ranks)
-        self._report_bytes = REPORT_BYTES + REPORT_BYTES_PER_BOX * int(json.loads(told))
+        most = int(from_first_rank(self.ranks, self._most_boxes))
+        self._report_bytes = REPORT_BYTES + REPORT_BYTES_PER_BOX * most
         self._prepared_for = (model, optimizer)
+
+    def _most_boxes(self) -> bytes:
+        """On rank 0: the boxes of the rank that has most, after a look that nothing is missing."""
+        check_cover(self._entries)
+        return str(max((len(of_rank) for of_rank in self._entries), default=0)).encode()
 
     def save(self, position: Position, model: Any, optimizer: Any) -> list[SaveResult]:
         """Save the state after `position.step`, once an earlier save is done.
@@ -238,10 +243,10 @@ class Saver:
             written = [report for report in reports if isinstance(report, Written)]
             files = write_index(folder, self._entries, written)
             replace(job.manifest, files=files).write(folder)
-            folders.sync_folder(folder)
+            sync_folder(folder)
             folders.publish(self.checkpoints, job.step)
         except BaseException:
-            shutil.rmtree(folder, ignore_errors=True)
+            discard(folder)
             raise
         with contextlib.suppress(OSError):  # what could not go now is tried after the next save
             self._prune(job.step)

@@ -27,10 +27,10 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from megascale.checkpoint.folder import write_synced
 from megascale.checkpoint.manifest import FileSum, is_plain_name
 from megascale.checkpoint.ranges import Shape
 from megascale.errors import UserError
+from megascale.runtime.files import write_file
 
 if TYPE_CHECKING:
     from megascale.checkpoint.shards import Box
@@ -159,7 +159,7 @@ def write_index(
     }
     sums = {report.file: report.sum for report in written}
     for name, content in contents.items():
-        write_synced(folder / name, content)
+        write_file(folder / name, content, synced=True)
         sums[name] = FileSum(len(content), xxhash.xxh3_128_hexdigest(content))
     return sums
 

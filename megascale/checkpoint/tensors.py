@@ -117,12 +117,22 @@ def moment_key(moment: str, key: str) -> str:
 def write_checkpoint(
     out: Path, pieces: Iterable[Piece], position: Position, optimizer_steps: int = 0
 ) -> Manifest:
-    """Write weights, and the moments of an optimizer that has taken `optimizer_steps`, as the
-    checkpoint folder `out`; 0: there are no moments.
+    """`fill_checkpoint` as the folder `out`, which appears when it is complete.
 
-    Pieces are written as they come and none is kept. The folder appears when it is complete.
-    Raises UserError where `out` exists or cannot be written, RuntimeError where the pieces do not
-    cover every tensor once.
+    Raises UserError where `out` exists or cannot be written.
+    """
+    with whole_or_not_at_all(out) as unfinished:
+        return fill_checkpoint(unfinished, pieces, position, optimizer_steps)
+
+
+def fill_checkpoint(
+    folder: Path, pieces: Iterable[Piece], position: Position, optimizer_steps: int = 0
+) -> Manifest:
+    """Write weights, and the moments of an optimizer that has taken `optimizer_steps`, into an
+    empty folder; 0: there are no moments.
+
+    Pieces are written as they come and none is kept. Raises OSError, RuntimeError where the pieces
+    do not cover every tensor once.
     """
     entries: list[Entry] = []
 
@@ -135,10 +145,9 @@ def write_checkpoint(
             entries.append(Entry(one.key, one.global_shape, tensor.dtype, one.offset, shape))
             yield tensor
 
-    with whole_or_not_at_all(out) as unfinished:
-        written = write_tensors(unfinished, 0, contents())
-        check_cover([entries])
-        files = write_index(unfinished, [entries], [written])
-        manifest = Manifest(position, optimizer_steps, {}, current_versions(), files)
-        manifest.write(unfinished)
+    written = write_tensors(folder, 0, contents())
+    check_cover([entries])
+    files = write_index(folder, [entries], [written])
+    manifest = Manifest(position, optimizer_steps, {}, current_versions(), files)
+    manifest.write(folder)
     return manifest

@@ -45,6 +45,18 @@ NOT_NEGATIVE = {
 }
 """Options by section of the config; what is None is fine."""
 
+AT_MOST: Mapping[str, Mapping[str, float]] = {
+    "model": {"num_layers": 10_000, "vocab_size": 2**31, "vocab_multiple": 2**20}
+    | dict.fromkeys("hidden_size num_heads num_kv_heads head_dim ffn_hidden_size".split(), 2**24),
+    "model.moe": {"num_experts": 2**16, "attention_experts": 2**16}
+    | dict.fromkeys(("ffn_hidden_size", "shared_ffn_hidden_size"), 2**24),
+    "parallel": dict.fromkeys(("tensor", "pipeline", "expert"), 2**20),
+    "data": {"context_tokens": 2**40, "global_batch_tokens": 2**40},
+    "planner": {"ahead_steps": 1000, "capacity_tokens": 2**40, "timeout_s": 1e6},
+    "train": {"threads": 2**16},
+    "train.spikes": {"window_steps": 10**6},
+}
+"""More than any run has. Time and memory of what is derived from a config follow these sizes."""
 MOST_DIVISOR = 100_000
 """Largest value that is tried for a suggestion."""
 LOSSES = ("global", "micro", "sequence", "none")
@@ -250,6 +262,10 @@ def _numbers(config: RunConfig, sections: Mapping[str, str]) -> Iterator[tuple[s
 
 
 def _validate_numbers(config: RunConfig) -> None:
+    for section, limits in AT_MOST.items():
+        for name, value in _numbers(config, {section: " ".join(limits)}):
+            if value > (most := limits[name.rpartition(".")[2]]):
+                raise UserError(f"{name} = {value} must be at most {most}")
     for name, value in _numbers(config, AT_LEAST_ONE):
         if value < 1:
             raise UserError(f"{name} = {value} must be at least 1")

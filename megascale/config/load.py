@@ -11,36 +11,16 @@ from dataclasses import MISSING, asdict, fields, is_dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
-import yaml
-
 from megascale.config.schema import RunConfig
 from megascale.errors import UserError
+from megascale.parsing import dump_yaml, parse_yaml
 
 T = TypeVar("T")
 SUFFIXES = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "G": 10**9, "T": 10**12}
 BINARY_SUFFIXES = {"Ki": 2**10, "Mi": 2**20, "Gi": 2**30}
 LARGEST = 2**62
-
-
-class _Loader(yaml.SafeLoader):
-    """SafeLoader that reads 3e-4 as a number and refuses a key given twice."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[str] = set()
-        for key_node, _ in node.value:
-            if key_node.value in seen:
-                line = key_node.start_mark.line + 1
-                raise UserError(f"line {line}: key '{key_node.value}' is given twice; keep one")
-            if isinstance(key_node.value, str):
-                seen.add(key_node.value)
-        return super().construct_mapping(node, deep)
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(\d[\d_]*)(\.\d*)?[eE][-+]?\d+$"),
-    list("-+0123456789"),
-)
+MOST_DIGITS = 64
+"""Characters of a whole number."""
 
 
 def load_config(
@@ -82,7 +62,7 @@ def parse_as(
 
     Raises UserError, in one line that begins with `where`, for anything that does not fit.
     """
-    tree = _parse_yaml(text, where)
+    tree = parse_yaml(text, where)
     tree = {} if tree is None else tree
     if not isinstance(tree, dict):
         raise UserError(f"{where}: a config is a YAML mapping such as 'seed: 1', not {_kind(tree)}")
@@ -98,10 +78,19 @@ def parse_as(
 def top_level_keys(text: str) -> set[str]:
     """The keys of YAML text that is a mapping; none for anything else."""
     try:
-        tree = _parse_yaml(text, "")
+        tree = parse_yaml(text, "")
     except UserError:
         return set()
     return {str(key) for key in tree} if isinstance(tree, dict) else set()
+
+
+def checked(value: T, where: str) -> T:
+    """A dataclass of options whose values come from elsewhere, with every type checked.
+
+    Raises UserError, which begins with `where`, the dotted name of the section.
+    """
+    built: T = _build(type(value), _plain(asdict(value)), where)  # type: ignore[call-overload]
+    return built
 
 
 def apply_overrides(tree: dict[str, Any], overrides: Sequence[str]) -> None:
@@ -135,20 +124,7 @@ def options_called(kind: type, name: str, prefix: str = "") -> list[str]:
 
 def dump_config(config: RunConfig) -> str:
     """The config as YAML that `parse_config` turns back into an equal config."""
-    text: str = yaml.safe_dump(_plain(asdict(config)), sort_keys=False, allow_unicode=True)
-    return text
-
-
-def _parse_yaml(text: str, where: str) -> Any:
-    try:
-        return yaml.load(text, _Loader)
-    except UserError as error:
-        raise UserError(f"{where}: {error}") from None
-    except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
-        mark = getattr(error, "problem_mark", None)
-        place = f" line {mark.line + 1}" if mark else ""
-        problem = " ".join(str(getattr(error, "problem", None) or error).split())
-        raise UserError(f"{where}{place}: not valid YAML: {problem}") from None
+    return dump_yaml(_plain(asdict(config)))
 
 
 def _apply_override(tree: dict[str, Any], override: str) -> None:
@@ -164,7 +140,7 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
         if not isinstance(child, dict):
             raise UserError(f"override '{override}': '{part}' is {_kind(child)}, it has no keys")
         node = child
-    node[last] = _parse_yaml(value, f"override '{override}'")
+    node[last] = parse_yaml(value, f"override '{override}'")
 
 
 def _fill_in(tree: dict[str, Any], under: Mapping[str, Any]) -> None:
@@ -268,6 +244,8 @@ def whole_number(text: str, where: str, least: int = 0, most: int = LARGEST) -> 
     if match is None:
         wanted = f"from {least} to {most}" if most < LARGEST else "such as 4096, 20M or 8Ki"
         raise UserError(f"{where} must be a whole number {wanted}, not '{text}'")
+    if len(text) > MOST_DIGITS:
+        raise UserError(f"{where} must be at most {most}, not a number of {len(text)} characters")
     digits, suffix = match.group(1).replace("_", ""), match.group(2) or ""
     value = float(digits) * (SUFFIXES | BINARY_SUFFIXES)[suffix]
     if value != int(value):

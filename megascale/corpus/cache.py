@@ -13,6 +13,8 @@ from typing import IO
 import numpy as np
 from numpy.typing import NDArray
 
+from megascale.runtime.files import whole_file
+
 Int64Array = NDArray[np.int64]
 
 
@@ -38,11 +40,11 @@ def kept(
 
     They are kept in the file `path`; where that cannot be written, in an unnamed temporary one.
     """
-    numbers = _load(path, length)
+    numbers = read_numbers(path, length)
     if numbers is None:
         with suppress(OSError):
             _write(path, make())
-        numbers = _load(path, length)
+        numbers = read_numbers(path, length)
     if numbers is None:
         with suppress(OSError, ValueError), tempfile.TemporaryFile() as file:
             count = sum(file.write(chunk.astype("<i8").tobytes()) for chunk in make()) // 8
@@ -51,10 +53,11 @@ def kept(
     return np.concatenate([np.empty(0, np.int64), *make()]) if numbers is None else numbers
 
 
-def _load(path: Path, length: int | None) -> Int64Array | None:
+def read_numbers(path: str | Path, length: int | None = None) -> Int64Array | None:
+    """The int64[length] of a .npy file, memory-mapped; None where there is none such."""
     try:
         numbers = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError, EOFError):
+    except Exception:  # numpy parses the header as Python, so a damaged one can raise anything
         return None
     fits = numbers.dtype == np.int64 and numbers.ndim == 1 and length in (None, len(numbers))
     return np.asarray(numbers) if fits else None
@@ -63,17 +66,11 @@ def _load(path: Path, length: int | None) -> Int64Array | None:
 def _write(path: Path, chunks: Iterator[Int64Array]) -> None:
     """Write the .npy file of what `chunks` hold, whole or not at all. Raises OSError."""
     path.parent.mkdir(exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=path.name, suffix=".tmp", dir=path.parent)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            _write_header(file, 0)  # room for the real one
-            count = sum(file.write(chunk.astype("<i8").tobytes()) for chunk in chunks) // 8
-            file.seek(0)
-            _write_header(file, count)
-        os.chmod(name, 0o644)
-        os.replace(name, path)
-    finally:
-        Path(name).unlink(missing_ok=True)
+    with whole_file(path) as file:
+        _write_header(file, 0)  # room for the real one
+        count = sum(file.write(chunk.astype("<i8").tobytes()) for chunk in chunks) // 8
+        file.seek(0)
+        _write_header(file, count)
 
 
 def _write_header(file: IO[bytes], count: int) -> None:

@@ -13,6 +13,7 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
+from megascale.corpus.cache import read_numbers
 from megascale.corpus.describe import SourceInfo, read_corpus_file, sha256_of
 from megascale.corpus.round_trip import LOSSY, losses
 from megascale.corpus.shards import Shard
@@ -158,13 +159,10 @@ def _check_part(
 
 def _sizes(path: str, shard: Shard) -> NDArray[np.int64]:
     """Bytes of the text of each held-out document."""
-    try:
-        sizes = np.load(path, allow_pickle=False)
-    except ValueError:
-        sizes = None
-    if sizes is None or sizes.shape != (shard.num_documents,) or sizes.dtype != np.int64:
+    sizes = read_numbers(path, shard.num_documents)
+    if sizes is None:
         raise UserError(f"{path}: not the sizes of {shard.num_documents:,} texts; prepare it again")
-    return np.asarray(sizes)
+    return sizes
 
 
 def _id_problems(tokens: NDArray[Any], info: SourceInfo, tokenizer: Tokenizer | None) -> list[str]:

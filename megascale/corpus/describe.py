@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from typing import Any
 from megascale.config.schema import SourceConfig
 from megascale.corpus.shards import Shard
 from megascale.errors import UserError
+from megascale.parsing import is_path, read_json
 
 CORPUS_FILE = "corpus.json"
 FORMAT = 1
@@ -120,7 +120,7 @@ def describe(
 
 def _nothing_there(path: Path) -> str:
     """Why a path is no corpus, and what would be."""
-    prefix = path.with_suffix("")
+    prefix = path.with_suffix("") if path.name else path
     if path.suffix in (".bin", ".idx") and prefix.with_name(f"{prefix.name}.idx").exists():
         return f"leave out the ending {path.suffix}: a pair of files is named {prefix}"
     if path.name == CORPUS_FILE and path.is_file():
@@ -204,9 +204,9 @@ def read_corpus_file(folder: Path) -> Mapping[str, Any]:
     """The content of corpus.json. Raises UserError where it is not one."""
     path = folder / CORPUS_FILE
     try:
-        facts = json.loads(path.read_text(encoding="utf-8"))
+        facts = read_json(path)
         complete = facts["format"] == FORMAT and _is_complete(facts)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         complete = False
     if not complete and not path.exists():
         raise UserError(
@@ -234,7 +234,8 @@ def _is_complete(facts: Mapping[str, Any]) -> bool:
     whole += special if tokenizer.get("bos_id") is None else [*special, tokenizer["bos_id"]]
     whole += [tokenizer["vocab_size"], tokenizer["eod_id"], *(f["bytes"] for f in files.values())]
     return (
-        all(type(number) is int and number >= 0 for number in whole)
+        all(map(is_path, files))
+        and all(type(number) is int and number >= 0 for number in whole)
         and tokenizer["kind"] in TOKENIZER_KINDS
         and max(tokenizer["eod_id"], *special, tokenizer.get("bos_id") or 0)
         < tokenizer["vocab_size"]
@@ -244,7 +245,13 @@ def _is_complete(facts: Mapping[str, Any]) -> bool:
         and 0 <= bits < float("inf")
         and {f"{part}.{ending}" for part in PARTS for ending in ("bin", "idx")} <= set(files)
         and all(isinstance(file["sha256"], str) for file in files.values())
+        and all(map(_is_inside, files))
     )
+
+
+def _is_inside(name: str) -> bool:
+    """Whether it names a file of the corpus folder or of a folder in it, and nothing outside."""
+    return all(part not in ("", ".", "..") and "\0" not in part for part in name.split("/"))
 
 
 def _is_possible(trip: Mapping[str, Any]) -> bool:

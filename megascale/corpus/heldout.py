@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from megascale.corpus.cache import Int64Array, cache_path, digest, kept
+from megascale.corpus.cache import Int64Array, cache_path, digest, kept, read_numbers
 from megascale.corpus.describe import SourceInfo
 from megascale.corpus.permutation import Permutation
 from megascale.corpus.pieces import Documents, LeftIndex, PieceIndex, Pieces, joined
@@ -129,11 +129,8 @@ def _document_bytes(info: SourceInfo, shard: Shard) -> NDArray[np.int64] | None:
     """Bytes of the text of each held-out document. Raises UserError where they are damaged."""
     if info.heldout_bytes is None:
         return None
-    try:
-        sizes: NDArray[np.int64] = np.load(info.heldout_bytes, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError):
-        sizes = np.empty(0, dtype=np.int64)
-    if sizes.shape != (shard.num_documents,):
+    sizes = read_numbers(info.heldout_bytes, shard.num_documents)
+    if sizes is None:
         raise UserError(f"{info.heldout_bytes} is damaged; prepare the corpus again")
     return sizes
 

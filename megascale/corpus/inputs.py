@@ -7,7 +7,6 @@ line is left to the processes that tokenize.
 from __future__ import annotations
 
 import glob
-import json
 import os
 import sysconfig
 from collections.abc import Iterable, Iterator
@@ -20,6 +19,7 @@ from megascale.corpus.columns import count_rows, text_rows
 from megascale.corpus.opening import other_format, reading
 from megascale.corpus.recipe import InputConfig
 from megascale.errors import UserError
+from megascale.parsing import parse_text
 from megascale.runtime.progress import progress
 
 _BATCH_BYTES = 1 << 24
@@ -234,8 +234,8 @@ def read_document(table: Table, row: int, value: bytes) -> bytes:
 def _parse(table: Table, row: int, line: bytes) -> bytes:
     """The text of a line of JSON; null is empty, as in Parquet."""
     try:
-        text = _under(json.loads(line.decode("utf-8", "surrogateescape")), table.key)
-    except (ValueError, KeyError, TypeError, RecursionError):
+        text = _under(parse_text(line), table.key)
+    except (ValueError, KeyError, TypeError):
         text = 0
     if text is None:
         return b""

@@ -47,6 +47,7 @@ from megascale.corpus.tokenizers import (
 )
 from megascale.errors import UserError
 from megascale.infowindow.tokenizer import InfoWindowTokenizer
+from megascale.runtime.files import discard, make_fresh_folder, open_lock, unfinished_file
 from megascale.runtime.progress import progress
 
 _READ_ROWS = 256
@@ -97,7 +98,7 @@ def _scratch(out: Path) -> Iterator[Path]:
     """
     partial, path = (out.with_name(f"{out.name}.{ending}") for ending in ("partial", "lock"))
     out.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "w") as lock:
+    with open_lock(path) as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             ours = os.path.samestat(os.fstat(lock.fileno()), os.stat(path))
@@ -106,11 +107,12 @@ def _scratch(out: Path) -> Iterator[Path]:
         if not ours:
             raise UserError(f"{out}: another prepare is making it; wait for that one to end")
         try:
-            shutil.rmtree(partial, ignore_errors=True)  # of one that was killed
-            partial.mkdir()
-            yield partial
+            make_fresh_folder(partial)  # without what one that was killed has left
+            try:
+                yield partial
+            finally:
+                discard(partial)
         finally:
-            shutil.rmtree(partial, ignore_errors=True)
             path.unlink(missing_ok=True)
 
 
@@ -349,9 +351,8 @@ def unigram_bits(counts: NDArray[np.int64]) -> float:
 
 def _give_name(partial: Path, out: Path) -> None:
     """Put the finished folder in place; an old corpus leaves only then."""
-    old = out.with_name(f"{out.name}.old")
-    if out.exists():
-        shutil.rmtree(old, ignore_errors=True)
+    old = unfinished_file(out)
+    if os.path.lexists(out):
         os.replace(out, old)
     os.replace(partial, out)
-    shutil.rmtree(old, ignore_errors=True)
+    discard(old)

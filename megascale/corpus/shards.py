@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import struct
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import IO, Any
 
@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megascale.errors import RankError, UserError
+from megascale.runtime.files import whole_file
 
 MAGIC = b"MMIDIDX\x00\x00"
 HEADER = struct.Struct("<9sQBQQ")
@@ -179,7 +180,9 @@ class ShardWriter:
         self.prefix = Path(prefix)
         self.dtype = np.dtype(dtype)
         self._lengths: list[int] = []
-        self._bin: IO[bytes] = open(f"{prefix}.bin.partial", "wb")
+        self._files = ExitStack()  # the last that is entered gets its name first
+        self._idx = self._files.enter_context(whole_file(Path(f"{prefix}.idx")))
+        self._bin = self._files.enter_context(whole_file(Path(f"{prefix}.bin")))
 
     def add(self, tokens: NDArray[Any]) -> None:
         """Append one document. Raises UserError for one that is too long for the format."""
@@ -193,27 +196,32 @@ class ShardWriter:
 
     def close(self) -> None:
         """Write the index and give both files their names."""
-        self._bin.close()
-        write_index(Path(f"{self.prefix}.idx.partial"), self.dtype, np.array(self._lengths))
-        for ending in ("bin", "idx"):
-            os.replace(f"{self.prefix}.{ending}.partial", f"{self.prefix}.{ending}")
+        with self._files:
+            write_index(self._idx, self.dtype, np.array(self._lengths))
+
+    def abandon(self, error: BaseException) -> None:
+        """Remove what was written because of `error`."""
+        self._files.__exit__(type(error), error, error.__traceback__)
 
 
 @contextmanager
 def writing(prefix: str | Path, dtype: Any) -> Iterator[ShardWriter]:
     """A ShardWriter that is closed at the end; after an error its files do not appear."""
     writer = ShardWriter(prefix, dtype)
-    yield writer
+    try:
+        yield writer
+    except BaseException as error:
+        writer.abandon(error)
+        raise
     writer.close()
 
 
-def write_index(path: Path, dtype: np.dtype[Any], lengths: NDArray[Any]) -> None:
+def write_index(file: IO[bytes], dtype: np.dtype[Any], lengths: NDArray[Any]) -> None:
     """Write the `.idx` of documents of one sequence each, which lie in a row in the `.bin`."""
     code = next(code for code, kind in TOKEN_TYPES.items() if np.dtype(kind) == dtype)
     sizes = lengths.astype(np.int64) * dtype.itemsize
     offsets = np.concatenate([[0], np.cumsum(sizes)])[: len(lengths)]
-    with open(path, "wb") as file:
-        file.write(HEADER.pack(MAGIC, 1, code, len(lengths), len(lengths) + 1))
-        file.write(lengths.astype("<i4").tobytes())
-        file.write(offsets.astype("<i8").tobytes())
-        file.write(np.arange(len(lengths) + 1, dtype="<i8").tobytes())
+    file.write(HEADER.pack(MAGIC, 1, code, len(lengths), len(lengths) + 1))
+    file.write(lengths.astype("<i4").tobytes())
+    file.write(offsets.astype("<i8").tobytes())
+    file.write(np.arange(len(lengths) + 1, dtype="<i8").tobytes())

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import secrets
 import stat
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -17,6 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megascale.errors import UserError
+from megascale.parsing import parse_json
+from megascale.runtime import files
 
 VERSION = 1
 METADATA = "megascale"
@@ -54,27 +54,13 @@ def require_file(path: Path) -> None:
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[BinaryIO]:
-    """A file to write, which appears under its name when the block ends well, and else not at all.
-
-    Raises UserError, of `path`, where that is impossible.
-    """
-    partial = _partial(path)
+    """`runtime.files.whole_file`. Raises UserError, of `path`, where that is impossible."""
     try:
         require_file(path)
-        try:
-            with open(partial, "xb") as write:
-                yield write
-            os.replace(partial, path)
-        finally:
-            partial.unlink(missing_ok=True)
+        with files.whole_file(path) as write:
+            yield write
     except OSError as error:
         raise _unwritable(path, error) from None
-
-
-def _partial(path: Path) -> Path:
-    """A name for a file until it is whole: nobody else's, hidden, and short enough where the name
-    of the file is as long as names can be."""
-    return path.parent / f".{path.name[:40]}.{secrets.token_hex(8)}.partial"
 
 
 def _unwritable(path: Path, error: OSError) -> UserError:
@@ -86,9 +72,9 @@ def make_place(path: Path) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         require_file(path)
-        partial = _partial(path)
-        partial.touch(exist_ok=False)
-        partial.unlink()
+        probe = files.unfinished_file(path)
+        probe.touch(exist_ok=False)
+        probe.unlink()
     except OSError as error:
         raise _unwritable(path, error) from None
 
@@ -119,7 +105,7 @@ def read_file(path: Path, kind: str, made_by: str) -> Content:
     _require_readable(path, made_by)
     try:
         with safe_open(str(path), framework="numpy") as file:
-            said = json.loads((file.metadata() or {}).get(METADATA, "{}"))
+            said = parse_json((file.metadata() or {}).get(METADATA, "{}").encode(), str(path))
             _require(path, kind, said, again)
             arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             facts = said["facts"]

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from megascale.monitor.lines import LineFile, json_line
+from megascale.parsing import json_rows
 
 EVENTS_FILE = "events.jsonl"
 
@@ -36,10 +36,10 @@ def read_events(run_dir: Path) -> list[dict[str, Any]]:
     Empty where there are none yet. Raises OSError where the file is there and cannot be read.
     """
     try:
-        lines = (run_dir / EVENTS_FILE).read_bytes().splitlines()
+        content = (run_dir / EVENTS_FILE).read_bytes()
     except FileNotFoundError:
         return []
-    return [event for event in map(_parse, lines) if event is not None]
+    return [event for event in json_rows(content) if _is_event(event)]
 
 
 def at(event: Mapping[str, Any]) -> float:
@@ -47,11 +47,10 @@ def at(event: Mapping[str, Any]) -> float:
     return datetime.fromisoformat(event["time"]).timestamp()
 
 
-def _parse(line: bytes) -> dict[str, Any] | None:
-    """The event of a line; None where it is none that has a name and a time."""
+def _is_event(event: Mapping[str, Any]) -> bool:
+    """Whether it has a name and a time."""
     try:
-        event = json.loads(line)
         at(event)
-    except (ValueError, TypeError, KeyError):
-        return None
-    return event if isinstance(event.get("event"), str) else None
+    except (ValueError, TypeError, KeyError, OverflowError):
+        return False
+    return isinstance(event.get("event"), str)

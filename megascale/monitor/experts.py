@@ -6,9 +6,9 @@ Shape suffixes: L layers, E experts, S sources.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -117,11 +117,22 @@ def read_shares(run_dir: Path) -> tuple[int, list[str], Floats] | None:
     """
     path = run_dir / EXPERTS_FILE
     rows = read_rows(path) if path.exists() else []
-    if not rows:
+    found = (_shares_of(row) for row in reversed(rows))
+    return next((one for one in found if one is not None), None)
+
+
+def _shares_of(row: Mapping[str, Any]) -> tuple[int, list[str], Floats] | None:
+    """What `read_shares` returns, of one row; None where it is not as `ExpertLog` writes it."""
+    share, choices = row.get("share"), row.get("choices")
+    if not (isinstance(share, dict) and isinstance(choices, list) and len(share) == len(choices)):
         return None
-    last = rows[-1]
-    seen = [name for name, choices in zip(last["share"], last["choices"], strict=True) if choices]
-    return last["step"], seen, np.array([last["share"][name] for name in seen])
+    seen = [name for name, count in zip(share, choices, strict=True) if count]
+    try:
+        shares = np.array([share[name] for name in seen], dtype=np.float64)
+    except (ValueError, TypeError):
+        return None
+    is_whole = shares.ndim == 3 and shares.size and np.isfinite(shares).all()
+    return (row["step"], seen, shares) if is_whole else None
 
 
 def plot_shares(sources: Sequence[str], shares_SLE: Floats, title: str, path: Path) -> None:

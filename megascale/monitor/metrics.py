@@ -9,12 +9,16 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from megascale.checkpoint.folder import replace_file
 from megascale.monitor import trackers as trackers_of
 from megascale.monitor.background import Background
 from megascale.monitor.lines import LineFile, json_line
+from megascale.parsing import json_rows
+from megascale.runtime.files import write_file
+from megascale.runtime.terminal import escape_controls
 
 METRICS_FILE = "metrics.jsonl"
+MOST_STEPS = 2**53
+"""Whole numbers up to here are exact as floats, too."""
 FINISH_S = 30.0
 """What trackers may take to send the last rows."""
 
@@ -49,7 +53,7 @@ class MetricsWriter:
     def write(self, row: Mapping[str, Any]) -> None:
         """Add one row; it is on its way to the disk when this returns."""
         self._lines.write(json_line(row))
-        values = {key: value for key, value in flatten(row) if key != "step"}
+        values = {escape_controls(key): value for key, value in flatten(row) if key != "step"}
         for tracker in self._trackers:
             tracker.put(values, int(row["step"]))
 
@@ -68,11 +72,12 @@ class MetricsWriter:
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The rows of a `metrics.jsonl`; a line that a crash left half-written is passed over.
+    """The rows of a `metrics.jsonl`; lines that are damaged, such as one that a crash left
+    half-written, and rows without a step are left out.
 
     Raises OSError where the file cannot be read.
     """
-    return list(_parse(path.read_bytes()))
+    return [row for row in json_rows(path.read_bytes()) if _is_step(row.get("step"))]
 
 
 def last_step(run_dir: Path) -> int:
@@ -99,14 +104,8 @@ def flatten(row: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, flo
             yield prefix + key, float(value)
 
 
-def _parse(content: bytes) -> Iterator[dict[str, Any]]:
-    for line in content.splitlines():
-        try:
-            row = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(row, dict) and isinstance(row.get("step"), int):
-            yield row
+def _is_step(value: Any) -> bool:
+    return type(value) is int and 0 <= value <= MOST_STEPS
 
 
 def rewind(path: Path, resume_step: int | None) -> None:
@@ -119,4 +118,4 @@ def rewind(path: Path, resume_step: int | None) -> None:
     kept = [row for row in read_rows(path) if resume_step is None or row["step"] <= resume_step]
     if resume_step == 0:
         kept = []
-    replace_file(path, "".join(json.dumps(row) + "\n" for row in kept).encode())
+    write_file(path, "".join(json.dumps(row) + "\n" for row in kept), synced=True)

@@ -133,7 +133,7 @@ def load_curves(run_dir: Path, name: str) -> Curves:
         step=_column(steps, "step"),
         tokens=_column(steps, "tokens_seen"),
         columns={column: _column(steps, column) for column in COLUMNS},
-        heldout=_heldout([row for row in rows if "eval" in row]),
+        heldout=_heldout([row for row in rows if _is_scored(row.get("eval"))]),
     )
 
 
@@ -164,7 +164,11 @@ def _column(rows: Sequence[dict[str, Any]], name: str) -> Floats:
 
 
 def _number(value: Any) -> float:
-    return np.nan if value is None else float(value)
+    return float(value) if isinstance(value, int | float) else np.nan
+
+
+def _is_scored(scores: Any) -> bool:
+    return isinstance(scores, dict) and all(isinstance(one, dict) for one in scores.values())
 
 
 def _heldout(rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, Floats]]:

@@ -7,17 +7,18 @@ import base64
 import json
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from html import escape
+from html import escape as escape_html
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from megascale.checkpoint.folder import replace_file
 from megascale.errors import UserError
 from megascale.monitor.console import show_count, show_duration
 from megascale.monitor.events import at
 from megascale.monitor.status_command import LIVELY, show_step, start_rows
 from megascale.monitor.story import PARTS, Story, clock, read_story
+from megascale.runtime.files import write_output
+from megascale.runtime.terminal import escape_controls
 
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #222; margin: 2rem auto; max-width: 76rem;
@@ -64,11 +65,16 @@ def run_report(args: argparse.Namespace) -> int:
     page = "\n".join(render(run, story, _pictures(run), time.time()))
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        replace_file(out.resolve(), page.encode())
+        write_output(out, page)
     except OSError as error:
         raise UserError(f"--out {out}: {error.strerror}; choose a file you may write") from None
     print(f"wrote {out}")
     return 0
+
+
+def escape(text: str) -> str:
+    """Text of a run for a page: without markup, and without characters that turn its order."""
+    return escape_html(escape_controls(text))
 
 
 def _pictures(run: Path) -> dict[str, bytes]:

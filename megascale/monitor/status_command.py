@@ -13,6 +13,7 @@ from megascale.errors import UserError
 from megascale.monitor.console import show_count, show_duration
 from megascale.monitor.events import at
 from megascale.monitor.story import PARTS, Session, Story, clock, read_heartbeats, read_story
+from megascale.runtime.terminal import escape_controls, unescaped_stdout
 
 if TYPE_CHECKING:
     from rich.console import Console, Group
@@ -45,9 +46,7 @@ def run_status(args: argparse.Namespace) -> int:
         heartbeats = read_heartbeats(run, time.time())
         print(json.dumps({**as_json(read_story(run), time.time()), "heartbeats": heartbeats}))
         return 0
-    from rich.console import Console
-
-    console = Console(markup=False, highlight=False)
+    console = _console()
     if args.watch:
         _watch(run, console)
     else:
@@ -60,6 +59,25 @@ def _print(run: Path, story: Story, now: float, console: Console) -> None:
     command = story.resume_command(now)
     if command is not None:  # on a line of its own, so that it can be copied
         console.print(f"\ncontinue it with:\n  {command}", soft_wrap=True)
+
+
+def _console() -> Console:
+    """A console that controls the terminal, and shows control characters of texts as escapes."""
+    from rich.console import Console, ConsoleOptions, RenderableType
+    from rich.segment import Segment
+
+    class Escaping(Console):
+        def render(
+            self, renderable: RenderableType, options: ConsoleOptions | None = None
+        ) -> Iterator[Segment]:
+            for segment in super().render(renderable, options):
+                yield (
+                    segment
+                    if segment.control
+                    else segment._replace(text=escape_controls(segment.text))
+                )
+
+    return Escaping(markup=False, highlight=False, file=unescaped_stdout())
 
 
 def _watch(run: Path, console: Console) -> None:

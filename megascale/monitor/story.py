@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import sys
 import time
@@ -17,7 +16,8 @@ from megascale.config import RunConfig, load_config
 from megascale.errors import UserError
 from megascale.monitor.console import show_duration
 from megascale.monitor.events import EVENTS_FILE, at, read_events
-from megascale.monitor.metrics import METRICS_FILE, has_numbers, read_rows
+from megascale.monitor.metrics import METRICS_FILE, MOST_STEPS, has_numbers, read_rows
+from megascale.parsing import read_json
 from megascale.runtime.lock import JOB_LOCK, RUN_LOCK, Holding, ask
 
 SPENT = ("training", "planning", "evaluation", "saving")
@@ -157,15 +157,18 @@ class Story:
         one = self.sessions[index]
         kept = self._kept(index)
         done = range(one.first_step + 1, min(one.last_step, kept) + 1)
-        undone: set[int] = set()
-        for later in range(index, len(self.sessions)):
-            for steps in self.sessions[later].undone:
-                # a rollback may itself have been gone back on
-                if steps.stop - 1 <= self._kept(later):
-                    undone.update(step for step in steps if step in done)
-        skipped = {step for step in one.skipped if step in done} - undone
+        undone = [
+            steps
+            for later in range(index, len(self.sessions))
+            for steps in self.sessions[later].undone
+            # a rollback may itself have been gone back on
+            if steps.stop - 1 <= self._kept(later)
+        ]
+        skipped = sum(
+            step in done and not any(step in steps for steps in undone) for step in one.skipped
+        )
         repeated = one.last_step - max(one.first_step, min(one.last_step, kept))
-        return {"skipped": len(skipped), "undone": len(undone), "repeated": repeated}
+        return {"skipped": skipped, "undone": _overlap(undone, done), "repeated": repeated}
 
     def _kept(self, index: int) -> int:
         """The step up to which no later start trained the steps of a start again."""
@@ -284,12 +287,19 @@ def _lasting(before: Holding, after: Holding) -> Holding:
 
 def _is_whole(event: Mapping[str, Any]) -> bool:
     kind = event["event"]
-    has_spent = kind not in ("progress", "stop") or isinstance(event.get("spent"), dict)
-    return has_spent and has_numbers(event, *NUMBERS.get(kind, ()))
+    if kind in ("progress", "stop") and not _is_spent(event.get("spent")):
+        return False
+    names = NUMBERS.get(kind, ())
+    return has_numbers(event, *names) and all(0 <= event[name] <= MOST_STEPS for name in names)
+
+
+def _is_spent(spent: Any) -> bool:
+    return isinstance(spent, dict) and has_numbers(spent, *spent)
 
 
 def _is_step(row: Mapping[str, Any]) -> bool:
-    return "loss" in row and has_numbers(row, "tokens_seen", "tokens_per_s", "step_s")
+    finite = row.get("loss") is None or has_numbers(row, "loss")
+    return "loss" in row and finite and has_numbers(row, "tokens_seen", "tokens_per_s", "step_s")
 
 
 def read_heartbeats(run_dir: Path, now: float) -> Mapping[str, Any] | None:
@@ -297,11 +307,21 @@ def read_heartbeats(run_dir: Path, now: float) -> Mapping[str, Any] | None:
     `resilience.hangs.RankPulse` with the name of its `node`. None where nobody has told lately,
     as without `megascale launch`."""
     try:
-        told = json.loads((run_dir / HEARTBEATS_FILE).read_text(encoding="utf-8"))
-        told_s, ranks = now - told["time"], told["ranks"]
+        told = read_json(run_dir / HEARTBEATS_FILE)
+        told_s, ranks = now - told["time"], [one for one in told["ranks"] if _is_pulse(one)]
     except (OSError, ValueError, TypeError, KeyError):
         return None
     return {"told_s": told_s, "ranks": ranks} if abs(told_s) < QUIET_S else None
+
+
+def _is_pulse(rank: Any) -> bool:
+    """Whether it has all that is shown of a rank."""
+    return (
+        isinstance(rank, dict)
+        and has_numbers(rank, "rank", "step", "calls", "quiet_s", "memory_mib", "device_mib")
+        and all(isinstance(rank.get(name), str) for name in ("node", "state", "phase", "last"))
+        and "waits" in rank
+    )
 
 
 def _sessions(events: Sequence[Mapping[str, Any]]) -> Iterator[Session]:
@@ -340,6 +360,17 @@ OF_OTHERS = ("launch", "attempt", "failure", "gave_up", "leave", "slow", "hang",
 """Events that are not the word of the run which was started last, but of a driver, or of the next
 start. `rewind`: that one found metrics up to `last_step`, the last of them `written` then, and
 went back before them."""
+
+
+def _overlap(parts: Sequence[range], whole: range) -> int:
+    """How many of `whole` are in any of the parts, without counting them one by one."""
+    count, begin = 0, whole.start
+    for part in sorted(parts, key=lambda steps: steps.start):
+        begin = max(begin, part.start)
+        stop = min(part.stop, whole.stop)
+        count += max(0, stop - begin)
+        begin = max(begin, stop)
+    return count
 
 
 def _is_failed_start(event: Mapping[str, Any]) -> bool:

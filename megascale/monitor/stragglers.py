@@ -9,7 +9,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import median_low
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -84,10 +84,16 @@ def read_slowdowns(run_dir: Path) -> tuple[list[int], Floats]:
     are left out. Empty where there are none."""
     path = run_dir / RANKS_FILE
     rows = read_rows(path) if path.exists() else []
-    rows = [row for row in rows if isinstance(row.get("slowdown"), list)]
+    rows = [row for row in rows if _is_slowdown(row.get("slowdown"))]
     rows = [row for row in rows if len(row["slowdown"]) == len(rows[-1]["slowdown"])]
     values = [[np.nan if one is None else one for one in row["slowdown"]] for row in rows]
     return [row["step"] for row in rows], np.array(values, dtype=np.float64)
+
+
+def _is_slowdown(values: Any) -> bool:
+    """Whether they are numbers or None, one at least."""
+    numbers = isinstance(values, list) and all(isinstance(v, int | float | None) for v in values)
+    return numbers and bool(values)
 
 
 def plot_ranks(steps: Sequence[int], over: Floats, title: str, path: Path) -> None:

@@ -15,9 +15,10 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from megascale.checkpoint.folder import replace_file
 from megascale.errors import UserError
 from megascale.monitor.background import Tracker, Values
+from megascale.parsing import read_json
+from megascale.runtime.files import write_file
 
 PROJECT = "megascale"
 Notice = Callable[[str], None]
@@ -82,15 +83,15 @@ class _Place:
     def known(self) -> str | None:
         """The id that an earlier start has kept; None where there is none."""
         try:
-            found = json.loads(self._file.read_bytes())["id"]
-        except (OSError, ValueError, TypeError, KeyError, RecursionError):
+            found = read_json(self._file)["id"]
+        except (OSError, ValueError, TypeError, KeyError):
             return None
         return found if isinstance(found, str) and found else None
 
     def keep(self, run_id: str) -> None:
         """Have later starts continue the run of this id."""
         self._file.parent.mkdir(exist_ok=True)
-        replace_file(self._file, json.dumps({"id": run_id}).encode())
+        write_file(self._file, json.dumps({"id": run_id}), synced=True)
 
 
 class _TensorBoard:

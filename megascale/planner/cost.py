@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -11,6 +10,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from megascale.errors import UserError
+from megascale.parsing import read_json
 
 FORWARD_SHARE = 1 / 3
 """Part of a micro-batch's time that is forward; backward computes twice as much."""
@@ -91,11 +91,11 @@ class CostModel:
         names = [one.name for one in fields(CostModel) if one.name != "calibrated"]
         needed = [name for name in names if not name.startswith("pass_")]
         try:
-            value = json.loads(Path(path).read_text(encoding="utf-8"))
+            value = read_json(path)
         except OSError as error:
             raise UserError(f"cost file {path}: {error.strerror}") from None
-        except ValueError:
-            raise UserError(f"cost file {path}: not JSON") from None
+        except UserError as error:
+            raise UserError(f"cost file {error}") from None
         if not isinstance(value, dict):
             raise UserError(f"cost file {path}: must be an object with keys {', '.join(needed)}")
         unknown, missing = sorted(set(value) - set(names)), sorted(set(needed) - set(value))

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from megascale.planner.cost import CostModel
+from megascale.runtime.files import write_output
 
 Floats = NDArray[np.float64]
 
@@ -349,7 +350,7 @@ def write_cost(cost: CostModel, path: str | Path) -> None:
     """Write a COST.json that `CostModel.load` reads. Raises OSError."""
     value = asdict(cost)
     del value["calibrated"]
-    Path(path).write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+    write_output(Path(path), json.dumps(value, indent=1) + "\n")
 
 
 def fit_table(measurements: Sequence[Measurement], fit: Fit) -> list[str]:

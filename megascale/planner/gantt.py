@@ -33,18 +33,18 @@ def text_gantt(plan: StepPlan, lengths: ArrayLike, cost: CostModel, width: int =
     scale = width / (max(times.total_s, plan.lower_bound_s) or 1.0)
     ranks = _shown_ranks(times, plan.num_ranks)
     longest = _longest_tokens(plan, lengths)
-    rows = []
-    for rank in ranks:
-        cells = [" "] * (width + 1)
-        for position, ring in enumerate(plan.rings):
-            if rank in ring.ranks:
-                begin = round(times.begin_s[position] * scale)
-                end = max(begin + 1, round(times.end_s[position] * scale))
-                cells[begin:end] = _bar(end - begin, longest[position] / plan.capacity)
-        bound = min(width, round(plan.lower_bound_s * scale))
+    row_cells = {rank: [" "] * (width + 1) for rank in ranks}
+    for position, ring in enumerate(plan.rings):
+        for rank in row_cells.keys() & ring.ranks:
+            begin = round(times.begin_s[position] * scale)
+            end = max(begin + 1, round(times.end_s[position] * scale))
+            row_cells[rank][begin:end] = _bar(end - begin, longest[position] / plan.capacity)
+    counts, bound, rows = plan.counts(), min(width, round(plan.lower_bound_s * scale)), []
+    for rank, cells in row_cells.items():
         cells[bound] = "|" if cells[bound] == " " else cells[bound]
-        count, busy = len(plan.rings_of(rank)), times.busy_s[rank] / (times.total_s or 1.0)
-        rows.append(f"rank {rank:>5} {''.join(cells[: width + 1])} {busy:4.0%} {count:>3} mb")
+        busy = times.busy_s[rank] / (times.total_s or 1.0)
+        bars = "".join(cells[: width + 1])
+        rows.append(f"rank {rank:>5} {bars} {busy:4.0%} {counts[rank]:>3} mb")
     if len(ranks) < plan.num_ranks:
         rows.append(f"({len(ranks)} of {plan.num_ranks} ranks, busiest first)")
     return "\n".join(rows)
@@ -125,7 +125,7 @@ def _draw_bars(
     corners[:, :, 1] += np.array([-0.41, -0.41, 0.41, 0.41]) * (1.0 if is_small else 1.3)
     axes.add_collection(
         PolyCollection(
-            list(corners),
+            corners,
             facecolors=colours[positions],
             edgecolors="white",
             linewidths=0.6 if is_small else 0.0,

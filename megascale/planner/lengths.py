@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,6 +17,7 @@ Integers = NDArray[np.int64]
 
 LONGEST = 2**40
 """Tokens that a line of a lengths file may say."""
+_LENGTH = re.compile(r"0{0,40}[1-9][0-9]{0,12}")
 BLOCK = 4096
 """Documents are drawn in blocks of so many, so that more tokens only add documents."""
 
@@ -136,7 +138,7 @@ def read_lengths(path: str, where: str) -> Integers:
         text = line.strip()
         if not text:
             continue
-        if not (text.isascii() and text.isdigit()) or not 0 < int(text) <= LONGEST:
+        if not _LENGTH.fullmatch(text) or int(text) > LONGEST:
             raise UserError(
                 f"{where}: line {number} is {text[:40]!r}, not a whole number "
                 f"of tokens from 1 to {LONGEST}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, Literal
 
@@ -75,9 +75,18 @@ class StepPlan:
         """Rings that `rank` computes, in order."""
         return tuple(ring for ring in self.rings if rank in ring.ranks)
 
+    def counts(self) -> list[int]:
+        """Rings that each rank computes, [ranks]; one pass over the plan."""
+        counts = [0] * self.num_ranks
+        for ring in self.rings:
+            for rank in ring.ranks:
+                counts[rank] += 1
+        return counts
+
     def to_json(self) -> dict[str, Any]:
         """The plan as plain values; the format is described by the fields of this class."""
-        return asdict(self)
+        # dataclasses.asdict would copy each number by a call of its own
+        return {**vars(self), "rings": [dict(vars(ring)) for ring in self.rings]}
 
     @staticmethod
     def from_json(value: dict[str, Any]) -> StepPlan:

@@ -24,6 +24,9 @@ LONGEST = (0.25, 0.4, 0.3, 0.2)
 """How long a ring may last, in parts of the longest sequence on as few ranks as hold it."""
 LONG_SHARE = 0.85
 """Part of a batch's tokens in sequences above half a rank's capacity, from which on it pays."""
+MOST_TRIES = 256
+"""Shelves with enough memory that are looked at for one with enough time. With no limit, the time
+to plan would grow with the square of the number of sequences."""
 
 
 @dataclass
@@ -90,7 +93,8 @@ def _filled(problem: Problem, batch: Batch, sizes: np.ndarray, limit_s: float) -
     """(tokens that still fit, which shelf), sorted."""
     for position in np.lexsort((-batch.lengths, -sizes)).tolist():
         length = int(batch.lengths[position])
-        for at in range(bisect.bisect_left(rooms, (length, -1)), len(rooms)):
+        first = bisect.bisect_left(rooms, (length, -1))
+        for at in range(first, min(len(rooms), first + MOST_TRIES)):
             shelf = shelves[rooms[at][1]]
             seconds = _seconds(clock, node_size, shelf, length)
             if seconds <= limit_s:

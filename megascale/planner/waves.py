@@ -270,20 +270,21 @@ class Sheet:
         Returns those that fit nowhere.
         """
         bins, left = self.bins, []
-        spare = sorted((one.spare_s, position) for position, one in enumerate(bins))
+        spare = sorted((one.spare_s, position, one.room) for position, one in enumerate(bins))
         for sequence in sequences:
             length = self._tokens[sequence]
             attention_s = self._a * length * length
-            at = bisect.bisect_left(spare, (self._clock.alone_s(length), -1))
-            end = min(len(spare), at + BEST_FIT_TRIES)
-            while at < end and not bins[spare[at][1]].takes(length, attention_s):
-                at += 1
-            if at == end:
+            at = bisect.bisect_left(spare, (self._clock.alone_s(length), -1, 0))
+            for tried in range(at, min(len(spare), at + BEST_FIT_TRIES)):
+                _, position, room = spare[tried]  # most fail for want of room: seen without a call
+                if room >= length and bins[position].takes(length, attention_s):
+                    break
+            else:
                 left.append(sequence)
                 continue
-            position = spare.pop(at)[1]
+            del spare[tried]
             bins[position].put(sequence, length, attention_s)
-            bisect.insort(spare, (bins[position].spare_s, position))
+            bisect.insort(spare, (bins[position].spare_s, position, bins[position].room))
         return left
 
     def waves(self) -> Waves:

@@ -12,6 +12,7 @@ from typing import Any
 
 from megascale.resilience.failures import Cause, cause_of_rank, culprit, killed_by
 from megascale.resilience.processes import die_with_parent
+from megascale.runtime.terminal import escaped_output
 
 
 def main(words: list[str]) -> int:
@@ -22,11 +23,16 @@ def main(words: list[str]) -> int:
     die_with_parent()
     # ranks inherit this until they can save; the driver repeats the signal until they do
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    verdict, *options = words
+    with escaped_output():  # torchrun prints what ranks say of their failure
+        return _run(verdict, options)
+
+
+def _run(verdict: str, options: list[str]) -> int:
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import parse_args, run
 
-    verdict, *options = words
     try:
         run(parse_args(options))
         return 0

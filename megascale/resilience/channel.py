@@ -14,6 +14,7 @@ counted and logged in one line.
 from __future__ import annotations
 
 import asyncio
+import errno
 import hmac
 import json
 import os
@@ -76,6 +77,15 @@ def write_token(path: Path, token: str) -> None:
     path.unlink(missing_ok=True)
     with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
         file.write(token)
+
+
+def read_token(path: Path) -> str:
+    """The token of a file. Raises OSError where it is missing or not of this user: whoever wrote
+    it could lead the drivers of this job."""
+    with open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW), encoding="utf-8") as file:
+        if os.fstat(file.fileno()).st_uid != os.geteuid():
+            raise PermissionError(errno.EPERM, "it belongs to another user", str(path))
+        return file.read()
 
 
 def listen(host: str, port: int) -> socket.socket:

@@ -6,7 +6,6 @@ drivers; what the ranks do is a matter of the run, which goes on from its latest
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
@@ -22,6 +21,7 @@ from pathlib import Path
 from signal import SIGUSR1
 from typing import TypeVar
 
+from megascale.parsing import read_json
 from megascale.resilience.board import Answer, Board, BoardLost, Order
 from megascale.resilience.failures import Cause, killed_by
 from megascale.resilience.hangs import NodeRanks
@@ -254,8 +254,8 @@ def _cause(status: int, verdict: Path) -> Cause | None:
     if status == 0:
         return None
     try:
-        return Cause(**json.loads(verdict.read_text(encoding="utf-8")))
-    except (OSError, ValueError):
+        return Cause.from_json(read_json(verdict))
+    except (OSError, ValueError, TypeError):
         pass
     if status < 0:
         how, kind = killed_by(-status)

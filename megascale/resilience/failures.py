@@ -29,6 +29,7 @@ from megascale.errors import UserError
 from megascale.monitor.events import EventLog, at, read_events
 from megascale.monitor.metrics import METRICS_FILE, last_step
 from megascale.monitor.story import HEARTBEATS_FILE
+from megascale.runtime.files import write_file
 
 SAME_FAILURES = 3
 """So many failures with the same error at the same step are a crash loop."""
@@ -50,10 +51,10 @@ which say nothing of the run; and bad input, which is the same at every try."""
 KILLED = "killed by "
 PEER_GONE = re.compile(
     r"closed by (the )?(remote )?peer|reset by peer|broken pipe|remote process|connection refused"
-    r"|DistBackendError|timed out|timeout",
+    r"|DistBackendError|timed out|timeout|FirstRankError",
     re.IGNORECASE,
 )
-"""What ranks say when another rank is gone."""
+"""What ranks say when another rank is gone or has failed."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,22 @@ class Cause:
     """Name of the node."""
     kind: str = FAULT
     """FAULT, KILL or MISTAKE."""
+
+    @staticmethod
+    def from_json(value: Any) -> Cause:
+        """A cause as `dataclasses.asdict` gave it. Raises TypeError or ValueError otherwise."""
+        cause = Cause(**value)
+        kinds = {
+            "error": str,
+            "time": int | float,
+            "rank": int | None,
+            "node": str | None,
+            "kind": str,
+        }
+        for name, kind in kinds.items():
+            if not isinstance(getattr(cause, name), kind):
+                raise ValueError(f"{name} is of the wrong type")
+        return cause
 
     @property
     def lost_a_peer(self) -> bool:
@@ -170,8 +187,7 @@ class FailureBook:
         """Keep how the ranks are for `megascale status`; not being able to harms nothing."""
         path = self._folders[-1] / HEARTBEATS_FILE
         with contextlib.suppress(OSError):
-            path.with_suffix(".partial").write_text(text, encoding="utf-8")
-            path.with_suffix(".partial").replace(path)
+            write_file(path, text)
 
     def backoff_s(self, first_s: float) -> float:
         """How long to wait before the next attempt: twice as long for every one without a save."""

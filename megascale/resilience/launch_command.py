@@ -18,7 +18,13 @@ from megascale.config import Layout, RunConfig, load_config
 from megascale.config.load import whole_number
 from megascale.errors import UserError, reason
 from megascale.resilience.board import Board, Ledger, hold_meeting, join_board, serve_board
-from megascale.resilience.channel import TOKEN_VARIABLE, check_token, new_token, write_token
+from megascale.resilience.channel import (
+    TOKEN_VARIABLE,
+    check_token,
+    new_token,
+    read_token,
+    write_token,
+)
 from megascale.resilience.driver import BEAT_S, Driver, Node
 from megascale.resilience.failures import NOT_KEPT, FailureBook
 from megascale.resilience.leader import (
@@ -34,6 +40,7 @@ from megascale.resilience.leader import (
 from megascale.resilience.local_ranks import MOST_RANKS
 from megascale.resilience.signals import StopRequest
 from megascale.resilience.slurm import MOST_NODES, node_range, requeue
+from megascale.runtime.files import open_lock
 from megascale.runtime.lock import HELD_S, JOB_LOCK, hold
 from megascale.runtime.logs import say
 
@@ -186,7 +193,7 @@ def _only_job(run_dir: Path) -> Iterator[None]:
     """
     with ExitStack() as leave:
         with suppress(OSError):  # of a full disk, for which nodes are checked, or without locks
-            file = leave.enter_context(open(run_dir / JOB_LOCK, "a+", encoding="utf-8"))
+            file = leave.enter_context(open_lock(run_dir / JOB_LOCK))
             holder = hold(file, HELD_S if "SLURM_JOB_ID" in os.environ else 0.0)
             if holder is not None:
                 raise UserError(
@@ -202,7 +209,7 @@ def _token_path(config: RunConfig, port: int) -> Path:
 
 
 def _find_token(path: Path, given: str | None) -> str:
-    return check_token(given) if given is not None else path.read_text(encoding="utf-8")
+    return check_token(given) if given is not None else read_token(path)
 
 
 def _fleet(args: argparse.Namespace, config: RunConfig, number: int) -> Fleet:

@@ -8,7 +8,6 @@ starter alone. They die with it. What they write to stderr goes to their logs.
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import socket
@@ -25,6 +24,7 @@ from megascale.config.load import whole_number
 from megascale.errors import RankError, UserError
 from megascale.monitor.events import EventLog, at, read_events
 from megascale.monitor.metrics import last_step
+from megascale.parsing import read_json
 from megascale.resilience.board import serve_meeting
 from megascale.resilience.channel import listen
 from megascale.resilience.failures import KILL, Cause, cause_of_rank, culprit
@@ -242,7 +242,7 @@ class LocalRanks:
             message, when = None, time.time()
             with suppress(OSError, ValueError, KeyError, TypeError):
                 file = self._error_file(rank)
-                message = str(json.loads(file.read_text(encoding="utf-8"))["message"]["message"])
+                message = str(read_json(file)["message"]["message"])
                 when = file.stat().st_mtime
             self._causes[rank] = cause_of_rank(rank, status, message, when)
 

@@ -11,6 +11,8 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from megascale.runtime.files import unfinished_file, write_file
+
 CHECK_TIMEOUT_S = 120.0
 POLL_S = 0.1
 
@@ -39,13 +41,10 @@ def check_node(
 
 
 def _check_folder(run_dir: Path, name: str) -> str | None:
-    probe = run_dir / f".check-{name}"
+    probe = unfinished_file(run_dir / f"check-{name}")
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
-        with probe.open("wb") as file:
-            file.write(b"fit")
-            file.flush()
-            os.fsync(file.fileno())
+        write_file(probe, "fit", synced=True)
         read = probe.read_bytes()
         probe.unlink()
     except OSError as error:

@@ -206,36 +206,100 @@ def _answer_for_collectives() -> None:
     torch.distributed.reduce_scatter = _uneven_reduce_scatter(torch.distributed.reduce_scatter)
 
 
+class _Works:
+    """The handle of a collective that is made of several, as torch's `Work`."""
+
+    def __init__(self, works: list[Any], deliver: Callable[[], None]) -> None:
+        """`deliver` copies the results to the caller's tensors when all `works` are done."""
+        self._works, self._deliver = works, deliver
+        self._is_delivered = False
+
+    def wait(self, timeout: timedelta = timedelta(0)) -> bool:
+        """Wait for the results; `timeout` is for each work, and 0 is that of the group."""
+        for work in self._works:
+            work.wait(timeout)
+        if not self._is_delivered:
+            self._is_delivered = True
+            self._deliver()
+        return True
+
+    def is_completed(self) -> bool:
+        """Whether the results are there, so that `wait` would return at once."""
+        return self._is_delivered or all(work.is_completed() for work in self._works)
+
+    def result_of(self, async_op: bool) -> _Works | None:
+        """What a collective returns: this handle, or None after the results are there."""
+        if async_op:
+            return self
+        self.wait()
+        return None
+
+
+def _place_for_uneven(tensors: list[torch.Tensor], group: Any) -> int | None:
+    """This rank's place in `group` where `tensors`, one of each rank, have unequal shapes.
+
+    None where torch's own collective answers: for equal shapes, and outside of the group.
+    """
+    place = torch.distributed.get_rank(group)
+    if place < 0 or len({tensor.shape for tensor in tensors}) <= 1:
+        return None
+    size = torch.distributed.get_world_size(group)
+    if len(tensors) != size:
+        raise ValueError(f"{len(tensors)} tensors for a group of {size} ranks; give one for each")
+    return int(place)
+
+
 def _uneven_all_gather(all_gather: Callable[..., Any]) -> Callable[..., Any]:
     """gloo gathers equal sizes only; the expert ranks of a tensor group hold unequal ones."""
 
     @functools.wraps(all_gather)
-    def gather(outputs: list[torch.Tensor], input: torch.Tensor, group: Any = None) -> None:
-        if len({output.shape for output in outputs}) == 1:
-            all_gather(outputs, input, group=group)
-            return
-        outputs[torch.distributed.get_rank(group)].copy_(input)
-        for source, output in enumerate(outputs):
-            whole = output.contiguous()
-            torch.distributed.broadcast(whole, group=group, group_src=source)
-            output.copy_(whole)
+    def gather(
+        tensor_list: list[torch.Tensor],
+        tensor: torch.Tensor,
+        group: Any = None,
+        async_op: bool = False,
+    ) -> Any:
+        mine = _place_for_uneven(tensor_list, group)
+        if mine is None:
+            return all_gather(tensor_list, tensor, group=group, async_op=async_op)
+        wholes = [output.contiguous() for output in tensor_list]
+        wholes[mine].copy_(tensor)
+        works = [
+            torch.distributed.broadcast(whole, group=group, group_src=source, async_op=True)
+            for source, whole in enumerate(wholes)
+        ]
+
+        def deliver() -> None:
+            for output, whole in zip(tensor_list, wholes, strict=True):
+                output.copy_(whole)
+
+        return _Works(works, deliver).result_of(async_op)
 
     return gather
 
 
 def _uneven_reduce_scatter(reduce_scatter: Callable[..., Any]) -> Callable[..., Any]:
-    """The backward of the above: each rank's part is summed over the group."""
+    """The backward of the above: each rank's part is reduced over the group."""
 
     @functools.wraps(reduce_scatter)
-    def scatter(output: torch.Tensor, inputs: list[torch.Tensor], group: Any = None) -> None:
-        if len({part.shape for part in inputs}) == 1:
-            reduce_scatter(output, inputs, group=group)
-            return
-        whole = torch.cat([part.flatten() for part in inputs])
-        torch.distributed.all_reduce(whole, group=group)
-        mine = torch.distributed.get_rank(group)
-        parts = whole.split([part.numel() for part in inputs])
-        output.copy_(parts[mine].view_as(output))
+    def scatter(
+        output: torch.Tensor,
+        input_list: list[torch.Tensor],
+        op: Any = torch.distributed.ReduceOp.SUM,
+        group: Any = None,
+        async_op: bool = False,
+    ) -> Any:
+        mine = _place_for_uneven(input_list, group)
+        if mine is None:
+            return reduce_scatter(output, input_list, op=op, group=group, async_op=async_op)
+        whole = torch.cat([part.flatten() for part in input_list])
+        work = torch.distributed.all_reduce(whole, op=op, group=group, async_op=True)
+        parts = whole.split([part.numel() for part in input_list])
+
+        def deliver() -> None:
+            output.copy_(parts[mine].view_as(output))
+
+        return _Works([work], deliver).result_of(async_op)
 
     return scatter
 

@@ -21,6 +21,8 @@ from functools import partial, wraps
 from pathlib import Path
 from typing import Any
 
+from megascale.runtime.files import write_file
+
 FOLDER_VARIABLE = "MEGASCALE_PULSE"
 """The folder of a node's pages, which its driver sets."""
 STACK_SIGNAL = signal.SIGUSR2
@@ -242,8 +244,7 @@ def _serve_dumps(path: Path) -> None:
     """Write the flight recorder's record once the page asks for it."""
     while not pulse._page[DUMP]:
         time.sleep(DUMP_POLL_S)
-    path.with_suffix(".partial").write_bytes(flight_record())
-    path.with_suffix(".partial").rename(path)
+    write_file(path, flight_record())
 
 
 def flight_record() -> bytes:

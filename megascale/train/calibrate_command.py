@@ -21,6 +21,7 @@ from megascale.optim import steplaw
 from megascale.planner.fit import GOOD_ERROR, Fit, fit_cost, fit_table, write_cost
 from megascale.resilience.local_ranks import RankJob, as_rank, megascale, rank_count, run_ranks
 from megascale.resilience.signals import StopRequest
+from megascale.runtime.files import write_output
 from megascale.train.command import add_ranks_argument
 from megascale.train.ready import check_ranks
 
@@ -114,8 +115,8 @@ def _load(path: str, overrides: Sequence[str]) -> RunConfig:
 def _run(
     args: argparse.Namespace, config: RunConfig, ranks: Ranks, lengths: list[int] | None
 ) -> None:
+    from megascale.runtime.together import on_first_rank
     from megascale.train.calibrate import calibrate
-    from megascale.train.folder import on_first_rank
 
     def say(line: str) -> None:
         if ranks.rank == 0:
@@ -187,7 +188,7 @@ def _write(
     report = _report_path(args.out)
     write_cost(fit.cost, args.out)
     value = _report(config, ranks, done, fit) | {"counts": _counts(args)}
-    report.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+    write_output(report, json.dumps(value, indent=1) + "\n")
     written = [args.out, str(report)]
     if args.plot is not None:
         plot_fit(done, fit, args.plot)

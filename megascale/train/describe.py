@@ -426,7 +426,7 @@ def _pipeline(num_stages: int, plan: StepPlan) -> list[str]:
     """Idle part of a 1F1B pipeline, (p - 1) / (m + p - 1) for m equal micro-batches."""
     if num_stages == 1:
         return []
-    fewest = min(len(plan.rings_of(rank)) for rank in range(plan.num_ranks))
+    fewest = min(plan.counts())
     bubble = (num_stages - 1) / (fewest + num_stages - 1)
     what = f"{num_stages} stages, at least {fewest} micro-batches"
     return [f"  pipeline bubble       {bubble:.1%} ({what})"]

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megascale.errors import UserError, install_command
+from megascale.runtime.files import write_output
 
 if TYPE_CHECKING:
     from megascale.train.score_text import TextScorer, TextTokens
@@ -74,7 +75,7 @@ def text_tokens(found: Any, config: Any, given: str | None) -> TextTokens:
     from megascale.corpus.describe import CORPUS_FILE
     from megascale.corpus.tokenizers import load_hf, load_tokenizer
     from megascale.infowindow.tokenizer import InfoWindowTokenizer
-    from megascale.train.export_command import require_known, tokenizer_folder
+    from megascale.train.export_command import load_theirs, require_known, tokenizer_folder
     from megascale.train.score_text import TextTokens
 
     folder = tokenizer_folder(found, config, given)
@@ -84,13 +85,8 @@ def text_tokens(found: Any, config: Any, given: str | None) -> TextTokens:
         ours = load_tokenizer(folder)
         first_id, end_id = ours.bos_id, ours.eod_id
     else:
-        from transformers import AutoTokenizer
-
         ours = load_hf(str(folder))
-        theirs = AutoTokenizer.from_pretrained(
-            folder, local_files_only=True, trust_remote_code=False
-        )
-        end_id = ours.eod_id
+        theirs, end_id = load_theirs(folder), ours.eod_id
         first_id = theirs.bos_token_id if ours.bos_id is None else ours.bos_id
     require_known(ours.vocab_size, config.model.vocab_size, folder)
     return TextTokens(
@@ -159,7 +155,6 @@ def _write(path: Path, checkpoint: str, results: Any) -> None:
     document = {"checkpoint": checkpoint} | {k: results[k] for k in kept if k in results}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        text = json.dumps(document, indent=2, default=str)
-        path.write_text(text + "\n", encoding="utf-8")
+        write_output(path, json.dumps(document, indent=2, default=str) + "\n")
     except OSError as error:
         raise UserError(f"--out {path}: {error.strerror}; choose another file") from None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
@@ -17,8 +18,8 @@ from megascale.mesh.reader import MicroBatchReader, TokenSource
 from megascale.model.balance import ExpertUse
 from megascale.model.build import pack_multiple
 from megascale.planner.plan import StepPlan
-from megascale.runtime.distributed import Ranks, broadcast_bytes
-from megascale.train.folder import on_first_rank
+from megascale.runtime.distributed import Ranks
+from megascale.runtime.together import from_first_rank
 from megascale.train.heldout import scored_sources
 from megascale.train.step import Learner, evaluate, look
 
@@ -91,7 +92,7 @@ def heldout_sets(
         pieces = part.pieces(config.data.context_tokens)
         if not len(pieces.length):
             continue
-        payload = planner(pieces.length).to_bytes() if ranks.rank == 0 else None
+        payload = from_first_rank(ranks, partial(_plan_bytes, planner, pieces))
         shard = Shard.open(info.heldout or "")
         source = TokenSource(name, shard, info.first_id, config.model.vocab_size or 0)
         sets[name] = HeldoutSet(
@@ -99,7 +100,7 @@ def heldout_sets(
                 [source], ranks.hdp_rank, pack_multiple(config), ranks.device, ranks.axis
             ),
             batch=_as_batch(pieces),
-            plan=StepPlan.from_bytes(broadcast_bytes(payload, ranks)),
+            plan=StepPlan.from_bytes(payload),
             part=part,
         )
     return sets
@@ -107,10 +108,12 @@ def heldout_sets(
 
 def _chosen(info: SourceInfo, context_tokens: int, tokens: int, ranks: Ranks) -> HeldoutPart:
     """What is scored of a held-out set, chosen by rank 0."""
-    found: list[HeldoutPart] = []
-    on_first_rank(ranks, lambda: found.append(choose_part(info, context_tokens, tokens)))
-    payload = found[0].to_bytes() if found else None
-    return HeldoutPart.from_bytes(broadcast_bytes(payload, ranks))
+    payload = from_first_rank(ranks, lambda: choose_part(info, context_tokens, tokens).to_bytes())
+    return HeldoutPart.from_bytes(payload)
+
+
+def _plan_bytes(planner: Callable[[np.ndarray], StepPlan], pieces: Pieces) -> bytes:
+    return planner(pieces.length).to_bytes()
 
 
 def _as_batch(pieces: Pieces) -> GlobalBatch:

@@ -14,6 +14,7 @@ import numpy as np
 
 from megascale.checkpoint.manifest import MANIFEST, Manifest
 from megascale.errors import UserError
+from megascale.runtime.files import write_output
 
 if TYPE_CHECKING:
     from megascale.config import RunConfig
@@ -108,7 +109,7 @@ def _tell(uses: dict[str, ExpertUse], top_k: int, step: int, out: Path) -> None:
     try:
         out.mkdir(parents=True, exist_ok=True)
         path = out / "experts_heldout.json"
-        path.write_text(json.dumps(result) + "\n", encoding="utf-8")
+        write_output(path, json.dumps(result) + "\n")
         title = f"Experts that held-out text uses at step {step}"
         plot_shares(list(uses), shares, title, out / "experts_heldout.png")
     except OSError as error:

@@ -52,7 +52,6 @@ def run_export(args: argparse.Namespace) -> int:
     shard_bytes = whole_number(args.shard_bytes, "--shard-bytes", least=1)
     found, out = find_at(args.checkpoint), Path(args.out)
     with whole_or_not_at_all(out) as unfinished:
-        unfinished.mkdir()
         said = _convert(found, unfinished, shard_bytes, args)
     print("\n".join([f"{out}: {said[0]}", *said[1:]]))
     return 0
@@ -156,6 +155,22 @@ def require_known(num_ids: int, model_ids: int, folder: Path) -> None:
         )
 
 
+def load_theirs(folder: Path, runs_code: bool = False) -> Any:
+    """The tokenizer of a Hugging Face folder. `runs_code`: Python files there may be executed.
+
+    Raises UserError where it cannot be loaded, also for want of that code.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=runs_code
+        )
+    except Exception as error:  # it raises many kinds
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"tokenizer of {folder}: transformers cannot load it: {reason}") from None
+
+
 def write_configs(theirs: Any, out: Path, source: Path | None) -> None:
     """Write config.json and generation_config.json, with the ids that begin and end a text.
 
@@ -229,19 +244,9 @@ def _ids_of(out: Path, model_ids: int, source: Path) -> dict[str, Any]:
 
     Raises UserError where it cannot be loaded or has ids that the model lacks.
     """
-    from transformers import AutoTokenizer
-
     from megascale.checkpoint.huggingface.tokenizer import INFOWINDOW_CLASS
-    from megascale.checkpoint.storage import one_line
 
-    try:
-        # code that runs is our own, which was just written there
-        tokenizer = AutoTokenizer.from_pretrained(
-            out, local_files_only=True, trust_remote_code=(out / INFOWINDOW_CLASS.name).is_file()
-        )
-    except Exception as error:  # it raises many kinds
-        raise UserError(
-            f"transformers cannot load the tokenizer of {source}: {one_line(error)}"
-        ) from None
+    # the only code there is our own, which was just written
+    tokenizer = load_theirs(out, runs_code=(out / INFOWINDOW_CLASS.name).is_file())
     require_known(max(tokenizer.get_vocab().values()) + 1, model_ids, source)
     return {name: getattr(tokenizer, name) for name in SPECIAL_IDS}

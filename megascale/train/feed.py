@@ -17,15 +17,15 @@ import numpy as np
 
 from megascale.config.schema import PlannerConfig
 from megascale.corpus.batches import Cursor, GlobalBatch, GlobalBatches
-from megascale.errors import UserError
 from megascale.planner import PLANNERS, PlanError, Problem, StepPlan
 from megascale.planner.ahead import Planned, PlansAhead
 from megascale.runtime.distributed import Ranks, begin_broadcast, broadcast_bytes
+from megascale.runtime.together import error_bytes, error_from, on_first_rank
 
 FIRST_ROOM_BYTES = 1 << 14
 LENGTH = struct.Struct("<Q")
 DIGEST_BYTES = 32
-PLAN, USER_ERROR, FAILURE = b"p", b"u", b"f"
+PLAN, ERROR = b"p", b"e"
 """What a message holds, after the digest of all the rest."""
 
 
@@ -46,8 +46,8 @@ class PlannedBatch:
 class _Dealt(NamedTuple):
     batch: GlobalBatch
     after: Cursor
-    request: int | None
-    """Number of the request for its plan, on rank 0."""
+    request: int | Exception | None
+    """On rank 0, the number of the request for its plan, or why none could be made."""
 
 
 class _Step:
@@ -124,7 +124,7 @@ class Feed:
 
     def _start_over(self, cursor: Cursor) -> None:
         for step in self._steps:
-            if self._plans and step.outcome is None and _is_dealt(step):
+            if self._plans and step.outcome is None and _is_asked(step):
                 self._plans.forget(_request(step))
         self._steps.clear()
         self._cursor = cursor
@@ -141,11 +141,18 @@ class Feed:
                 return None
             cursor = before.after
         batch, following = self._batches.next(cursor)
+        return _Dealt(batch, following, self._ask(batch, following))
+
+    def _ask(self, batch: GlobalBatch, following: Cursor) -> int | Exception | None:
+        """Ask for the plan, on rank 0. An error is kept, so that every rank is told of it."""
         if self._plans is None:
-            return _Dealt(batch, following, None)
-        slowdown = self._slowdown_at(following.step)
-        problem = replace(self._problem_of(batch.length), slowdown=slowdown)
-        return _Dealt(batch, following, self._plans.request(problem))
+            return None
+        try:
+            slowdown = self._slowdown_at(following.step)
+            problem = replace(self._problem_of(batch.length), slowdown=slowdown)
+            return self._plans.request(problem)
+        except Exception as error:
+            return error
 
     def _send_now(self, step: _Step) -> Planned:
         if self._plans is not None and step.outcome is None:
@@ -165,20 +172,26 @@ class Feed:
         step.sent = self._reader.submit(_open, arrived, step, self._ranks).result
 
 
-def _is_dealt(step: _Step) -> bool:
-    """Whether there is a batch; waits until that is known."""
-    return step.dealt.exception() is None and step.dealt.result() is not None
-
-
 def _request(step: _Step) -> int:
+    """Number of the request for a plan. Raises what kept it from being made."""
     dealt = step.dealt.result()
     assert dealt is not None and dealt.request is not None, "only rank 0 asks for plans"
+    if isinstance(dealt.request, Exception):
+        raise dealt.request
     return dealt.request
 
 
+def _is_asked(step: _Step) -> bool:
+    """Whether a plan was asked for; waits until that is known."""
+    if step.dealt.exception() is not None:
+        return False
+    dealt = step.dealt.result()
+    return dealt is not None and isinstance(dealt.request, int)
+
+
 def _is_ready(plans: PlansAhead, step: _Step) -> bool:
-    dealt = step.outcome is None and step.dealt.done() and _is_dealt(step)
-    return dealt and plans.ready(_request(step))
+    asked = step.outcome is None and step.dealt.done() and _is_asked(step)
+    return asked and plans.ready(_request(step))
 
 
 def _outcome(plans: PlansAhead, step: _Step) -> Planned | Exception:
@@ -192,11 +205,8 @@ def _outcome(plans: PlansAhead, step: _Step) -> Planned | Exception:
 def _pack(outcome: Planned | Exception | None) -> bytes:
     if outcome is None:
         return b""
-    if isinstance(outcome, Planned):
-        content = PLAN + outcome.payload
-    else:
-        kind = USER_ERROR if isinstance(outcome, UserError) else FAILURE
-        content = kind + (str(outcome) or type(outcome).__name__).encode()
+    is_plan = isinstance(outcome, Planned)
+    content = PLAN + outcome.payload if is_plan else ERROR + error_bytes(outcome)
     return hashlib.sha256(content).digest() + content
 
 
@@ -217,10 +227,8 @@ def _read(message: bytes, step: _Step, ranks: Ranks) -> Planned:
     if hashlib.sha256(content).digest() != digest:
         raise PlanError(f"a plan reached rank {ranks.rank} damaged")
     kind, payload = content[:1], content[1:]
-    if kind == USER_ERROR:
-        raise UserError(payload.decode())
-    if kind == FAILURE:
-        raise RuntimeError(f"no plan, because on rank 0: {payload.decode()}")
+    if kind == ERROR:
+        raise error_from(payload)
     plan = StepPlan.from_bytes(payload)
     check_own(plan, ranks, step.dealt.result().batch.num_sequences)
     return Planned(plan, payload)
@@ -237,8 +245,6 @@ def check_own(plan: StepPlan, ranks: Ranks, num_sequences: int) -> None:
 
 
 def start_plans(config: PlannerConfig, ranks: Ranks, logs: Path | None) -> PlansAhead | None:
-    """Start the planner process of a run, on rank 0; None on the others."""
-    if ranks.rank != 0:
-        return None
+    """Start the planner process of a run, on rank 0; None on the others. All ranks call it."""
     log = logs / "planner.log" if logs is not None else None
-    return PlansAhead(PLANNERS[config.name], config.timeout_s, log)
+    return on_first_rank(ranks, lambda: PlansAhead(PLANNERS[config.name], config.timeout_s, log))

@@ -4,29 +4,28 @@ from __future__ import annotations
 
 import socket
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import IO, TypeVar
+from typing import IO
 
 from megascale.checkpoint.folder import checkpoints_dir
 from megascale.checkpoint.load import find
-from megascale.errors import StorageError, UserError, reason
+from megascale.errors import UserError, reason
 from megascale.monitor.events import EVENTS_FILE, EventLog, at, read_events
 from megascale.monitor.metrics import last_step
 from megascale.resilience.driver import is_driven
-from megascale.runtime.distributed import Ranks, broadcast_bytes
+from megascale.runtime.distributed import Ranks
+from megascale.runtime.files import open_lock, write_file
 from megascale.runtime.lock import HELD_S, RUN_LOCK, hold, lock_within
 from megascale.runtime.logs import note_failure
+from megascale.runtime.together import on_first_rank
 from megascale.train.ready import refuse_used_folder
 
-Value = TypeVar("Value")
 ENDS = ("stop", "error")
 """Events with which a run says that it ends."""
 TURN_S = 5.0
 """For another rank to write how the run ends."""
-_STORAGE = "!"
-"""Begins a problem of rank 0 that is one of a file system."""
 
 
 class RunFolder:
@@ -58,9 +57,8 @@ class RunFolder:
         another run is writing in it.
         """
         folder = Path(path)
-        held: list[IO[str]] = []
-        on_first_rank(ranks, lambda: held.append(_enter(folder, resume)))
-        return RunFolder(folder, held[0] if held else None, entered, command)
+        lock = on_first_rank(ranks, lambda: _enter(folder, resume))
+        return RunFolder(folder, lock, entered, command)
 
     @property
     def logs(self) -> Path:
@@ -69,9 +67,7 @@ class RunFolder:
 
     def write(self, name: str, text: str) -> None:
         """Write a file of the folder, whole or not at all."""
-        partial = self.path / f".{name}.partial"
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(self.path / name)
+        write_file(self.path / name, text)
 
     @contextmanager
     def noting_errors(self, ranks: Ranks) -> Iterator[None]:
@@ -120,27 +116,12 @@ def _write_error(
         events.write("error", step=last_step(run_dir), node=socket.gethostname(), **facts)
 
 
-def on_first_rank(ranks: Ranks, action: Callable[[], object]) -> None:
-    """Run `action` on rank 0; all ranks raise its UserError, and a StorageError for its OSError."""
-    problem = ""
-    if ranks.rank == 0:
-        try:
-            action()
-        except (UserError, OSError) as error:
-            is_storage = isinstance(error, (StorageError, OSError))
-            problem = f"{_STORAGE if is_storage else ' '}{str(error) or type(error).__name__}"
-    problem = broadcast_bytes(problem.encode(), ranks).decode()
-    if problem:
-        kind = StorageError if problem[0] == _STORAGE else UserError
-        raise kind(problem[1:])
-
-
 def _enter(folder: Path, resume: str | None) -> IO[str]:
     if resume not in (None, "auto") and not checkpoints_dir(folder).is_dir():
         find(folder, "latest" if resume == "latest" else int(resume))  # says what is missing
     try:
         (folder / "logs").mkdir(parents=True, exist_ok=True)
-        lock = open(folder / RUN_LOCK, "a+", encoding="utf-8")
+        lock = open_lock(folder / RUN_LOCK)
     except OSError as error:
         raise UserError(f"run_dir {folder}: {error.strerror}; choose a folder you own") from None
     try:

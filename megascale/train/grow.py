@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -12,9 +11,10 @@ from math import prod
 from pathlib import Path
 
 from megascale.checkpoint.folder import whole_or_not_at_all
+from megascale.checkpoint.huggingface.tokenizer import copy_tokenizer
 from megascale.checkpoint.load import Found
 from megascale.checkpoint.manifest import Position
-from megascale.checkpoint.tensors import Piece, Tensors, write_checkpoint
+from megascale.checkpoint.tensors import Piece, Tensors, fill_checkpoint
 from megascale.config import (
     ModelConfig,
     SourceConfig,
@@ -63,10 +63,10 @@ def write_grown(found: Sequence[Found], growth: Growth, out: Path) -> str:
         pieces = chain(pieces, grow_moments(*parents[0], growth))
     with whole_or_not_at_all(out) as unfinished:
         shown = _shown(pieces, 4 * times * after)
-        manifest = write_checkpoint(unfinished, shown, position, steps)
+        manifest = fill_checkpoint(unfinished, shown, position, steps)
         tokenizer = found[0].folder / TOKENIZER_FOLDER
         if tokenizer.is_dir() and growth.operator != "resize":
-            shutil.copytree(tokenizer, unfinished / TOKENIZER_FOLDER)
+            copy_tokenizer(tokenizer, unfinished / TOKENIZER_FOLDER)
         keep_of_import(found[0], unfinished)
     before = count_parameters(parents[0][0]).total
     size = sum(file.bytes for file in manifest.files.values())

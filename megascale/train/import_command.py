@@ -75,7 +75,7 @@ def _convert(source: Path, out: Path, args: argparse.Namespace) -> list[str]:
     from megascale.checkpoint.huggingface.tokenizer import copy_tokenizer
     from megascale.checkpoint.huggingface.weights import check_files, import_pieces
     from megascale.checkpoint.manifest import Position
-    from megascale.checkpoint.tensors import write_checkpoint
+    from megascale.checkpoint.tensors import fill_checkpoint
     from megascale.corpus.describe import TOKENIZER_FOLDER
     from megascale.model.counts import count_parameters
 
@@ -88,7 +88,7 @@ def _convert(source: Path, out: Path, args: argparse.Namespace) -> list[str]:
     data = DataConfig(context_tokens=theirs.max_position_embeddings)
     config = RunConfig(model=model, data=data, train=TrainConfig(precision=precision))
     position = Position(0, 0, config.seed, dump_config(config), {})
-    write_checkpoint(out, import_pieces(files, model, dtype), position)
+    fill_checkpoint(out, import_pieces(files, model, dtype), position)
     keep(source, theirs, out)
     size = count_parameters(model).total
     said = [f"{theirs.model_type} of {size:,} parameters in {precision}"]

@@ -46,7 +46,6 @@ from megascale.resilience.spikes import SpikeWatch
 from megascale.runtime import distributed
 from megascale.runtime.distributed import (
     Ranks,
-    broadcast_bytes,
     cores_are_shared,
     device_bytes,
     gather_arrays,
@@ -54,11 +53,12 @@ from megascale.runtime.distributed import (
 )
 from megascale.runtime.logs import log_to, say
 from megascale.runtime.pulse import begin_pulse, pulse
+from megascale.runtime.together import from_first_rank, on_first_rank
 from megascale.train.describe import describe_run, plan_lengths, step_problem
 from megascale.train.earlier import places_told, with_earlier
 from megascale.train.evaluate import HeldoutSet, heldout_sets
 from megascale.train.feed import Feed, PlannedBatch, start_plans
-from megascale.train.folder import RunFolder, noting_errors, on_first_rank
+from megascale.train.folder import RunFolder, noting_errors
 from megascale.train.grow import write_grown
 from megascale.train.growing import require_growth, small_and_grown
 from megascale.train.report import Report
@@ -180,8 +180,11 @@ def _train_growing(
     small, grown, growth = small_and_grown(config)
     validate(grown)
     folder = Path(grown.start.checkpoint or "")
-    is_grown = folder.exists() or checkpoints_dir(grown.run_dir).exists()
-    if not broadcast_bytes(b"1" if is_grown else b"", ranks):  # as rank 0 sees it
+
+    def is_grown() -> bytes:
+        return b"1" * (folder.exists() or checkpoints_dir(grown.run_dir).exists())
+
+    if not from_first_rank(ranks, is_grown):
         if run(small, None if resume is None else "auto", psutil.Process().create_time()):
             return True
         pulse.restart()
@@ -467,8 +470,10 @@ def _begin(
     saver.prepare(model, learner.optimizer)
     length = run_length(batches, config.train.tokens, cursor)
     nodes, shared = node_names(ranks), cores_are_shared(ranks)
-    report = Report(config, ranks, folder, sources, cursor, length, nodes, shared)
-    report.started(cursor, describe_run(config, ranks.layout, sources), notes)
+    make_report = partial(Report, config, ranks, folder, sources, cursor, length, nodes, shared)
+    report = on_first_rank(ranks, make_report) or make_report()  # it writes on rank 0 only
+    description = on_first_rank(ranks, lambda: describe_run(config, ranks.layout, sources))
+    report.started(cursor, description or "", notes)
     heldout = heldout_sets(learner, sources, partial(plan_lengths, config, ranks.layout))
     report.heldout({name: one.part for name, one in heldout.items()})
     return Run(

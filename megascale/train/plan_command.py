@@ -18,6 +18,7 @@ from megascale.planner import PLANNERS, CostModel, Problem, StepPlan, timeline
 from megascale.planner.gantt import LEGEND, plot_gantt, text_gantt
 from megascale.planner.lengths import read_lengths
 from megascale.planner.plan import Mode
+from megascale.runtime.files import write_output
 from megascale.train.cluster import MODELS
 from megascale.train.describe import cost_model, describe_run, first_step, load_run, static_line
 
@@ -131,7 +132,7 @@ def _write_plan(
 ) -> None:
     if args.json:
         text = json.dumps(plan.to_json()) + "\n"
-        _write("--json", args.json, lambda path: path.write_text(text, encoding="utf-8"))
+        _write("--json", args.json, lambda path: write_output(path, text))
     if args.gantt:
         if Path(args.gantt).suffix.lower() != ".png":
             raise UserError(f"--gantt {args.gantt}: must end in .png")

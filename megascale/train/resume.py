@@ -8,14 +8,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from megascale.checkpoint.folder import checkpoints_dir
 from megascale.checkpoint.load import Found
 from megascale.config import RunConfig, dump_config, parse_config
 from megascale.config.curves import OPTIONS, options_of
 from megascale.errors import UserError
 from megascale.optim.schedule import lr_at
+from megascale.parsing import parse_yaml
 
 ORDER_OF_DATA = ("seed", "data.context_tokens", "data.global_batch_tokens")
 WEIGHTS_AND_START = ("model", "start")
@@ -51,7 +50,7 @@ def compare_configs(saved_yaml: str, config: RunConfig, tokens_seen: int) -> lis
 
 def _trees(*configs: RunConfig) -> list[dict[str, Any]]:
     """Finalized configs as nested mappings, with curves by name where all of them have names."""
-    trees = [yaml.safe_load(dump_config(config)) for config in configs]
+    trees = [parse_yaml(dump_config(config), "config") for config in configs]
     named = [options_of(config.optim.schedule) for config in configs]
     if all(named):
         for tree, optim in zip(trees, named, strict=True):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -15,7 +15,11 @@ from megascale.corpus.describe import SourceInfo
 from megascale.mesh.packing import MicroBatch, TokenSequence, pack
 from megascale.model.build import pack_multiple
 from megascale.runtime.distributed import all_agree, broadcast_bytes
+from megascale.runtime.together import from_first_rank, on_first_rank
 from megascale.train.step import Learner
+
+if TYPE_CHECKING:
+    from megascale.corpus.tokenizers import Tokenizer
 
 TEMPERATURE = 0.7
 
@@ -25,26 +29,22 @@ def sample_text(
 ) -> str | None:
     """Continue `prompt` as `sample_tokens` does, on rank 0; None on other ranks.
 
-    `info` is a source with a tokenizer. Only rank 0 reads it: all ranks take part, or none where
-    it cannot be read, in which case rank 0 raises what the tokenizer raised.
+    `info` is a source with a tokenizer. Only rank 0 reads the tokenizer; where that fails, every
+    rank raises the error.
     """
     from megascale.corpus.tokenizers import load_tokenizer
 
-    begin, tokenizer, problem = b"", None, None
-    if learner.ranks.rank == 0:
-        assert info.tokenizer is not None
-        try:
-            tokenizer = load_tokenizer(info.tokenizer)
-            begin = json.dumps([int(token) for token in tokenizer.encode(prompt)]).encode()
-        except Exception as error:
-            problem = error
-    begin = broadcast_bytes(begin, learner.ranks)
-    if problem is not None:
-        raise problem
-    if not begin:
-        return None
+    ranks, folder = learner.ranks, info.tokenizer
+    assert folder is not None
+    tokenizer = on_first_rank(ranks, lambda: load_tokenizer(folder))
+    begin = from_first_rank(ranks, lambda: _encoded(tokenizer, prompt))
     drawn = sample_tokens(learner, json.loads(begin), count, info, stop)
     return None if tokenizer is None else tokenizer.decode(drawn)
+
+
+def _encoded(tokenizer: Tokenizer | None, prompt: str) -> bytes:
+    assert tokenizer is not None, "rank 0 has loaded it"
+    return json.dumps([int(token) for token in tokenizer.encode(prompt)]).encode()
 
 
 def sample_tokens(

@@ -30,6 +30,7 @@ from megascale.planner.simulate import (
     replay_json,
     size_labels,
 )
+from megascale.runtime.files import write_output
 from megascale.train.cluster import MODELS, Cluster, Offload
 
 BASELINE = "static"
@@ -199,7 +200,7 @@ def run_simulate(args: argparse.Namespace) -> int:
         value = {"cluster": cluster.to_json(), "lengths": args.lengths, "seed": seed}
         value["planners"] = rows
         text = json.dumps(value, indent=1) + "\n"
-        _write("--json", args.json, lambda path: path.write_text(text, encoding="utf-8"))
+        _write("--json", args.json, lambda path: write_output(path, text))
     if args.plot:
         title = f"{cluster.model_name} on {cluster.layout.world:,} x {cluster.device_name}, "
         title += f"{args.lengths}, context {cluster.context:,}"

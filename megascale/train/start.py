@@ -10,8 +10,6 @@ from pathlib import Path
 from shlex import quote
 from typing import TYPE_CHECKING, Any
 
-import yaml
-
 from megascale.checkpoint.folder import EMERGENCY, checkpoints_dir, copies_name, steps_in
 from megascale.checkpoint.huggingface.kept import pass_on
 from megascale.checkpoint.load import Found, find_at, find_before, folder_at, read_manifest
@@ -19,6 +17,7 @@ from megascale.checkpoint.manifest import MANIFEST, Position
 from megascale.config import RunConfig, StartConfig, dump_config, load_config, parse_config
 from megascale.errors import UserError
 from megascale.optim.schedule import lr_at
+from megascale.parsing import is_path, parse_yaml, read_json
 from megascale.train.resume import changes, same_start
 
 if TYPE_CHECKING:
@@ -56,6 +55,11 @@ class Parent:
         position = found.manifest.position
         return Parent(str(found.folder.resolve()), position.step, position.tokens_seen)
 
+    def is_sound(self) -> bool:
+        """Whether there could be such a checkpoint."""
+        numbers = (self.step, self.tokens_seen)
+        return is_path(self.checkpoint) and all(type(n) is int and n >= 0 for n in numbers)
+
 
 @dataclass(frozen=True)
 class Origin:
@@ -71,16 +75,19 @@ class Origin:
 
     @staticmethod
     def from_json(value: Any) -> Origin:
-        """Inverse of `to_json`. Raises KeyError or TypeError for anything else."""
-        return Origin(value["made_by"], tuple(Parent(**one) for one in value["parents"]))
+        """Inverse of `to_json`. Raises KeyError, TypeError or ValueError for anything else."""
+        origin = Origin(value["made_by"], tuple(Parent(**one) for one in value["parents"]))
+        if not isinstance(origin.made_by, str) or not all(map(Parent.is_sound, origin.parents)):
+            raise ValueError("parents that cannot be")
+        return origin
 
 
 def origin_of(folder: Path) -> Origin | None:
     """Where a run or a checkpoint that is no run's own comes from; None where nothing says."""
     try:
         if (folder / LINEAGE).exists():
-            return Origin.from_json(json.loads((folder / LINEAGE).read_bytes()))
-        document = json.loads((folder / MANIFEST).read_bytes())
+            return Origin.from_json(read_json(folder / LINEAGE))
+        document = read_json(folder / MANIFEST)
         return Origin.from_json(document["position"]["cursor"]["origin"])
     except (OSError, ValueError, KeyError, TypeError):
         return None
@@ -319,4 +326,4 @@ def taken_over(parent: Position, config: RunConfig) -> list[str]:
 
 
 def _model(text: str) -> dict[str, Any]:
-    return dict((yaml.safe_load(text) or {}).get("model") or {})
+    return dict((parse_yaml(text, "config") or {}).get("model") or {})

@@ -17,11 +17,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import yaml
 
 from megascale.errors import UserError
 from megascale.infowindow.files import make_place
 from megascale.infowindow.m1 import M1, MOST_TERMS, Shape
+from megascale.parsing import dump_yaml, parse_yaml
+from megascale.runtime.files import write_file
 
 if TYPE_CHECKING:
     from megascale.config import RunConfig
@@ -111,12 +112,12 @@ def write_config(
     from megascale.config.load import apply_overrides
 
     model, context_tokens = SHAPES[shape]
-    tree: dict[str, Any] = yaml.safe_load(CONFIG)
+    tree: dict[str, Any] = parse_yaml(CONFIG, "config")
     tree["run_dir"] = str(out / "run")
     tree["model"] = {**model, "vocab_multiple": 1}
     tree["data"] = {"context_tokens": context_tokens, "global_batch_tokens": "16Ki"}
     tree["data"]["sources"] = _sources(corpora, out, context_tokens)
-    config = parse_config(yaml.safe_dump(tree), overrides, str(config_of(out)))
+    config = parse_config(dump_yaml(tree), overrides, str(config_of(out)))
     if config.run_dir != tree["run_dir"]:
         raise UserError(f"run_dir={config.run_dir}: the run lies below --out; leave run_dir out")
     _require_plain(config)
@@ -130,7 +131,7 @@ def write_config(
                 _cut(corpus / part, pieces / part, context_tokens - 1)
         apply_overrides(tree, overrides)
         tree["train"].pop("stop_after_steps", None)
-        config_of(out).write_text(yaml.safe_dump(tree, sort_keys=False), encoding="utf-8")
+        write_file(config_of(out), dump_yaml(tree))
     except OSError as error:
         where = error.filename or out
         raise UserError(f"{where}: {error.strerror}; choose another --out") from None

@@ -10,7 +10,6 @@ import shutil
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -614,14 +613,12 @@ def trains_on_while_writing(folder: str) -> Any:
     release, write = threading.Event(), module.write_tensors
 
     def held_back(*args: Any) -> Any:
-        release.wait(60)
+        assert release.wait(250)
         return write(*args)
 
     module.write_tensors = held_back
     try:
-        began = time.perf_counter()
-        assert run.save(saver, 2) == []
-        stall = time.perf_counter() - began
+        assert run.save(saver, 2) == []  # though nothing is written before `release`
         run.train(range(2, 4))
         assert saver.pending and not saver.pending_done()
         assert not (Path(folder) / "checkpoints" / "00000002").exists()
@@ -630,12 +627,11 @@ def trains_on_while_writing(folder: str) -> Any:
     finally:
         module.write_tensors = write
     assert result.error is None and not saver.pending and saver.pending_done()
-    return state, stall
+    return state
 
 
 def test_an_asynchronous_save_lets_training_go_on(ranks: Any, tmp_path: Path) -> None:
-    state, stall = ranks(2, trains_on_while_writing, str(tmp_path))[0]
-    assert stall < 2.0
+    state = ranks(2, trains_on_while_writing, str(tmp_path))[0]
     warnings, found = ranks(1, _loaded_bf16, str(tmp_path))[0]
     assert warnings == () and same(state, found)
 

@@ -174,3 +174,34 @@ def test_another_run_of_the_same_name_begins_anew(interrupted):
     shutil.rmtree(interrupted.run)
     assert interrupted.resume()[0] == 0
     assert len(list(interrupted.disk.glob("a/*/*"))) == 1
+
+
+@pytest.mark.parametrize("level", ["node", "run", "id", "checkpoints"])
+def test_a_link_that_another_user_planted_is_refused(interrupted, tmp_path, level):
+    """Deleting copies of an earlier run must not delete what a link leads to."""
+    victim = tmp_path / "victim"
+    (victim / ("0" * 32)).mkdir(parents=True)
+    (victim / ("0" * 32) / "thesis").write_text("years of work")
+    checkpoints = interrupted.copies("a")
+    levels = dict(zip(("checkpoints", "id", "run", "node"), (checkpoints, *checkpoints.parents)))
+    planted = levels[level]
+    shutil.rmtree(planted)
+    planted.symlink_to(victim)
+    (status, said), _ = interrupted.start(2, 0, "--resume", "auto")
+    line = f"checkpoint.emergency_dir: node a: a symbolic link where a folder must be: {planted}; "
+    assert status == 2 and line in said and said.count("\n") == 1
+    assert (victim / ("0" * 32) / "thesis").read_text() == "years of work"
+
+
+def test_folders_are_private_and_only_copies_are_deleted(interrupted):
+    home = interrupted.copies("a").parents[1]
+    (home / "notes").mkdir()
+    (home / ("f" * 32)).mkdir()
+    (home / ("e" * 32)).symlink_to(interrupted.run)
+    home.chmod(0o755)  # as earlier versions made it
+    assert interrupted.resume()[0] == COPIED[1]
+    assert {path.name for path in home.iterdir()} >= {"notes"}
+    assert not (home / ("f" * 32)).exists() and not (home / ("e" * 32)).is_symlink()
+    assert (interrupted.run / "metrics.jsonl").exists()
+    folders = [interrupted.copies("a"), *interrupted.copies("a").parents[:3]]
+    assert {path.stat().st_mode & 0o777 for path in folders} == {0o700}

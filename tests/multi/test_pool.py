@@ -1,10 +1,10 @@
 """The pool of ranks itself: results, exceptions and hangs are told apart."""
 
+import multiprocessing
 import os
 import signal
 import time
 
-import psutil
 import pytest
 import torch
 import torch.distributed as dist
@@ -26,7 +26,7 @@ def fail_on_rank_1():
 def hang_on_rank_1():
     dist.init_process_group("gloo")
     if dist.get_rank() == 1:
-        time.sleep(60)
+        time.sleep(600)
 
 
 def die_on_rank_1():
@@ -49,21 +49,19 @@ def test_an_exception_comes_with_its_traceback(ranks):
 
 def test_a_hang_ends_in_time_with_stacks(ranks):
     with pytest.raises(AssertionError, match=r"(?s)ranks \[1\] did not .*hang_on_rank_1"):
-        ranks(2, hang_on_rank_1, timeout_s=5)
+        ranks(2, hang_on_rank_1, timeout_s=20)
     assert ranks(2, all_reduce, 0) == [1, 1]
 
 
 def test_a_rank_that_dies_is_named_at_once(ranks):
-    start = time.monotonic()
     with pytest.raises(AssertionError, match=r"of them died: \[1\]"):
-        ranks(2, die_on_rank_1, timeout_s=60)
-    assert time.monotonic() - start < 40
+        ranks(2, die_on_rank_1, timeout_s=600)  # longer than a test may take
     assert ranks(2, all_reduce, 0) == [1, 1]
 
 
 def test_a_rank_that_is_killed_between_two_calls_is_replaced(rank_pools):
     (process,) = rank_pools.run(1, os.getpid)
+    (worker,) = [one for one in multiprocessing.active_children() if one.pid == process]
     os.kill(process, signal.SIGKILL)
-    while psutil.pid_exists(process) and psutil.Process(process).status() != psutil.STATUS_ZOMBIE:
-        time.sleep(0.01)
+    worker.join()  # it is a zombie before its last thread has ended, and counts as alive until then
     assert rank_pools.run(2, all_reduce, 1) == [3, 3]

@@ -86,7 +86,7 @@ def test_pieces_come_in_the_order_asked_for() -> None:
     assert pieces.length.tolist() == [4, 4, 3, 1, 4]
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     lengths=st.lists(st.integers(1, 90), min_size=1, max_size=60),
     context=st.integers(1, 40),
@@ -112,7 +112,7 @@ def test_every_piece_exactly_once_per_epoch(
         assert epochs[0] != epochs[1]
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     weights=st.lists(st.floats(0.01, 10), min_size=1, max_size=4),
     batch_tokens=st.integers(1, 700),
@@ -135,7 +135,7 @@ def test_shares_are_exact_to_one_sequence_at_every_step(
         assert cursor.tokens_seen == sum(one.tokens for one in cursor.sources.values())
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(stop=st.integers(0, 14), seed=st.integers(0, 3))
 def test_resume_from_the_json_of_any_cursor(stop: int, seed: int) -> None:
     config = data([(2300, {"a": 1, "b": 2}), (1100, {"b": 1}), (None, {"a": 3, "b": 1})])

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from processor_time import processor_s
 
 from megascale.errors import UserError
 from megascale.planner import bytescale
@@ -314,7 +315,7 @@ def problems(draw: st.DrawFn) -> Problem:
     )
 
 
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 @given(problem=problems(), planner=st.sampled_from([plan_bytescale, plan_bytescale_naive]))
 def test_every_plan_keeps_the_invariants(problem: Problem, planner) -> None:
     try:
@@ -458,4 +459,4 @@ def test_cluster_sized_steps_are_planned_fast(planner) -> None:
     short, one = np.minimum(many, 8 * K), [8 * K * 12288]
     for lengths, num_ranks in [(many, 12288), (short, 1), (one, 12288)]:
         problem = Problem.of(lengths, num_ranks, 8 * K, "free", SEVEN_B)
-        assert min(planner(problem).plan_s for _ in range(4)) < 2.5
+        assert processor_s(lambda: planner(problem)) < 2.5  # noqa: B023

@@ -4,11 +4,11 @@ import os
 import signal
 import subprocess
 import sys
-import time
 import types
 from pathlib import Path
 
 import pytest
+from processor_time import processor_s
 
 import megascale
 from megascale import cli, errors
@@ -111,12 +111,8 @@ def test_a_family_names_its_verbs(capsys):
 
 
 def test_the_overview_is_quick():
-    took_s = []
-    for _ in range(5):
-        start = time.perf_counter()
-        assert run("--help").returncode == 0
-        took_s.append(time.perf_counter() - start)
-    assert min(took_s) < 0.3
+    assert run("--help").returncode == 0
+    assert processor_s(lambda: run("--help"), repeats=5) < 0.3
 
 
 @pytest.mark.parametrize(

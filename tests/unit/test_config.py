@@ -324,19 +324,19 @@ TREES = st.recursive(
 )
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(TREES)
 def test_any_tree_is_a_config_or_a_user_error(tree):
     accepts_or_explains(yaml.safe_dump(tree))
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.text(max_size=60))
 def test_any_text_is_a_config_or_a_user_error(text):
     accepts_or_explains(text)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.text(max_size=30))
 def test_any_override_is_taken_or_explained(text):
     try:

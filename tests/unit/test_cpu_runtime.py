@@ -1,9 +1,12 @@
 """Each answer that runtime.cpu gives in the place of CUDA."""
 
 import importlib
+import inspect
+import itertools
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -173,3 +176,107 @@ def gather_and_scatter():
 def test_factories_follow_the_device_of_the_context(name):
     with torch.device("meta"):
         assert getattr(torch, name)(3).is_meta
+
+
+@pytest.mark.parametrize("name", ["all_gather", "reduce_scatter", "all_to_all_single"])
+def test_collectives_have_the_signature_of_torch(name):
+    from torch.distributed import distributed_c10d
+
+    ours = inspect.signature(getattr(torch.distributed, name), follow_wrapped=False)
+    theirs = inspect.signature(getattr(distributed_c10d, name))
+    described = [
+        [(one.name, one.kind, one.default) for one in signature.parameters.values()]
+        for signature in (ours, theirs)
+    ]
+    assert described[0] == described[1]
+
+
+SIZES = {"equal": (2, 2, 2), "unequal": (1, 3, 2)}
+GROUPS = ([0, 1, 2], [1, 2])
+WAYS = ("keywords", "positions", "async")
+OPERATIONS = {"SUM": np.sum, "MAX": np.max, "AVG": np.mean}
+CASES = list(itertools.product(range(len(GROUPS)), SIZES, WAYS, OPERATIONS))
+
+
+def reduced_and_gathered():
+    """What this rank is left with in every case of CASES that it takes part in."""
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo")
+    groups = [dist.new_group(members) for members in GROUPS]
+    return {
+        case: (reduced(groups[case[0]], *case), gathered(groups[case[0]], *case))
+        for case in CASES
+        if dist.get_rank() in GROUPS[case[0]]
+    }
+
+
+def reduced(group, number, kind, way, operation):
+    """In all parts rank r gives 1 + r + the place in the whole."""
+    import torch.distributed as dist
+
+    members, op = GROUPS[number], getattr(dist.ReduceOp, operation)
+    sizes, rank = SIZES[kind][: len(members)], dist.get_rank()
+    output = torch.zeros(sizes[members.index(rank)])
+    inputs = list((torch.arange(sum(sizes)) + 1.0 + rank).split(sizes))
+    if way == "positions":
+        ended(way, dist.reduce_scatter(output, inputs, op, group, True))
+    else:
+        names = {"output": output, "input_list": inputs, "op": op, "group": group}
+        ended(way, dist.reduce_scatter(async_op=way == "async", **names))
+    return output.tolist()
+
+
+def gathered(group, number, kind, way, operation):
+    """Rank r gives r, once for each of its elements."""
+    import torch.distributed as dist
+
+    members, rank = GROUPS[number], dist.get_rank()
+    sizes = SIZES[kind][: len(members)]
+    mine = torch.full((sizes[members.index(rank)],), float(rank))
+    # gloo itself wants each output in one piece of memory; ours need not be
+    step = 2 if kind == "unequal" else 1
+    outputs = [torch.zeros(step * size)[::step] for size in sizes]
+    if way == "positions":
+        ended(way, dist.all_gather(outputs, mine, group, True))
+    else:
+        names = {"tensor_list": outputs, "tensor": mine, "group": group}
+        ended(way, dist.all_gather(async_op=way == "async", **names))
+    return torch.cat(outputs).tolist()
+
+
+def ended(way, handle):
+    """Wait for a handle; only asynchronous calls return one."""
+    assert (handle is None) == (way == "keywords")
+    if handle is not None:
+        handle.wait()
+
+
+def test_collectives_honour_op_group_and_async_op(ranks):
+    answers = ranks(3, reduced_and_gathered)
+    for rank, answer in enumerate(answers):
+        assert len(answer) == len(CASES) // (1 if rank else 2)
+        for (number, kind, _, operation), found in answer.items():
+            members = GROUPS[number]
+            sizes = SIZES[kind][: len(members)]
+            given = np.arange(sum(sizes)) + 1.0 + np.array(members)[:, None]
+            parts = np.split(OPERATIONS[operation](given, axis=0), np.cumsum(sizes)[:-1])
+            mine = parts[members.index(rank)].tolist()
+            assert found == (mine, np.repeat(members, sizes).tolist()), (number, kind, operation)
+
+
+def gather_too_few():
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo")
+    tensors, said = [torch.zeros(1), torch.zeros(2)], []
+    for collective in (dist.all_gather, lambda many, one: dist.reduce_scatter(one, many)):
+        with pytest.raises(ValueError) as error:
+            collective(tensors, tensors[0])
+        said.append(str(error.value))
+    return said
+
+
+def test_too_few_tensors_of_unequal_sizes_are_refused(ranks):
+    problem = "2 tensors for a group of 3 ranks; give one for each"
+    assert ranks(3, gather_too_few) == [[problem] * 2] * 3

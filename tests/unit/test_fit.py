@@ -56,7 +56,7 @@ def coefficients(cost):
     return {name: getattr(cost, name) for name in CostModel.__dataclass_fields__}
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(seed=st.integers(0, 2**32), columns=st.integers(1, 5), rows=st.integers(1, 12))
 def test_no_set_of_columns_gives_a_better_solution(seed, columns, rows):
     generator = np.random.default_rng(seed)
@@ -81,7 +81,7 @@ def test_exact_times_give_exact_coefficients():
     assert fit.unidentified == fit.copied == () and fit.is_good
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(
     seed=st.integers(0, 2**32),
     scale=st.lists(st.floats(0.3, 3.0), min_size=4, max_size=4),
@@ -201,7 +201,7 @@ def test_a_poor_grid_names_what_it_cannot_tell(grid, unidentified):
     assert len(fit_table(grid, fit)) == len(grid) + 1
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(
     st.lists(
         st.tuples(

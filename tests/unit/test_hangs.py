@@ -134,7 +134,7 @@ def test_what_has_been_quiet_for_long_may_be_so_again(node):
     quiets=st.lists(st.floats(0.1, 9.9), min_size=1, max_size=30),
     every_s=st.floats(0.2, 20.0),
 )
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_a_slow_rank_is_not_taken_for_a_hung_one(tmp_path_factory, quiets, every_s):
     """However slow the ranks are and however seldom the driver gets to look."""
     now = [0.0]

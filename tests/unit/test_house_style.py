@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "megascale"
 FILES = sorted(PACKAGE.rglob("*.py"))
 ORDER = (
-    "errors config runtime infowindow corpus planner mesh model optim checkpoint growth "
+    "errors parsing config runtime infowindow corpus planner mesh model optim checkpoint growth "
     "monitor resilience train cli"
 ).split()
 

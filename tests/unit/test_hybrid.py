@@ -1,13 +1,13 @@
 """The default planner: valid whatever it is given, near the bound, and the bound is one."""
 
 import itertools
-import time
 from dataclasses import replace
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from processor_time import processor_s
 
 from megascale.errors import UserError
 from megascale.planner import (
@@ -80,7 +80,7 @@ def problems(draw: st.DrawFn) -> Problem:
     )
 
 
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 @given(problem=problems())
 def test_every_plan_is_valid_deterministic_and_no_better_than_the_bound(problem: Problem) -> None:
     plan = plan_hybrid(problem)
@@ -90,7 +90,7 @@ def test_every_plan_is_valid_deterministic_and_no_better_than_the_bound(problem:
     assert plan_hybrid(problem).digest() == plan.digest()
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(
     lengths=st.lists(st.integers(1, 40), min_size=1, max_size=3),
     num_ranks=st.integers(1, 3),
@@ -128,7 +128,6 @@ def _fits(problem: Problem, plan: list[Placed]) -> bool:
     return all(tokens <= problem.capacity * size for tokens, size in held)
 
 
-@settings(deadline=None)
 @given(problem=problems(), limit=st.floats(1e-6, 1e3))
 def test_ring_sizes_are_those_of_a_search_through_all(problem: Problem, limit: float) -> None:
     lengths = np.unique(problem.lengths)[:8]
@@ -351,9 +350,4 @@ def test_plans_are_made_in_milliseconds(num_sequences: int, num_ranks: int, limi
     """Ten times what is promised of a quiet machine, which `tools/bench.py planner` measures."""
     lengths = draw_lengths("github", None, 131_072, 0, num_sequences)
     problem = Problem.of(lengths, num_ranks, 8192, "free", FLEXSP)
-    seconds = []
-    for _ in range(3):
-        began = time.perf_counter()
-        plan_hybrid(problem)
-        seconds.append(time.perf_counter() - began)
-    assert min(seconds) < limit_s
+    assert processor_s(lambda: plan_hybrid(problem)) < limit_s

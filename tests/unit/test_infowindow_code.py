@@ -92,7 +92,7 @@ def ignore(count):
     pass
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.lists(st.sampled_from(list(b"abcdefgh\xff")), min_size=1, max_size=60).map(bytes))
 def test_a_window_is_the_longest_string_with_a_code(text):
     tables, ranges = all_ranges(1, 4.0)
@@ -102,7 +102,7 @@ def test_a_window_is_the_longest_string_with_a_code(text):
 
 
 @pytest.mark.parametrize("bits", WINDOW_BITS)
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(text=TEXTS)
 def test_1_every_document_comes_back(bits, text):
     codes = encode(text, bits, TABLES)
@@ -111,7 +111,7 @@ def test_1_every_document_comes_back(bits, text):
 
 
 @pytest.mark.parametrize("bits", WINDOW_BITS)
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(text=TEXTS, prefix=TEXTS)
 def test_2_windows_have_exactly_their_bits_and_do_not_know_what_was_before(bits, text, prefix):
     codes = encode(text, bits, TABLES)
@@ -133,7 +133,7 @@ def starts_of(text, bits):
     return starts
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(text=TEXTS, bits=st.sampled_from(WINDOW_BITS))
 def test_3_one_more_byte_has_no_code(text, bits):
     start = 0
@@ -148,7 +148,7 @@ def test_3_one_more_byte_has_no_code(text, bits):
         start = end
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(TEXTS)
 def test_4_plain_ac_is_within_two_bits_of_the_information(text):
     tables = list(plain_tables(text, MODEL))
@@ -203,7 +203,7 @@ def test_6_bits_per_byte_of_guessing_is_eight_over_the_ratio():
     assert uniform == pytest.approx(len(to_tokens(codes, 16, 65536)) * 16 / len(text))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.sampled_from([16, 32, 64, 128]), st.data())
 def test_8_tokens_of_16_bits_are_pairs_of_8(bits, data):
     codes = data.draw(st.lists(st.integers(0, (1 << bits) - 1), max_size=5))
@@ -268,7 +268,7 @@ def test_static_ac_and_gzip_are_baselines():
     assert zlib.decompress(bytes(gzip_tokens(text))) == text
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.lists(st.integers(0, 2**30), min_size=2, max_size=257))
 def test_tables_have_no_zero_and_follow_the_weights(weights):
     (table,) = cumulative(np.array([weights]))

@@ -59,7 +59,7 @@ def test_every_string_has_the_code_of_the_reference():
         assert REFERENCE.encode([string])[0].tolist() == [code >> 8, code & 255], string
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.lists(TEXTS, max_size=4))
 def test_documents_come_back_and_are_coded_as_the_reference_does(texts):
     coder = small_book().coder
@@ -75,7 +75,7 @@ def test_compiled_and_reference_agree_on_mixed_text():
     assert small_book().coder.decode([coded]) == [text]
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(TEXTS, st.integers(0, 200))
 def test_parts_join(text, cut):
     coder = small_book().coder
@@ -182,7 +182,7 @@ def test_the_same_bytes_on_every_python_and_machine():
     assert hashlib.sha256(stream.tobytes()).hexdigest().startswith(STREAM)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(st.sets(st.lists(st.sampled_from([0, 1, 2, 255]), min_size=2, max_size=5).map(bytes)))
 def test_any_tree_is_walked_as_a_set_of_strings_would_be(longer):
     closed = {one[:i] for one in longer for i in range(1, len(one) + 1)}
@@ -266,7 +266,7 @@ def test_bad_streams_are_refused_and_leave_nothing(tmp_path):
     ]:
         with pytest.raises(UserError, match=said):
             encode_file(coded, target, book, book.windows, nothing)
-    assert not out.exists() and not list(tmp_path.glob("*.partial"))
+    assert not out.exists() and not list(tmp_path.glob(".tmp-*"))
 
 
 def test_what_is_interrupted_leaves_nothing_and_the_old_file_stays(tmp_path):
@@ -335,7 +335,7 @@ def test_a_file_may_take_its_own_place_and_pipes_are_read(tmp_path):
     assert path.read_bytes() == text
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.binary(max_size=100), st.integers(0, HEADER.size), st.booleans())
 def test_any_other_stream_is_one_clear_error(content, kept, with_digest):
     book = small_book()
@@ -348,7 +348,7 @@ def test_any_other_stream_is_one_clear_error(content, kept, with_digest):
 
 
 @pytest.mark.parametrize("bits", [16, 32])
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.binary(max_size=24))
 def test_every_whole_number_of_windows_is_a_text(bits, content):
     """Codes need not be those that the encoder would choose, but each has its string."""

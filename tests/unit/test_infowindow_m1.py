@@ -25,7 +25,7 @@ TEXT = "".join(f"line {i} of a tëxt, {i * i}\n" for i in range(20)).encode()[:3
 MODEL = random_m1(kv_heads=1)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(st.lists(st.binary(max_size=150), min_size=1, max_size=6))
 def test_the_batch_changes_no_bit(texts):
     together = MODEL.weights_after(texts)

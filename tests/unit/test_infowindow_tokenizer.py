@@ -24,7 +24,7 @@ TEXTS = ["def f(x):\n\treturn x\r\n", "Größe 漢字 \U0001f600\x00\x7f ", "a  
 STORY = "for i in range(10):\n    print(i)"
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.text(max_size=60), st.sampled_from([256, 65536]))
 def test_text_comes_back(text, vocabulary):
     tokenizer = InfoWindowTokenizer(small_book(), vocabulary)
@@ -36,7 +36,7 @@ def test_text_comes_back(text, vocabulary):
     assert tokenizer.decode([*ids, tokenizer.eod_id, -1, 70000]) == text
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.text(max_size=60))
 def test_offsets_are_characters(text):
     large = InfoWindowTokenizer(small_book(), 65536)

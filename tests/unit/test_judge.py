@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from judge import judge, lower_bound_s
+from processor_time import processor_s
 
 from megascale.planner import CostModel, Placed, Problem, complete, step_s, timeline
 
@@ -165,7 +166,7 @@ def random_plans(draw):
     return problem, complete(problem, placed, 0.0)
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(random_plans())
 def test_judge_and_planner_agree(case):
     """Two codes that share nothing but the formula."""
@@ -185,7 +186,7 @@ def test_judge_and_planner_agree(case):
     assert verdict.free_s <= verdict.lock_s * (1 + 1e-9)
 
 
-@settings(deadline=None, max_examples=300)
+@settings(max_examples=300)
 @given(
     lengths=st.lists(st.integers(1, 120), min_size=1, max_size=8),
     num_ranks=st.integers(1, 8),
@@ -257,7 +258,7 @@ def simulate(plan, lengths, stages):
     return max(free_s.values()) if len(done) == 2 * stages * len(rings) else math.inf
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(random_plans(), st.integers(1, 4))
 def test_judge_agrees_with_a_slow_simulation_in_any_mode(case, stages):
     problem, plan = case
@@ -296,8 +297,6 @@ print([name for name in sys.modules if name.startswith(("megascale", "torch", "s
 
 
 def test_a_cluster_is_judged_in_a_second():
-    import time
-
     rng = np.random.default_rng(0)
     lengths = np.minimum(8192, rng.lognormal(7, 1.75, 60_000)).astype(int) + 1
     ranks = np.arange(12_288)
@@ -305,7 +304,5 @@ def test_a_cluster_is_judged_in_a_second():
     for i in range(len(lengths)):
         rings[i % len(ranks)][1].append(i)
     everyone = plan_of(rings, 12_288, "lockstep", 1 << 20)
-    began = time.perf_counter()
-    verdict = judge(everyone, lengths, COST)
-    assert time.perf_counter() - began < 1.0
-    assert verdict.problems == ()
+    assert processor_s(lambda: judge(everyone, lengths, COST)) < 1.0
+    assert judge(everyone, lengths, COST).problems == ()

@@ -53,7 +53,7 @@ class Pretender(threading.Thread):
         self.board.leave(self.node)
 
     def until(self, look):
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + 120
         while time.monotonic() < deadline:
             self.board.beat(self.node)
             if (seen := look()) is not None:

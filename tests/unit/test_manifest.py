@@ -212,7 +212,7 @@ def test_a_crash_while_publishing_leaves_a_good_checkpoint(
     with monkeypatch.context() as patched:
         for name in ("rename", "replace"):
             patched.setattr(Path, name, counted(getattr(Path, name)))
-        for name in ("sync_folder", "write_synced"):
+        for name in ("sync_folder", "write_file"):
             patched.setattr(folders, name, counted(getattr(folders, name)))
         try:
             checkpoint(tmp_path, 2)

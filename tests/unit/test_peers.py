@@ -11,7 +11,7 @@ import numpy as np
 import peers
 import pytest
 from bench_planner import Job, Row, Scenario, corpus_lengths, in_process
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from judge import judge
 from peers import karmarkar_karp, plan_lpt, plan_lpt_best, plan_megatron_core, plan_verl_kk
@@ -30,7 +30,6 @@ def verdict_on(plan, lengths):
     return judge(json.loads(plan.to_bytes()), lengths, COST)
 
 
-@settings(deadline=None)
 @given(
     lengths=st.lists(st.integers(1, 3000), min_size=1, max_size=60),
     num_ranks=st.integers(1, 24),
@@ -71,7 +70,6 @@ def test_differencing_by_hand():
     assert sorted(itertools.chain(*parts)) == [0, 1, 2, 3, 4]
 
 
-@settings(deadline=None)
 @given(
     weights=st.lists(st.integers(0, 100), max_size=6),
     num_parts=st.integers(1, 4),

@@ -41,7 +41,7 @@ def read(shard, reads, seed, context, count):
 RUN = st.tuples(st.integers(0, 3), st.sampled_from([3, 4, 8, 64]), st.integers(1, 40))
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(st.lists(st.integers(0, 30), min_size=1, max_size=12), st.lists(RUN, min_size=1, max_size=5))
 def test_no_token_comes_again_before_all_have_come(lengths, runs):
     """Whatever the contexts and seeds of the runs: counts of tokens differ by one at most."""

@@ -3,14 +3,14 @@
 import json
 import subprocess
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from processor_time import processor_s
 
 from megascale.errors import UserError
 from megascale.planner import (
@@ -44,7 +44,6 @@ def plan_of(rings: list[Ring], num_ranks: int = 2, mode: str = "free", group: in
     return StepPlan(num_ranks, mode, 10, 1.0, 1.0, 0.0, tuple(rings), group)
 
 
-@settings(deadline=None)
 @given(lengths=LENGTHS, num_groups=st.integers(1, 9), group=st.integers(1, 7), data=st.data())
 def test_every_plan_keeps_the_invariants(
     lengths: list[int], num_groups: int, group: int, data: st.DataObject
@@ -122,12 +121,7 @@ def test_length_below_one_and_odd_groups_are_programmer_errors() -> None:
 
 def test_cluster_sized_step_is_planned_in_a_second() -> None:
     lengths = np.clip(np.random.default_rng(1).lognormal(6, 1.5, 50_000), 1, 32768).astype(int)
-    seconds = []
-    for _ in range(3):
-        begin = time.perf_counter()
-        longest_first(lengths, 1024, 32768, "lockstep", COST, 64)
-        seconds.append(time.perf_counter() - begin)
-    assert min(seconds) < 1.0
+    assert processor_s(lambda: longest_first(lengths, 1024, 32768, "lockstep", COST, 64)) < 1.0
 
 
 @given(lengths=LENGTHS)

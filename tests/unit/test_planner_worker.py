@@ -53,7 +53,7 @@ def process_of(plans):
     return psutil.Process(plans._maker._process.pid)
 
 
-def wait_until(happens, timeout_s=20):
+def wait_until(happens, timeout_s=120):
     deadline = time.monotonic() + timeout_s
     while not happens():
         assert time.monotonic() < deadline, "it did not happen in time"
@@ -144,21 +144,16 @@ def test_plans_are_made_while_others_work(start):
     plans = start(planners.plan_slowly)
     plans.result(plans.request(problem()))
     request = plans.request(problem())
-    assert not plans.ready(request)
-    time.sleep(0.3)
-    assert plans.ready(request)
-    began = time.perf_counter()
-    plans.result(request)
-    assert time.perf_counter() - began < 0.02
+    wait_until(lambda: plans.ready(request))  # nobody asks for the result
+    assert plans.result(request).trouble is None
 
 
 def test_a_large_problem_does_not_wait_for_the_pipe(start):
     plans = start(planners.plan_on_and_on)
     large = Problem.of(np.ones(1_000_000, np.int64), 2, 100, "free", COST)
-    began = time.perf_counter()
-    for _ in range(3):
-        plans.request(large)
-    assert time.perf_counter() - began < 0.5
+    requests = [plans.request(large) for _ in range(3)]  # more than a pipe holds
+    wait_until(lambda: process_of(plans).cpu_times().user > 0.5)
+    assert not any(map(plans.ready, requests))  # it still plans the first, and has read no other
 
 
 def test_what_a_solver_prints_is_no_plan(start, tmp_path):
@@ -208,7 +203,7 @@ def test_it_ends_with_its_stdin_in_the_midst_of_a_plan(start):
     process = process_of(plans)
     wait_until(lambda: process.cpu_times().user > 0.5)
     plans._maker._outbox.put(None)  # its stdin is closed once all is said
-    wait_until(lambda: is_gone(process), timeout_s=5)
+    wait_until(lambda: is_gone(process))
 
 
 PARENT = """
@@ -219,10 +214,10 @@ from test_planner_worker import problem
 plans = PlansAhead(planners.plan_on_and_on, 30.0)
 plans.request(problem())
 if sys.argv[1] == "fork" and os.fork() == 0:
-    time.sleep(20)  # as a writer of checkpoints does, with the pipe still open
+    time.sleep(200)  # as a writer of checkpoints does, with the pipe still open
     os._exit(0)
 print(plans._maker._process.pid, flush=True)
-time.sleep(60)
+time.sleep(200)
 """
 
 
@@ -241,7 +236,7 @@ def test_no_orphan_stays_when_the_parent_is_killed(how):
         wait_until(lambda: worker.cpu_times().user > 0.5)
         parent.kill()
         parent.wait()
-        wait_until(lambda: is_gone(worker), timeout_s=10)
+        wait_until(lambda: is_gone(worker))
     finally:
         os.killpg(parent.pid, signal.SIGKILL)
 

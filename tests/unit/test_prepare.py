@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megascale import cli
@@ -297,7 +297,7 @@ from megascale import cli
 from megascale.corpus.tokenizers import ByteTokenizer
 def slow(self, texts):
     pathlib.Path("working").touch()
-    time.sleep(30)
+    time.sleep(600)
 ByteTokenizer.encode_batch = slow
 sys.exit(cli.main(["prepare", "r.yaml", "--out", "out", "--processes", "2"]))
 """
@@ -311,11 +311,10 @@ sys.exit(cli.main(["prepare", "r.yaml", "--out", "out", "--processes", "2"]))
     )
     began = time.monotonic()
     while not (tmp_path / "working").exists() and process.poll() is None:
-        assert time.monotonic() - began < 60
+        assert time.monotonic() - began < 120
         time.sleep(0.05)
-    time.sleep(0.5)
     os.killpg(process.pid, signal.SIGINT)
-    _, said = process.communicate(timeout=20)
+    _, said = process.communicate(timeout=120)
     assert process.returncode == 130, said
     assert "Traceback" not in said and "Interrupt" not in said
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "r.yaml", "working"]
@@ -423,9 +422,7 @@ def test_a_corpus_file_that_was_changed(tmp_path, change):
         describe(str(out))
 
 
-@settings(
-    max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@settings(max_examples=150)
 @given(data=st.data())
 def test_a_mutated_corpus_file_is_refused_or_meant(tmp_path, data):
     out = tmp_path / "out"

@@ -4,7 +4,7 @@ import math
 import re
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from megascale.config import OptimConfig, SegmentConfig
@@ -147,7 +147,6 @@ def test_the_infinite_curve_of_the_paper_by_default(shape: str, tokens: int, lr:
     assert [segment.tokens for segment in segments] == [100, 6000, 2500, 1400, None]
 
 
-@settings(deadline=None)
 @given(
     st.sampled_from(["cosine", "inverse_sqrt"]),
     st.tuples(*[st.integers(1, 10**12)] * 4),
@@ -169,7 +168,6 @@ CURVES = st.fixed_dictionaries(
 )
 
 
-@settings(deadline=None)
 @given(CURVES, st.integers(10**9, 10**13))
 def test_curves_by_name_have_no_jumps(options: dict, tokens: int) -> None:
     if options["curve"] == "anneal":
@@ -185,7 +183,6 @@ def test_curves_by_name_have_no_jumps(options: dict, tokens: int) -> None:
     assert lr_at(tokens, segments) == lr_at(2 * tokens, segments) == last
 
 
-@settings(deadline=None)
 @given(st.integers(10**4, 10**12), st.integers(10**4, 10**12), st.floats(0, 1))
 def test_the_constant_phase_does_not_depend_on_the_length_of_the_run(one, other, part) -> None:
     """A run that is lengthened, or ends early, has seen the same rates up to its anneal."""

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megascale.corpus.shards import HEADER, MAGIC, Shard, ShardWriter, writing
@@ -66,9 +66,7 @@ def test_reads_megatron_documents_of_several_sequences(megatron, tmp_path):
     assert shard.num_tokens == 9
 
 
-@settings(
-    max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@settings(max_examples=100)
 @given(
     documents=st.lists(
         st.lists(st.lists(st.integers(0, 99), min_size=1, max_size=3), max_size=3), max_size=6
@@ -167,9 +165,7 @@ def test_missing_files(tmp_path):
         Shard.open(tmp_path / "x")
 
 
-@settings(
-    max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@settings(max_examples=300)
 @given(data=st.data())
 def test_a_mutated_index_is_refused_or_readable(tmp_path, data):
     whole = (_write(tmp_path / "x"), (tmp_path / "x.idx").read_bytes())[1]

@@ -57,7 +57,7 @@ def test_other_text_keeps_its_ids(tokenizers, kind):
         assert tokenizer.encode(text).tolist() == naive_ids(tokenizer, text)
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(parts=st.lists(st.sampled_from(["</s>", "<s>", "<pad>", "<unk>", "<", "/", "s", ">", "a "])))
 def test_no_special_id_comes_out(tokenizers, parts):
     text = "".join(parts)
@@ -67,7 +67,7 @@ def test_no_special_id_comes_out(tokenizers, parts):
         assert tokenizer.decode(ids) == text
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(text=st.text(alphabet=st.characters(codec="utf-8"), max_size=60))
 def test_bytes_and_windows_have_no_special_id(text):
     windows = [InfoWindowTokenizer(small_book(), size) for size in (256, 65536)]

@@ -20,7 +20,7 @@ from megascale.planner.worker import pack_problem, unpack_problem
 paces = st.sampled_from([1.0, 1.05, 1.3, 2.0, 4.0])
 
 
-@settings(deadline=None, max_examples=12)
+@settings(max_examples=12)
 @given(problem=problems(), data=st.data())
 def test_plans_with_slow_ranks_are_valid_and_no_better_than_the_bound(problem, data):
     slowdown = data.draw(st.tuples(*[paces] * problem.num_ranks))
@@ -34,7 +34,7 @@ def test_plans_with_slow_ranks_are_valid_and_no_better_than_the_bound(problem, d
     assert plan_hybrid(ones).digest() == plan_hybrid(problem).digest()
 
 
-@settings(deadline=None, max_examples=10)
+@settings(max_examples=10)
 @given(
     lengths=st.lists(st.integers(1, 40), min_size=1, max_size=2),
     slowdown=st.lists(paces, min_size=1, max_size=3),

@@ -94,7 +94,6 @@ def batches(draw: st.DrawFn) -> Problem:
     return Problem.of(lengths, ranks, capacity, mode, COST, pipeline=pipeline)
 
 
-@settings(deadline=None)
 @given(problem=batches(), planner=st.sampled_from(ALL))
 def test_all_groups_run_equally_many_packs(problem: Problem, planner: Planner) -> None:
     """One pack less only where there are fewer sequences than packs, which then are single."""
@@ -113,7 +112,6 @@ def test_all_groups_run_equally_many_packs(problem: Problem, planner: Planner) -
         assert len(empty) == size * (num_groups - len(counts))
 
 
-@settings(deadline=None)
 @given(
     tokens=st.lists(st.integers(1, 9), min_size=1, max_size=9),
     num_packs=st.integers(1, 5),
@@ -236,7 +234,7 @@ def fits(problem: Problem) -> bool:
     return problem.lengths.max(initial=0) <= problem.num_ranks * problem.capacity
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(problem=problems())
 def test_every_plan_keeps_the_invariants_and_hindsight_wins(problem: Problem) -> None:
     try:
@@ -256,7 +254,7 @@ def test_every_plan_keeps_the_invariants_and_hindsight_wins(problem: Problem) ->
     assert plans[2].predicted_s <= min(plan.predicted_s for plan in plans)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(problem=problems().filter(fits))
 def test_hindsight_is_the_best_of_all_divisors(problem: Problem) -> None:
     """The search stops where even packs would not be faster; here nothing stops it."""

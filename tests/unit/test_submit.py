@@ -73,7 +73,7 @@ def batch(tmp_path):
 
 
 def finish(process):
-    said, _ = process.communicate(timeout=30)
+    said, _ = process.communicate(timeout=200)
     return process.returncode, said
 
 
@@ -149,8 +149,13 @@ def test_what_may_do_better_is_requeued(batch, tmp_path, status, requeued):
 )
 def test_signals(batch, tmp_path, number, told, requeued):
     """A time limit is passed on and requeues; what Slurm ends itself, it requeues itself."""
-    process = batch(script_path("train"), "x.yaml", SRUN_S="3", SRUN_STATUS="1" if told else "143")
-    deadline = time.monotonic() + 20
+    process = batch(
+        script_path("train"),
+        "x.yaml",
+        SRUN_S="100" if told else "3",
+        SRUN_STATUS="1" if told else "143",
+    )
+    deadline = time.monotonic() + 120
     while not (tmp_path / "srun").exists() and time.monotonic() < deadline:
         time.sleep(0.05)
     time.sleep(0.2)

@@ -29,7 +29,7 @@ def bpe():
     return train_bpe(TEXTS, 300)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.text(alphabet=st.characters(codec="utf-8")))
 def test_bytes_and_bpe_give_the_text_back(bpe, text):
     for tokenizer in (ByteTokenizer(), bpe):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator, Mapping
 from copy import deepcopy
@@ -27,6 +26,7 @@ from megascale.config import (
     SourceConfig,
     finalize,
 )
+from megascale.config.load import checked
 from megascale.errors import UserError
 
 ONLY = {
@@ -35,6 +35,8 @@ ONLY = {
     "quantization_config": (None,),
 }
 """Options that all families have, and the values that our model can be."""
+MOST_LAYERS = 10_000
+"""As many layers are looked at; `config` refuses more."""
 LEAST_MULTIPLE = 8
 """A vocabulary that this divides is not padded; up to 8 tensor ranks can share it."""
 
@@ -78,6 +80,15 @@ def model_of(config: Any, where: Path) -> ModelConfig:
 
     Raises UserError for what our model cannot be.
     """
+    try:
+        return _model_of(config, where)
+    except UserError:
+        raise
+    except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
+        raise UserError(f"{where}: a value of the wrong type: {one_line(error)}") from None
+
+
+def _model_of(config: Any, where: Path) -> ModelConfig:
     family = FAMILIES[config.model_type]
     _refuse(config, family, where)
     rope, vocabulary = config.rope_parameters, math.gcd(config.vocab_size, 128)
@@ -101,7 +112,7 @@ def model_of(config: Any, where: Path) -> ModelConfig:
         moe=_moe(config, family, where),
     )
     try:
-        return complete(RunConfig(model=model)).model
+        return complete(RunConfig(model=checked(model, "model"))).model
     except UserError as error:
         raise UserError(f"{where}: {error}") from None
 
@@ -216,7 +227,7 @@ def _refuse_dense_layers(config: Any, where: Path) -> None:
     every, listed = config.decoder_sparse_step, config.mlp_only_layers
     if every < 1:
         raise UserError(f"{where}: decoder_sparse_step = {every} must be at least 1")
-    layers = range(config.num_hidden_layers)
+    layers = range(min(config.num_hidden_layers, MOST_LAYERS))
     dense = [i for i in layers if i in listed or (i + 1) % every]
     if dense:
         raise UserError(
@@ -313,4 +324,4 @@ def write_config(config: Any, folder: Path) -> None:
     """
     config.save_pretrained(folder)
     path = folder / CONFIG
-    write_document(json.loads(path.read_bytes()) | rope_for_all(config.rope_parameters), path)
+    write_document(read_document(path) | rope_for_all(config.rope_parameters), path)

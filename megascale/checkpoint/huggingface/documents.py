@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from megascale.errors import UserError
+from megascale.parsing import read_json
 
 CONFIG = "config.json"
 GENERATION = "generation_config.json"
@@ -15,13 +16,13 @@ GENERATION = "generation_config.json"
 def read_document(path: Path) -> dict[str, Any]:
     """A JSON object of a model folder. Raises UserError where there is none."""
     try:
-        document = json.loads(path.read_bytes())
+        document = read_json(path)
     except OSError as error:
         raise UserError(
             f"{path}: {error.strerror}; give the folder of a Hugging Face model"
         ) from None
-    except (ValueError, RecursionError):
-        document = None
+    except UserError as error:
+        raise UserError(f"{error}; copy the model again") from None
     if not isinstance(document, dict):
         raise UserError(f"{path} is not the JSON of a config; copy the model again")
     return document

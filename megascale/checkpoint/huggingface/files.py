@@ -11,9 +11,11 @@ from typing import Any
 
 import torch
 
+from megascale.checkpoint.manifest import is_plain_name
 from megascale.checkpoint.ranges import Shape
 from megascale.checkpoint.storage import one_line
 from megascale.errors import UserError
+from megascale.parsing import read_json
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -78,8 +80,8 @@ def _listed(folder: Path) -> dict[str, str]:
             )
         return {}
     try:
-        listed = json.loads(path.read_bytes())["weight_map"]
-        if all(Path(file).name == file for file in listed.values()):
+        listed = read_json(path)["weight_map"]
+        if all(is_plain_name(file) for file in listed.values()):
             return dict(listed)
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         pass

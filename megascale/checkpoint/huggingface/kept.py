@@ -59,7 +59,7 @@ def keep(source: Path, theirs: Any, home: Path) -> None:
 
     Raises UserError where it cannot be read, OSError.
     """
-    from megascale.checkpoint.huggingface.tokenizer import copy_tokenizer
+    from megascale.checkpoint.huggingface.tokenizer import FILES, copy_tokenizer
 
     folder = home / KEPT
     folder.mkdir()
@@ -67,9 +67,8 @@ def keep(source: Path, theirs: Any, home: Path) -> None:
     positions = {POSITIONS: theirs.max_position_embeddings}
     write_document(read_document(source / CONFIG) | positions, folder / CONFIG)
     if (source / GENERATION).is_file():
-        read_document(source / GENERATION)
-        shutil.copyfile(source / GENERATION, folder / GENERATION)
-    copy_tokenizer(source, folder)
+        read_document(source / GENERATION)  # it is refused here, before it is kept
+    copy_tokenizer(source, folder, (GENERATION, *FILES))
 
 
 def pass_on(parent: Path, home: Path, context_tokens: int) -> None:

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from megascale.checkpoint.huggingface.documents import write_document
 from megascale.corpus.describe import CORPUS_FILE, TOKENIZER_FOLDER
+from megascale.corpus.hugging_face import read_backend
 from megascale.corpus.tokenizers import EOD_TEXT, TOKENIZER_FILE, Tokenizer, load_tokenizer
 from megascale.errors import UserError
 from megascale.infowindow import tokenizer as tokenizer_module
@@ -47,10 +48,11 @@ Relation = Literal["same", "larger", "other"]
 def copy_tokenizer(source: Path, out: Path, files: tuple[str, ...] = FILES) -> bool:
     """Copy the tokenizer of a model folder, or some of its files, into `out`; whether any is there.
 
-    Raises OSError.
+    Raises UserError for a link that leads out of the folder, OSError.
     """
     found = _files_of(source, files)
     for path in found:
+        _require_inside(source, source / path)
         target = out / path
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(source / path, target)
@@ -100,13 +102,13 @@ def _corpus_backend(source: Path) -> Any:
         return None
     if tokenizer.kind == "bytes":
         return _byte_backend(tokenizer)
-    return _read_backend(source / TOKENIZER_FOLDER / TOKENIZER_FILE)
+    return read_backend(source / TOKENIZER_FOLDER / TOKENIZER_FILE)
 
 
 def _hf_backend(folder: Path) -> Any:
     """Of the `tokenizers` library; None where a folder's tokenizer is not made of its parts."""
     if (folder / TOKENIZER_FILE).is_file():
-        return _read_backend(folder / TOKENIZER_FILE)
+        return read_backend(folder / TOKENIZER_FILE)
     from transformers import AutoTokenizer
 
     try:
@@ -116,15 +118,6 @@ def _hf_backend(folder: Path) -> Any:
     except Exception:  # it raises many kinds
         return None
     return tokenizer.backend_tokenizer if tokenizer.is_fast else None
-
-
-def _read_backend(path: Path) -> Any:
-    from tokenizers import Tokenizer as Backend
-
-    try:
-        return Backend.from_file(str(path))
-    except Exception as error:  # the library raises bare Exception
-        raise UserError(f"{path}: not a tokenizer: {error}; copy or prepare it again") from None
 
 
 def _encoding(backend: Any) -> dict[str, Any]:
@@ -139,6 +132,17 @@ def first_id(source: Path) -> int:
     """The id that stands before the first token of every document of a corpus in training."""
     tokenizer = load_tokenizer(source)
     return tokenizer.eod_id if tokenizer.bos_id is None else tokenizer.bos_id
+
+
+def _require_inside(source: Path, file: Path) -> None:
+    """What is copied may be published, so it must be no file from elsewhere by a link. In a
+    cache of Hugging Face, files are links to the `blobs` beside `snapshots`."""
+    source, real = source.resolve(), file.resolve()
+    places = [source]
+    if source.parent.name == "snapshots":
+        places.append(source.parents[1] / "blobs")
+    if not any(real.is_relative_to(place) for place in places):
+        raise UserError(f"{file} is a link to {real}, outside its folder; copy the file there")
 
 
 def write_tokenizer(source: Path, out: Path, context_tokens: int) -> None:
