@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 
 import numpy as np
 
@@ -29,8 +30,9 @@ from megascale.planner.waves import Sheet, even_level
 
 TRIES = 10
 """Plans that are made, of which the best is taken, where no budget of seconds says."""
-LEAST_TRIES = 2
-"""Plans that are made whatever the budget: one in waves and one in shelves, where those may pay."""
+LEAST_TRIES = 3
+"""Plans that are made whatever the budget. Where shelves may pay they are one in waves, one in
+shelves and the best static one, since each may be far slower than the others."""
 FEW, FEW_TIMES_RANKS, LIMITS = 1024, 16384, 12
 """Up to so many sequences, if there are few for a rank or few ranks too, other planners' plans are
 tried; up to a quarter of it, so many limits for how long a ring may last."""
@@ -91,11 +93,13 @@ def _candidates(problem: Problem, batch: Batch) -> Iterator[Candidate]:
     if problem.mode != "free":
         waves = _waves(problem, batch)
         if problem.pipeline > 1 and has_few_short(problem):
-            yield next(waves)  # either kind may be far off: see LEAST_TRIES
             limit_s = longest_s(problem, batch)
-            shelved = (shelve(problem, batch, limit_s * part) for part in LONGEST)
-            yield from (_shelved(problem, *one) for one in shelved if one is not None)
+            found = (shelve(problem, batch, limit_s * part) for part in LONGEST)
+            shelved = (_shelved(problem, *one) for one in found if one is not None)
+            yield next(waves)
+            yield from islice(shelved, 1)
             yield _of_peer(plan_static_best(problem))
+            yield from shelved
         yield from waves
         return
     level_s = _reachable_s(problem, batch.lengths)
