@@ -37,7 +37,7 @@ from megascale.resilience.leader import (
     Leader,
     Timing,
 )
-from megascale.resilience.local_ranks import MOST_RANKS
+from megascale.resilience.local_ranks import ranks_that_fit
 from megascale.resilience.signals import StopRequest
 from megascale.resilience.slurm import MOST_NODES, node_range, requeue
 from megascale.runtime.files import open_lock
@@ -271,7 +271,7 @@ def _endpoint(text: str, num_nodes: int) -> tuple[str, int]:
 
 def _ranks_per_node(given: str | None) -> int:
     if given is not None:
-        return whole_number(given, "--ranks-per-node", 1, MOST_RANKS)
+        return ranks_that_fit(given, "--ranks-per-node")
     import torch
 
     return max(1, torch.cuda.device_count())

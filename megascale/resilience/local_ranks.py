@@ -20,6 +20,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
+
 from megascale.config.load import whole_number
 from megascale.errors import RankError, UserError
 from megascale.monitor.events import EventLog, at, read_events
@@ -35,6 +37,8 @@ from megascale.resilience.signals import ECHO_S, SIGNALS, StopRequest
 from megascale.runtime.logs import STARTER_VARIABLE, note_failure
 
 MOST_RANKS = 1024
+RANK_BYTES = 250 << 20
+"""Memory of a rank that has imported torch and megatron-core and has no model yet, about."""
 HOST = "127.0.0.1"
 ERROR_VARIABLE = "TORCHELASTIC_ERROR_FILE"
 """The file in which a rank leaves the exception that ends it, by torch's name for it."""
@@ -74,7 +78,21 @@ def rank_count(text: str | None) -> int:
             f"--ranks {text}: torchrun has started ranks already (WORLD_SIZE is set); leave out "
             "--ranks, or torchrun"
         )
-    return whole_number(text, "--ranks", 1, MOST_RANKS)
+    return ranks_that_fit(text, "--ranks")
+
+
+def ranks_that_fit(text: str, option: str) -> int:
+    """The number of ranks that `option` asks for on this machine.
+
+    Raises UserError for what is no number of ranks, and for more ranks than memory is free for.
+    """
+    count, free = whole_number(text, option, 1, MOST_RANKS), psutil.virtual_memory().available
+    if count > 1 and count * RANK_BYTES > free:
+        raise UserError(
+            f"{option} {text}: a rank takes about {RANK_BYTES / 1e9:.2f} GB before it has a model, "
+            f"and {free / 1e9:.1f} GB are free here; at most {max(1, free // RANK_BYTES)} ranks fit"
+        )
+    return count
 
 
 def megascale(*words: str) -> tuple[str, ...]:

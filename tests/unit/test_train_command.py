@@ -43,6 +43,16 @@ def test_bad_input_is_one_line(config, capsys, monkeypatch, verb, words, message
     assert message in said.err and said.err.count("\n") == 1 and said.out == ""
 
 
+def test_more_ranks_than_memory_holds_are_refused(config, capsys, monkeypatch):
+    gigabyte = SimpleNamespace(available=10**9)
+    monkeypatch.setattr("psutil.virtual_memory", lambda: gigabyte)
+    assert rank_count("3") == 3
+    for words in (["train", "--ranks=4"], ["launch", "--ranks-per-node=4"]):
+        assert main([words[0], config, *words[1:]]) == 2
+        said = capsys.readouterr().err
+        assert "1.0 GB are free here; at most 3 ranks fit" in said and said.count("\n") == 1
+
+
 @pytest.mark.parametrize(
     "words, message",
     [
