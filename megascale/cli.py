@@ -77,15 +77,15 @@ VERBS = {
     "calibrate": (
         "megascale.train.calibrate_command:calibrate",
         "measure what micro-batches take on this machine, for the planner",
-        "torchrun --nproc-per-node 2 -m megascale calibrate configs/quickstart.yaml --minutes 1",
+        "megascale calibrate configs/quickstart.yaml --ranks 2 --minutes 1",
     ),
     "train": (
         "megascale.train.command:train",
-        "train one rank; under torchrun, many",
-        "torchrun --nproc-per-node 2 -m megascale train configs/quickstart.yaml --resume auto",
+        "train on this machine, on one rank or many; under torchrun, one of its ranks",
+        "megascale train configs/quickstart.yaml --ranks 2 --resume auto",
     ),
     "launch": (
-        "megascale.resilience.launch_command:launch",
+        "megascale.train.launch_command:launch",
         "train on this node and start again what fails; one on every node of a job",
         "megascale launch configs/quickstart.yaml --ranks-per-node 2",
     ),
@@ -97,7 +97,7 @@ VERBS = {
     "branch": (
         "megascale.train.command:branch",
         "train a new run that begins with the weights of a checkpoint",
-        "torchrun --nproc-per-node 2 -m megascale branch runs/base configs/quickstart.yaml",
+        "megascale branch runs/base configs/quickstart.yaml --ranks 2",
     ),
     "grow": (
         "megascale.train.grow_command:grow",

@@ -21,6 +21,10 @@ class UserError(ValueError):
         super().__init__("".join(c if c.isprintable() else repr(c)[1:-1] for c in message))
 
 
+class StorageError(UserError):
+    """A file system did not do what it was asked; it may at another time, or on another node."""
+
+
 class RankError(UserError):
     """Bad input that this rank met and others did not, so that it must speak for itself."""
 

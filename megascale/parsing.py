@@ -217,8 +217,12 @@ _LENIENT = json.JSONDecoder(
 )
 
 
-_TEXTS = json.JSONDecoder(parse_int=str, parse_float=str, parse_constant=str)
-"""Numbers are left as they stand, since texts alone are taken."""
+def _no_text(number: str) -> int:
+    return 0
+
+
+_TEXTS = json.JSONDecoder(parse_int=_no_text, parse_float=_no_text, parse_constant=_no_text)
+"""Numbers of any length become 0, since only texts are read."""
 
 
 class _Loader(yaml.SafeLoader):

@@ -34,6 +34,7 @@ CAPACITY, BATCH_TOKENS, STEPS = 8 << 10, 32 << 20, 3
 CONTEXTS = (256 << 10, 512 << 10, 1 << 20, 2 << 20)
 LENGTHS = ("github", "bytescale_byted")
 DEVICES_OF = {"7b": 1024, "13b": 1024, "30b": 1024, "70b": 8192, "8x7b": 4096, "8x22b": 16384}
+SEARCHED = "static, searched per batch"
 STAGES = ("static", "+ dynamic", "+ offload", "+ balance", "hybrid")
 COLOURS = ("#b0b0b0", "#92c5de", "#4393c3", "#2166ac", "#d6604d")
 PAPER_STAGES = (1.00, 1.59, 2.01, 3.69)
@@ -106,7 +107,7 @@ def entrants(context: int) -> list[Entrant]:
         Entrant("+ balance", plan_bytescale, paying),
         Entrant("+ offload, where hidden", plan_bytescale_naive),
         Entrant("+ balance, where hidden", plan_bytescale),
-        Entrant("static, searched per batch", plan_static_best, without),
+        Entrant(SEARCHED, plan_static_best, without),
         Entrant("hybrid", PLANNERS["hybrid"], paying),
     ]
 
@@ -192,6 +193,13 @@ def differences(rows: Sequence[dict[str, Any]]) -> list[str]:
             }
             here = ", ".join(f"{model} {speedup:.2f}x" for model, speedup in found.items())
             lines.append(f"  {lengths}, 2048K, {planner}: {paper}; {here}")
+        found = {
+            row["model"]: _speedup(row, "hybrid") / _speedup(row, SEARCHED)
+            for row in table
+            if row["lengths"] == lengths
+        }
+        here = ", ".join(f"{model} {speedup:.2f}x" for model, speedup in found.items())
+        lines.append(f"  {lengths}, 2048K, hybrid over {SEARCHED}: {here}")
     for row in at_2m:
         if row["model"] == "7b" and row["devices"] == 1024:
             stages = " -> ".join(f"{_speedup(row, stage):.2f}" for stage in STAGES)

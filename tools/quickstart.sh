@@ -31,7 +31,7 @@ megascale plan configs/quickstart.yaml --ranks 2 --gantt "$run/plots/plan.png" r
 
 echo
 echo "== 3/4 training on 2 ranks"
-torchrun --standalone --nproc-per-node 2 -m megascale train configs/quickstart.yaml run_dir="$run"
+megascale train configs/quickstart.yaml --ranks 2 run_dir="$run"
 
 echo
 echo "== 4/4 plots"
@@ -43,8 +43,8 @@ Done. Next:
   . .venv/bin/activate
   megascale data check corpora/python_stdlib       look at the data
   megascale plan configs/quickstart.yaml --ranks 8 train.tokens=1B   what another run would be
-  torchrun --nproc-per-node 2 -m megascale train configs/quickstart.yaml run_dir=$run \\
-      train.tokens=4M --resume auto                train this one for longer
+  megascale train configs/quickstart.yaml --ranks 2 run_dir=$run train.tokens=4M --resume auto
+                                                   train this one for longer
   megascale doctor                                 what this machine has
   tensorboard --logdir $run/tensorboard            curves, live
   bash tools/test.sh                               run the tests

@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 
 import numpy as np
 
@@ -29,6 +30,9 @@ from megascale.planner.waves import Sheet, even_level
 
 TRIES = 10
 """Plans that are made, of which the best is taken, where no budget of seconds says."""
+LEAST_TRIES = 3
+"""Plans that are made whatever the budget. Where shelves may pay they are one in waves, one in
+shelves and the best static one, since each may be far slower than the others."""
 FEW, FEW_TIMES_RANKS, LIMITS = 1024, 16384, 12
 """Up to so many sequences, if there are few for a rank or few ranks too, other planners' plans are
 tried; up to a quarter of it, so many limits for how long a ring may last."""
@@ -62,7 +66,8 @@ def plan_hybrid(problem: Problem) -> StepPlan:
         if best is None or candidate.seconds < best.seconds:
             best = candidate
         spent_s = time.perf_counter() - began
-        if number == TRIES if problem.budget_s is None else spent_s > problem.budget_s:
+        is_over = number >= LEAST_TRIES and spent_s > (problem.budget_s or 0.0)
+        if number == TRIES if problem.budget_s is None else is_over:
             break
     for candidate in _of_few(problem, batch):
         if best is None or candidate.seconds < best.seconds:
@@ -86,12 +91,16 @@ def _candidates(problem: Problem, batch: Batch) -> Iterator[Candidate]:
     if not batch.order:
         return
     if problem.mode != "free":
+        waves = _waves(problem, batch)
         if problem.pipeline > 1 and has_few_short(problem):
             limit_s = longest_s(problem, batch)
-            shelved = (shelve(problem, batch, limit_s * part) for part in LONGEST)
-            yield from (_shelved(problem, *one) for one in shelved if one is not None)
+            found = (shelve(problem, batch, limit_s * part) for part in LONGEST)
+            shelved = (_shelved(problem, *one) for one in found if one is not None)
+            yield next(waves)
+            yield from islice(shelved, 1)
             yield _of_peer(plan_static_best(problem))
-        yield from _waves(problem, batch)
+            yield from shelved
+        yield from waves
         return
     level_s = _reachable_s(problem, batch.lengths)
     for part, nest in STACKS:

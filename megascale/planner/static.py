@@ -148,7 +148,7 @@ def _usual_rounds(problem: Problem, size: int) -> int:
 
 
 def _rounds_to_try(problem: Problem, size: int) -> list[int]:
-    """The fewest rounds, and for a pipeline those that promise the shortest step.
+    """The fewest rounds, and for a pipeline the usual ones and those that promise most.
 
     Packs of j sequences of like length need as many rounds as j goes into the sequences of a group.
     """
@@ -158,7 +158,8 @@ def _rounds_to_try(problem: Problem, size: int) -> list[int]:
     most = max(1, -(-len(problem.lengths) * size // problem.num_ranks))
     per_pack = np.unique(np.geomspace(1, most, 24).astype(np.int64))
     options = {rounds for rounds in (-(-most // per_pack)).tolist() if rounds > fewest}
-    return [fewest, *sorted(options, key=partial(_promised_s, problem, size))[:ROUNDS_TRIED]]
+    promising = sorted(options, key=partial(_promised_s, problem, size))[:ROUNDS_TRIED]
+    return sorted({fewest, _usual_rounds(problem, size), *promising})
 
 
 def _promised_s(problem: Problem, size: int, rounds: int) -> float:

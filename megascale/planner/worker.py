@@ -33,7 +33,7 @@ from megascale.planner.problem import OffloadModel, Planner, Problem
 
 HEADER = struct.Struct("<4sIQ")
 MAGIC = b"plan"
-IGNORED_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+IGNORED_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 """Those that ask a run to save and stop: it needs plans until it has."""
 NICENESS = 5
 """Below the training processes, yet a quarter of a busy core."""

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from megascale.resilience.failures import Cause, culprit
+from megascale.resilience.failures import Cause, cause_of_rank, culprit, killed_by
 from megascale.resilience.processes import die_with_parent
 from megascale.runtime.terminal import escaped_output
 
@@ -29,6 +29,7 @@ def main(words: list[str]) -> int:
 
 
 def _run(verdict: str, options: list[str]) -> int:
+    from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import parse_args, run
 
@@ -37,6 +38,9 @@ def _run(verdict: str, options: list[str]) -> int:
         return 0
     except ChildFailedError as error:
         cause = culprit([_cause(rank, failure) for rank, failure in error.failures.items()])
+    except SignalException as error:
+        how, kind = killed_by(error.sigval)
+        cause = Cause(f"torchrun was {how}", time.time(), kind=kind)
     except Exception as error:
         cause = Cause(f"{type(error).__name__}: {error}", time.time())
     Path(verdict).write_text(json.dumps(cause.to_json()), encoding="utf-8")
@@ -44,14 +48,10 @@ def _run(verdict: str, options: list[str]) -> int:
 
 
 def _cause(rank: int, failure: Any) -> Cause:
-    said: Any = failure.message
+    said: Any = failure.error_file_data.get("message")
     if isinstance(said, Mapping):
         said = said["message"]
-    if failure.exitcode < 0:
-        said = f"killed by {failure.signal_name()}"
-    elif failure.error_file_data.get("message") is None:
-        said = f"ended with status {failure.exitcode}"
-    return Cause(str(said), float(failure.timestamp), rank)
+    return cause_of_rank(rank, failure.exitcode, said, float(failure.timestamp))
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ belongs on a network of its own. What drivers do never depends on them.
 from __future__ import annotations
 
 import re
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -43,11 +44,12 @@ from megascale.resilience.channel import (
 )
 from megascale.resilience.failures import Cause
 from megascale.resilience.hangs import PULSES
+from megascale.runtime.logs import say
 
 MOST_TEXT = 16_000
 """Characters of a text on the board."""
 _TEXT = (str, type(None))
-_CAUSE = {"error": str, "time": float, "rank": (int, type(None)), "node": _TEXT}
+_CAUSE = {"error": str, "time": float, "rank": (int, type(None)), "node": _TEXT, "kind": str}
 _ORDER = {"members": [int], "stop": _TEXT, "status": int}
 TOPICS: Mapping[str, tuple[int, Any]] = {
     "beat": (1, int),
@@ -337,20 +339,24 @@ def join_board(
 
 def hold_meeting(host: str) -> tuple[Any, int]:
     """(the store on which torchrun's agents meet, its port), at the address of `host` alone."""
-    from torch.distributed import TCPStore
-
     listener = listen(host, 0)
     port = listener.getsockname()[1]
-    store = TCPStore(
+    return serve_meeting(listener, host), port
+
+
+def serve_meeting(listener: socket.socket, host: str) -> Any:
+    """A store that answers on a listening socket of `host`, for as long as it is kept."""
+    from torch.distributed import TCPStore
+
+    return TCPStore(
         host,
-        port,
+        listener.getsockname()[1],
         is_master=True,
         wait_for_workers=False,
         timeout=timedelta(seconds=60),
         master_listen_fd=listener.detach(),
     )
-    return store, port
 
 
 def _say(text: str) -> None:
-    print(f"megascale: {text}", flush=True)
+    say(f"megascale: {text}")

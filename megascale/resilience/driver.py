@@ -18,18 +18,19 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import count
 from pathlib import Path
-from signal import SIGUSR1, Signals
+from signal import SIGUSR1
 from typing import TypeVar
 
 from megascale.parsing import read_json
 from megascale.resilience.board import Answer, Board, BoardLost, Order
-from megascale.resilience.failures import Cause
+from megascale.resilience.failures import Cause, killed_by
 from megascale.resilience.hangs import NodeRanks
 from megascale.resilience.leader import FINISHED, LEADERLESS, Leader, Timing
 from megascale.resilience.node_check import check_node
 from megascale.resilience.processes import adopt_orphans, end_descendants, signal_ranks
 from megascale.resilience.scratch import scratch_folder
 from megascale.resilience.signals import StopRequest
+from megascale.runtime.logs import say
 from megascale.runtime.pulse import FOLDER_VARIABLE
 
 T = TypeVar("T")
@@ -240,7 +241,7 @@ class Driver:
         return True
 
     def _say(self, text: str) -> None:
-        print(f"megascale: node {self._node.name}: {text}", flush=True)
+        say(f"megascale: node {self._node.name}: {text}")
 
 
 def _memory() -> str:
@@ -255,5 +256,8 @@ def _cause(status: int, verdict: Path) -> Cause | None:
     try:
         return Cause.from_json(read_json(verdict))
     except (OSError, ValueError, TypeError):
-        how = f"killed by {Signals(-status).name}" if status < 0 else f"ended with status {status}"
-        return Cause(f"torchrun was {how}" if status < 0 else f"torchrun {how}", time.time())
+        pass
+    if status < 0:
+        how, kind = killed_by(-status)
+        return Cause(f"torchrun was {how}", time.time(), kind=kind)
+    return Cause(f"torchrun ended with status {status}", time.time())

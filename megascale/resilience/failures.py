@@ -4,7 +4,8 @@ All of it is in `events.jsonl` of the run, so the count goes on when Slurm reque
 
 launch    a driver began: job, restarts of the job, nodes
 attempt   ranks were started: number of the attempt, nodes, world, nodes left out and why
-failure   an attempt failed: step reached, step of the latest checkpoint, error, rank, node
+failure   an attempt failed: step reached, step of the latest checkpoint, error, rank, node, kind of
+          the cause, and whether the ranks were still starting
 gave_up   the run is not started again by itself, and why
 slow      the others wait for a rank
 hang      no rank moves: which did not come to where the others wait, and the folder of stacks
@@ -20,11 +21,13 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from itertools import takewhile
 from pathlib import Path
+from signal import SIGKILL, SIGTERM, Signals
 from typing import Any
 
 from megascale.checkpoint.folder import checkpoints_dir, read_latest
-from megascale.monitor.events import EventLog, read_events
-from megascale.monitor.metrics import METRICS_FILE, read_rows
+from megascale.errors import UserError
+from megascale.monitor.events import EventLog, at, read_events
+from megascale.monitor.metrics import METRICS_FILE, last_step
 from megascale.monitor.story import HEARTBEATS_FILE
 from megascale.runtime.files import write_file
 
@@ -32,13 +35,20 @@ SAME_FAILURES = 3
 """So many failures with the same error at the same step are a crash loop."""
 FAILURES_WITHOUT_A_SAVE = 10
 """So many failures in a row after the same checkpoint, whatever they were, are one too."""
+KILLS_AT_START = 20
+"""So many kills in a row, each before an attempt has done a step, end the run."""
 MOST_BACKOFF_S = 60.0
 RETRY_S = 1.0
 DIARY_S = 60.0
 """For a full disk, before a run is given up because its failures cannot be written down."""
 NOT_KEPT = "cannot be written, so failures cannot be counted"
+MAKE_ROOM = "make room or access in its run_dir"
 NO_TIME = "the time limit came before anything new was saved; ask for more time"
 WITHOUT_A_WORD = "the job ended without a word (a lost node, or SIGKILL before all was saved)"
+FAULT, KILL, MISTAKE = "fault", "kill", "mistake"
+"""Kinds of causes: an error of the program or of a machine; SIGKILL, SIGTERM or the loss of a node,
+which say nothing of the run; and bad input, which is the same at every try."""
+KILLED = "killed by "
 PEER_GONE = re.compile(
     r"closed by (the )?(remote )?peer|reset by peer|broken pipe|remote process|connection refused"
     r"|DistBackendError|timed out|timeout|FirstRankError",
@@ -58,12 +68,20 @@ class Cause:
     """Of the rank that failed, where it was a rank."""
     node: str | None = None
     """Name of the node."""
+    kind: str = FAULT
+    """FAULT, KILL or MISTAKE."""
 
     @staticmethod
     def from_json(value: Any) -> Cause:
         """A cause as `dataclasses.asdict` gave it. Raises TypeError or ValueError otherwise."""
         cause = Cause(**value)
-        kinds = {"error": str, "time": int | float, "rank": int | None, "node": str | None}
+        kinds = {
+            "error": str,
+            "time": int | float,
+            "rank": int | None,
+            "node": str | None,
+            "kind": str,
+        }
         for name, kind in kinds.items():
             if not isinstance(getattr(cause, name), kind):
                 raise ValueError(f"{name} is of the wrong type")
@@ -74,6 +92,11 @@ class Cause:
         """Whether it says no more than that another rank is gone."""
         return PEER_GONE.search(self.error) is not None
 
+    @property
+    def was_killed(self) -> bool:
+        """Whether a signal ended it, so that it could say nothing."""
+        return self.error.startswith(KILLED)
+
     def to_json(self) -> dict[str, Any]:
         """As plain values for `json.dump`."""
         return asdict(self)
@@ -82,6 +105,26 @@ class Cause:
         who = [f"rank {self.rank}"] if self.rank is not None else []
         where = [f"node {self.node}"] if self.node is not None else []
         return f"{' on '.join(who + where)}: {self.error}" if who or where else self.error
+
+
+def killed_by(number: int) -> tuple[str, str]:
+    """(words for a death by that signal, the kind of the cause)."""
+    kind = KILL if number in (SIGKILL, SIGTERM) else FAULT
+    return f"{KILLED}{Signals(number).name}", kind
+
+
+def cause_of_rank(rank: int, status: int, message: str | None, when: float) -> Cause:
+    """Why a rank ended with `status`, not 0; `message` is its exception, where it has left one.
+
+    Bad input is a mistake where it is everybody's, and no file system refused its service.
+    """
+    if status < 0:
+        how, kind = killed_by(-status)
+        return Cause(how, when, rank, kind=kind)
+    if message is None:
+        return Cause(f"ended with status {status}", when, rank)
+    is_mistake = status == 2 and message.startswith(f"{UserError.__name__}: ")
+    return Cause(message, when, rank, kind=MISTAKE if is_mistake else FAULT)
 
 
 def culprit(causes: Sequence[Cause]) -> Cause:
@@ -113,7 +156,7 @@ class FailureBook:
             return str(last["why"])
         verdict = None
         if _ended_without_a_word(self._events()):
-            verdict = self.failed(Cause(WITHOUT_A_WORD, 0.0))
+            verdict = self.failed(Cause(WITHOUT_A_WORD, 0.0, kind=KILL))
         if verdict is None:
             self._saved_before = self._saved()
             self._log.write("launch", job=self._job, step=self._step(), **facts)
@@ -125,12 +168,13 @@ class FailureBook:
 
     def failed(self, cause: Cause) -> str | None:
         """Note a failure; the reason to give up, or None."""
-        where = {"rank": cause.rank, "node": cause.node}
+        facts = {"rank": cause.rank, "node": cause.node, "cause": cause.kind}
+        facts["starting"] = not self.has_stepped()
         self._log.write(
-            "failure", step=self._step(), saved=self._saved(), error=cause.error, **where
+            "failure", step=self._step(), saved=self._saved(), error=cause.error, **facts
         )
         kept = self.is_kept()
-        why = verdict(self._events()) if kept else f"{self._folders[-1]} {NOT_KEPT}"
+        why = self._verdict() if kept else f"{self._folders[-1]} {NOT_KEPT}"
         if why is not None:
             self._log.write("gave_up", why=why, job=self._job)
         return why
@@ -169,15 +213,38 @@ class FailureBook:
             time.sleep(RETRY_S)
         return kept
 
+    def has_stepped(self) -> bool:
+        """Whether the ranks of the last attempt have done a step."""
+        attempts = [at(event) for event in self._events() if event["event"] == "attempt"]
+        began = attempts[-1] if attempts else 0.0
+        for folder in reversed(self._folders):
+            starts = [one for one in read_events(folder) if one["event"] == "start"]
+            if starts and at(starts[-1]) > began:
+                return last_step(folder) > int(starts[-1]["step"])
+        return False
+
+    def _verdict(self) -> str | None:
+        why = verdict(self._events())
+        error = self._save_error()
+        if why is None and error is not None:
+            why = f"no checkpoint could be written ({error}), so it would begin anew; {MAKE_ROOM}"
+        return why
+
+    def _save_error(self) -> str | None:
+        """Why no checkpoint of this run could be written; None where one was, or none was tried."""
+        if self._saved():
+            return None
+        events = [one for folder in self._folders for one in since_given_up(read_events(folder))]
+        saves = [event for event in events if event["event"] == "save"]
+        failed = [event["error"] for event in saves if event.get("error") is not None]
+        return str(failed[-1]) if failed and len(failed) == len(saves) else None
+
     def _events(self) -> list[dict[str, Any]]:
         return read_events(self._folders[-1])
 
     def _step(self) -> int:
-        for folder in reversed(self._folders):
-            if (folder / METRICS_FILE).exists():
-                rows = read_rows(folder / METRICS_FILE)
-                return int(rows[-1]["step"]) if rows else 0
-        return 0
+        written = [folder for folder in self._folders if (folder / METRICS_FILE).exists()]
+        return last_step(written[-1]) if written else 0
 
     def _saved(self) -> int:
         saved = [read_latest(checkpoints_dir(folder)) for folder in reversed(self._folders)]
@@ -199,8 +266,12 @@ def _ended_without_a_word(events: Sequence[dict[str, Any]]) -> bool:
 
 def recent_failures(events: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """The failures since the run was last given up, oldest first."""
-    backwards = takewhile(lambda one: one["event"] != "gave_up", reversed(events))
-    return [one for one in backwards if one["event"] == "failure"][::-1]
+    return [one for one in since_given_up(events) if one["event"] == "failure"]
+
+
+def since_given_up(events: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The events since the run was last given up, oldest first."""
+    return list(takewhile(lambda one: one["event"] != "gave_up", reversed(events)))[::-1]
 
 
 def verdict(events: Sequence[dict[str, Any]]) -> str | None:
@@ -209,6 +280,14 @@ def verdict(events: Sequence[dict[str, Any]]) -> str | None:
     if not failures:
         return None
     last = failures[-1]
+    if last.get("cause") == MISTAKE and last.get("starting"):
+        return f"this must be mended first: {last['error']}"
+    if _killed_at_start(last):
+        kills = list(takewhile(_killed_at_start, reversed(failures)))
+        if len(kills) < KILLS_AT_START:
+            return None
+        return f"{len(kills)} attempts in a row ended before their first step: {last['error']}"
+    failures = [one for one in failures if not _killed_at_start(one)]
     same = list(takewhile(lambda one: _kind(one) == _kind(last), reversed(failures)))
     if len(same) >= SAME_FAILURES:
         return f"{len(same)} times the same failure at step {last['step']}: {last['error']}"
@@ -219,6 +298,11 @@ def verdict(events: Sequence[dict[str, Any]]) -> str | None:
             f"the last: {last['error']}"
         )
     return None
+
+
+def _killed_at_start(failure: dict[str, Any]) -> bool:
+    """Whether it came from outside, before the run could show whether it works."""
+    return failure.get("cause") == KILL and bool(failure.get("starting"))
 
 
 def _without_a_save(failures: list[dict[str, Any]]) -> list[dict[str, Any]]:

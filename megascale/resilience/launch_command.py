@@ -1,4 +1,4 @@
-"""`megascale launch`: the driver of one node, which keeps a run going in spite of failures."""
+"""The driver of one node for `megascale launch`, which keeps a run going in spite of failures."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict
 from functools import partial
@@ -29,6 +29,7 @@ from megascale.resilience.driver import BEAT_S, Driver, Node
 from megascale.resilience.failures import NOT_KEPT, FailureBook
 from megascale.resilience.leader import (
     AGAIN,
+    BAD_INPUT,
     FINISHED,
     GIVE_UP,
     LEADERLESS,
@@ -36,12 +37,13 @@ from megascale.resilience.leader import (
     Leader,
     Timing,
 )
+from megascale.resilience.local_ranks import ranks_that_fit
 from megascale.resilience.signals import StopRequest
 from megascale.resilience.slurm import MOST_NODES, node_range, requeue
 from megascale.runtime.files import open_lock
 from megascale.runtime.lock import HELD_S, JOB_LOCK, hold
+from megascale.runtime.logs import say
 
-MOST_RANKS = 1024
 LEAST_HANG_S = 5.0
 STAGGER_S, MOST_STAGGER_S = 0.02, 20.0
 """Between what two nodes ask of Slurm: the first to be heard ends the job for all."""
@@ -90,16 +92,18 @@ _TIMES = {
 }
 
 
-def run_launch(args: argparse.Namespace) -> int:
-    """Drive this node until the job ends.
+def drive_node(args: argparse.Namespace, check: Callable[[], object]) -> int:
+    """Drive this node until the job ends. Node 0 first calls `check`, which raises UserError where
+    the run cannot be.
 
     Returns 0 when the run is done or was asked to stop, or where a node other than the first takes
-    no part in a job of Slurm; 1 when a new job may do better, 3 when the run is given up, 4 when
-    the driver of node 0 is gone. Raises UserError for bad input.
+    no part in a job of Slurm; 1 when a new job may do better, 2 when all ranks met bad input before
+    their first step, 3 when the run is given up, 4 when the driver of node 0 is gone. Raises
+    UserError for bad input.
     """
     number = _from_slurm(args.node, "--node", "SLURM_NODEID", 0, least=0)
     try:
-        return _drive(args, number)
+        return _drive(args, number, check)
     except UserError as error:
         if not (number and "SLURM_JOB_ID" in os.environ):
             raise
@@ -108,7 +112,7 @@ def run_launch(args: argparse.Namespace) -> int:
         return FINISHED
 
 
-def _drive(args: argparse.Namespace, number: int) -> int:
+def _drive(args: argparse.Namespace, number: int, check: Callable[[], object]) -> int:
     config = load_config(args.config, args.overrides)
     fleet = _fleet(args, config, number)
     timing = _timing(args)
@@ -126,6 +130,7 @@ def _drive(args: argparse.Namespace, number: int) -> int:
     )
     given = os.environ.pop(TOKEN_VARIABLE, None)  # what this driver starts has no use for it
     if number == 0:
+        check()
         return _lead(node, fleet, timing, asked, port, given)
     token = partial(_find_token, _token_path(config, port), given)
     board = join_board(host, port, token, timing.join_s, timing.lost_s)
@@ -162,7 +167,7 @@ def _lead(
                 leave.callback(path.unlink, missing_ok=True)
         leader = Leader(Board(ledger), book, fleet, timing)
         status = Driver(node, Board(ledger), timing, asked, leader).run()
-    if status == GIVE_UP:
+    if status in (BAD_INPUT, GIVE_UP):
         return status
     why = f"asked by {asked.signal_name}" if asked else _ENDS[status]
     given_up = book.leave(why, time_is_up=asked.signal_name == "SIGUSR1")
@@ -236,7 +241,7 @@ _ENDS = {FINISHED: "the ranks ended well", AGAIN: "too few nodes are fit"}
 
 
 def _give_up(why: str) -> int:
-    print(f"megascale: the run is given up: {why}", flush=True)
+    say(f"megascale: the run is given up: {why}")
     return GIVE_UP
 
 
@@ -266,7 +271,7 @@ def _endpoint(text: str, num_nodes: int) -> tuple[str, int]:
 
 def _ranks_per_node(given: str | None) -> int:
     if given is not None:
-        return whole_number(given, "--ranks-per-node", 1, MOST_RANKS)
+        return ranks_that_fit(given, "--ranks-per-node")
     import torch
 
     return max(1, torch.cuda.device_count())

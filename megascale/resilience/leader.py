@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import count
 
 from megascale.config import Layout, RunConfig
 from megascale.errors import UserError
 from megascale.resilience.board import Answer, Board, Order
-from megascale.resilience.failures import Cause, FailureBook, culprit
+from megascale.resilience.failures import FAULT, KILL, MISTAKE, Cause, FailureBook, culprit
 from megascale.resilience.rank_watch import RankWatch
+from megascale.runtime.logs import say
 
-FINISHED, AGAIN, GIVE_UP, LEADERLESS = 0, 1, 3, 4
-"""Exit statuses of drivers: done or stopped as asked; failed, but another job may do better; not
-worth another; the driver of node 0 is gone, so another job is needed."""
+FINISHED, AGAIN, BAD_INPUT, GIVE_UP, LEADERLESS = 0, 1, 2, 3, 4
+"""Exit statuses of drivers: done or stopped as asked; failed, but another job may do better; a user
+must mend the input; not worth another job; the driver of node 0 is gone, so another is needed."""
 
 
 @dataclass(frozen=True)
@@ -127,7 +128,11 @@ class Leader:
         blame = not culprit(causes).lost_a_peer
         limit_s = self._timing.reports_s if blame else self._timing.lost_s + self._timing.reports_s
         self._wait(lambda: not self._look(attempt, members)[1], limit_s)
-        return culprit(self._look(attempt, members)[0])
+        causes = self._look(attempt, members)[0]
+        cause = culprit(causes)
+        if cause.kind == MISTAKE and sum(one.kind == MISTAKE for one in causes) < len(members):
+            return replace(cause, kind=FAULT)  # bad input that only some nodes see is theirs
+        return cause
 
     def _look(self, attempt: int, members: tuple[int, ...]) -> tuple[list[Cause], set[int]]:
         """(what broke, the nodes whose ranks still run) in an attempt."""
@@ -135,17 +140,18 @@ class Leader:
         running = set(members) - set(reports)
         lost = running - self._present()
         silence = f"the node is lost: no word for {self._timing.lost_s:g} s"
-        causes = [Cause(silence, 0.0, node=self._name(node)) for node in sorted(lost)]
+        causes = [Cause(silence, 0.0, node=self._name(one), kind=KILL) for one in sorted(lost)]
         return causes + [cause for cause in reports.values() if cause], running - lost
 
     def _decide(self, cause: Cause | None, again: bool = True) -> Order:
         """What follows an attempt."""
         if cause is None:
             return Order(stop="the ranks ended well", status=FINISHED)
+        is_mistake = cause.kind == MISTAKE and not self._book.has_stepped()
         why = self._book.failed(cause)
         if why is not None:
             _say(f"the run is given up: {why}")
-            return Order(stop=why, status=GIVE_UP)
+            return Order(stop=why, status=BAD_INPUT if is_mistake else GIVE_UP)
         _say(f"failure: {cause}")
         return Order() if again else Order(stop=cause.error, status=AGAIN)
 
@@ -185,4 +191,4 @@ def _problem(answer: Answer | None) -> str:
 
 
 def _say(text: str) -> None:
-    print(f"megascale: {text}", flush=True)
+    say(f"megascale: {text}")

@@ -11,6 +11,7 @@ from dataclasses import asdict, replace
 from megascale.resilience.board import Board
 from megascale.resilience.failures import Cause, FailureBook
 from megascale.resilience.hangs import Hang, RankPulse, SlowWatch, find_hang
+from megascale.runtime.logs import say
 
 LOOK_EVERY_S = 1.0
 TELL_EVERY_S = 5.0
@@ -47,7 +48,7 @@ class RankWatch:
         for one in self._slow.see(ranks, now):
             node = self._nodes[one.rank]
             self._book.note("slow", step=one.step, rank=one.rank, node=node)
-            print(f"megascale: the others wait for rank {one.rank} on node {node}", flush=True)
+            say(f"megascale: the others wait for rank {one.rank} on node {node}")
         if now - self._told_at > TELL_EVERY_S:
             self._told_at = now
             self._tell(ranks)
@@ -74,7 +75,7 @@ class RankWatch:
 
     def _diagnose(self, hang: Hang) -> Cause:
         """Have all nodes write the stacks of their ranks, and note what is known."""
-        print(f"megascale: {hang.why}", flush=True)
+        say(f"megascale: {hang.why}")
         step = max(one.step for one in hang.ranks)
         folder = f"step{step}-attempt{self._attempt}-{time.strftime('%Y%m%dT%H%M%S')}"
         self._board.ask_to_look(self._attempt, folder)

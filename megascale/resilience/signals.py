@@ -7,7 +7,7 @@ import time
 from collections.abc import Sequence
 from types import FrameType
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 INSISTING = (signal.SIGINT, signal.SIGTERM)
 ECHO_S = 2.0
 
@@ -15,10 +15,10 @@ ECHO_S = 2.0
 class StopRequest:
     """Remembers that this process was asked to stop.
 
-    SIGINT (Ctrl-C), SIGTERM (pre-emption) and SIGUSR1 (a time limit) ask for a checkpoint and
-    a clean end. A second SIGINT or SIGTERM raises KeyboardInterrupt at once; one that follows
-    within 2 s is taken for an echo of the first, because torchrun passes on to its workers the
-    Ctrl-C that the terminal has already sent them.
+    SIGINT (Ctrl-C), SIGTERM (pre-emption), SIGUSR1 (a time limit) and SIGHUP (a terminal that is
+    closed; not under nohup) ask for a checkpoint and a clean end. A second SIGINT or SIGTERM raises
+    KeyboardInterrupt at once; one that follows within 2 s is taken for an echo of the first,
+    because torchrun passes on to its workers the Ctrl-C that the terminal has already sent them.
     """
 
     def __init__(self, insisting: Sequence[signal.Signals] = INSISTING) -> None:
@@ -27,7 +27,9 @@ class StopRequest:
         self.signal_name: str | None = None
         """Name of the first signal, or None."""
         self._asked_at = 0.0
-        self._previous = {number: signal.signal(number, self._handle) for number in SIGNALS}
+        is_kept = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+        heard = [number for number in SIGNALS if not (is_kept and number == signal.SIGHUP)]
+        self._previous = {number: signal.signal(number, self._handle) for number in heard}
 
     def __bool__(self) -> bool:
         return self.signal_name is not None

@@ -9,11 +9,15 @@ import os
 import sys
 from pathlib import Path
 
+STARTER_VARIABLE = "MEGASCALE_STARTER"
+"""Id of the process that started this rank and speaks for it; set by `resilience.local_ranks`."""
+
 
 def log_to(folder: Path, rank: int) -> None:
     """Send log records and Python warnings of this process to `folder`/rank<r>.log.
 
-    The console is for the user; libraries' warnings would drown it, once for every rank.
+    The console is for the user; libraries' warnings would drown it, once for every rank. Where
+    another process speaks for this rank, all that is written to stderr goes there too.
     """
     handler = logging.FileHandler(folder / f"rank{rank}.log", encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
@@ -23,10 +27,15 @@ def log_to(folder: Path, rank: int) -> None:
     root.addHandler(handler)
     root.setLevel(logging.WARNING)
     logging.captureWarnings(True)
+    if STARTER_VARIABLE in os.environ:
+        os.dup2(handler.stream.fileno(), 2)
 
 
 def note_failure(error: BaseException) -> None:
-    """Write the traceback of what ends the run into the log."""
+    """Write the traceback of what ends the run into the log, once."""
+    if vars(error).get("is_noted"):
+        return
+    vars(error)["is_noted"] = True
     logging.getLogger("megascale").error("the run failed", exc_info=error)
 
 

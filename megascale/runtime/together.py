@@ -9,11 +9,11 @@ import traceback
 from collections.abc import Callable
 from typing import TypeVar
 
-from megascale.errors import UserError
+from megascale.errors import StorageError, UserError
 from megascale.runtime.distributed import Ranks, broadcast_bytes
 
 T = TypeVar("T")
-RESULT, USER_ERROR, FAILURE = b"r", b"u", b"f"
+RESULT, USER_ERROR, STORAGE_ERROR, FAILURE = b"r", b"u", b"s", b"f"
 """What a message holds: the first byte says it."""
 
 
@@ -25,7 +25,7 @@ def from_first_rank(ranks: Ranks, ask: Callable[[], bytes]) -> bytes:
     """Call `ask` on rank 0; every rank gets its result. All ranks must call this.
 
     Raises on every rank what `ask` raises. A UserError keeps its text, and an OSError becomes a
-    UserError. Any other error stays as it is on rank 0; the other ranks raise FirstRankError.
+    StorageError. Any other error stays as it is on rank 0; the other ranks raise FirstRankError.
     """
     message, failed = None, None
     if ranks.rank == 0:
@@ -59,7 +59,8 @@ def on_first_rank(ranks: Ranks, action: Callable[[], T]) -> T | None:
 def error_bytes(error: Exception) -> bytes:
     """An error of rank 0 as a message; `error_from` is the inverse."""
     if isinstance(error, UserError | OSError):
-        return USER_ERROR + (str(error) or type(error).__name__).encode(errors="replace")
+        kind = STORAGE_ERROR if isinstance(error, StorageError | OSError) else USER_ERROR
+        return kind + (str(error) or type(error).__name__).encode(errors="replace")
     what = f"on rank 0: {type(error).__name__}: {error}"
     note = "".join(traceback.format_exception(error))
     return FAILURE + f"{what}\0{note}".encode(errors="replace")
@@ -70,6 +71,8 @@ def error_from(message: bytes) -> Exception:
     text = message[1:].decode()
     if message[:1] == USER_ERROR:
         return UserError(text)
+    if message[:1] == STORAGE_ERROR:
+        return StorageError(text)
     what, _, note = text.partition("\0")
     error = FirstRankError(what)
     error.add_note(note)

@@ -6,8 +6,10 @@ import argparse
 import hashlib
 import json
 import math
+import shlex
 from collections.abc import Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +19,11 @@ from megascale.config import RunConfig, dump_config, finalize, load_config
 from megascale.errors import UserError
 from megascale.optim import steplaw
 from megascale.planner.fit import GOOD_ERROR, Fit, fit_cost, fit_table, write_cost
+from megascale.resilience.local_ranks import RankJob, as_rank, megascale, rank_count, run_ranks
+from megascale.resilience.signals import StopRequest
 from megascale.runtime.files import write_output
+from megascale.train.command import add_ranks_argument
+from megascale.train.ready import check_ranks
 
 if TYPE_CHECKING:
     from megascale.runtime.distributed import Ranks
@@ -40,6 +46,7 @@ def add_calibrate_arguments(parser: argparse.ArgumentParser) -> None:
     minutes = "about how long it may take; the grid is thinned to that (default: 3)"
     add("--minutes", type=float, default=3.0, metavar="M", help=minutes)
     add("--plot", metavar="PNG", help="draw predicted against measured times")
+    add_ranks_argument(parser)
 
 
 def run_calibrate(args: argparse.Namespace) -> int:
@@ -49,6 +56,28 @@ def run_calibrate(args: argparse.Namespace) -> int:
         raise UserError(f"--repeats {args.repeats}: must be at least 1")
     if not 0 < args.minutes < math.inf:
         raise UserError(f"--minutes {args.minutes:g}: must be above 0, such as 3")
+    count = rank_count(args.ranks)
+    if count == 1:
+        return as_rank(partial(_calibrate, args, lengths))
+    asked = StopRequest()
+    try:
+        check_ranks(_load(args.config, args.overrides), count)
+        return run_ranks(_job(args, count), asked)
+    finally:
+        asked.restore()
+
+
+def _job(args: argparse.Namespace, count: int) -> RankJob:
+    """The same command for each of `count` ranks."""
+    given = {name: getattr(args, name) for name in ("out", "lengths", "repeats", "minutes", "plot")}
+    options = [f"--{name}={value}" for name, value in given.items() if value is not None]
+    words = ["calibrate", args.config, *args.overrides, *options, *["--fastest"] * args.fastest]
+    again = shlex.join(["megascale", *words, "--ranks", str(count)])
+    logs = Path(args.out).with_suffix(".logs")
+    return RankJob(megascale(*words), count, logs, f"start it again with: {again}")
+
+
+def _calibrate(args: argparse.Namespace, lengths: list[int] | None) -> int:
     config = _load(args.config, args.overrides)
     from megascale.runtime import distributed
 

@@ -1,4 +1,4 @@
-"""`megascale train`: one rank of a run; torchrun starts many."""
+"""`megascale train`: a run on the ranks of this machine, or one rank that torchrun has started."""
 
 from __future__ import annotations
 
@@ -6,12 +6,13 @@ import argparse
 import os
 import shlex
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megascale.errors import UserError
 from megascale.resilience.driver import is_driven
-from megascale.resilience.processes import die_with_parent
+from megascale.resilience.local_ranks import RankJob, as_rank, megascale, rank_count, run_ranks
+from megascale.resilience.signals import StopRequest
 from megascale.runtime.environment import world_from_environment
 
 if TYPE_CHECKING:
@@ -31,6 +32,13 @@ def add_train_arguments(parser: argparse.ArgumentParser) -> None:
         help="continue the run in run_dir: from its latest good checkpoint (latest), from that or "
         "from the start where there is none (auto), or from the checkpoint of a step",
     )
+    add_ranks_argument(parser)
+
+
+def add_ranks_argument(parser: argparse.ArgumentParser) -> None:
+    """Declare `--ranks`."""
+    ranks = "start so many ranks on this machine, on its cores or one for a CUDA device; default: 1"
+    parser.add_argument("--ranks", metavar="N", help=ranks)
 
 
 def add_branch_arguments(parser: argparse.ArgumentParser) -> None:
@@ -52,27 +60,43 @@ def run_branch(args: argparse.Namespace) -> int:
 def run_train(args: argparse.Namespace) -> int:
     """Train; returns the exit status. Raises UserError for bad input.
 
-    Under torchrun it ends when its agent is gone, and leaves the agent the cause of a failure.
+    With `--ranks` above 1 it starts ranks, once nothing is found wrong with the run.
     """
-    if "TORCHELASTIC_ERROR_FILE" not in os.environ:
-        return _train(args)
-    die_with_parent()
-    from torch.distributed.elastic.multiprocessing.errors import record
+    count = rank_count(args.ranks)
+    return as_rank(partial(_train, args)) if count == 1 else _start_ranks(args, count)
 
-    status = record(_train)(args)
-    assert status is not None
-    return status
+
+def _start_ranks(args: argparse.Namespace, count: int) -> int:
+    asked = StopRequest()
+    try:
+        from megascale.train.ready import check_ranks, check_resume, check_run, refuse_used_folder
+
+        check_resume(args.resume)
+        config = check_run(args.config, args.overrides)
+        check_ranks(config, count)
+        run_dir = Path(config.run_dir)
+        refuse_used_folder(run_dir, args.resume)
+        resume = () if args.resume is None else ("--resume", args.resume)
+        job = RankJob(
+            command=megascale("train", args.config, *args.overrides, *resume),
+            count=count,
+            logs=run_dir / "logs",
+            advice=f"go on with: {resume_command(args.config, args.overrides, count)}",
+            run_dir=run_dir,
+        )
+        return run_ranks(job, asked)
+    finally:
+        asked.restore()
 
 
 def _train(args: argparse.Namespace) -> int:
-    resume = args.resume
-    if resume not in (None, "auto", "latest") and not resume.isdigit():
-        raise UserError(f"--resume {resume}: give auto, latest or the number of a step")
     world_from_environment()  # what is wrong there is said before anything is read
     from megascale.train.describe import load_run
+    from megascale.train.ready import check_resume
 
+    check_resume(args.resume)
     config, sources = load_run(args.config, args.overrides)
-    train_on_device(config, sources, resume, resume_command(args.config, args.overrides))
+    train_on_device(config, sources, args.resume, resume_command(args.config, args.overrides))
     return 0
 
 
@@ -91,16 +115,18 @@ def train_on_device(
     return train(config, sources, resume, command)
 
 
-def resume_command(config: str, overrides: list[str]) -> str:
-    """What a user types to continue this run on as many ranks."""
+def resume_command(config: str, overrides: list[str], started: int = 1) -> str:
+    """What a user types to continue this run on as many ranks; `started` by this process, or those
+    of which this is one."""
     if is_driven():
         return "megascale launch or submit, as before"
     _, world, _ = world_from_environment()
-    words = [config, *overrides, "--resume", "auto"]
-    launcher = ["megascale", "train"]
-    if world > 1:
-        local = os.environ.get("LOCAL_WORLD_SIZE", str(world))
-        launcher = ["torchrun", "--nproc-per-node", local, "-m", "megascale", "train"]
-        if int(local) != world:
-            launcher[1:1] = ["--nnodes", str(world // int(local))]
-    return shlex.join([*launcher, *words])
+    world = max(world, started)
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", str(world)))
+    words = ["megascale", "train", config, *overrides, "--resume", "auto"]
+    if world != local:
+        nodes = ["--nnodes", str(world // local), "--nproc-per-node", str(local)]
+        words = ["torchrun", *nodes, "-m", *words]
+    elif world > 1:
+        words[-2:-2] = ["--ranks", str(world)]
+    return shlex.join(words)

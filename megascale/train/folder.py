@@ -20,6 +20,7 @@ from megascale.runtime.files import open_lock, write_file
 from megascale.runtime.lock import HELD_S, RUN_LOCK, hold, lock_within
 from megascale.runtime.logs import note_failure
 from megascale.runtime.together import on_first_rank
+from megascale.train.ready import refuse_used_folder
 
 ENDS = ("stop", "error")
 """Events with which a run says that it ends."""
@@ -135,9 +136,5 @@ def _enter(folder: Path, resume: str | None) -> IO[str]:
             f"run_dir {folder} is in use by another run ({holder}); "
             "stop that one or set another run_dir"
         )
-    if resume is None and (folder / "config.yaml").exists():
-        raise UserError(
-            f"run_dir {folder} already holds a run; continue it with --resume auto, or branch "
-            "off into a new folder with run_dir=..."
-        )
+    refuse_used_folder(folder, resume)
     return lock

@@ -73,7 +73,7 @@ def run_train_m1(args: argparse.Namespace) -> int:
     if os.environ.get("WORLD_SIZE", "1") != "1":
         raise UserError(
             "train-m1 is for one process; for more, call it with train.stop_after_steps=1, then "
-            f"torchrun ... -m megascale train {shlex.quote(str(config_of(out)))} --resume auto, "
+            f"megascale train {shlex.quote(str(config_of(out)))} --ranks N --resume auto, "
             "then it again"
         )
     corpora = [Path(one) for one in args.corpus.split(",")]

@@ -88,7 +88,7 @@ def test_an_own_error_is_the_end(ranks, config, tmp_path, capsys):
     assert not event["starting"]
     told = status(tmp_path, capsys)
     assert told["state"] == f"failed: {event['error']}" and told["eta_s"] is None
-    assert "torchrun --nproc-per-node 2" in told["resume_command"]
+    assert " --ranks 2 --resume auto" in told["resume_command"]
 
 
 def test_a_refused_resume_is_told(ranks, config, tmp_path, capsys):

@@ -105,13 +105,24 @@ def test_a_signal_saves_and_the_next_job_goes_on(config, calm, tmp_path):
     assert compare(calm, curve(tmp_path / "run")).bit_equal
 
 
+def test_what_a_user_must_mend_ends_the_job_at_once(config, tmp_path):
+    cpu = {"CUDA_VISIBLE_DEVICES": ""}
+    with Job(config, tmp_path / "run", 1, "device=cuda", environment=cpu) as job:
+        assert job.finish() == [2], job.said()
+        [why] = [event["why"] for event in job.events("gave_up")]
+        assert why.startswith("this must be mended first: UserError: device = cuda, but torch")
+        assert failures(job, "cause") == [(job.events("attempt")[0]["nodes"][0], "mistake")]
+
+
 def test_a_crash_loop_is_given_up(config, tmp_path):
-    words = ("--backoff-s=0.1", "data.sources.tiny.path=nowhere")
+    words = ("--backoff-s=0.1",)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/checkpoints").write_text("a file")
     with Job(config, tmp_path / "run", 1, *words) as job:
         assert job.finish() == [3], job.said()
         why = job.events("gave_up")[0]["why"]
-        assert why.startswith("3 times the same failure at step 0: UserError: ")
-        assert "no corpus there" in why and [rank for _, rank in failures(job, "rank")] == [0] * 3
+        assert why.startswith("3 times the same failure at step 0: FileExistsError: ")
+        assert [rank for _, rank in failures(job, "rank")] == [0] * 3
         assert len(job.events("attempt")) == 3
     with Job(config, tmp_path / "run", 1, *words) as job:  # requeued, against all odds
         assert job.finish() == [3], job.said()

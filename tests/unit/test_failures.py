@@ -9,9 +9,12 @@ from megascale.monitor.lines import LineFile
 from megascale.resilience import failures
 from megascale.resilience.failures import (
     FAILURES_WITHOUT_A_SAVE,
+    KILL,
+    KILLS_AT_START,
     MOST_BACKOFF_S,
     Cause,
     FailureBook,
+    cause_of_rank,
     culprit,
     verdict,
 )
@@ -129,14 +132,18 @@ def test_a_job_that_gave_up_stays_so(run_dir):
 
 
 def test_jobs_that_end_without_a_word_are_counted(run_dir):
-    said = [FailureBook([str(run_dir)], "7").begin() for _ in range(4)]
-    assert said[:3] == [None] * 3 and "3 times the same failure" in said[3]
+    count = KILLS_AT_START
+    said = [FailureBook([str(run_dir)], "7").begin() for _ in range(count + 1)]
+    assert said[:count] == [None] * count
+    assert said[count].startswith(
+        f"{count} attempts in a row ended before their first step: the job"
+    )
     FailureBook([str(run_dir)], "8").begin()
     FailureBook([str(run_dir)], "8").leave("asked", time_is_up=False)
     assert FailureBook([str(run_dir)], "8").begin() is None
     EventLog(run_dir).write("stop", step=4, asked=True)  # the ranks have, the driver had no time to
     assert FailureBook([str(run_dir)], "8").begin() is None
-    assert sum(event["event"] == "failure" for event in events(run_dir)) == 3
+    assert sum(event["event"] == "failure" for event in events(run_dir)) == count
 
 
 def test_errors_of_runs_without_a_launcher_are_not_counted(run_dir):
@@ -160,3 +167,81 @@ def test_time_limits_that_are_too_short_are_counted(run_dir):
         (run_dir / "metrics.jsonl").write_text(f'{{"step": {saved}}}\n')
         said.append(book.leave("asked by SIGUSR1", time_is_up=True))
     assert said[:4] == [None] * 4 and "the time limit came before anything new was saved" in said[4]
+
+
+def killed(step=0, starting=True, error="killed by SIGKILL"):
+    return failure(step, error, saved=0) | {"cause": KILL, "starting": starting}
+
+
+def test_kills_before_the_first_step_are_no_crash_loop():
+    assert verdict([killed()] * (KILLS_AT_START - 1)) is None
+    assert "20 attempts in a row ended before their first step" in verdict([killed()] * 20)
+    assert verdict([killed(starting=False)] * 3) is not None  # at a step it may be its memory
+    assert verdict([killed()] * 15 + [failure(3), *[killed(3)] * 15]) is None
+
+
+def test_kills_at_the_start_do_not_hide_an_error():
+    boom = failure(0) | {"cause": "fault", "starting": True}
+    assert verdict([boom, killed(), killed(), boom, killed()]) is None
+    assert verdict([boom, killed(), killed(), boom, killed(), boom]) is not None
+
+
+def test_bad_input_is_given_up_at_once_only_before_the_first_step():
+    mistake = failure(4, "UserError: seed was 7") | {"cause": "mistake"}
+    assert "mended first: UserError: seed" in verdict([mistake | {"starting": True}])
+    assert verdict([mistake | {"starting": False}]) is None
+
+
+@pytest.mark.parametrize(
+    "status, message, said, kind",
+    [
+        (-9, None, "killed by SIGKILL", "kill"),
+        (-15, "RuntimeError: x", "killed by SIGTERM", "kill"),
+        (-11, None, "killed by SIGSEGV", "fault"),
+        (2, "UserError: no corpus", "UserError: no corpus", "mistake"),
+        (2, "RankError: document 7", "RankError: document 7", "fault"),
+        (2, "StorageError: stale", "StorageError: stale", "fault"),
+        (1, "UserError: of a library", "UserError: of a library", "fault"),
+        (2, None, "ended with status 2", "fault"),
+    ],
+)
+def test_how_a_rank_ended_says_whose_fault_it_is(status, message, said, kind):
+    cause = cause_of_rank(3, status, message, 1.0)
+    assert (cause.error, cause.kind, cause.rank) == (said, kind, 3)
+
+
+def test_an_attempt_has_stepped_when_its_start_is_behind_it(run_dir, tmp_path):
+    base = tmp_path / "run-base"
+    book = FailureBook([str(base), str(run_dir)], "7")
+    seen = [book.has_stepped()]
+    for folder, step in ((base, 2), (base, 5), (run_dir, 0), (run_dir, 1)):
+        folder.mkdir(exist_ok=True)
+        EventLog(folder).write("start", step=2 if folder == base else 0)
+        if step:
+            (folder / "metrics.jsonl").write_text(f'{{"step": {step}}}\n')
+        seen.append(book.has_stepped())
+    book.attempt(number=1)
+    assert [*seen, book.has_stepped()] == [False, False, True, False, True, False]
+
+
+@pytest.mark.parametrize(
+    "errors, saved, gives_up",
+    [
+        (["No space left"], None, True),
+        (["No space left", None], None, False),
+        (["No space left"], 3, False),
+        ([], None, False),
+    ],
+)
+def test_a_run_that_never_could_save_is_not_started_again(run_dir, errors, saved, gives_up):
+    book = FailureBook([str(run_dir)], "7")
+    for error in errors:
+        EventLog(run_dir).write("save", step=3, error=error)
+    if saved is not None:
+        (run_dir / "checkpoints").mkdir()
+        (run_dir / "checkpoints/latest").write_text(f"{saved:08d}\n")
+    why = book.failed(Cause("killed by SIGKILL", 0.0, rank=0, kind=KILL))
+    assert (why is not None) == gives_up
+    assert why is None or why.startswith("no checkpoint could be written (No space left), so it")
+    assert not gives_up or FailureBook([str(run_dir)], "8").begin() is None
+    assert book.failed(Cause("boom", 0.0)) is None or not gives_up  # whoever starts it again may

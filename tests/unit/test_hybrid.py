@@ -253,6 +253,29 @@ def test_pipelines_with_hardly_a_short_sequence_share_rings(num_ranks: int) -> N
     assert plan.predicted_s < 0.98 * plan_static_best(problem).predicted_s
 
 
+def test_a_short_budget_leaves_a_usable_plan_of_a_pipeline() -> None:
+    """The first plan in shelves takes 6 times as long as waves here, and the search for it takes
+    longer than the budget; for 64 ranks and a fifth of the batch it is the better one."""
+    for tokens, num_ranks in [(32 << 20, 512), (4 << 20, 64)]:
+        lengths = draw_lengths("bytescale_byted", tokens, 256 << 10, 0)
+        problem = Problem.of(lengths, num_ranks, 8192, "aligned", SLOW_PASSING, pipeline=2)
+        hasty = plan_hybrid(replace(problem, budget_s=1e-9)).predicted_s
+        assert hasty < 1.5 * plan_hybrid(problem).predicted_s
+        assert hasty <= plan_static_best(problem).predicted_s * (1 + 1e-9)
+
+
+SLOW_PASSING = CostModel(
+    a=1.8e-10,
+    b=2e-5,
+    fixed=5e-3,
+    latency=2e-3,
+    node_size=2,
+    pass_intra=1.4e-7,
+    pass_inter=1.2e-6,
+)
+"""An 8x7B model on nodes of two ranks, as `megascale simulate` estimates it."""
+
+
 def test_pipelines_do_no_worse_than_one_ring_size_for_sequences_of_like_length() -> None:
     lengths = np.random.default_rng(0).integers(6_000, 60_000, 300)
     problem = Problem.of(lengths, 64, 8192, "aligned", FLEXSP, pipeline=4)

@@ -49,12 +49,24 @@ def config(tmp_path, monkeypatch):
         (["modle.num_layers=3"], "did you mean 'model'"),
         (["--rendezvous=192.0.2.1:29500"], "give an address of node 0"),
         (["run_dir=config.yaml/x"], "Not a directory; choose a folder you own"),
+        (["data.sources.tiny.path=nowhere"], "nowhere"),
+        (["data.sources.tiny.vocab_size=300", "model.vocab_size=257"], "model.vocab_size = 257"),
+        (["planner.cost=nowhere.json"], "nowhere.json"),
+        (["start.checkpoint=nowhere"], "nowhere"),
     ],
 )
 def test_bad_input_is_one_line(config, capsys, words, message):
     assert main(["launch", config, "--ranks-per-node=1", *words]) == 2
     said = capsys.readouterr()
     assert message in said.err and said.err.count("\n") == 1 and said.out == ""
+    assert not Path("runs").exists()
+
+
+def test_a_shard_that_is_cut_short_is_found_before_ranks_start(config, capsys, tmp_path):
+    index = tmp_path / "train.idx"
+    index.write_bytes(index.read_bytes()[:-8])
+    assert main(["launch", config, "--ranks-per-node=1", f"run_dir={tmp_path / 'run'}"]) == 2
+    assert "train.idx: has " in capsys.readouterr().err and not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(

@@ -16,10 +16,12 @@ from megascale.resilience.board import (
     serve_board,
 )
 from megascale.resilience.failures import Cause, FailureBook
-from megascale.resilience.leader import AGAIN, FINISHED, GIVE_UP, Fleet, Leader, Timing
+from megascale.resilience.leader import AGAIN, BAD_INPUT, FINISHED, GIVE_UP, Fleet, Leader, Timing
 
 QUICK = Timing(join_s=20.0, lost_s=2.0, backoff_s=0.01, reports_s=0.3, farewell_s=0.2, poll_s=0.01)
-KILLED = Cause("killed by SIGKILL", 5.0, rank=1)
+KILLED = Cause("killed by SIGKILL", 5.0, rank=1, kind="kill")
+BROKEN = Cause("boom", 5.0, rank=1)
+MISTAKE = Cause("UserError: seed was 1", 5.0, rank=1, kind="mistake")
 GONE = Cause("Connection closed by peer", 1.0, rank=0)
 
 
@@ -120,11 +122,28 @@ def test_an_unfit_node_is_left_out_and_may_come_back(lead):
 
 
 def test_a_crash_loop_is_given_up(lead):
-    order, events = lead([[KILLED] * 3, [GONE] * 3])
+    order, events = lead([[BROKEN] * 3, [GONE] * 3])
     assert order.status == GIVE_UP and len(kinds(events, "attempt")) == 3
-    assert kinds(events, "gave_up", "why") == [
-        ("3 times the same failure at step 0: killed by SIGKILL",)
-    ]
+    assert kinds(events, "gave_up", "why") == [("3 times the same failure at step 0: boom",)]
+
+
+def test_kills_before_the_first_step_are_tried_again_for_longer(lead):
+    order, events = lead([[KILLED] * 5 + [None], [GONE] * 5 + [None]])
+    assert order.status == FINISHED and len(kinds(events, "attempt")) == 6
+    assert kinds(events, "failure", "cause", "starting") == [("kill", True)] * 5
+    assert not kinds(events, "gave_up")
+
+
+def test_bad_input_on_all_nodes_ends_the_job_at_once(lead):
+    order, events = lead([[MISTAKE], [MISTAKE]])
+    assert order.status == BAD_INPUT and len(kinds(events, "attempt")) == 1
+    why = "this must be mended first: UserError: seed was 1"
+    assert order.stop == why and kinds(events, "gave_up", "why") == [(why,)]
+
+
+def test_bad_input_that_one_node_alone_meets_is_a_fault_of_the_node(lead):
+    order, events = lead([[MISTAKE, None], [GONE, None]])
+    assert order.status == FINISHED and kinds(events, "failure", "cause") == [("fault",)]
 
 
 def test_a_leader_that_was_stopped_takes_nobody_for_lost(tmp_path, monkeypatch):

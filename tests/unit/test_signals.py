@@ -11,9 +11,11 @@ from megascale.resilience.signals import StopRequest
 
 @pytest.fixture
 def stop():
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests may run under nohup
     request = StopRequest()
     yield request
     request.restore()
+    signal.signal(signal.SIGHUP, before)
 
 
 @pytest.mark.parametrize("number", signals.SIGNALS)
@@ -34,6 +36,15 @@ def test_a_second_one_stops_at_once(stop, monkeypatch):
     os.kill(os.getpid(), signal.SIGINT)
     with pytest.raises(KeyboardInterrupt):
         os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_nohup_is_heeded(monkeypatch):
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    request = StopRequest()
+    os.kill(os.getpid(), signal.SIGHUP)
+    assert not request and signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    request.restore()
+    signal.signal(signal.SIGHUP, before)
 
 
 def test_handlers_are_given_back():

@@ -299,4 +299,4 @@ def test_cluster_sized_steps_are_planned_fast(planner) -> None:
     for context in (256 * K, 8 * K):
         lengths = draw_lengths("github", None, context, 0, num_sequences=8000)
         problem = Problem.of(lengths, 12288, 8 * K, "free", COST)
-        assert min(planner(problem).plan_s for _ in range(3)) < 6.0
+        assert min(planner(problem).plan_s for _ in range(3)) < 10.0

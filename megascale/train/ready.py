@@ -1,0 +1,59 @@
+"""What a user must mend in a run, found before any rank is started. Mostly without torch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from megascale.config import Layout, RunConfig
+from megascale.errors import UserError
+from megascale.train.describe import cost_model, load_run
+
+GPU_FILES = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")
+"""Of the drivers of GPUs; where none of them is there, torch need not be asked for devices."""
+
+
+def check_run(config_path: str, overrides: Sequence[str]) -> RunConfig:
+    """The config of a run whose options, corpora, start and cost file can be used.
+
+    Raises UserError for the first of them that cannot.
+    """
+    config, _ = load_run(config_path, overrides)
+    cost_model(config)
+    return config
+
+
+def check_ranks(config: RunConfig, count: int) -> None:
+    """Raise UserError where `count` ranks of this machine cannot train this config."""
+    Layout.of(config, count)
+    if config.device == "cuda" or any(Path(name).exists() for name in GPU_FILES):
+        _check_devices(config.device, count)
+
+
+def check_resume(resume: str | None) -> None:
+    """Raise UserError for a `--resume` that is no word or step."""
+    if resume not in (None, "auto", "latest") and not resume.isdigit():
+        raise UserError(f"--resume {resume}: give auto, latest or the number of a step")
+
+
+def refuse_used_folder(folder: Path, resume: str | None) -> None:
+    """Raise UserError where `folder` holds a run that is not to be continued."""
+    if resume is None and (folder / "config.yaml").exists():
+        raise UserError(
+            f"run_dir {folder} already holds a run; continue it with --resume auto, or branch "
+            "off into a new folder with run_dir=..."
+        )
+
+
+def _check_devices(device: str, count: int) -> None:
+    import torch
+
+    from megascale.runtime.distributed import choose_device
+
+    kind, _ = choose_device(device)
+    devices = torch.cuda.device_count()
+    if kind == "cuda" and count > devices:
+        raise UserError(
+            f"--ranks {count}: this machine has {devices} CUDA device(s), and every rank takes "
+            f"one; give --ranks {devices}, or train on the CPU with CUDA_VISIBLE_DEVICES= (empty)"
+        )
