@@ -316,8 +316,15 @@ _Loader.yaml_implicit_resolvers = {
 
 
 class _Dumper(yaml.SafeDumper):
-    """SafeDumper that quotes a text which `_Loader` would take for a number."""
+    """SafeDumper that quotes a text which `_Loader` would take for a number, or fold."""
 
+    def represent_str(self, text: str) -> yaml.ScalarNode:
+        """A text; with escapes where it has line separators, which a parser would fold."""
+        style = None if text.replace("\n", "").isprintable() else '"'
+        return self.represent_scalar("tag:yaml.org,2002:str", text, style)
+
+
+_Dumper.add_representer(str, _Dumper.represent_str)
 
 for _kind in (_Loader, _Dumper):
     _kind.add_implicit_resolver(

@@ -1,4 +1,4 @@
-"""Cases for every reader of files: a changed example, read by the function that reads such a file."""
+"""Cases for every reader of files: a changed example, read by what reads such files."""
 
 from __future__ import annotations
 
@@ -82,8 +82,10 @@ def overrides(rng: Rng, scene: Scene) -> None:
     """A config with overrides."""
     from megascale.config import finalize, load_config
 
-    given = ["train.tokens=20M", "model.num_layers=3", "optim.lr=1e-3", "data.context_tokens=64",
-             "train.spikes={action: warn}", "parallel.tensor=2", "run_dir=x", "planner.budget_s=0.5"]  # fmt: skip
+    given = [
+        "train.tokens=20M", "model.num_layers=3", "optim.lr=1e-3", "data.context_tokens=64",
+        "train.spikes={action: warn}", "parallel.tensor=2", "run_dir=x", "planner.budget_s=0.5",
+    ]  # fmt: skip
     found = load_config(scene.folder / "config.yaml", mutate.words(rng, rng.sample(given, 2)))
     finalize(found, dict.fromkeys(found.data.sources, 1000), 257)
 
@@ -328,8 +330,7 @@ def tokenizer_file(rng: Rng, scene: Scene) -> None:
     """tokenizer.json."""
     from megascale.corpus.hugging_face import find_tokenizer
 
-    scene.tokenizer
-    value = json.loads(scene.bytes_of("tokenizer/tokenizer.json"))
+    value = json.loads(scene.bytes_of(f"{scene.tokenizer.name}/tokenizer.json"))
     path = written(scene, "other_tokenizer/tokenizer.json", mutate.json_bytes(rng, value))
     find_tokenizer(str(path.parent))
 

@@ -28,7 +28,7 @@ from fuzz.verbs import VERBS
 
 TARGETS = READERS | VERBS
 OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "critical"}
-MEMORY_BYTES = 12 << 30
+MEMORY_BYTES = 6 << 30
 SHOWN = 3
 """Failures of a target that are printed."""
 
@@ -43,8 +43,9 @@ def main() -> int:
             first = args.case if args.case is not None else args.first
             numbers = range(first, first + (1 if args.case is not None else count))
             tally = run_target(name, args.seed, numbers, scene)
-            print(f"{name:<26} {tally.cases:>7,} cases {tally.refused:>7,} refused "
-                  f"{len(tally.failures):>4} failed  {time.monotonic() - began:>6.0f} s", flush=True)  # fmt: skip
+            counted = f"{tally.cases:>7,} cases {tally.refused:>7,} refused"
+            seconds = f"{time.monotonic() - began:>6.0f} s"
+            print(f"{name:<26} {counted} {len(tally.failures):>4} failed {seconds}", flush=True)
             for number, text in tally.failures[: args.show]:
                 print(f"--- {name}, case {number}\n{text}")
             failed += len(tally.failures)

@@ -27,7 +27,11 @@ SPENT = {"training": 3.0, "planning": 0.1, "evaluation": 0.2, "saving": 0.1}
 TIME = "2026-11-30T07:15:{:02}.122+00:00"
 EVENTS: list[dict[str, Any]] = [
     {"time": TIME.format(1), "event": "launch", "nodes": 1},
-    {"time": TIME.format(2), "event": "start", "began": 1796022939.1, "step": 0, "world": 2},
+    {"time": TIME.format(2), "event": "error", "step": 0, "error": "no port", "starting": True},
+    {
+        "time": TIME.format(2), "event": "start", "began": 1796022939.1, "step": 0, "world": 2,
+        "total_steps": 16, "command": "megascale train config.yaml",
+    },
     {"time": TIME.format(4), "event": "progress", "step": 3, "spent": SPENT},
     {"time": TIME.format(5), "event": "skip", "step": 3, "loss": 9.0},
     {"time": TIME.format(6), "event": "rollback", "step": 3, "to_step": 1},
@@ -37,8 +41,9 @@ EVENTS: list[dict[str, Any]] = [
     {"time": TIME.format(10), "event": "start", "began": 1796022949.1, "step": 1, "world": 2},
     {"time": TIME.format(10), "event": "rewind", "last_step": 3, "step_s": 0.1, "written": 1.79e9},
     {"time": TIME.format(12), "event": "save", "step": 4, "bytes": 139912, "seconds": 0.1},
+    {"time": TIME.format(13), "event": "leave", "why": "a node was lost"},
     {"time": TIME.format(14), "event": "stop", "step": 8, "spent": SPENT, "asked": False},
-]
+]  # fmt: skip
 EXPERTS = {
     "step": 4,
     "choices": [96, 32],
@@ -83,7 +88,10 @@ CONFIG: dict[str, Any] = {
     "parallel": {"tensor": 1, "pipeline": 1, "expert": 2},
     "data": {
         "sources": {"words": {"path": "corpora/corpus"}, "more": {"path": "corpora/corpus"}},
-        "stages": [{"tokens": 4096, "blend": {"words": 0.5, "more": 0.5}}, {"blend": {"words": 1.0}}],
+        "stages": [
+            {"tokens": 4096, "blend": {"words": 0.5, "more": 0.5}},
+            {"blend": {"words": 1.0}},
+        ],
         "context_tokens": 128,
         "global_batch_tokens": 512,
         "max_epochs": 50,

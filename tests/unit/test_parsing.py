@@ -184,7 +184,10 @@ def test_yaml_within_the_limits_is_read(text, value):
     assert parse_yaml(text, "x") == value
 
 
-@pytest.mark.parametrize("text", ["1e9", "2024-01-01", "null", "0x10", "1_0", "a: b", "~", "1:30"])
+@pytest.mark.parametrize(
+    "text",
+    ["1e9", "2024-01-01", "null", "0x10", "1_0", "a: b", "~", "1:30", "\x85", "a\u2028b", "\ufeff"],
+)
 def test_a_text_comes_back_from_a_dump(text):
     assert parse_yaml(dump_yaml({"a": text}), "x") == {"a": text}
     config = parse_config(json.dumps({"eval": {"sample_prompt": text}}))
