@@ -24,7 +24,7 @@ def examine(hosts, bad_rank, fault):
     small = mock.patch.object(nodes, "cpu", partial(cpu, size=64, memory_bytes=1 << 23))
     with mock.patch.dict(os.environ, SLURMD_NODENAME=hosts[rank]), small:
         if fault in ("absent", "hung"):
-            options = dataclasses.replace(options, timeout_s=10.0)
+            options = dataclasses.replace(options, timeout_s=6.0)
         if rank == bad_rank and fault == "absent":
             return None
         with FAULTS[fault]() if rank == bad_rank else mock.patch.object(nodes, "LEAVE_S", 1.0):
@@ -56,7 +56,9 @@ FAULTS = {
     "slow": lambda: device_with(wait=lambda: time.sleep(0.2)),
     "wrong": lambda: device_with(fetch=lambda array: array.astype(float) + 1.0),
     "slow network": slow_network,
-    "hung": lambda: mock.patch.object(nodes, "_together", lambda *given: time.sleep(30)),
+    "hung": lambda: mock.patch.object(
+        nodes, "_together", lambda *given: time.sleep(30)
+    ),  # longer than all wait for it
 }
 
 
