@@ -25,7 +25,7 @@ def rank_pools():
 
 @pytest.fixture
 def ranks(rank_pools):
-    """`ranks(n, function, *args, timeout_s=120)`: what `function` returns on each of n ranks.
+    """`ranks(n, function, *args, timeout_s=300)`: what `function` returns on each of n ranks.
 
     The function must be importable: a top-level one of a test module. It may call
     `runtime.distributed.start`; it is followed by `stop`.

@@ -30,7 +30,7 @@ class RankPools:
         self._workers: list[Worker] = []
 
     def run(
-        self, world: int, function: Callable[..., Any], *args: Any, timeout_s: float = 120
+        self, world: int, function: Callable[..., Any], *args: Any, timeout_s: float = 300
     ) -> list[Any]:
         """Call `function(*args)` on `world` ranks; their results in order of rank.
 

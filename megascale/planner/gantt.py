@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -125,7 +125,7 @@ def _draw_bars(
     corners[:, :, 1] += np.array([-0.41, -0.41, 0.41, 0.41]) * (1.0 if is_small else 1.3)
     axes.add_collection(
         PolyCollection(
-            corners,
+            cast(Any, corners),  # one array is taken as it is, and a list copied bar by bar
             facecolors=colours[positions],
             edgecolors="white",
             linewidths=0.6 if is_small else 0.0,

@@ -24,7 +24,7 @@ LONGEST = (0.25, 0.4, 0.3, 0.2)
 """How long a ring may last, in parts of the longest sequence on as few ranks as hold it."""
 LONG_SHARE = 0.85
 """Part of a batch's tokens in sequences above half a rank's capacity, from which on it pays."""
-MOST_TRIES = 256
+MOST_TRIES = 64
 """Shelves with enough memory that are looked at for one with enough time. With no limit, the time
 to plan would grow with the square of the number of sequences."""
 

@@ -162,7 +162,7 @@ def run_subsets():
 
 
 def test_rings_on_some_of_the_ranks(ranks):
-    check(ranks(4, run_subsets, timeout_s=60), 1e-10)
+    check(ranks(4, run_subsets), 1e-10)
 
 
 def run_large():
@@ -181,7 +181,7 @@ def run_large():
 
 
 def test_messages_larger_than_any_buffer(ranks):
-    for least, most, finite in ranks(2, run_large, timeout_s=60):
+    for least, most, finite in ranks(2, run_large):
         assert abs(least - 1) < 1e-5 and abs(most - 1) < 1e-5 and finite
 
 

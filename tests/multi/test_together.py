@@ -114,7 +114,7 @@ def test_what_rank_0_cannot_do_ends_all_ranks_with_one_line(ranks, config, tmp_p
     words += ["--resume", "auto"] * (place == "choice of checkpoint")
     copies = [f"checkpoint.emergency_dir={tmp_path}", "checkpoint.emergency_every_steps=1"]
     words += copies * (place == "identity of copies")
-    first, second = ranks(2, command_that_fails, place, "user", *words, timeout_s=100)
+    first, second = ranks(2, command_that_fails, place, "user", *words)
     assert first[0] == second[0] == 2, (first, second)
     assert first[1].endswith("megascale: set x=1\n") and second[1] == ""
 
@@ -123,7 +123,7 @@ def test_a_mistake_on_rank_0_is_in_the_log_of_every_rank(ranks, config, tmp_path
     run = tmp_path / "run"
     words = ("train", config, f"run_dir={run}", *SHORT)
     place = "plan of held-out text"
-    first, second = ranks(2, command_that_fails, place, "mistake", *words, timeout_s=100)
+    first, second = ranks(2, command_that_fails, place, "mistake", *words)
     assert (first[0], second[0]) == ("ZeroDivisionError", "FirstRankError")
     for rank in (0, 1):
         log = (run / "logs" / f"rank{rank}.log").read_text()

@@ -239,7 +239,7 @@ def a_name_to_find():
         time.sleep(0.05)
     pulse.enter("gradients")
     pulse.step(4, 0)
-    time.sleep(100)
+    time.sleep(1000)
 a_name_to_find()
 """
 
