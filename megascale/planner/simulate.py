@@ -90,8 +90,8 @@ def judge(plan: StepPlan, problem: Problem, overhead_s: float = 0.0) -> Outcome:
 def plan_static_mesh(problem: Problem, context: int) -> StepPlan:
     """The mesh that all planners are measured against: every sequence on rings of one size.
 
-    The size is the smallest one that holds `context` tokens and divides the ranks.
-    Apart from the size it is `plan_static`. It never offloads. Raises UserError where no such ring exists.
+    The size is the smallest one that holds `context` tokens and divides the ranks. Apart from the
+    size it is `plan_static`. It never offloads. Raises UserError where no such ring exists.
     """
     num_ranks = problem.num_ranks
     size = -(-context // problem.capacity)
