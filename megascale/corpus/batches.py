@@ -28,6 +28,9 @@ from megascale.corpus.pieces import (
 )
 from megascale.errors import UserError
 
+MOST_PIECES = 2**22
+"""Sequences of a source in a batch, more than any run has."""
+
 
 @dataclass(frozen=True)
 class SourceCursor:
@@ -178,6 +181,12 @@ class GlobalBatches:
         order, position, parts = self._orders[name], begin, [NO_PIECES]
         while need > 0:
             count = int(need / order.tokens_per_piece * 1.02) + 16
+            if count > MOST_PIECES:
+                raise UserError(
+                    f"source '{name}': step {step} would take about {count:,} sequences, above "
+                    f"{MOST_PIECES:,}; set data.global_batch_tokens to "
+                    f"{int(MOST_PIECES * order.tokens_per_piece)} or less"
+                )
             part = order.pieces(position, count)
             sums = np.cumsum(part.length)
             keep = int(np.searchsorted(sums, need)) + 1

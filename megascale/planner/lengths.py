@@ -18,6 +18,8 @@ Integers = NDArray[np.int64]
 LONGEST = 2**40
 """Tokens that a line of a lengths file may say."""
 _LENGTH = re.compile(r"0{0,40}[1-9][0-9]{0,12}")
+MOST_SEQUENCES = 2**22
+"""That are drawn at once, more than any batch has."""
 BLOCK = 4096
 """Documents are drawn in blocks of so many, so that more tokens only add documents."""
 
@@ -75,8 +77,8 @@ def draw_lengths(
     """Lengths in tokens of documents drawn at random, each cut at `context`.
 
     Documents are drawn until `num_tokens` is reached, the last one cut so that the sum is exact;
-    or, where `num_tokens` is None, `num_sequences` of them. Raises UserError for an unknown name
-    and for sizes below 1.
+    or, where `num_tokens` is None, `num_sequences` of them. Raises UserError for an unknown name,
+    for sizes below 1, and for more than MOST_SEQUENCES.
     """
     if name not in DISTRIBUTIONS:
         near = difflib.get_close_matches(name, DISTRIBUTIONS, n=1)
@@ -107,6 +109,10 @@ def _draw(
     blocks: list[Integers] = []
     left = (num_sequences if num_tokens is None else num_tokens) or 0
     while left > 0:
+        if len(blocks) * BLOCK >= MOST_SEQUENCES:
+            raise UserError(
+                f"lengths: more than {MOST_SEQUENCES:,} sequences of these lengths; draw fewer"
+            )
         blocks.append(np.rint(np.clip(block(rng), 1, context)).astype(np.int64))
         left -= BLOCK if num_tokens is None else int(blocks[-1].sum())
     lengths = np.concatenate(blocks)

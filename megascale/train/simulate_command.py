@@ -34,6 +34,10 @@ from megascale.runtime.files import write_output
 from megascale.train.cluster import MODELS, Cluster, Offload
 
 BASELINE = "static"
+MOST_RANKS, MOST_STEPS, MOST_TOKENS = 131_072, 1000, 2**40
+"""More than any cluster has, and as much as is replayed in minutes."""
+MOST_SEQUENCES = 2**24
+"""Of all steps, which are in memory together."""
 
 
 def add_simulate_arguments(parser: argparse.ArgumentParser) -> None:
@@ -71,7 +75,9 @@ def cluster_of(args: argparse.Namespace) -> Cluster:
     preset = MODELS[args.model]
     tensor = whole_number(args.tensor or str(preset.tensor), "--tensor", 1)
     pipeline = whole_number(args.pipeline or str(preset.pipeline), "--pipeline", 1)
-    layout = _layout(preset.model, whole_number(args.ranks, "--ranks", 1), tensor, pipeline, args)
+    layout = _layout(
+        preset.model, whole_number(args.ranks, "--ranks", 1, MOST_RANKS), tensor, pipeline, args
+    )
     if not 0 <= args.budget_s < float("inf"):
         raise UserError(f"--budget-s {args.budget_s:g}: must be at least 0, such as 0.5")
     return Cluster(
@@ -80,9 +86,9 @@ def cluster_of(args: argparse.Namespace) -> Cluster:
         layout=layout,
         device_name=args.device,
         device=device_of(args.device, args.network_gbps),
-        context=whole_number(args.context, "--context", 1),
-        capacity=whole_number(args.capacity, "--capacity", 1),
-        batch_tokens=whole_number(args.batch_tokens, "--batch-tokens", 1),
+        context=whole_number(args.context, "--context", 1, MOST_TOKENS),
+        capacity=whole_number(args.capacity, "--capacity", 1, MOST_TOKENS),
+        batch_tokens=whole_number(args.batch_tokens, "--batch-tokens", 1, MOST_TOKENS),
         mode=_mode(args.mode, layout),
         offload=_offload(args.offload),
         budget_s=args.budget_s,
@@ -146,11 +152,21 @@ def _batches(spec: str, cluster: Cluster, steps: int, seed: int) -> list[NDArray
     """Lengths of each step's sequences."""
     kind, _, path = spec.partition(":")
     tokens, context = cluster.batch_tokens, cluster.context
-    seeds = [seed * 1_000_003 + step for step in range(steps)]
-    if kind not in ("corpus", "file"):
-        return [draw_lengths(spec, tokens, context, one) for one in seeds]
-    documents = _corpus_lengths(path) if kind == "corpus" else read_lengths(path, "--lengths file:")
-    return [sample_lengths(documents, tokens, context, one) for one in seeds]
+    if kind == "corpus":
+        draw = partial(sample_lengths, _corpus_lengths(path))
+    elif kind == "file":
+        draw = partial(sample_lengths, read_lengths(path, "--lengths file:"))
+    else:
+        draw = partial(draw_lengths, spec)
+    batches: list[NDArray[np.int64]] = []
+    for step in range(steps):
+        batches.append(draw(tokens, context, seed * 1_000_003 + step))
+        if sum(map(len, batches)) > MOST_SEQUENCES:
+            raise UserError(
+                f"--steps {steps} --batch-tokens {tokens}: more than {MOST_SEQUENCES:,} sequences "
+                f"by step {step}; give fewer steps or tokens"
+            )
+    return batches
 
 
 def _corpus_lengths(path: str) -> NDArray[np.int64]:
@@ -184,7 +200,10 @@ class Progress:
 def run_simulate(args: argparse.Namespace) -> int:
     """Replay steps and print what each planner makes of them. Raises UserError for bad input."""
     cluster = cluster_of(args)
-    steps, seed = whole_number(args.steps, "--steps", 1), whole_number(args.seed, "--seed")
+    steps, seed = (
+        whole_number(args.steps, "--steps", 1, MOST_STEPS),
+        whole_number(args.seed, "--seed"),
+    )
     entrants = _entrants(args.planners, cluster.context)
     batches = _batches(args.lengths, cluster, steps, seed)
     print(_title(args.lengths, cluster, batches))

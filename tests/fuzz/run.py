@@ -28,7 +28,8 @@ from fuzz.verbs import VERBS
 
 TARGETS = READERS | VERBS
 OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "critical"}
-MEMORY_BYTES = 6 << 30
+MEMORY_BYTES = 4 << 30
+"""That cases may take beside what the process has before them."""
 SHOWN = 3
 """Failures of a target that are printed."""
 
@@ -36,7 +37,6 @@ SHOWN = 3
 def main() -> int:
     """Run the cases that the command line asks for; the exit status."""
     args = _arguments()
-    resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
     began, failed = time.monotonic(), 0
     with prepared() as scene:
         for name, count in counts(args.cases, args.only).items():
@@ -72,10 +72,23 @@ def counts(cases: int, names: list[str]) -> dict[str, int]:
 
 
 @contextlib.contextmanager
+def limited_memory():
+    """In the block this process gets no more than MEMORY_BYTES: what wants more is a crash."""
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    most = pages * resource.getpagesize() + MEMORY_BYTES
+    resource.setrlimit(resource.RLIMIT_AS, (most, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, before)
+
+
+@contextlib.contextmanager
 def prepared():
     """A scene in a folder that is gone afterwards, which is the current folder meanwhile."""
     before, set_before = os.getcwd(), {name: os.environ.get(name) for name in OFFLINE}
-    with tempfile.TemporaryDirectory() as name, warnings.catch_warnings():
+    with tempfile.TemporaryDirectory() as name, warnings.catch_warnings(), limited_memory():
         warnings.simplefilter("ignore")
         os.environ.update(OFFLINE)
         folder = Path(name, "a", "b", "c")

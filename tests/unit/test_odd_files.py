@@ -239,3 +239,31 @@ def test_odd_paths_are_refused_in_one_line(capsys, words):
     assert main(words) == 2
     error = capsys.readouterr().err
     assert error.startswith("megascale: ") and len(error.splitlines()) == 1
+
+
+SIMULATE = ["simulate", "--ranks", "64", "--lengths", "github", "--steps", "1"]
+
+
+@pytest.mark.parametrize(
+    "words, problem",
+    [
+        (["--steps", "1000000000000000000"], "--steps must be at most 1000"),
+        (["--ranks", "4611686018427387904"], "--ranks must be at most 131072"),
+        (["--batch-tokens", "1000000000000000000"], "--batch-tokens must be at most"),
+        (["--batch-tokens", "1000G", "--budget-s", "0"], "more than 4,194,304 sequences"),
+        (["--batch-tokens", "4G", "--steps", "1000"], "more than 16,777,216 sequences"),
+    ],
+)
+def test_a_simulation_of_any_size_ends_in_seconds(capsys, words, problem):
+    began = time.process_time()
+    assert main([*SIMULATE, *words]) == 2
+    assert problem in capsys.readouterr().err
+    assert time.process_time() - began < 20
+
+
+def test_a_batch_of_more_sequences_than_any_run_has_is_refused(tmp_path, capsys):
+    from tiny_corpus import tiny_config
+
+    config = tiny_config(tmp_path)
+    assert main(["plan", str(config), "data.global_batch_tokens=1000G", "train.tokens=4000T"]) == 2
+    assert "set data.global_batch_tokens to" in capsys.readouterr().err
