@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import pickle
 import shutil
 import subprocess
@@ -558,7 +559,7 @@ def order_of_a_save(folder: str) -> list[tuple[str, str]]:
             path = f"/proc/self/fd/{first}" if name == "fsync" else first
             place = Path(os.path.realpath(path)).relative_to(checkpoints)
             honest(first, *others)
-            done.append((name, str(place)))
+            done.append((name, re.sub(r"\.tmp-(\D.*)-[0-9a-f]{16}$", r".tmp-\1", str(place))))
 
         return patch.object(os, name, noted)
 
@@ -574,9 +575,10 @@ def test_a_checkpoint_is_on_the_disk_before_it_has_its_name_and_latest_follows(
     """Cut off anywhere between two of these, the disk holds the old state or the new one."""
     first, second = ranks(2, order_of_a_save, str(tmp_path))
     assert second == [("fsync", ".tmp-00000001/__1_0.distcp")]
-    files = ["__0_0.distcp", ".metadata", "metadata.json", "common.pt", "manifest.json"]
+    files = [".tmp-.metadata", ".tmp-metadata.json", ".tmp-common.pt", ".tmp-manifest.json"]
     assert first == [
-        *(("fsync", f".tmp-00000001/{name}") for name in files),
+        ("fsync", ".tmp-00000001/__0_0.distcp"),
+        *((what, f".tmp-00000001/{name}") for name in files for what in ("fsync", "replace")),
         ("fsync", ".tmp-00000001"),
         ("rename", ".tmp-00000001"),
         ("fsync", "."),
