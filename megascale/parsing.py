@@ -14,7 +14,7 @@ import re
 from collections.abc import Iterator
 from json import JSONDecodeError
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, BinaryIO, NoReturn
 
 import yaml
 
@@ -30,6 +30,7 @@ MOST_DEPTH = 64
 """Mappings and lists inside one another."""
 MOST_NODES = 100_000
 """Values of a YAML text, those counted again that an alias repeats."""
+_CHUNK_BYTES = 1 << 20
 LARGEST_INT = 2**64
 """Whole numbers from here on become floats, as in most programs that read JSON."""
 _LONGEST_INT = 310
@@ -44,7 +45,16 @@ def read_json(path: str | Path) -> Any:
     holds something else.
     """
     with open(path, "rb") as file:
-        return parse_json(file.read(MOST_BYTES + 1), str(path))
+        return parse_json(read_bounded(file, MOST_BYTES + 1), str(path))
+
+
+def read_bounded(file: BinaryIO, most_bytes: int) -> bytes:
+    """What a file holds, `most_bytes` at most; memory grows with what it holds, as for a device."""
+    parts = []
+    while most_bytes > 0 and (part := file.read(min(most_bytes, _CHUNK_BYTES))):
+        parts.append(part)
+        most_bytes -= len(part)
+    return b"".join(parts)
 
 
 def parse_json(data: bytes, where: str) -> Any:

@@ -248,7 +248,7 @@ def test_cost_file_is_read(tmp_path: Path) -> None:
         (json.dumps({**FULL_COST, "a": 1e308}), "a = 1e.308 must be"),
         (
             json.dumps({**FULL_COST, "node_size": 10**30}),
-            "node_size = 1e.30 must be a whole number",
+            "node_size = 1e.30 must be",
         ),
     ],
 )
