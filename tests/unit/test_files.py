@@ -11,9 +11,9 @@ from megascale.checkpoint import folder as folders
 from megascale.corpus.prepare import prepare
 from megascale.corpus.recipe import InputConfig, Recipe, TokenizerConfig
 from megascale.errors import UserError
-from megascale.resilience import lock, node_check
+from megascale.resilience import node_check
 from megascale.resilience.channel import read_token, write_token
-from megascale.runtime import files
+from megascale.runtime import files, lock
 from megascale.runtime.files import (
     discard,
     make_fresh_folder,
