@@ -141,7 +141,7 @@ def test_a_traceback_is_escaped_too():
 def test_names_of_metrics(tmp_path):
     writer = MetricsWriter(tmp_path, False, (), None, {})
     rows = []
-    tracker = type("Rows", (), {"log": lambda self, row, step: rows.append(row)})
+    tracker = type("Rows", (), {"put": lambda self, row, step: rows.append(row)})
     writer._trackers.append(tracker())
     writer.write({"step": 1, "eval": {ALL: {"loss": 1.0}}})
     (name,) = rows[0]
