@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -129,7 +130,21 @@ def read_backend(path: Path) -> Any:
     """A tokenizer.json as a tokenizer of the `tokenizers` library. Raises UserError."""
     from tokenizers import Tokenizer as Backend
 
-    try:
+    with reading_tokenizer(path):
         return Backend.from_file(str(path))
-    except Exception as error:  # the library raises bare Exception
-        raise UserError(f"{path}: not a tokenizer: {error}; copy or prepare it again") from None
+
+
+@contextmanager
+def reading_tokenizer(path: str | Path) -> Iterator[None]:
+    """What the `tokenizers` library raises in the block becomes a UserError that names `path`.
+
+    The library raises bare Exception. For some damaged files its Rust code panics, which reaches
+    Python as an exception that is no Exception.
+    """
+    try:
+        yield
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        reason = " ".join(str(error).split())
+        raise UserError(f"{path}: not a tokenizer: {reason}; copy or prepare it again") from None

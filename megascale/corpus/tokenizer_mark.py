@@ -9,8 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megascale.corpus.describe import CORPUS_FILE, TOKENIZER_FOLDER, SourceInfo, read_corpus_file
-from megascale.corpus.hugging_face import TOKENIZER_FILE
-from megascale.errors import UserError
+from megascale.corpus.hugging_face import TOKENIZER_FILE, reading_tokenizer
 from megascale.infowindow.tokenizer import CODEBOOK_FILE
 
 DECIDES_IDS = ("model", "normalizer", "pre_tokenizer", "added_tokens")
@@ -66,10 +65,8 @@ def tokenizer_mark(folder: Path) -> str | None:
 
 
 def _digest_of_ids(raw: bytes, folder: str) -> str:
-    try:
+    with reading_tokenizer(folder):
         return _digest(raw)
-    except Exception as error:  # the library raises bare Exception
-        raise UserError(f"{folder}: not a tokenizer: {error}; prepare it again") from None
 
 
 @functools.lru_cache(maxsize=4)

@@ -51,7 +51,9 @@ def run_case(name: str, target: Target, seed: int, number: int, scene: Any, tall
             tally.failures.append((number, f"not one line: {str(error)[:200]!r}"))
     except Hang:
         tally.failures.append((number, f"hang: {traceback.format_exc()[-1500:]}"))
-    except (Exception, SystemExit):
+    except KeyboardInterrupt:
+        raise
+    except BaseException:  # panics of libraries in Rust are no Exception
         tally.failures.append((number, traceback.format_exc()[-1500:]))
     finally:
         signal.setitimer(signal.ITIMER_PROF, 0)

@@ -12,6 +12,7 @@ from megascale.checkpoint import folder as folders
 from megascale.checkpoint.huggingface.config import model_of, read_config
 from megascale.cli import main
 from megascale.corpus.cache import read_numbers
+from megascale.corpus.hugging_face import find_tokenizer
 from megascale.errors import UserError
 from megascale.monitor.events import read_events
 from megascale.monitor.experts import read_shares
@@ -267,3 +268,13 @@ def test_a_batch_of_more_sequences_than_any_run_has_is_refused(tmp_path, capsys)
     config = tiny_config(tmp_path)
     assert main(["plan", str(config), "data.global_batch_tokens=1000G", "train.tokens=4000T"]) == 2
     assert "set data.global_batch_tokens to" in capsys.readouterr().err
+
+
+def test_a_tokenizer_for_which_the_library_panics_is_refused(tmp_path):
+    from tokenizer_files import byte_bpe
+
+    tree = json.loads(byte_bpe().to_str())
+    tree["model"]["continuing_subword_prefix"] = "a prefix longer than every piece"
+    (tmp_path / "tokenizer.json").write_text(json.dumps(tree))
+    with pytest.raises(UserError, match="not a tokenizer: .*out of range"):
+        find_tokenizer(str(tmp_path))
