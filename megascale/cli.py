@@ -167,6 +167,7 @@ VERBS = {
 }
 
 HELP = ("-h", "--help")
+MOST_NUMBER = 2**62
 NO_NAMES = (errno.ENAMETOOLONG, errno.ELOOP)
 """Errors of paths that cannot be right, whatever happens on the machine."""
 CONFIG_KIND = "megascale.config:RunConfig"
@@ -277,8 +278,20 @@ def _load(where: str) -> Any:
 class _Parser(argparse.ArgumentParser):
     """What cannot be parsed is bad input like any other."""
 
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.register("type", int, _whole_number)
+
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message}; '{self.prog} --help' says what would work")
+
+
+def _whole_number(text: str) -> int:
+    """The `int` of all verbs: such that any program can count with it."""
+    number = int(text)
+    if abs(number) > MOST_NUMBER:
+        raise argparse.ArgumentTypeError(f"{text[:20]}... must be from 0 to {MOST_NUMBER}")
+    return number
 
 
 def _overview() -> str:
