@@ -290,7 +290,7 @@ def _whole_number(text: str) -> int:
     """The `int` of all verbs: such that any program can count with it."""
     number = int(text)
     if abs(number) > MOST_NUMBER:
-        raise argparse.ArgumentTypeError(f"{text[:20]}... must be from 0 to {MOST_NUMBER}")
+        raise argparse.ArgumentTypeError(f"{text[:20]}... is too large; the most is {MOST_NUMBER}")
     return number
 
 
