@@ -105,6 +105,19 @@ def json_rows(data: bytes) -> Iterator[dict[str, Any]]:
             yield row
 
 
+def read_yaml_text(path: str | Path) -> str:
+    """The text of a YAML file in UTF-8.
+
+    Raises OSError or UnicodeDecodeError where it cannot be read, and UserError where it is longer
+    than any config.
+    """
+    with open(path, "rb") as file:
+        data = read_bounded(file, MOST_YAML_BYTES + 1)
+    if len(data) > MOST_YAML_BYTES:
+        raise UserError(f"{path}: longer than {MOST_YAML_BYTES:,} bytes; give a YAML file")
+    return data.decode("utf-8")
+
+
 def parse_yaml(text: str, where: str) -> Any:
     """The value of YAML text: mappings, lists, texts, numbers, true, false and null.
 

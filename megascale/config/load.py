@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 from megascale.config.schema import RunConfig
 from megascale.errors import UserError
-from megascale.parsing import dump_yaml, parse_yaml
+from megascale.parsing import dump_yaml, parse_yaml, read_yaml_text
 
 T = TypeVar("T")
 SUFFIXES = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "G": 10**9, "T": 10**12}
@@ -34,7 +34,7 @@ def load_config(
     valid one), a wrong type or an override that is not of the form a.b=c.
     """
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        text = read_yaml_text(path)
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "is not UTF-8 text"
         raise UserError(f"config {path}: {reason}; give the path of a YAML file") from None

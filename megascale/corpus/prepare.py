@@ -13,7 +13,7 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 from megascale.corpus.describe import (
     CORPUS_FILE,
     FORMAT,
+    PARTS,
     TOKENIZER_FOLDER,
     describe,
     read_corpus_file,
@@ -50,6 +51,13 @@ from megascale.infowindow.tokenizer import InfoWindowTokenizer
 from megascale.runtime.files import discard, make_fresh_folder, open_lock, unfinished_file
 from megascale.runtime.progress import progress
 
+WORK = "work"
+"""Folder of intermediate files in an unfinished corpus."""
+CORPUS_NAMES = frozenset(
+    {CORPUS_FILE, TOKENIZER_FOLDER, "cache", "heldout.bytes.npy"}
+    | {f"{part}{ending}" for part in PARTS for ending in (".bin", ".idx")}
+)
+"""All that a corpus folder holds, with what readers keep beside its shards."""
 _READ_ROWS = 256
 _COUNT_TOKENS = 1 << 22
 
@@ -85,7 +93,7 @@ def prepare(
     with ExitStack() as stack:
         partial = team.lead(lambda: stack.enter_context(_scratch(out)))
         tables, encoder = team.lead(lambda: _begin(recipe, partial))
-        parts = team.each(lambda: _encode(tables, encoder, team, processes, partial / "work"))
+        parts = team.each(lambda: _encode(tables, encoder, team, processes, partial / WORK))
         facts = team.lead(lambda: _finish(recipe, out, tables, encoder, parts, identity))
     return Prepared(out, facts, reused=False)
 
@@ -107,6 +115,7 @@ def _scratch(out: Path) -> Iterator[Path]:
         if not ours:
             raise UserError(f"{out}: another prepare is making it; wait for that one to end")
         try:
+            require_only(partial, {*CORPUS_NAMES, WORK}, "is in the way of a scratch folder")
             make_fresh_folder(partial)  # without what one that was killed has left
             try:
                 yield partial
@@ -114,6 +123,18 @@ def _scratch(out: Path) -> Iterator[Path]:
                 discard(partial)
         finally:
             path.unlink(missing_ok=True)
+
+
+def require_only(folder: Path, names: Collection[str], problem: str) -> None:
+    """Raise UserError where a folder, if there is one, holds anything but `names`."""
+    if folder.is_symlink() or not folder.is_dir():
+        return  # nothing, or what no prepare deletes
+    others = sorted({path.name for path in folder.iterdir()} - {*names})
+    if others:
+        raise UserError(
+            f"{folder / others[0]} {problem}, and is no file of a corpus; move it away or give "
+            "another folder with --out"
+        )
 
 
 def _cores() -> int:
@@ -131,6 +152,8 @@ def _look(recipe: Recipe, out: Path, force: bool) -> tuple[str, dict[str, Any] |
     if not (out / CORPUS_FILE).is_file():
         raise UserError(f"{out}: exists and is no corpus; give another folder with --out")
     if force:
+        require_only(out, CORPUS_NAMES, "would be deleted by --force")
+        _require_inputs_elsewhere(recipe, out)
         return wanted, None
     try:
         describe(str(out))
@@ -148,6 +171,12 @@ def _look(recipe: Recipe, out: Path, force: bool) -> tuple[str, dict[str, Any] |
         f"{out}: holds a corpus from another recipe or other inputs; replace it with --force or "
         "give another folder with --out"
     )
+
+
+def _require_inputs_elsewhere(recipe: Recipe, out: Path) -> None:
+    for name in (name for one in recipe.inputs for name in input_files(one)):
+        if Path(name).resolve().is_relative_to(out.resolve()):
+            raise UserError(f"{name}: an input below {out}, which --force replaces; move it away")
 
 
 def fingerprint(recipe: Recipe) -> str:
@@ -169,9 +198,7 @@ def _begin(recipe: Recipe, partial: Path) -> tuple[list[Table], Encoder]:
     """Rank 0: list the documents and settle the tokenizer."""
     folder = partial / TOKENIZER_FOLDER
     folder.mkdir()
-    tables = [
-        read_table(one, partial / "work" / f"input-{i}") for i, one in enumerate(recipe.inputs)
-    ]
+    tables = [read_table(one, partial / WORK / f"input-{i}") for i, one in enumerate(recipe.inputs)]
     tokenizer = _make_tokenizer(recipe, tables)
     tokenizer.save(folder)
     encoder = Encoder.of(tokenizer, folder, recipe.min_characters, heldout_below(recipe))
@@ -245,7 +272,7 @@ def _finish(
     fates, tokenizer = decide(recipe, tables, files), encoder.tokenizer()
     trip = round_trip(recipe, tables, tokenizer, fates)
     _write_shards(partial, files, fates, token_dtype(tokenizer.vocab_size))
-    shutil.rmtree(partial / "work")
+    shutil.rmtree(partial / WORK)
     if tokenizer.kind == "bytes":
         (partial / TOKENIZER_FOLDER).rmdir()
     facts = _facts(recipe, partial, tokenizer, fates, trip, identity)

@@ -11,6 +11,7 @@ from typing import Literal
 from megascale.config import RunConfig
 from megascale.config.load import parse_as, top_level_keys
 from megascale.errors import UserError
+from megascale.parsing import read_yaml_text
 
 CONFIG_KEYS = {field.name for field in fields(RunConfig)}
 
@@ -92,7 +93,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     Raises UserError for an unreadable file, an unknown key, and what cannot work.
     """
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        text = read_yaml_text(path)
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "is not UTF-8 text"
         raise UserError(

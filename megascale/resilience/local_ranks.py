@@ -180,6 +180,8 @@ class LocalRanks:
 
     def _start(self, port: int) -> None:
         for rank in range(self._job.count):
+            if self._asked:  # those that have started are ended by `wait`
+                return
             with self._output(rank).open("wb") as output:
                 process = subprocess.Popen(
                     self._job.command,

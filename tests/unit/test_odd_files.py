@@ -286,3 +286,10 @@ def test_a_number_of_an_option_that_nobody_can_count_with(capsys, option, number
     assert main(["data", "check", "missing", f"{option}={number}"]) == 2
     error = capsys.readouterr().err
     assert error.startswith(f"megascale: argument {option}: ") and len(error.splitlines()) == 1
+
+
+@pytest.mark.parametrize("verb", ["plan", "prepare"])
+def test_a_file_that_never_ends_is_no_config(verb, capsys):
+    assert main([verb, "/dev/zero"]) == 2
+    said = capsys.readouterr().err
+    assert "/dev/zero: longer than 1,048,576 bytes" in said and said.count("\n") == 1

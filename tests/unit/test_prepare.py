@@ -346,6 +346,27 @@ def test_reused_refused_and_forced(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "out"]
 
 
+@pytest.mark.parametrize("place", ["out/notes.md", "out/raw/a.txt", "out.partial/mine.txt"])
+def test_files_of_the_user_are_never_deleted(tmp_path, place):
+    paths, out = _files(tmp_path / "in", {"a": "one"}), tmp_path / "out"
+    prepare(_recipe(paths=paths), out, processes=1)
+    (tmp_path / place).parent.mkdir(exist_ok=True)
+    (tmp_path / place).write_text("mine")
+    with pytest.raises(UserError, match="is no file of a corpus; move it away"):
+        prepare(_recipe(paths=paths), out, processes=1, force=True)
+    assert (tmp_path / place).read_text() == "mine" and _texts(out) == ["one"]
+
+
+def test_an_input_in_the_folder_that_is_replaced_is_refused(tmp_path):
+    paths, out = _files(tmp_path / "in", {"a": "one"}), tmp_path / "out"
+    prepare(_recipe(paths=paths), out, processes=1)
+    (out / "cache").mkdir(exist_ok=True)
+    (out / "cache/b").write_text("two")
+    with pytest.raises(UserError, match="an input below .*out, which --force replaces"):
+        prepare(_recipe(paths=str(out / "cache/b")), out, processes=1, force=True)
+    assert (out / "cache/b").read_text() == "two"
+
+
 @pytest.mark.parametrize("name", ["corpus.json", "train.bin", "heldout.idx"])
 def test_a_damaged_corpus_is_not_up_to_date(tmp_path, name):
     """What describe says of it, prepare again, leads out of it."""
