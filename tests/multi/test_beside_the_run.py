@@ -74,7 +74,7 @@ def raises(*args, **kwargs):
 def broken_tokenizer(patch):
     """On rank 0, which the others must not wait for."""
     if os.environ["RANK"] == "0":
-        patch.setattr("megascale.corpus.tokenizers.load_tokenizer", raises)
+        patch.setattr("megascale.corpus.tokenizers.ByteTokenizer.__init__", raises)
 
 
 def broken_sampling(patch):
@@ -101,7 +101,8 @@ def broken_comparison(patch):
 @pytest.mark.parametrize(
     "breakage, what, words",
     [
-        ("broken_tokenizer", "sample", ["eval.sample_prompt=text"]),
+        # whole documents are scored, so only the sample needs the tokenizer
+        ("broken_tokenizer", "sample", ["eval.sample_prompt=text", "eval.tokens=1000000"]),
         ("broken_sampling", "sample", ["eval.sample_prompt=text"]),
         ("broken_console", "report (step)", ["monitor.log_every_steps=1"]),
         ("broken_profiler", "profile", ["monitor.profile_steps=[2,3]"]),

@@ -121,7 +121,7 @@ def test_a_crash_loop_is_given_up(config, tmp_path):
     with Job(config, tmp_path / "run", 1, *words) as job:
         assert job.finish() == [3], job.said()
         why = job.events("gave_up")[0]["why"]
-        assert why.startswith("3 times the same failure at step 0: FileExistsError: ")
+        assert why.startswith("3 times the same failure at step 0: StorageError: ")
         assert [rank for _, rank in failures(job, "rank")] == [0] * 3
         assert len(job.events("attempt")) == 3
     with Job(config, tmp_path / "run", 1, *words) as job:  # requeued, against all odds

@@ -21,8 +21,6 @@ def read_document(path: Path) -> dict[str, Any]:
         raise UserError(
             f"{path}: {error.strerror}; give the folder of a Hugging Face model"
         ) from None
-    except UserError as error:
-        raise UserError(f"{error}; copy the model again") from None
     if not isinstance(document, dict):
         raise UserError(f"{path} is not the JSON of a config; copy the model again")
     return document
