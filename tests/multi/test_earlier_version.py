@@ -55,12 +55,13 @@ def heldout_loss(model: Path, corpus: Path, context: int, budget: int) -> float:
     import torch
     from transformers import AutoModelForCausalLM
 
-    from megascale.corpus.heldout import spans_of
+    from megascale.corpus.describe import describe
+    from megascale.corpus.heldout import choose_part
     from megascale.corpus.shards import Shard
 
     theirs = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).double().eval()
     shard, total, count = Shard.open(corpus / "heldout"), 0.0, 0
-    for document, start, length in spans_of(shard, context, budget):
+    for document, start, length in choose_part(describe(str(corpus)), context, budget).spans_n3:
         ids = np.concatenate([[256], shard.read(document).astype(np.int64)])
         ids = torch.tensor(ids[start : start + length + 1])
         with torch.no_grad():
