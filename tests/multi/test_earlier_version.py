@@ -61,13 +61,14 @@ def heldout_loss(model: Path, corpus: Path, context: int, budget: int) -> float:
 
     theirs = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).double().eval()
     shard, total, count = Shard.open(corpus / "heldout"), 0.0, 0
-    for document, start, length in choose_part(describe(str(corpus)), context, budget).spans_n3:
+    for document, begin, length in choose_part(describe(str(corpus)), context, budget).spans_n3:
         ids = np.concatenate([[256], shard.read(document).astype(np.int64)])
-        ids = torch.tensor(ids[start : start + length + 1])
-        with torch.no_grad():
-            logits = theirs(ids[None, :-1]).logits[0]
-        total += torch.nn.functional.cross_entropy(logits, ids[1:], reduction="sum").item()
-        count += int(length)
+        for start in range(begin, begin + length, context):
+            piece = torch.tensor(ids[start : min(start + context, begin + length) + 1])
+            with torch.no_grad():
+                logits = theirs(piece[None, :-1]).logits[0]
+            total += torch.nn.functional.cross_entropy(logits, piece[1:], reduction="sum").item()
+            count += len(piece) - 1
     return total / count
 
 
