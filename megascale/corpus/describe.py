@@ -19,6 +19,7 @@ FORMAT = 1
 PARTS = ("train", "heldout")
 SAMPLED_BLOCKS, BLOCK_BYTES = 32, 4096
 RETURNED = "returned_bytes"
+"""Bytes of a part that its ids give back; counted, or estimated where a sample was decoded."""
 ROUND_TRIP = ("documents", "changed", "bytes", "returned_bytes", "unknown_tokens")
 """What prepare counts of text that it decodes again."""
 TOKENIZER_KINDS = ("bytes", "bpe", "hf", "infowindow")
@@ -228,7 +229,8 @@ def returned_bytes(facts: Mapping[str, Any], part: str) -> int:
     size, trip = int(facts[part]["bytes"]), facts.get("round_trip")
     if not trip or not trip["bytes"]:
         return size
-    return round(size * trip["returned_bytes"] / trip["bytes"])  # as earlier versions have it
+    compared = int(trip["bytes"])  # an earlier version made the corpus, and measured a sample
+    return (size * int(trip["returned_bytes"]) + compared // 2) // compared
 
 
 def _is_complete(facts: Mapping[str, Any]) -> bool:
