@@ -70,7 +70,7 @@ def save(backend, folder: Path, **config) -> str:
     return str(folder)
 
 
-def prepare_texts(folder: Path, texts, tokenizer, heldout=0.0, **options):
+def prepare_texts(folder: Path, texts, tokenizer, heldout=0.0, processes=1, **options):
     """Prepare texts, each a file of its own, with a tokenizer folder; see `prepare`."""
     from megascale.corpus.prepare import prepare
     from megascale.corpus.recipe import parse_recipe
@@ -85,4 +85,4 @@ def prepare_texts(folder: Path, texts, tokenizer, heldout=0.0, **options):
         "inputs": [{"kind": "files", "paths": [f"{inside}/*"]}],
         "tokenizer": {"kind": "hf", "path": str(tokenizer)} | options,
     }
-    return prepare(parse_recipe(json.dumps(recipe)), folder / "corpus", processes=1)
+    return prepare(parse_recipe(json.dumps(recipe)), folder / "corpus", processes)

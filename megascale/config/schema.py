@@ -434,7 +434,9 @@ class EvalConfig:
     tokens: int = 200_000
     """Held-out tokens that are scored per source, the same ones at every evaluation: all where
     there are no more, else stretches of documents from all over the set, cut at
-    `data.context_tokens` as in training. 0: none."""
+    `data.context_tokens` as in training. A stretch begins and ends where the tokenizer cuts neither
+    a character nor a window, so up to one character or window per stretch is missing: of 10 tokens
+    that are bytes, 8 are scored where characters have 4. 0: none."""
     forgetting_alarm: float | None = None
     """Nats per token by which the held-out loss of a source may rise above that at the start of a
     run with `start.checkpoint` before a warning. None: no warning."""

@@ -18,6 +18,8 @@ CORPUS_FILE = "corpus.json"
 FORMAT = 1
 PARTS = ("train", "heldout")
 SAMPLED_BLOCKS, BLOCK_BYTES = 32, 4096
+RETURNED = "returned_bytes"
+"""Bytes of a part that its ids give back; counted, or estimated where a sample was decoded."""
 ROUND_TRIP = ("documents", "changed", "bytes", "returned_bytes", "unknown_tokens")
 """What prepare counts of text that it decodes again."""
 TOKENIZER_KINDS = ("bytes", "bpe", "hf", "infowindow")
@@ -193,7 +195,7 @@ def _prepared(folder: Path) -> SourceInfo:
         bos_id=facts["tokenizer"].get("bos_id"),
         train_tokens=shard.num_tokens,
         train_documents=shard.num_documents,
-        train_bytes=round(facts["train"]["bytes"] * returned_share(facts.get("round_trip"))),
+        train_bytes=returned_bytes(facts, "train"),
         content=_content(str(folder / "train")),
         unigram_bits_per_byte=facts["unigram_bits_per_byte"],
         tokenizer=str(folder),
@@ -217,11 +219,18 @@ def read_corpus_file(folder: Path) -> Mapping[str, Any]:
     return dict(facts)
 
 
-def returned_share(round_trip: Mapping[str, Any] | None) -> float:
-    """The part of the bytes of a text that its ids give back, by what prepare has decoded."""
-    if not round_trip or not round_trip["bytes"]:
-        return 1.0
-    return float(round_trip["returned_bytes"] / round_trip["bytes"])
+def returned_bytes(facts: Mapping[str, Any], part: str) -> int:
+    """Bytes of the text of a part that its ids give back, by what prepare has decoded.
+
+    `facts` are the content of corpus.json.
+    """
+    if RETURNED in facts[part]:
+        return int(facts[part][RETURNED])
+    size, trip = int(facts[part]["bytes"]), facts.get("round_trip")
+    if not trip or not trip["bytes"]:
+        return size
+    compared = int(trip["bytes"])  # an earlier version made the corpus, and measured a sample
+    return (size * int(trip["returned_bytes"]) + compared // 2) // compared
 
 
 def _is_complete(facts: Mapping[str, Any]) -> bool:
@@ -230,6 +239,7 @@ def _is_complete(facts: Mapping[str, Any]) -> bool:
     whole = [facts[part][key] for part in PARTS for key in ("documents", "tokens", "bytes")]
     trip = facts.get("round_trip", {})  # earlier versions wrote none, and no bos_id
     whole += [trip[key] for key in ROUND_TRIP if trip]
+    whole += [facts[part][RETURNED] for part in PARTS if RETURNED in facts[part]]
     special = tokenizer.get("special_ids", [])
     whole += special if tokenizer.get("bos_id") is None else [*special, tokenizer["bos_id"]]
     whole += [tokenizer["vocab_size"], tokenizer["eod_id"], *(f["bytes"] for f in files.values())]
@@ -240,7 +250,8 @@ def _is_complete(facts: Mapping[str, Any]) -> bool:
         and max(tokenizer["eod_id"], *special, tokenizer.get("bos_id") or 0)
         < tokenizer["vocab_size"]
         and (not trip or _is_possible(trip))
-        and facts["train"]["bytes"] > 0
+        and all(returned_bytes(facts, part) <= facts[part]["bytes"] for part in PARTS)
+        and returned_bytes(facts, "train") > 0
         and isinstance(bits, float)
         and 0 <= bits < float("inf")
         and {f"{part}.{ending}" for part in PARTS for ending in ("bin", "idx")} <= set(files)

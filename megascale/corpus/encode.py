@@ -17,12 +17,7 @@ from typing import Any
 import numpy as np
 
 from megascale.corpus.inputs import Table, read_document
-from megascale.corpus.round_trip import (
-    SAMPLED_DOCUMENTS,
-    RoundTrip,
-    beginning_of,
-    compare_texts,
-)
+from megascale.corpus.round_trip import RoundTrip, compare_texts, is_drawn, stride_of
 from megascale.corpus.special import Refused
 from megascale.corpus.tokenizers import (
     Tokenizer,
@@ -97,7 +92,8 @@ def encode_rows(
     Columns: verdict int8 (GOOD, EMPTY, INVALID, REFUSED for one that the tokenizer has no ids
     for), why (text, of a refusal), high and low uint64 (hash of the text), bytes int64 (of
     UTF-8), tokens (bytes of the ids, the end of the document included); and of documents that
-    were decoded again compared and returned int64 (see RoundTrip; -1 for others) and changed.
+    were decoded again returned int64 (bytes that come back), changed, and weight int64, bytes of
+    text for which the document stands, 0 where it was not decoded.
     """
     if not len(rows):
         return ()
@@ -117,7 +113,7 @@ def encode_rows(
                     "table": table,
                     "first_row": rows.start,
                     "encoder": encoder,
-                    "sample_every": max(1, len(dataset) // SAMPLED_DOCUMENTS),
+                    "stride": stride_of(table.num_bytes(), encoder.kind),
                 },
                 features=_features(),
                 remove_columns=dataset.column_names,
@@ -163,7 +159,7 @@ def _features() -> Any:
     from datasets import Features, Value
 
     kinds = {"verdict": "int8", "why": "string", "high": "uint64", "low": "uint64"}
-    kinds |= {"bytes": "int64", "compared": "int64", "returned": "int64", "changed": "bool"}
+    kinds |= {"bytes": "int64", "weight": "int64", "returned": "int64", "changed": "bool"}
     return Features(
         {name: Value(kind) for name, kind in (kinds | {"tokens": "large_binary"}).items()}
     )
@@ -175,7 +171,7 @@ def _encode_batch(
     table: Table,
     first_row: int,
     encoder: Encoder,
-    sample_every: int,
+    stride: int,
 ) -> Any:
     import pyarrow as pa
 
@@ -191,10 +187,13 @@ def _encode_batch(
         REFUSED if isinstance(ids, Refused) else verdict
         for (verdict, _), ids in zip(judged, encoded, strict=True)
     ]
-    heldout = [high < encoder.heldout_below for high, _ in hashes]
+    weights = [
+        _weight(pair, len(raw), encoder.heldout_below, stride)
+        for pair, raw in zip(hashes, raws, strict=True)
+    ]
     trips = [
-        _round_trip(encoder.tokenizer(), text, ids, is_heldout, row % sample_every == 0)
-        for (_, text), ids, is_heldout, row in zip(judged, encoded, heldout, rows, strict=True)
+        _round_trip(encoder.tokenizer(), text, ids, weight)
+        for (_, text), ids, weight in zip(judged, encoded, weights, strict=True)
     ]
     return pa.table(
         {
@@ -203,7 +202,7 @@ def _encode_batch(
             "high": pa.array([high for high, _ in hashes], pa.uint64()),
             "low": pa.array([low for _, low in hashes], pa.uint64()),
             "bytes": pa.array([len(raw) for raw in raws], pa.int64()),
-            "compared": pa.array([trip.num_bytes for trip in trips], pa.int64()),
+            "weight": pa.array(weights, pa.int64()),
             "returned": pa.array([trip.returned_bytes for trip in trips], pa.int64()),
             "changed": pa.array([trip.place is not None for trip in trips], pa.bool_()),
             "tokens": pa.array(_token_bytes(encoder.tokenizer(), encoded), pa.large_binary()),
@@ -220,22 +219,24 @@ def _encode_good(
     return [next(encoded) if verdict == GOOD else None for verdict, _ in judged]
 
 
-_NOT_DECODED = RoundTrip(-1, -1, None)
+def _weight(hashes: tuple[int, int], num_bytes: int, heldout_below: int, stride: int) -> int:
+    """Bytes of text for which a document stands among those that are decoded; 0: not decoded."""
+    high, low = hashes
+    if high < heldout_below:
+        return num_bytes
+    return max(num_bytes, stride) if is_drawn(low, num_bytes, stride) else 0
+
+
+_NOT_DECODED = RoundTrip(0, 0, None)
 
 
 def _round_trip(
-    tokenizer: Tokenizer,
-    text: str,
-    ids: Tokens | Refused | None,
-    is_heldout: bool,
-    is_sampled: bool,
+    tokenizer: Tokenizer, text: str, ids: Tokens | Refused | None, weight: int
 ) -> RoundTrip:
-    """A held-out document, or the beginning of a sampled one, beside what its ids decode to."""
-    if ids is None or isinstance(ids, Refused) or not (is_heldout or is_sampled):
+    """A document beside what its ids decode to, where it has a weight."""
+    if ids is None or isinstance(ids, Refused) or not weight:
         return _NOT_DECODED
-    whole: tuple[str, Tokens | None] = (text, ids)
-    text, chosen = whole if is_heldout else beginning_of(tokenizer, text, ids)
-    return _NOT_DECODED if chosen is None else compare_texts(text, tokenizer.decode(chosen))
+    return compare_texts(text, tokenizer.decode(ids))
 
 
 def _token_bytes(tokenizer: Tokenizer, encoded: list[Tokens | Refused | None]) -> list[bytes]:

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from megascale.corpus.encode import EMPTY, GOOD, INVALID, REFUSED, text_of
 from megascale.corpus.inputs import Table, read_document
 from megascale.corpus.recipe import Recipe
-from megascale.corpus.round_trip import beginning_of, example_of
+from megascale.corpus.round_trip import example_of
 from megascale.corpus.tokenizers import Tokenizer
 from megascale.errors import UserError
 
@@ -24,10 +24,10 @@ class Fates:
     keep: NDArray[np.bool_]
     heldout: NDArray[np.bool_]
     num_bytes: NDArray[np.int64]
-    compared: NDArray[np.int64]
-    """Bytes of text that were compared with those of its ids; -1: none of this document."""
+    weight: NDArray[np.int64]
+    """Bytes of text for which a document stands among those that were decoded; 0: it was not."""
     returned: NDArray[np.int64]
-    """Bytes of them that come back."""
+    """Bytes of a decoded document that come back."""
     changed: NDArray[np.bool_]
     """Text that does not come back."""
     skipped: dict[str, Any]
@@ -70,7 +70,7 @@ def decide(recipe: Recipe, tables: Sequence[Table], files: Sequence[str]) -> Fat
         keep,
         heldout,
         num_bytes=_column(files, "bytes", np.int64),
-        compared=_column(files, "compared", np.int64),
+        weight=_column(files, "weight", np.int64),
         returned=_column(files, "returned", np.int64),
         changed=_column(files, "changed", np.bool_),
         skipped=skipped,
@@ -141,19 +141,16 @@ def round_trip(
 ) -> dict[str, Any]:
     """How much of the text that was decoded again came back, with the first that did not.
 
-    Raises UserError where nothing did.
+    Raises UserError where nothing of train did.
     """
-    seen = fates.keep & (fates.compared >= 0)
+    seen = fates.keep & (fates.weight > 0)
     changed = np.flatnonzero(seen & fates.changed)
-    compared, returned = (int(sizes[seen].sum()) for sizes in (fates.compared, fates.returned))
     first = None
     if len(changed):
         row = _row(tables, int(changed[0]))
         _, text = text_of(read_document(*row), recipe.min_characters)
-        if not fates.heldout[changed[0]]:
-            text, _ids = beginning_of(tokenizer, text, tokenizer.encode(text))
         first = {"document": _where(tables, int(changed[0]))} | example_of(tokenizer, text)
-    if compared and not returned:
+    if not returned_train_bytes(fates):
         raise UserError(
             f"recipe {recipe.name}: no text comes back from the ids of its tokenizer; choose a "
             "tokenizer that knows the characters of this text"
@@ -161,7 +158,21 @@ def round_trip(
     return {
         "documents": int(seen.sum()),
         "changed": len(changed),
-        "bytes": compared,
-        "returned_bytes": returned,
+        "bytes": int(fates.num_bytes[seen].sum()),
+        "returned_bytes": int(fates.returned[seen].sum()),
         "first_changed": first,
     }
+
+
+def returned_train_bytes(fates: Fates) -> int:
+    """Bytes of the text of train that come back: exact where all of it was decoded.
+
+    Else the ratio estimator of a sample in which every byte is as likely as any other.
+    """
+    train = fates.keep & ~fates.heldout
+    seen = train & (fates.weight > 0)
+    total, weights = int(fates.num_bytes[train].sum()), fates.weight[seen]
+    if not weights.sum():
+        return total
+    shares = fates.returned[seen] / fates.num_bytes[seen]
+    return round(total * float(weights @ shares) / int(weights.sum()))

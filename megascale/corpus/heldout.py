@@ -156,11 +156,15 @@ def _measure(
 
     tokenizer = load_tokenizer(corpus)
     known: tuple[int, _Text] | None = None
-    for document, start, length in spans_n3.tolist():
+    following = [*spans_n3[1:, :2].tolist(), [-1, 0]]
+    for (document, start, length), after in zip(spans_n3.tolist(), following, strict=True):
         if known is None or known[0] != document:
             known = document, _Text(tokenizer, shard.read(document))
         text = known[1]
-        begin, end = text.near(start, 1), text.near(start + length, -1)
+        begin = text.near(start, 1)
+        # as many tokens as were chosen, up to the next stretch of the document
+        limit = after[1] if after[0] == document else int(shard.lengths[document])
+        end = text.near(min(begin + length, limit), -1)
         if begin < end:
             num_bytes = text.share(begin, end, int(sizes[document]))
             yield np.array([document, begin, end - begin, num_bytes])

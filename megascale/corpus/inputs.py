@@ -50,6 +50,13 @@ class Table:
             [datasets.Dataset.from_file(name) for name in self.arrow_files]
         )
 
+    def num_bytes(self) -> int:
+        """Bytes of all files, lines of JSON or texts, as they are stored."""
+        column = self.open().data.column(self.column)
+        if self.content == "path":
+            return sum(os.path.getsize(path) for path in column.to_pylist())
+        return int(column.nbytes)
+
     def where(self, row: int, value: bytes) -> str:
         """What to call a row in messages."""
         import datasets

@@ -26,14 +26,20 @@ from megascale.corpus.describe import (
     CORPUS_FILE,
     FORMAT,
     PARTS,
+    RETURNED,
     TOKENIZER_FOLDER,
     describe,
     read_corpus_file,
-    returned_share,
     sha256_of,
 )
 from megascale.corpus.encode import GOOD, Encoder, encode_rows, hash_of, text_of
-from megascale.corpus.fates import Fates, decide, heldout_below, round_trip
+from megascale.corpus.fates import (
+    Fates,
+    decide,
+    heldout_below,
+    returned_train_bytes,
+    round_trip,
+)
 from megascale.corpus.inputs import Table, input_files, read_document, read_table
 from megascale.corpus.recipe import Recipe, TokenizerConfig
 from megascale.corpus.shards import Shard, writing
@@ -317,7 +323,10 @@ def _facts(
     counts = _token_counts(folder / "train", tokenizer.vocab_size)
     unknown_id = tokenizer.unknown_id
     trip["unknown_tokens"] = 0 if unknown_id is None else int(counts[unknown_id])
-    train_bytes = int(fates.num_bytes[parts["train"]].sum()) * returned_share(trip)
+    returned = {
+        "train": returned_train_bytes(fates),
+        "heldout": int(fates.returned[fates.heldout].sum()),
+    }
     return {
         "format": FORMAT,
         "name": recipe.name,
@@ -329,10 +338,11 @@ def _facts(
                 "documents": int(chosen.sum()),
                 "tokens": Shard.open(folder / name).num_tokens,
                 "bytes": int(fates.num_bytes[chosen].sum()),
+                RETURNED: returned[name],
             }
             for name, chosen in parts.items()
         },
-        "unigram_bits_per_byte": unigram_bits(counts) / train_bytes,
+        "unigram_bits_per_byte": unigram_bits(counts) / returned["train"],
         "round_trip": trip,
         "skipped": fates.skipped,
         "source_fingerprint": identity,

@@ -14,14 +14,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from megascale.corpus.special import EXCERPT, Refused
-from megascale.corpus.tokenizers import FastTokenizer, Tokenizer, Tokens, encode_each
+from megascale.corpus.describe import PARTS, RETURNED, returned_bytes
+from megascale.corpus.special import EXCERPT
+from megascale.corpus.tokenizers import FastTokenizer, Tokenizer, Tokens
 
 LOSSY = "documents do not decode to the text they were made from"
-SAMPLED_DOCUMENTS = 256
-"""Of every input, about, spread evenly; all that are held out come on top."""
-SAMPLED_CHARACTERS = 1 << 16
-"""Of a sampled document the beginning, where it is longer."""
+WHOLE_BYTES = 1 << 28
+"""An input of at most so many bytes is decoded whole, if a tokenizer of Hugging Face made the ids.
+The other kinds of tokenizer lose nothing by construction, so a sample is enough."""
+SAMPLED_PLACES = 1024
+"""So many bytes of any other input are drawn, about, and their documents are decoded."""
 
 
 @dataclass(frozen=True)
@@ -58,13 +60,23 @@ def first_difference(text: str, other: str) -> int:
     return low
 
 
-def beginning_of(tokenizer: Tokenizer, text: str, ids: Tokens) -> tuple[str, Tokens | None]:
-    """What a sample looks at of a document: its text and ids, None for a cut without ids."""
-    if len(text) <= SAMPLED_CHARACTERS:
-        return text, ids
-    text = text[:SAMPLED_CHARACTERS]
-    (cut,) = encode_each(tokenizer, [text])
-    return text, None if isinstance(cut, Refused) else cut
+def stride_of(num_bytes: int, kind: str) -> int:
+    """Bytes of text per document that is decoded, of an input of `num_bytes`; 1: decode all.
+
+    `kind` is that of the tokenizer.
+    """
+    is_whole = kind == "hf" and num_bytes <= WHOLE_BYTES
+    return 1 if is_whole else max(1, num_bytes // SAMPLED_PLACES)
+
+
+def is_drawn(low: int, num_bytes: int, stride: int) -> bool:
+    """Whether a document of `num_bytes` is decoded, with probability `num_bytes` / `stride`.
+
+    So every byte of text is as likely as any other to be in a decoded document, and documents of
+    `stride` bytes or more are all decoded. `low` is the low half of the hash of the text; the high
+    half decides which documents are held out.
+    """
+    return low * stride < num_bytes << 64
 
 
 def example_of(tokenizer: Tokenizer, text: str) -> dict[str, Any]:
@@ -94,12 +106,33 @@ def losses(facts: Mapping[str, Any]) -> Iterator[str]:
     if not trip:
         return
     if trip["changed"]:
-        first, share = trip["first_changed"], trip["returned_bytes"] / trip["bytes"]
+        first = trip["first_changed"]
         yield (
             f"{trip['changed']:,} of {trip['documents']:,} {LOSSY}; the first is "
             f"{first['document']}, at character {first['character']}: "
             f"{ascii(first['text'])} comes back as {ascii(first['decoded'])} ({first['cause']}). "
-            f"{share:.2%} of the bytes come back; bits per byte count these alone"
+            f"{_returned_share(facts)} of the bytes come back; bits per byte count these alone"
+        )
+    if facts["tokenizer"]["kind"] == "hf" and RETURNED not in facts["train"]:
+        yield (
+            "an earlier version of megascale decoded only the beginnings of some documents, so "
+            "text that does not come back may be missing here and count in bits per byte; prepare "
+            "the corpus again with --force to decode all of it"
         )
     if trip["unknown_tokens"]:
         yield f"{trip['unknown_tokens']:,} tokens of train are the tokenizer's unknown token"
+
+
+def _returned_share(facts: Mapping[str, Any]) -> str:
+    """The part of the text that comes back, and what was decoded to measure it."""
+    documents, num_bytes = (
+        sum(facts[part][key] for part in PARTS) for key in ("documents", "bytes")
+    )
+    share = f"{sum(returned_bytes(facts, part) for part in PARTS) / num_bytes:.2%}"
+    decoded, heldout = facts["round_trip"]["documents"], facts["heldout"]["documents"]
+    if decoded == documents:
+        return f"All documents were decoded: {share}"
+    return (
+        f"{decoded:,} of {documents:,} documents were decoded ({heldout:,} held-out ones, and of "
+        f"the others a sample in proportion to their length): about {share}"
+    )

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from megascale.corpus.describe import CORPUS_FILE, TOKENIZER_FOLDER, SourceInfo, read_corpus_file
 from megascale.corpus.hugging_face import TOKENIZER_FILE, reading_tokenizer
+from megascale.errors import UserError
 from megascale.infowindow.tokenizer import CODEBOOK_FILE
 
 DECIDES_IDS = ("model", "normalizer", "pre_tokenizer", "added_tokens")
@@ -39,10 +40,26 @@ class TokenizerMark:
         return None
 
 
-def mark_of(info: SourceInfo) -> TokenizerMark:
-    """The mark of a source. Of bare Megatron shards only the ids around documents are known."""
-    content = None if info.tokenizer is None else tokenizer_mark(Path(info.tokenizer))
-    return TokenizerMark(content, info.eod_id, info.first_id)
+def mark_of(info: SourceInfo, shard: str | None = None) -> TokenizerMark:
+    """The mark of a source, or of one of its shards; the default is the training shard.
+
+    Of a bare Megatron shard only the ids around documents are known, unless it is part of a
+    prepared corpus.
+    """
+    folder = _corpus_of(shard or info.train) if info.tokenizer is None else Path(info.tokenizer)
+    return TokenizerMark(
+        None if folder is None else tokenizer_mark(folder), info.eod_id, info.first_id
+    )
+
+
+def _corpus_of(prefix: str) -> Path | None:
+    """The prepared corpus that a shard is part of, also through a link; None: of none."""
+    path = Path(f"{prefix}.bin").resolve()
+    try:
+        files = read_corpus_file(path.parent)["files"]
+    except UserError:
+        return None  # no corpus.json, or one of another program
+    return path.parent if path.name in files else None
 
 
 def tokenizer_mark(folder: Path) -> str | None:

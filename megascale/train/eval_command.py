@@ -4,19 +4,25 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megascale.errors import UserError, install_command
 from megascale.runtime.files import write_output
+from megascale.train.export_command import SPECIAL_IDS
 
 if TYPE_CHECKING:
+    from megascale.checkpoint.huggingface.kept import Kept
+    from megascale.checkpoint.load import Found
     from megascale.train.score_text import TextScorer, TextTokens
 
 MOST_TOKENS = 256
 """Of a continuation whose task says nothing, as lm-eval has it."""
 LENGTH_OPTIONS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
 """Names under which a task may say it; lm-eval takes the first that is there."""
+NO_SETTINGS = (*SPECIAL_IDS, "transformers_version", "_from_model_config")
+"""What a generation_config.json says besides how text is generated."""
 
 
 def add_eval_arguments(parser: argparse.ArgumentParser) -> None:
@@ -37,13 +43,16 @@ def run_eval(args: argparse.Namespace) -> int:
     from megascale.runtime import distributed
 
     distributed.prepare_device("auto")
+    from megascale.checkpoint.huggingface.kept import Kept
     from megascale.checkpoint.load import find_at
     from megascale.train.one_rank import open_model, run_config
     from megascale.train.score_text import TextScorer
+    from megascale.train.start import home_of
 
     if args.limit is not None and args.limit < 1:
         raise UserError(f"--limit {args.limit} must be at least 1; leave it out for all questions")
     found = find_at(args.checkpoint)
+    kept = Kept.of(home_of(found.folder.resolve()))
     tokens = text_tokens(found, run_config(found), args.tokenizer)
     names, manager = _load_tasks(args.tasks, args.include)
     import lm_eval
@@ -60,17 +69,20 @@ def run_eval(args: argparse.Namespace) -> int:
         )
     print(f"{found.folder}, step {found.manifest.position.step}")
     print(make_table(results))
+    if any(task["output_type"] == "generate_until" for task in results["configs"].values()):
+        print("".join(f"note: {note}\n" for note in _notes_on_generation(kept)), end="")
     if args.out is not None:
         _write(Path(args.out), str(found.folder), results)
     return 0
 
 
-def text_tokens(found: Any, config: Any, given: str | None) -> TextTokens:
+def text_tokens(found: Found, config: Any, given: str | None) -> TextTokens:
     """The tokenizer of a checkpoint; see `tokenizer_folder`.
 
     A text begins with the token that stood before documents in training. With a Hugging Face
     tokenizer that is what it puts before a text itself, else its beginning of sequence, or its end
-    where it has none. Raises UserError.
+    where it has none. It ends with the id that ends documents, or with an `eos_token_id` that an
+    import has kept. Raises UserError.
     """
     from megascale.corpus.describe import CORPUS_FILE
     from megascale.corpus.tokenizers import load_hf, load_tokenizer
@@ -93,9 +105,40 @@ def text_tokens(found: Any, config: Any, given: str | None) -> TextTokens:
         lambda text: ours.encode(text).tolist(),
         ours.decode,
         end_id if first_id is None else first_id,
-        end_id,
+        frozenset({end_id, *_kept_ends(found, folder, config.model.vocab_size)}),
         unsettled=ours.window_tokens if isinstance(ours, InfoWindowTokenizer) else 0,
     )
+
+
+def _kept_ends(found: Found, folder: Path, vocab_size: int) -> Iterator[int]:
+    """The ids that end a text by what an import has kept, unless `folder` has another tokenizer."""
+    from megascale.checkpoint.huggingface.kept import Kept
+    from megascale.checkpoint.huggingface.tokenizer import relation
+    from megascale.train.start import home_of
+
+    kept = Kept.of(home_of(found.folder.resolve()))
+    if kept is None or relation(folder, kept.folder) == "other":
+        return
+    for document in (kept.config, kept.generation or {}):
+        ends = document.get("eos_token_id")
+        for token_id in ends if isinstance(ends, list) else [ends]:
+            if isinstance(token_id, int) and token_id < vocab_size:
+                yield token_id
+
+
+def _notes_on_generation(kept: Kept | None) -> Iterator[str]:
+    """Which settings of an import's generation_config.json have no effect here."""
+    settings = {} if kept is None else kept.generation or {}
+    unused = [
+        f"{name} = {value}"
+        for name, value in settings.items()
+        if value is not None and name not in NO_SETTINGS
+    ]
+    if unused:
+        yield (
+            "generation is greedy; of the generation_config.json of the import these settings "
+            f"have no effect here: {', '.join(unused)}"
+        )
 
 
 def _load_tasks(tasks: str, include: str | None) -> tuple[list[str], Any]:

@@ -93,7 +93,7 @@ def write_settings(
     from megascale.checkpoint.huggingface.config import config_of
     from megascale.checkpoint.huggingface.kept import Kept
     from megascale.checkpoint.huggingface.merge import merged_config
-    from megascale.checkpoint.huggingface.tokenizer import write_tokenizer
+    from megascale.checkpoint.huggingface.tokenizer import raise_max_length, write_tokenizer
     from megascale.train.start import home_of
 
     kept, context_tokens = Kept.of(home_of(found.folder.resolve())), config.data.context_tokens
@@ -103,6 +103,7 @@ def write_settings(
     theirs = config_of(config.model, context_tokens, dtype)
     if source is not None:
         write_tokenizer(source, out, context_tokens)
+        raise_max_length(out, context_tokens)
     write_configs(theirs, out, source)
     return theirs.model_type, []
 
@@ -196,13 +197,20 @@ def write_kept(kept: Kept, document: dict[str, Any], source: Path | None, out: P
     Raises UserError where it has ids that the model lacks.
     """
     from megascale.checkpoint.huggingface.documents import CONFIG, GENERATION, write_document
-    from megascale.checkpoint.huggingface.kept import without_unknown_ids
-    from megascale.checkpoint.huggingface.tokenizer import relation, write_related
+    from megascale.checkpoint.huggingface.kept import POSITIONS, without_unknown_ids
+    from megascale.checkpoint.huggingface.tokenizer import (
+        has_same_settings,
+        raise_max_length,
+        relation,
+        write_related,
+    )
 
     vocab_size, generation, notes = document["vocab_size"], kept.generation, []
     if source is not None:
-        related = relation(source, kept.folder)
-        write_related(source, kept.folder, related, out, document["max_position_embeddings"])
+        related, positions = relation(source, kept.folder), document[POSITIONS]
+        write_related(source, kept.folder, related, out, positions)
+        if positions > kept.config[POSITIONS] or not has_same_settings(out, kept.folder):
+            raise_max_length(out, positions)
         if related == "other":
             ids = _ids_of(out, vocab_size, source)
             document |= ids

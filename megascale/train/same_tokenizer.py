@@ -63,9 +63,14 @@ def _differences(
     """
     blended, chosen = used_sources(config.data.stages), config.data.sources
     names = [name for name, one in chosen.items() if not one.replay or name in blended]
-    marks = {name: mark_of(sources[name]) for name in names} if len(names) > 1 else {}
+    shards = {name: (sources[name], sources[name].train) for name in names}
+    for name in names:
+        info = sources[name]
+        if info.tokenizer is None and info.heldout is not None:  # it may be of another corpus
+            shards[f"{name} (heldout)"] = info, info.heldout
+    marks = {label: mark_of(*shard) for label, shard in shards.items()} if len(shards) > 1 else {}
     for place, name in enumerate(marks):
-        before = names[:place]
+        before = [*marks][:place]
         if any(marks[first] == marks[name] for first in before):
             continue
         for first in before:

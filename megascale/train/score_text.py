@@ -23,12 +23,13 @@ TokenPair = tuple[list[int], list[int]]
 
 @dataclass(frozen=True)
 class TextTokens:
-    """Text to ids and back, and the ids that begin and end one."""
+    """Text to ids and back, and the ids that begin and end a text."""
 
     encode: Callable[[str], list[int]]
     decode: Callable[[list[int]], str]
     first_id: int
-    end_id: int
+    end_ids: frozenset[int]
+    """Generation stops at any of them."""
     unsettled: int | None = 0
     """So many ids at the end of a text depend on what follows it, as those of the last of
     Equal-Info Windows do; None: nobody knows how many."""
@@ -69,7 +70,8 @@ class TextScorer:
         return scored.log_likelihood
 
     def generate(self, prompt: str, stops: Sequence[str], most_tokens: int) -> str:
-        """The greedy continuation, up to the first of `stops`, which is left out.
+        """The greedy continuation, up to an id that ends a text or the first of `stops`, which is
+        left out.
 
         A prompt loses its beginning where it and `most_tokens` together exceed the context. Where
         `most_tokens` alone exceed it, the beginning goes as the text grows. Each token costs a
@@ -82,7 +84,7 @@ class TextScorer:
         while len(ids) < most_tokens:
             (logits,) = self.model.logits([(begin + ids)[-self._context :]])
             ids.append(int(logits[-1].argmax()))
-            if ids[-1] == self.tokens.end_id:
+            if ids[-1] in self.tokens.end_ids:
                 break
             text = self.tokens.decode(ids)
             places = [text.find(stop) for stop in stops if stop and stop in text]

@@ -210,6 +210,61 @@ def test_what_the_model_has_become_wins(ranks, model, tmp_path):
     assert config["eos_token_id"] == [2, 5] and config["house_rules"] == CONFIG["house_rules"]
 
 
+def write_scaled(folder, scaling):
+    write_original(folder, rope_scaling=scaling)
+
+
+def inverse_frequencies(folder):
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    return model.model.rotary_emb.inv_freq.tolist()
+
+
+def limit_of(folder):
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(folder).model_max_length
+
+
+def test_a_longer_context_keeps_angles_and_raises_the_limit_of_texts(ranks, tmp_path):
+    """Llama 3's scaling, whose original context is that of the import where it is not stated."""
+    scaling = {"rope_type": "llama3", "factor": 4.0, "low_freq_factor": 1, "high_freq_factor": 4}
+    ranks(1, write_scaled, tmp_path / "hf", scaling)
+    path = tmp_path / "hf/tokenizer_config.json"
+    settings = json.loads(path.read_text())
+    path.write_text(json.dumps(settings | {"model_max_length": 100}))
+    done(ranks, "import", tmp_path / "hf", tmp_path / "ours")
+    done(ranks, "export", tmp_path / "ours", tmp_path / "same")
+    assert (tmp_path / "same/tokenizer_config.json").read_bytes() == path.read_bytes()
+    corpus = prepared(tmp_path / "text", f"{{kind: hf, path: {tmp_path}/ours/tokenizer}}")
+    long = branch(ranks, tmp_path / "ours", corpus, tmp_path / "long", "data.context_tokens=192")
+    short = branch(ranks, long, corpus, tmp_path / "short")
+    expected = ranks(1, inverse_frequencies, tmp_path / "hf")[0]
+    for number, (run, words) in enumerate(
+        [(long, []), (short, []), (short, ["--tokenizer", tmp_path / "hf"])]
+    ):
+        out = tmp_path / f"back{number}"
+        said = done(ranks, "export", run, out, *words)
+        assert "note" not in said
+        assert ranks(1, inverse_frequencies, out)[0] == pytest.approx(expected, rel=1e-6)
+        assert ranks(1, limit_of, out)[0] == 192
+        assert (out / "chat_template.jinja").read_text() == TEMPLATE
+
+
+@pytest.mark.parametrize("limit", [1000000000000000019884624838656, 4096, None])
+def test_a_higher_limit_of_texts_stays(tmp_path, limit):
+    from megascale.checkpoint.huggingface.tokenizer import raise_max_length
+
+    path = tmp_path / "tokenizer_config.json"
+    path.write_text(text := json.dumps({"model_max_length": limit} if limit else {}))
+    raise_max_length(tmp_path, 4096)
+    assert path.read_text() == text
+    path.unlink()
+    raise_max_length(tmp_path, 4096)
+    assert not path.exists()
+
+
 def test_a_larger_vocabulary_keeps_the_ids_it_has(ranks, model, tmp_path):
     original, ours, _ = model
     write_backend(tmp_path / "larger", extra=["<|tool|>", "<|call|>"])

@@ -1,10 +1,11 @@
 """Scores of text against lm-eval's own backend for `transformers` models, on the same weights."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
-from test_huggingface_models import make
+from test_huggingface_models import make, write_tasks
 from test_train import command
 
 pytest.importorskip("lm_eval")
@@ -38,7 +39,7 @@ def folder(rank_pools, tmp_path_factory):
     return made
 
 
-def ask(folder, kind, arguments, batch_size=1, add_bos_token=None):
+def ask(folder, kind, arguments, batch_size=1, add_bos_token=None, context=CONTEXT):
     """What our model and lm-eval's, with its options, answer to requests of one `kind`."""
     from lm_eval.api.instance import Instance
     from lm_eval.models.huggingface import HFLM
@@ -55,7 +56,7 @@ def ask(folder, kind, arguments, batch_size=1, add_bos_token=None):
         ours = getattr(lm_eval_model(TextScorer(model, tokens)), kind)(requests)
     options = {"device": "cpu", "batch_size": batch_size, "add_bos_token": add_bos_token}
     judge = HFLM(str(folder / "hf"), **options)
-    assert judge.max_length == CONTEXT
+    assert judge.max_length == context
     return ours, getattr(judge, kind)(requests)
 
 
@@ -137,3 +138,87 @@ def test_a_choice_longer_than_the_context_is_scored_whole(ranks, folder):
     (expected,) = ranks(1, judge_windows, folder, context, choice)
     assert scored[1].log_likelihood == pytest.approx(expected, rel=1e-4)
     assert (scored[2].log_likelihood, scored[2].is_greedy) == (0.0, True)
+
+
+ENDS = [2, 5]
+SETTINGS = {"eos_token_id": ENDS, "bos_token_id": 1, "pad_token_id": 3, "temperature": 0.6}
+
+
+def make_ending(folder):
+    """A model with two ids that end a text, both likely; its tokenizer names the second."""
+    from safetensors.torch import load_file, save_file
+    from test_huggingface_export import write_original
+
+    # the cache of `transformers` applies a window that its Llama ignores
+    options = {"tie_word_embeddings": False, "sliding_window": None}
+    write_original(folder / "hf", eos_token_id=ENDS, **options)
+    (folder / "hf/generation_config.json").write_text(json.dumps(SETTINGS))
+    path = folder / "hf/model.safetensors"
+    weights = load_file(path)
+    weights["lm_head.weight"][ENDS] *= 2.5
+    save_file(weights, path, {"format": "pt"})
+    assert command("import", folder / "hf", folder / "ours", "--no-check")[0] == 0
+
+
+def end_ids(folder, tokenizer=None):
+    from megascale.checkpoint.load import find_at
+    from megascale.train.eval_command import text_tokens
+    from megascale.train.one_rank import run_config
+
+    found = find_at(folder)
+    return text_tokens(found, run_config(found), tokenizer).end_ids
+
+
+@pytest.fixture(scope="module")
+def ending(rank_pools, tmp_path_factory):
+    made = tmp_path_factory.mktemp("ending")
+    rank_pools.run(1, make_ending, made, timeout_s=300)
+    return made
+
+
+def greedy_ends(folder, prompts, most):
+    """The id that `transformers` stops at for each prompt; None: it does not stop."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(folder / "hf")
+    tokenizer = AutoTokenizer.from_pretrained(folder / "hf")
+    last = []
+    for prompt in prompts:
+        ids = tokenizer(prompt, return_tensors="pt")
+        out = model.generate(**ids, do_sample=False, temperature=None, max_new_tokens=most)
+        last.append(int(out[0, -1]) if int(out[0, -1]) in ENDS else None)
+    return last
+
+
+def test_text_ends_at_every_id_that_an_import_has_kept(ranks, ending):
+    prompts = [letters(n, n) for n in range(1, 20)]
+    stopped = ranks(1, greedy_ends, ending, prompts, 12)[0]
+    assert set(stopped) >= {*ENDS}  # each of them ends some text
+    options = {"until": ["no such text"], "max_gen_toks": 12}
+    words = [(prompt, options) for prompt in prompts]
+    ((ours, theirs),) = ranks(1, ask, ending, "generate_until", words, 1, None, 128)
+    assert ours == theirs and len(set(map(len, ours))) > 3
+
+
+def test_ids_that_end_a_text(ending, folder, tmp_path):
+    """Lists of config.json and of generation_config.json, and the end of documents."""
+    assert end_ids(folder / "ours") == {2, 256}  # 2 is the default of a Llama's config
+    shutil.copytree(ending / "ours", tmp_path / "ours")
+    kept = tmp_path / "ours/imported"
+    for name, ends in (("config.json", [2, 7, 900]), ("generation_config.json", 9)):
+        document = json.loads((kept / name).read_text())
+        (kept / name).write_text(json.dumps(document | {"eos_token_id": ends}))
+    assert end_ids(tmp_path / "ours") == {2, 5, 7, 9}
+    assert end_ids(tmp_path / "ours", str(ending / "hf")) == {2, 5, 7, 9}
+    # with another tokenizer the ids of the import mean nothing
+    assert end_ids(tmp_path / "ours", str(folder / "corpus")) == {256}
+
+
+@pytest.mark.parametrize("task, is_named", [("odd_generate", True), ("odd_choice", False)])
+def test_settings_without_effect_are_named(ranks, ending, tmp_path, task, is_named):
+    write_tasks(tmp_path / "tasks", ["a"] * 4)
+    words = ("eval", ending / "ours", "--tasks", task, "--include", tmp_path / "tasks")
+    status, said = ranks(1, command, *words, timeout_s=300)[0]
+    assert status == 0, said
+    note = "these settings have no effect here: temperature = 0.6\n"
+    assert said.endswith(note) == is_named and ("no effect" in said) == is_named

@@ -200,6 +200,26 @@ def test_bytes_are_those_of_what_is_scored(tmp_path, kind, context):
     assert whole.documents == whole.set_documents == len(sizes)
 
 
+@pytest.mark.parametrize("character", ["a", "\u00e9", "\u6f22", "\U0001f600"])
+@pytest.mark.parametrize("tokens", [4, 10, 23, 300, 1000])
+def test_less_than_a_character_is_missing(tmp_path, character, tokens):
+    """A stretch begins where a character does and has as many whole characters as fit."""
+    texts = [f"{n}{character * 4000}" for n in range(12)]
+    (tmp_path / "texts.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in texts))
+    recipe = parse_recipe(
+        "name: x\nheldout_fraction: 0.5\ntokenizer: {kind: bytes}\n"
+        f"inputs: [{{kind: jsonl, paths: ['{tmp_path}/texts.jsonl']}}]\n"
+    )
+    info = describe(str(prepare(recipe, tmp_path / "made", processes=1).folder))
+    wanted = spans_of(Shard.open(info.heldout), 64, tokens)
+    part, width = choose_part(info, 64, tokens), len(character.encode())
+    missing = tokens - part.tokens
+    assert 0 <= missing < width * len(wanted)
+    document, start, length = part.spans_n3.T
+    ends = (start + length == Shard.open(info.heldout).lengths[document]).sum()
+    assert part.num_bytes == part.tokens - ends
+
+
 def test_a_tokenizer_that_changes_text_shares_out_all_bytes(tmp_path):
     """A composed character comes back for the two of the text. So the bytes of the text that come
     back, which count, are fewer than the bytes of the decoded text."""

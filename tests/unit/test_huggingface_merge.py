@@ -117,6 +117,55 @@ def test_a_longer_context_of_training_counts(hf, tmp_path):  # noqa: F811
     assert Kept.of(tmp_path / "a").config["max_position_embeddings"] == 700
 
 
+def inverse_frequencies(config):
+    """As transformers has them."""
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+    return LlamaRotaryEmbedding(config).inv_freq.double().numpy()
+
+
+@pytest.mark.parametrize(
+    "stated",
+    [
+        {"rope_parameters": LLAMA_3 | {"rope_theta": 9e3}},
+        {"rope_parameters": None, "rope_scaling": LLAMA_3, "rope_theta": 9e3},
+        {"rope_parameters": LLAMA_3 | {"rope_theta": 9e3, "original_max_position_embeddings": 16}},
+        {
+            "rope_parameters": None,
+            "rope_scaling": LLAMA_3,
+            "rope_theta": 9e3,
+            "original_max_position_embeddings": 16,
+        },
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 9e3}},
+    ],
+)
+@pytest.mark.parametrize("contexts", [[64], [8192], [2048, 64], [2048, 8192, 64], [600, 600]])
+def test_angles_stay_whatever_the_context_becomes(hf, tmp_path, stated, contexts):  # noqa: F811
+    """Scaled angles depend on the context of the import where it states no other number."""
+    from megascale.checkpoint.huggingface.kept import Kept, pass_on
+    from megascale.checkpoint.huggingface.merge import merged_config
+
+    def read(folder):
+        return hf.config.read_config(folder), folder / "config.json"
+
+    known = Kept.of(kept(hf, tmp_path, PLAIN, max_position_embeddings=64, **stated))
+    before = inverse_frequencies(read(known.folder)[0])
+    model = final(hf, hf.config.model_of(*read(known.folder)))
+    *earlier, last = contexts
+    home = tmp_path
+    for number, context_tokens in enumerate(earlier):
+        home, parent = tmp_path / str(number), home
+        home.mkdir()
+        pass_on(parent, home, context_tokens)
+    document = merged_config(Kept.of(home), model, last, "float32")
+    assert document["max_position_embeddings"] == max(64, *contexts)
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "config.json").write_text(json.dumps(document))
+    assert inverse_frequencies(read(out)[0]) == pytest.approx(before, rel=1e-6)
+    assert final(hf, hf.config.model_of(*read(out))) == model
+
+
 def test_code_of_the_imported_folder_is_not_spoken_of(hf, tmp_path):  # noqa: F811
     code = {"auto_map": {"AutoModelForCausalLM": "modeling_own.Own"}, "torch_dtype": "float16"}
     document, _ = merged(hf, tmp_path, PLAIN, PLAIN, **code)

@@ -60,7 +60,8 @@ def test_files_in_sorted_order_each_text_once(tmp_path):
     done = prepare(_recipe(paths=paths), tmp_path / "out", processes=1)
     assert _texts(tmp_path / "out") == ["one", "two", "x"]
     assert done.facts["skipped"]["duplicates"] == 1
-    assert done.facts["train"] == {"documents": 3, "tokens": 10, "bytes": 7}
+    sizes = {"documents": 3, "tokens": 10, "bytes": 7, "returned_bytes": 7}
+    assert done.facts["train"] == sizes
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "out"]
     kept = prepare(_recipe(paths=paths, deduplicate=False), tmp_path / "all", processes=1)
     assert kept.facts["train"]["documents"] == 4

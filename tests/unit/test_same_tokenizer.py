@@ -11,7 +11,7 @@ import yaml
 from megascale.cli import main
 from megascale.config import dump_config, finalize, parse_config
 from megascale.corpus.describe import describe, describe_source, identity
-from megascale.corpus.tokenizer_mark import tokenizer_mark
+from megascale.corpus.tokenizer_mark import mark_of, tokenizer_mark
 from megascale.errors import UserError
 from megascale.train.describe import load_run
 from megascale.train.eval_command import text_tokens
@@ -113,6 +113,46 @@ def test_bare_shards_are_compared_by_the_ids_that_they_name(corpora, tmp_path):
                 load_run(path)
 
 
+def test_bare_shards_of_a_prepared_corpus_are_compared_by_its_tokenizer(corpora, tmp_path):
+    """`bpe` and `other` have ids in common, and the ends of documents too."""
+    facts = {name: describe(str(corpora[name])) for name in ("bpe", "other")}
+    ids = {"vocab_size": 300, "eod_id": facts["bpe"].eod_id}
+    assert ids["eod_id"] == facts["other"].eod_id
+    path, linked = tmp_path / "run.yaml", tmp_path / "elsewhere"
+    linked.mkdir()
+    for name in ("train", "heldout"):
+        for ending in ("bin", "idx"):
+            (linked / f"{name}.{ending}").symlink_to(corpora["other"] / f"{name}.{ending}")
+
+    def load(**sources):
+        path.write_text(yaml.safe_dump({"data": {"sources": sources}}, sort_keys=False))
+        load_run(path)
+
+    whole, same = {"path": str(corpora["bpe"])}, {"path": str(corpora["same"] / "train")} | ids
+    load(whole=whole, bare=same)
+    load(bare=same | {"heldout": str(corpora["bpe"] / "heldout")})
+    for prefix in (corpora["other"] / "train", linked / "train"):
+        other = {"path": str(prefix)} | ids
+        for sources in ({"whole": whole, "bare": other}, {"whole": same, "bare": other}):
+            with pytest.raises(UserError, match="'whole' and 'bare' were made .*vocabularies"):
+                load(**sources)
+    for heldout in (corpora["other"] / "heldout", linked / "heldout"):
+        with pytest.raises(UserError, match=r"'bare' and 'bare \(heldout\)' were made by"):
+            load(bare=same | {"heldout": str(heldout)})
+
+
+def test_shards_beside_a_corpus_or_a_file_of_its_name_are_of_no_corpus(corpora, tmp_path):
+    for ending in ("bin", "idx"):
+        content = (corpora["other"] / f"train.{ending}").read_bytes()
+        (tmp_path / f"own.{ending}").write_bytes(content)
+    info = describe(str(tmp_path / "own"), None, 300, 256)
+    facts = (corpora["bpe"] / "corpus.json").read_text()
+    for text in (None, "[1]", "{", facts):
+        if text is not None:
+            (tmp_path / "corpus.json").write_text(text)
+        assert mark_of(info).content is None
+
+
 def test_a_tokenizer_file_of_another_form_is_the_same_tokenizer(corpora, tmp_path):
     """As other versions of the library write it: merges as text, spaces, another cut."""
     mark = tokenizer_mark(corpora["bpe"])
@@ -164,7 +204,7 @@ def test_a_tokenizer_has_no_ids_that_the_model_lacks(corpora, tmp_path, model_id
     config = replace(run_of(), model=replace(run_of().model, vocab_size=model_ids))
     write_tokenizer(bpe, tmp_path, 64)
     if fits:
-        assert text_tokens(found_with(tmp_path), config, str(bpe)).end_id < 280
+        assert max(text_tokens(found_with(tmp_path), config, str(bpe)).end_ids) < 280
         write_configs(theirs, tmp_path, bpe)
         return
     said = f"tokenizer of {bpe}: it has 280 ids, the model knows 279; give the one"

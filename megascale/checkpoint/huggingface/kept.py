@@ -77,6 +77,8 @@ def pass_on(parent: Path, home: Path, context_tokens: int) -> None:
     `context_tokens` is the context of the parent's training, which the model has learned.
     Raises UserError where it cannot be read, OSError.
     """
+    from megascale.checkpoint.huggingface.tokenizer import raise_max_length
+
     kept = Kept.of(parent)
     if kept is None:
         return
@@ -84,6 +86,7 @@ def pass_on(parent: Path, home: Path, context_tokens: int) -> None:
     shutil.copytree(kept.folder, folder, dirs_exist_ok=True)
     if context_tokens > kept.config[POSITIONS]:
         write_document({**kept.config, POSITIONS: context_tokens}, folder / CONFIG)
+        raise_max_length(folder, context_tokens)
 
 
 def without_unknown_ids(

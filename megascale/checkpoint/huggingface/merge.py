@@ -40,7 +40,10 @@ def merged_config(
     """
     was, where = kept.config["model_type"], kept.folder / CONFIG
     kind = family_of(model, preferred=was)
-    old = options_of(model_of(config_from(kept.config, where), where), was)
+    positions = {POSITIONS: max(kept.config[POSITIONS], context_tokens)}
+    # read with the new context, on which options may depend that the import did not state:
+    # `original_max_position_embeddings` of scaled angles is the context unless it is stated
+    old = options_of(model_of(config_from({**kept.config, **positions}, where), where), was)
     new = options_of(model, kind)
     document = {k: value for k, value in kept.config.items() if k not in NOT_KEPT}
     if kind != was:
@@ -59,7 +62,7 @@ def merged_config(
         "model_type": kind,
         "architectures": [architecture_of(kind)],
         "dtype": dtype,
-        POSITIONS: max(kept.config[POSITIONS], context_tokens),
+        **positions,
     }
 
 

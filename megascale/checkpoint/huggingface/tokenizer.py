@@ -8,7 +8,7 @@ import shutil
 from pathlib import Path
 from typing import Any, Literal
 
-from megascale.checkpoint.huggingface.documents import write_document
+from megascale.checkpoint.huggingface.documents import read_document, write_document
 from megascale.corpus.describe import CORPUS_FILE, TOKENIZER_FOLDER
 from megascale.corpus.hugging_face import read_backend
 from megascale.corpus.tokenizers import EOD_TEXT, TOKENIZER_FILE, Tokenizer, load_tokenizer
@@ -16,6 +16,7 @@ from megascale.errors import UserError
 from megascale.infowindow import tokenizer as tokenizer_module
 from megascale.infowindow.tokenizer import InfoWindowTokenizer
 
+MAX_LENGTH = "model_max_length"
 INFOWINDOW_CLASS = Path(tokenizer_module.__file__).with_name("tokenization_infowindow.py")
 """Copied beside an exported model."""
 CONFIG = "tokenizer_config.json"
@@ -78,10 +79,7 @@ def relation(source: Path, kept: Path) -> Relation:
     Raises UserError where a tokenizer cannot be read.
     """
     files = _files_of(kept, FILES)
-    if all(
-        (source / path).is_file() and filecmp.cmp(source / path, kept / path, False)
-        for path in files
-    ):
+    if all(_is_equal(source / path, kept / path) for path in files):
         return "same"  # or not known
     ours = _corpus_backend(source) if (source / CORPUS_FILE).is_file() else _hf_backend(source)
     theirs = _hf_backend(kept)
@@ -93,6 +91,34 @@ def relation(source: Path, kept: Path) -> Relation:
     former = theirs.get_vocab(with_added_tokens=True)
     keeps_all = all(known.get(token) == number for token, number in former.items())
     return "larger" if keeps_all else "other"
+
+
+def _is_equal(ours: Path, theirs: Path) -> bool:
+    """Whether two files of a tokenizer say the same, but for `model_max_length`."""
+    if not (ours.is_file() and theirs.is_file()):
+        return False
+    if filecmp.cmp(ours, theirs, False) or theirs.name != CONFIG:
+        return filecmp.cmp(ours, theirs, False)
+    first, second = ({**read_document(path), MAX_LENGTH: None} for path in (ours, theirs))
+    return first == second
+
+
+def has_same_settings(folder: Path, kept: Path) -> bool:
+    """Whether two folders have the same tokenizer_config.json."""
+    paths = folder / CONFIG, kept / CONFIG
+    return all(path.is_file() for path in paths) and filecmp.cmp(*paths, False)
+
+
+def raise_max_length(folder: Path, context_tokens: int) -> None:
+    """Let the tokenizer of a folder take texts of `context_tokens`, where it has a smaller limit.
+
+    Raises UserError where its settings cannot be read, OSError.
+    """
+    path = folder / CONFIG
+    document = read_document(path) if path.is_file() else {}
+    length = document.get(MAX_LENGTH)
+    if isinstance(length, int | float) and length < context_tokens:
+        write_document({**document, MAX_LENGTH: context_tokens}, path)
 
 
 def _corpus_backend(source: Path) -> Any:
@@ -170,7 +196,7 @@ def write_tokenizer(source: Path, out: Path, context_tokens: int) -> None:
         "tokenizer_class": "PreTrainedTokenizerFast",
         "bos_token": first,
         "eos_token": end,
-        "model_max_length": context_tokens,
+        MAX_LENGTH: context_tokens,
         "clean_up_tokenization_spaces": False,
     }
     write_document(document, out / CONFIG)
@@ -210,7 +236,7 @@ def _write_infowindow(tokenizer: InfoWindowTokenizer, out: Path, context_tokens:
         "tokenizer_class": name,
         "auto_map": {"AutoTokenizer": [f"{INFOWINDOW_CLASS.stem}.{name}", None]},
         "vocabulary": tokenizer.eod_id,
-        "model_max_length": context_tokens,
+        MAX_LENGTH: context_tokens,
     }
     write_document(document, out / CONFIG)
 
