@@ -191,30 +191,15 @@ def _answer_or_complain(words: list[str]) -> int:
     try:
         with plain_file_errors():
             status = _answer(words)
-        _flush()  # here, where a reader that has left is no error
+        sys.stdout.flush()  # here, where a reader that has left is no error
         return status
     except UserError as error:
         return _complain(error)
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:
-        _lead_output_nowhere()
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
-
-
-def _flush() -> None:
-    try:
-        sys.stdout.flush()
-    except BrokenPipeError:
-        raise
-    except OSError as error:
-        _lead_output_nowhere()
-        raise UserError(f"standard output: {error.strerror}; send it elsewhere") from None
-
-
-def _lead_output_nowhere() -> None:
-    """So that what waits to be printed is no error at exit."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _answer(words: list[str]) -> int:
