@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import os
 import stat
+from io import BufferedReader
 from pathlib import Path
 from typing import BinaryIO
 
@@ -26,7 +27,7 @@ _KINDS = {
 }
 
 
-def open_regular(path: str | Path, or_stream: bool = False) -> BinaryIO:
+def open_regular(path: str | Path, or_stream: bool = False) -> BufferedReader:
     """Open a regular file to read; never waits for another process.
 
     `or_stream`: also what a shell hands over, /dev/stdin and the /dev/fd/N of `<(...)`. Raises
