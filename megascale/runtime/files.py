@@ -56,7 +56,8 @@ def whole_file(path: Path, synced: bool = False) -> Iterator[BinaryIO]:
                 os.fsync(file.fileno())
         unfinished.replace(path)
     except OSError as error:
-        if error.filename == str(unfinished):
+        is_full = error.filename is None and error.errno in (errno.ENOSPC, errno.EDQUOT)
+        if is_full or error.filename == str(unfinished):
             error.filename, error.filename2 = str(path), None
         raise
     finally:

@@ -1,5 +1,6 @@
 """Files appear whole or not at all, and nothing that another user has planted is followed."""
 
+import errno
 import os
 import shutil
 import subprocess
@@ -195,6 +196,14 @@ def test_a_folder_to_be_is_no_link(tmp_path, victim):
     (tmp_path / "out").symlink_to(tmp_path / "nowhere")
     with pytest.raises(UserError, match="exists"), folders.whole_or_not_at_all(tmp_path / "out"):
         pytest.fail("it was begun")
+
+
+@pytest.mark.parametrize("number, name", [(errno.ENOSPC, "out"), (errno.EBADF, None)])
+def test_a_full_disk_is_said_of_the_file(tmp_path, number, name):
+    path = tmp_path / "out"
+    with pytest.raises(OSError) as caught, whole_file(path):
+        raise OSError(number, os.strerror(number))  # as `write` does, which knows no name
+    assert caught.value.filename == (name and str(path))
 
 
 def test_no_folder_of_the_user_goes_when_another_is_written(tmp_path, victim):
