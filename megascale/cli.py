@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import difflib
-import errno
 import os
 import sys
 import traceback
@@ -14,7 +13,7 @@ from itertools import pairwise
 from typing import Any, NoReturn
 
 from megascale import __version__
-from megascale.errors import RankError, UserError
+from megascale.errors import RankError, UserError, plain_file_errors
 from megascale.runtime.leaving import ends_with
 from megascale.runtime.terminal import escaped_output
 
@@ -168,8 +167,6 @@ VERBS = {
 
 HELP = ("-h", "--help")
 MOST_NUMBER = 2**62
-NO_NAMES = (errno.ENAMETOOLONG, errno.ELOOP)
-"""Errors of paths that cannot be right, whatever happens on the machine."""
 CONFIG_KIND = "megascale.config:RunConfig"
 
 
@@ -192,7 +189,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _answer_or_complain(words: list[str]) -> int:
     try:
-        status = _answer(words)
+        with plain_file_errors():
+            status = _answer(words)
         sys.stdout.flush()  # here, where a reader that has left is no error
         return status
     except UserError as error:
@@ -202,10 +200,6 @@ def _answer_or_complain(words: list[str]) -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
-    except OSError as error:
-        if error.errno not in NO_NAMES or error.filename is None:
-            raise
-        return _complain(UserError(f"{error.filename}: {error.strerror}; give another path"))
 
 
 def _answer(words: list[str]) -> int:

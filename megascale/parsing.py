@@ -19,6 +19,7 @@ from typing import Any, BinaryIO, NoReturn
 import yaml
 
 from megascale.errors import UserError
+from megascale.reading import open_regular, read_bounded
 
 MOST_BYTES = 1 << 28
 """Of a JSON document."""
@@ -30,7 +31,6 @@ MOST_DEPTH = 64
 """Mappings and lists inside one another."""
 MOST_NODES = 100_000
 """Values of a YAML text, those counted again that an alias repeats."""
-_CHUNK_BYTES = 1 << 20
 LARGEST_INT = 2**64
 """Whole numbers from here on become floats, as in most programs that read JSON."""
 _LONGEST_INT = 310
@@ -41,20 +41,11 @@ _ODD_ESCAPE = re.compile(r"\\u(?:[dD][89a-fA-F]|0000)")
 def read_json(path: str | Path) -> Any:
     """The value of a file of JSON.
 
-    Raises OSError where it cannot be read, and UserError, which begins with the path, where it
-    holds something else.
+    Raises OSError where it cannot be read or is no regular file (nor a stream that a shell hands
+    over), and UserError, which begins with the path, where it holds something else.
     """
-    with open(path, "rb") as file:
+    with open_regular(path, or_stream=True) as file:
         return parse_json(read_bounded(file, MOST_BYTES + 1), str(path))
-
-
-def read_bounded(file: BinaryIO, most_bytes: int) -> bytes:
-    """What a file holds, `most_bytes` at most; memory grows with what it holds, as for a device."""
-    parts = []
-    while most_bytes > 0 and (part := file.read(min(most_bytes, _CHUNK_BYTES))):
-        parts.append(part)
-        most_bytes -= len(part)
-    return b"".join(parts)
 
 
 def parse_json(data: bytes, where: str) -> Any:
@@ -90,15 +81,23 @@ def parse_text(line: bytes) -> Any:
         raise ValueError(f"nested deeper than {MOST_DEPTH} levels") from None
 
 
-def json_rows(data: bytes) -> Iterator[dict[str, Any]]:
+def read_json_rows(path: str | Path) -> Iterator[dict[str, Any]]:
+    """The objects of a regular file of JSON lines; see `json_rows`. Raises OSError."""
+    with open_regular(path) as file:
+        yield from json_rows(file)
+
+
+def json_rows(file: BinaryIO) -> Iterator[dict[str, Any]]:
     """The objects of a file of JSON lines, in order; every line that is none is left out.
 
     A line may be half-written, damaged, or beyond the limits of `parse_json`. NaN, infinities and
     numbers too large for a float are None, as `monitor.lines.json_line` writes them.
     """
-    for line in data.splitlines():
+    begins = True
+    while part := file.readline(MOST_ROW_BYTES):
+        is_row, begins = begins, part.endswith(b"\n")
         try:
-            row = _parse(line, "", MOST_ROW_BYTES, _LENIENT)
+            row = _parse(part, "", MOST_ROW_BYTES, _LENIENT) if is_row else None
         except UserError:
             continue
         if isinstance(row, dict):
@@ -108,10 +107,10 @@ def json_rows(data: bytes) -> Iterator[dict[str, Any]]:
 def read_yaml_text(path: str | Path) -> str:
     """The text of a YAML file in UTF-8.
 
-    Raises OSError or UnicodeDecodeError where it cannot be read, and UserError where it is longer
-    than any config.
+    Raises OSError or UnicodeDecodeError where it cannot be read or is no regular file (nor a
+    stream that a shell hands over), and UserError where it is longer than any config.
     """
-    with open(path, "rb") as file:
+    with open_regular(path, or_stream=True) as file:
         data = read_bounded(file, MOST_YAML_BYTES + 1)
     if len(data) > MOST_YAML_BYTES:
         raise UserError(f"{path}: longer than {MOST_YAML_BYTES:,} bytes; give a YAML file")

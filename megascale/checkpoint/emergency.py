@@ -34,8 +34,9 @@ from megascale.checkpoint.load import Found
 from megascale.checkpoint.manifest import MANIFEST, Manifest, sum_file, verify
 from megascale.checkpoint.storage import Entry, Written, one_line, write_index, write_tensors
 from megascale.errors import UserError
+from megascale.reading import MOST_TEXT_BYTES, read_whole
 from megascale.runtime.distributed import TIMEOUT, Ranks
-from megascale.runtime.files import discard, private_folder, sync_folder, whole_file, write_file
+from megascale.runtime.files import discard, sync_folder, whole_file, write_file
 from megascale.runtime.placement import members_of, node_name
 from megascale.runtime.together import from_first_rank
 
@@ -102,7 +103,7 @@ class Emergency:
         def draw() -> bytes:
             path, known = checkpoints / folders.EMERGENCY, ""
             with contextlib.suppress(OSError, UnicodeDecodeError):
-                known = path.read_text(encoding="ascii").strip()
+                known = read_whole(path, MOST_TEXT_BYTES).decode("ascii").strip()
             if anew or not IDENTITY.fullmatch(known):
                 known = secrets.token_hex(16)
                 write_file(path, known, synced=True)
@@ -115,16 +116,16 @@ class Emergency:
         error = None
         if self._leads:
             try:
-                private_folder(base, name, key, identity, "checkpoints")
+                folders.make_copies_folder(base, name, key, identity, "checkpoints")
                 folders.remove_leftovers(self.checkpoints)
                 for other in self.checkpoints.parents[1].iterdir():
                     if IDENTITY.fullmatch(other.name) and other.name != identity:
                         discard(other)
+            except UserError as failed:
+                error = str(failed)
             except OSError as failed:
                 where = failed.filename or self.checkpoints
                 error = f"checkpoint.emergency_dir: node {name}: {failed.strerror}: {where}"
-                if isinstance(failed, PermissionError):
-                    error += "; give a folder that only you can write to"
         self._raise_together(error)
 
     def write(

@@ -11,11 +11,15 @@ from pathlib import Path
 import xxhash
 
 from megascale.errors import UserError
+from megascale.reading import MOST_TEXT_BYTES, read_whole
+from megascale.runtime.abandoned import held, remove_abandoned
 from megascale.runtime.files import (
     UNFINISHED,
     discard,
-    make_fresh_folder,
+    private_folder,
     sync_folder,
+    unfinished_file,
+    unfinished_names,
     write_file,
 )
 
@@ -55,10 +59,25 @@ def steps_in(checkpoints: Path) -> list[int]:
     return sorted(int(name) for name in names if _is_step(name))
 
 
+def make_copies_folder(base: Path, *levels: str) -> Path:
+    """The private folder of emergency copies base/level/level...; levels[0] is the node's name.
+
+    Raises UserError where it cannot be had.
+    """
+    try:
+        return private_folder(base, *levels)
+    except OSError as error:
+        where = error.filename or base.joinpath(*levels)
+        problem = f"checkpoint.emergency_dir: node {levels[0]}: {error.strerror}: {where}"
+        advice = "give a folder that only you can write to"
+        is_shared = isinstance(error, PermissionError)
+        raise UserError(f"{problem}; {advice}" if is_shared else problem) from None
+
+
 def read_latest(checkpoints: Path) -> int | None:
     """The step that `latest` names, or None when it is missing or says nothing usable."""
     try:
-        text = (checkpoints / LATEST).read_text(encoding="ascii").strip()
+        text = read_whole(checkpoints / LATEST, MOST_TEXT_BYTES).decode("ascii").strip()
     except (OSError, UnicodeDecodeError):
         return None
     return int(text) if _is_step(text) else None
@@ -67,7 +86,7 @@ def read_latest(checkpoints: Path) -> int | None:
 def left_behind(checkpoints: Path) -> set[int]:
     """Steps of futures that the run went back from: they are not ours to go on from, or to drop."""
     try:
-        words = (checkpoints / LEFT).read_text(encoding="ascii").split()
+        words = read_whole(checkpoints / LEFT, MOST_TEXT_BYTES).decode("ascii").split()
     except (OSError, UnicodeDecodeError):
         return set()
     return {int(word) for word in words if _is_step(word)}
@@ -115,23 +134,29 @@ def prunable(steps: list[int], newest: int, keep_last: int, keep_every_steps: in
 def whole_or_not_at_all(out: Path) -> Iterator[Path]:
     """An empty folder beside `out` that becomes `out` when the block ends well.
 
-    Raises UserError where `out` exists or cannot be written.
+    What an earlier try that was killed has left there is removed first.
+    Raises UserError where `out` exists or cannot be written, and OSError of what the block reads.
     """
     if os.path.lexists(out):
         raise UserError(f"{out} exists; choose another folder or remove it")
-    unfinished = out.with_name(f"{UNFINISHED}{out.name}")
+    unfinished = unfinished_file(out)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        make_fresh_folder(unfinished)
+        remove_abandoned(out.parent, unfinished_names(out))
+        unfinished.mkdir()
         try:
-            yield unfinished
-            sync_folder(unfinished)
-            unfinished.rename(out)
+            with held(unfinished):
+                yield unfinished
+                sync_folder(unfinished)
+                unfinished.rename(out)
         finally:
             discard(unfinished)
         sync_folder(out.parent)
     except OSError as error:
-        where = error.filename if error.filename == str(unfinished) else out
+        named = Path(os.fsdecode(error.filename or unfinished))
+        if not named.is_relative_to(unfinished) and not out.is_relative_to(named):
+            raise  # of a file that was read
+        where = out if named.is_relative_to(unfinished) else named
         raise UserError(f"{where}: {error.strerror}; choose another folder") from None
 
 

@@ -21,6 +21,7 @@ import xxhash
 
 from megascale.errors import UserError
 from megascale.parsing import read_json
+from megascale.reading import open_regular
 from megascale.runtime.files import write_file
 
 FORMAT = 1
@@ -120,7 +121,7 @@ def current_versions() -> dict[str, str]:
 def sum_file(path: Path) -> FileSum:
     """Size and checksum of a file. Raises OSError when it cannot be read."""
     digest, size = xxhash.xxh3_128(), 0
-    with path.open("rb") as stream:
+    with open_regular(path) as stream:
         while block := stream.read(READ_BYTES):
             digest.update(block)
             size += len(block)

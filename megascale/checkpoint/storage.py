@@ -30,6 +30,7 @@ from torch.distributed.checkpoint.metadata import (
 from megascale.checkpoint.manifest import FileSum, is_plain_name
 from megascale.checkpoint.ranges import Shape
 from megascale.errors import UserError
+from megascale.reading import open_regular
 from megascale.runtime.files import write_file
 
 if TYPE_CHECKING:
@@ -199,7 +200,8 @@ def read_index(folder: Path) -> Index:
     """
     path = folder / METADATA
     try:
-        return _checked(_Unpickler(io.BytesIO(path.read_bytes())).load())
+        with open_regular(path) as file:
+            return _checked(_Unpickler(file).load())
     except Exception as error:  # a forged pickle can raise anything
         raise UserError(f"{path} is refused: {one_line(error)}") from None
 

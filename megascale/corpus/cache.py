@@ -13,6 +13,7 @@ from typing import IO
 import numpy as np
 from numpy.typing import NDArray
 
+from megascale.reading import require_regular
 from megascale.runtime.files import whole_file
 
 Int64Array = NDArray[np.int64]
@@ -56,6 +57,7 @@ def kept(
 def read_numbers(path: str | Path, length: int | None = None) -> Int64Array | None:
     """The int64[length] of a .npy file, memory-mapped; None where there is none such."""
     try:
+        require_regular(path)
         numbers = np.load(path, mmap_mode="r", allow_pickle=False)
     except Exception:  # numpy parses the header as Python, so a damaged one can raise anything
         return None

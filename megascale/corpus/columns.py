@@ -7,6 +7,7 @@ from typing import Any
 
 from megascale.corpus.opening import other_format
 from megascale.errors import UserError
+from megascale.reading import open_regular, require_regular
 
 MAGIC = b"PAR1"
 _BATCH_ROWS = 1024
@@ -23,7 +24,7 @@ def text_rows(path: str, column: str, bar: Any) -> Iterator[bytes]:
     import pyarrow.parquet as parquet
 
     try:
-        with open(path, "rb") as raw:
+        with open_regular(path) as raw:
             head = raw.read(8)
         if not head.startswith(MAGIC) and (other := other_format(head)) is not None:
             raise UserError(f"{path}: is {other}")
@@ -46,6 +47,7 @@ def count_rows(path: str) -> int:
     import pyarrow.parquet as parquet
 
     try:
+        require_regular(path)
         return int(parquet.read_metadata(path).num_rows)
     except (pa.ArrowException, OSError):
         return 0

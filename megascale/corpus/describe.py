@@ -13,6 +13,7 @@ from megascale.config.schema import SourceConfig
 from megascale.corpus.shards import Shard
 from megascale.errors import UserError
 from megascale.parsing import is_path, read_json
+from megascale.reading import open_regular
 
 CORPUS_FILE = "corpus.json"
 FORMAT = 1
@@ -136,7 +137,7 @@ def _nothing_there(path: Path) -> str:
 def _content(prefix: str) -> str:
     """Digest of blocks that lie evenly in a shard's tokens: cheap, and other for another text."""
     digest = hashlib.sha256()
-    with open(f"{prefix}.bin", "rb") as file:
+    with open_regular(f"{prefix}.bin") as file:
         size = os.fstat(file.fileno()).st_size
         for block in range(SAMPLED_BLOCKS):
             file.seek(size * block // SAMPLED_BLOCKS)
@@ -208,12 +209,13 @@ def read_corpus_file(folder: Path) -> Mapping[str, Any]:
     try:
         facts = read_json(path)
         complete = facts["format"] == FORMAT and _is_complete(facts)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        complete = False
-    if not complete and not path.exists():
+    except OSError as error:
         raise UserError(
-            f"{path}: no such file; give the folder of a corpus that megascale prepare made"
-        )
+            f"{path}: {(error.strerror or str(error)).lower()}; give the folder of a corpus that "
+            "megascale prepare made"
+        ) from None
+    except (ValueError, KeyError, TypeError, AttributeError):
+        complete = False
     if not complete:
         raise UserError(f"{path}: not a corpus file of format {FORMAT}; prepare the corpus again")
     return dict(facts)
@@ -274,7 +276,7 @@ def _is_possible(trip: Mapping[str, Any]) -> bool:
 
 def sha256_of(path: Path) -> str:
     """Checksum of a file's content, as hexadecimal digits."""
-    with open(path, "rb") as file:
+    with open_regular(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 

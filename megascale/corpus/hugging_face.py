@@ -11,6 +11,7 @@ from typing import Any
 
 from megascale.errors import UserError
 from megascale.parsing import read_json
+from megascale.reading import open_regular, require_regular
 
 TOKENIZER_FILE = "tokenizer.json"
 CONFIG_FILE = "tokenizer_config.json"
@@ -80,7 +81,8 @@ def find_tokenizer(path: str) -> FoundTokenizer:
 def _require_reader(folder: Path) -> None:
     """Name the package that a folder's vocabulary file needs and this environment lacks."""
     for file in sorted(folder.glob("*.model")):
-        with open(file, "rb") as content:  # SentencePiece's are protobuf, tiktoken's lines of text
+        with open_regular(file) as content:
+            # SentencePiece's are protobuf, tiktoken's lines of text
             package = "sentencepiece" if content.read(1) == b"\n" else "tiktoken"
         if find_spec(package) is None:
             raise UserError(
@@ -113,6 +115,9 @@ def _through_transformers(path: str) -> FoundTokenizer:
     """Hub names, and folders of other formats, which transformers turns into fast ones."""
     from transformers import AutoTokenizer
 
+    for file in Path(path).glob("*"):
+        if not file.is_dir():
+            require_regular(file)
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
         named = {name: getattr(tokenizer, name) for name in NAMED if getattr(tokenizer, name)}
@@ -127,9 +132,10 @@ def _through_transformers(path: str) -> FoundTokenizer:
 
 
 def read_backend(path: Path) -> Any:
-    """A tokenizer.json as a tokenizer of the `tokenizers` library. Raises UserError."""
+    """A tokenizer.json as a tokenizer of the `tokenizers` library. Raises UserError, OSError."""
     from tokenizers import Tokenizer as Backend
 
+    require_regular(path)
     with reading_tokenizer(path):
         return Backend.from_file(str(path))
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 from megascale.errors import UserError
+from megascale.reading import open_regular
 
 _HEAD_BYTES = 16
 _UTF8_MARK = b"\xef\xbb\xbf"
@@ -57,7 +58,7 @@ def reading(path: str) -> Iterator[tuple[BinaryIO, BinaryIO]]:
     Raises UserError where it cannot be read or unpacked.
     """
     try:
-        with open(path, "rb") as raw:
+        with open_regular(path) as raw:
             content = _unpacked(path, raw)
             yield _without_mark(content), raw
     except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:

@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megascale.errors import RankError, UserError
+from megascale.reading import open_regular, regular_handle
 from megascale.runtime.files import whole_file
 
 MAGIC = b"MMIDIDX\x00\x00"
@@ -45,7 +46,10 @@ class Shard:
         self.lengths = lengths
         """Tokens of each document."""
         self._offsets = offsets
-        self._bin = os.open(f"{prefix}.bin", os.O_RDONLY)
+        try:
+            self._bin = regular_handle(f"{prefix}.bin")
+        except OSError as error:
+            raise _not_readable(prefix, error) from None
 
     @staticmethod
     def open(prefix: str | Path) -> Shard:
@@ -102,10 +106,13 @@ class Shard:
 
 def _read_header(prefix: Path) -> tuple[NDArray[np.uint8], np.dtype[Any], int, int]:
     try:
-        size = os.stat(f"{prefix}.idx").st_size
-        if size < HEADER.size:
-            raise UserError(f"{prefix}.idx: {size} bytes are too few for an index; prepare again")
-        raw = np.memmap(f"{prefix}.idx", dtype=np.uint8, mode="r")
+        with open_regular(f"{prefix}.idx") as file:
+            size = os.fstat(file.fileno()).st_size
+            if size < HEADER.size:
+                raise UserError(
+                    f"{prefix}.idx: {size} bytes are too few for an index; prepare again"
+                )
+            raw = np.memmap(file, dtype=np.uint8, mode="r")
     except OSError as error:
         raise UserError(
             f"{prefix}.idx: {error.strerror}; give the prefix of a prepared shard"
@@ -152,13 +159,17 @@ def _is_next(before: NDArray[Any], after: NDArray[Any]) -> Any:
     return before + 1 == after
 
 
+def _not_readable(prefix: Path, error: OSError) -> UserError:
+    return UserError(f"{prefix}.bin: {error.strerror}; it belongs beside {prefix}.idx")
+
+
 def _check_sequences(
     prefix: Path, dtype: np.dtype[Any], lengths: NDArray[Any], offsets: NDArray[Any], in_rows: bool
 ) -> None:
     try:
         size = os.stat(f"{prefix}.bin").st_size
     except OSError as error:
-        raise UserError(f"{prefix}.bin: {error.strerror}; it belongs beside {prefix}.idx") from None
+        raise _not_readable(prefix, error) from None
     width = dtype.itemsize
     for begin in range(0, len(lengths), _CHUNK):
         size_here = lengths[begin : begin + _CHUNK].astype(np.int64) * width

@@ -12,6 +12,7 @@ from megascale.corpus.describe import CORPUS_FILE, TOKENIZER_FOLDER, SourceInfo,
 from megascale.corpus.hugging_face import TOKENIZER_FILE, reading_tokenizer
 from megascale.errors import UserError
 from megascale.infowindow.tokenizer import CODEBOOK_FILE
+from megascale.reading import MOST_FILE_BYTES, read_whole
 
 DECIDES_IDS = ("model", "normalizer", "pre_tokenizer", "added_tokens")
 """Of a tokenizer.json: vocabulary, merges, what is done before them, special tokens. What is put
@@ -72,10 +73,10 @@ def tokenizer_mark(folder: Path) -> str | None:
         return "bytes"
     inside = folder / TOKENIZER_FOLDER
     if (inside / TOKENIZER_FILE).is_file():
-        return _digest_of_ids((inside / TOKENIZER_FILE).read_bytes(), str(inside))
+        return _digest_of_ids(read_whole(inside / TOKENIZER_FILE, MOST_FILE_BYTES), str(inside))
     if not (inside / CODEBOOK_FILE).is_file():
         return None
-    digest = hashlib.sha256((inside / CODEBOOK_FILE).read_bytes())
+    digest = hashlib.sha256(read_whole(inside / CODEBOOK_FILE, MOST_FILE_BYTES))
     if facts is not None:  # a codebook does not say into which tokens its codes are cut
         digest.update(str(facts["vocab_size"]).encode())
     return digest.hexdigest()[:12]

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megascale.errors import UserError
+from megascale.reading import MOST_FILE_BYTES, read_whole
 from megascale.runtime.progress import progress
 
 if TYPE_CHECKING:
@@ -181,7 +182,7 @@ def run_inspect(args: argparse.Namespace) -> int:
     for read in (path, source):
         _require_other(picture, read)
     try:
-        text = source.read_bytes()
+        text = read_whole(source, MOST_FILE_BYTES, or_stream=True)
     except OSError as error:
         raise UserError(f"{source}: {error.strerror}; give the path of a text") from None
     found = look(book, text)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from megascale.monitor.lines import LineFile, json_line
-from megascale.parsing import json_rows
+from megascale.parsing import read_json_rows
 
 EVENTS_FILE = "events.jsonl"
 
@@ -36,10 +36,9 @@ def read_events(run_dir: Path) -> list[dict[str, Any]]:
     Empty where there are none yet. Raises OSError where the file is there and cannot be read.
     """
     try:
-        content = (run_dir / EVENTS_FILE).read_bytes()
+        return [event for event in read_json_rows(run_dir / EVENTS_FILE) if _is_event(event)]
     except FileNotFoundError:
         return []
-    return [event for event in json_rows(content) if _is_event(event)]
 
 
 def at(event: Mapping[str, Any]) -> float:

@@ -12,6 +12,7 @@ from io import FileIO
 from pathlib import Path
 from typing import Any
 
+from megascale.runtime.files import open_to_append
 from megascale.runtime.logs import say
 
 MOST_WAITING = 100_000
@@ -69,7 +70,7 @@ class LineFile:
     def _catch_up(self) -> None:
         if self._file is None or not _leads_to(self._path, self._file):
             self.close()
-            self._file = open(self._path, "ab", buffering=0)
+            self._file = open_to_append(self._path)
         if self._torn:
             _write_all(self._file, b"\n")
             self._torn = False

@@ -12,7 +12,7 @@ from typing import Any
 from megascale.monitor import trackers as trackers_of
 from megascale.monitor.background import Background
 from megascale.monitor.lines import LineFile, json_line
-from megascale.parsing import json_rows
+from megascale.parsing import read_json_rows
 from megascale.runtime.files import write_file
 from megascale.runtime.terminal import escape_controls
 
@@ -77,7 +77,7 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 
     Raises OSError where the file cannot be read.
     """
-    return [row for row in json_rows(path.read_bytes()) if _is_step(row.get("step"))]
+    return [row for row in read_json_rows(path) if _is_step(row.get("step"))]
 
 
 def last_step(run_dir: Path) -> int:

@@ -17,6 +17,7 @@ from megascale.monitor.console import show_count, show_duration
 from megascale.monitor.events import at
 from megascale.monitor.status_command import LIVELY, show_step, start_rows
 from megascale.monitor.story import PARTS, Story, clock, read_story
+from megascale.reading import MOST_TEXT_BYTES, read_whole
 from megascale.runtime.files import write_output
 from megascale.runtime.terminal import escape_controls
 
@@ -110,7 +111,8 @@ def render(run: Path, story: Story, pictures: Mapping[str, bytes], now: float) -
     yield from _events(story)
     for file in ("config.yaml", "plan.txt"):
         if (run / file).exists():
-            text = escape((run / file).read_text(encoding="utf-8", errors="replace"))
+            text = read_whole(run / file, MOST_TEXT_BYTES).decode(errors="replace")
+            text = escape(text)
             yield f"<details><summary>{file}</summary><pre>{text}</pre></details>"
     yield "</body></html>"
 

@@ -15,7 +15,7 @@ from typing import Any
 from megascale.config import RunConfig, load_config
 from megascale.errors import UserError
 from megascale.monitor.console import show_duration
-from megascale.monitor.events import EVENTS_FILE, at, read_events
+from megascale.monitor.events import at, read_events
 from megascale.monitor.metrics import METRICS_FILE, MOST_STEPS, has_numbers, read_rows
 from megascale.parsing import read_json
 from megascale.runtime.lock import JOB_LOCK, RUN_LOCK, Holding, ask
@@ -253,13 +253,11 @@ class Story:
 
 
 def read_story(run_dir: Path) -> Story:
-    """The story of a run so far. Raises UserError for a folder that holds no run."""
+    """The story of a run so far. Raises UserError for a folder that holds no run, and OSError."""
     path, locks = run_dir / "config.yaml", _ask(run_dir)
     try:
         events = [event for event in read_events(run_dir) if _is_whole(event)]
         config = load_config(path) if path.exists() or not events else None
-    except OSError as error:
-        raise UserError(f"{run_dir / EVENTS_FILE}: {error.strerror}") from None
     except UserError as error:
         raise UserError(f"{run_dir} holds no run: {error}; give a run_dir") from None
     path = run_dir / METRICS_FILE

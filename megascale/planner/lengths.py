@@ -5,12 +5,12 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from megascale.errors import UserError
+from megascale.reading import MOST_TEXT_BYTES, read_whole
 
 Floats = NDArray[np.float64]
 Integers = NDArray[np.int64]
@@ -135,7 +135,7 @@ def read_lengths(path: str, where: str) -> Integers:
     """
     where += path
     try:
-        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
+        lines = read_whole(path, MOST_TEXT_BYTES, or_stream=True).decode("utf-8-sig").splitlines()
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or "not text"
         raise UserError(f"{where}: {reason}") from None

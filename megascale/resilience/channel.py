@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from megascale.errors import UserError
+from megascale.reading import require_regular
 
 TOKEN_VARIABLE = "MEGASCALE_TOKEN"
 TOKEN_LENGTH = 32
@@ -82,7 +83,8 @@ def write_token(path: Path, token: str) -> None:
 def read_token(path: Path) -> str:
     """The token of a file. Raises OSError where it is missing or not of this user: whoever wrote
     it could lead the drivers of this job."""
-    with open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW), encoding="utf-8") as file:
+    with open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK), encoding="utf-8") as file:
+        require_regular(path, file.fileno())
         if os.fstat(file.fileno()).st_uid != os.geteuid():
             raise PermissionError(errno.EPERM, "it belongs to another user", str(path))
         return file.read()

@@ -1,9 +1,9 @@
 """Ranks of one machine that `megascale train --ranks N` starts, and whose end it owns.
 
-The starter, which is the process that the user has started, serves the store on which the ranks
-meet and waits for them. It passes on signals, ends what is left when a rank has failed, and prints
-the one line that says why. Ranks lead sessions of their own, so the terminal's signals reach the
-starter alone. They die with it. What they write to stderr goes to their logs.
+The starter, which is the process that the user has started, waits for the ranks and for the store
+on which they meet, a process too. It passes on signals, ends what is left when a rank has failed,
+and prints the one line that says why. Ranks lead sessions of their own, so the terminal's signals
+reach the starter alone. They die with it. What they write to stderr goes to their logs.
 """
 
 from __future__ import annotations
@@ -18,23 +18,24 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import psutil
 
 from megascale.config.load import whole_number
-from megascale.errors import RankError, UserError
+from megascale.errors import RankError, UserError, plain_file_errors
 from megascale.monitor.events import EventLog, at, read_events
 from megascale.monitor.metrics import last_step
 from megascale.parsing import read_json
-from megascale.resilience.board import serve_meeting
 from megascale.resilience.channel import listen
 from megascale.resilience.failures import KILL, Cause, cause_of_rank, culprit
 from megascale.resilience.leader import BAD_INPUT
+from megascale.resilience.meeting import start_meeting
 from megascale.resilience.processes import adopt_orphans, die_with_parent, end_descendants
 from megascale.resilience.scratch import scratch_folder
-from megascale.resilience.signals import ECHO_S, SIGNALS, StopRequest
-from megascale.runtime.logs import STARTER_VARIABLE, note_failure
+from megascale.resilience.signals import SIGNALS, StopRequest
+from megascale.runtime.logs import STARTER_VARIABLE, is_noted, note_failure
 
 MOST_RANKS = 1024
 RANK_BYTES = 250 << 20
@@ -42,12 +43,13 @@ RANK_BYTES = 250 << 20
 HOST = "127.0.0.1"
 ERROR_VARIABLE = "TORCHELASTIC_ERROR_FILE"
 """The file in which a rank leaves the exception that ends it, by torch's name for it."""
+STORE_OUTPUT = "store.txt"
 POLL_S = 0.1
 REPORTS_S = 3.0
 """For the other ranks to end and to say why, after the first has failed."""
 LOST_S = 20.0
 """The same, while all that have ended only lost a peer, or stopped as they were asked."""
-AT_ONCE_S = 5.0
+AT_ONCE_S = 3.0
 """For ranks that are stopped at once to note it, before they are killed."""
 
 
@@ -115,7 +117,7 @@ def as_rank(work: Callable[[], int]) -> int:
     from torch.distributed.elastic.multiprocessing.errors import record
 
     try:
-        status = record(work)()
+        status = record(partial(_plainly, work))()
     except UserError:
         raise
     except Exception as error:
@@ -125,6 +127,12 @@ def as_rank(work: Callable[[], int]) -> int:
         return 1
     assert status is not None
     return status
+
+
+def _plainly(work: Callable[[], int]) -> int:
+    """Do the `work`; an error of a file that no log has yet is one line."""
+    with plain_file_errors(unless=is_noted):
+        return work()
 
 
 def run_ranks(job: RankJob, asked: StopRequest) -> int:
@@ -141,10 +149,8 @@ def run_ranks(job: RankJob, asked: StopRequest) -> int:
     with scratch_folder(tempfile.gettempdir()) as folder, listen(HOST, 0) as listener:
         ranks = LocalRanks(job, folder, asked)
         try:
-            ranks.start(listener.getsockname()[1])
-            store = serve_meeting(listener, HOST)  # as ranks import torch, so does this
+            ranks.start(listener)
             ranks.wait()
-            del store
         except KeyboardInterrupt:
             for number in SIGNALS:
                 signal.signal(number, signal.SIG_IGN)
@@ -162,17 +168,22 @@ class LocalRanks:
         """`folder` takes what ranks leave behind. None is started yet."""
         self._job, self._folder, self._asked = job, folder, asked
         self._processes: list[subprocess.Popen[bytes]] = []
+        self._store: subprocess.Popen[bytes] | None = None
+        self._store_ended = False
+        self._num_asked = 0
+        """Of the processes, from the first on, so many were asked to stop."""
         self._causes: dict[int, Cause] = {}
         self._began = time.time()
-        self._asked_at = 0.0
         self._ended_early = False
         """Some rank was asked to stop while there was nothing for it to save."""
+        asked.at_first = self._ask  # at once, whatever this process is doing
 
-    def start(self, port: int) -> None:
-        """Start all ranks, which meet on `port` of this machine. Raises UserError where that cannot
+    def start(self, listener: socket.socket) -> None:
+        """Start all ranks, and the store on which they meet. Raises UserError where that cannot
         be."""
         try:
-            self._start(port)
+            self._store = start_meeting(listener, HOST, self._folder / STORE_OUTPUT)
+            self._start(listener.getsockname()[1])
         except OSError as error:
             raise UserError(
                 f"{self._job.count} ranks cannot be started here ({error.strerror}); start fewer"
@@ -197,10 +208,12 @@ class LocalRanks:
         failed_at = None
         while any(process.poll() is None for process in self._processes):
             now = time.monotonic()
-            if self._asked and not self._asked_at:
-                self._asked_at = now
-                self._send(signal.SIGTERM)
+            if self._asked:
+                self._ask()
             self._look()
+            if self._store is not None and self._store.poll() is not None:
+                self._store_ended = True
+                return
             if self._causes or self._ended_early:
                 failed_at = failed_at or now
                 if now - failed_at > self._patience_s():
@@ -210,8 +223,8 @@ class LocalRanks:
 
     def stop_at_once(self) -> None:
         """Have ranks that were asked to stop end at once; they may note that they were."""
-        time.sleep(max(0.0, self._asked_at + ECHO_S + POLL_S - time.monotonic()))
-        self._send(signal.SIGTERM)
+        for process in self._processes:
+            process.send_signal(signal.SIGTERM)
         deadline = time.monotonic() + AT_ONCE_S
         while time.monotonic() < deadline and any(one.poll() is None for one in self._processes):
             time.sleep(POLL_S)
@@ -219,6 +232,10 @@ class LocalRanks:
     def conclude(self) -> int:
         """Say how the ranks ended, where they have not said it; the exit status."""
         causes = list(self._causes.values())
+        if self._store_ended and not causes:
+            words = (self._folder / STORE_OUTPUT).read_text(errors="replace").split("\n")
+            why = next((line for line in reversed(words) if line.strip()), "it was killed")
+            return _say(f"the store on which ranks meet has ended: {why}; {self._job.advice}", 1)
         if self._ended_early and all(cause.lost_a_peer for cause in causes):
             return _say(f"stopped by {self._asked.signal_name}; there was nothing to save", 0)
         if not causes:
@@ -256,7 +273,7 @@ class LocalRanks:
             status = process.poll()
             if not status or rank in self._causes:
                 continue
-            if status == -signal.SIGTERM and self._asked_at:
+            if status == -signal.SIGTERM and self._num_asked:
                 self._ended_early = True
                 continue
             message, when = None, time.time()
@@ -270,9 +287,11 @@ class LocalRanks:
         only_lost = all(cause.lost_a_peer for cause in self._causes.values())
         return LOST_S if only_lost else REPORTS_S
 
-    def _send(self, number: signal.Signals) -> None:
-        for process in self._processes:
-            process.send_signal(number)
+    def _ask(self) -> None:
+        """Ask the ranks to stop that were not asked before."""
+        begin, self._num_asked = self._num_asked, len(self._processes)
+        for process in self._processes[begin:]:
+            process.send_signal(signal.SIGTERM)
 
     def _environment(self, rank: int, port: int) -> dict[str, str]:
         count = self._job.count

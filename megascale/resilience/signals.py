@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import signal
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import FrameType
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 INSISTING = (signal.SIGINT, signal.SIGTERM)
 ECHO_S = 2.0
+"""For the echo of a signal under torchrun, which passes on what the terminal has sent to all."""
+TWIN_S = 0.2
+"""Elsewhere, for a signal that is sent to a process and to its group, as timeout(1) does."""
 
 
 class StopRequest:
@@ -17,13 +20,19 @@ class StopRequest:
 
     SIGINT (Ctrl-C), SIGTERM (pre-emption), SIGUSR1 (a time limit) and SIGHUP (a terminal that is
     closed; not under nohup) ask for a checkpoint and a clean end. A second SIGINT or SIGTERM raises
-    KeyboardInterrupt at once; one that follows within 2 s is taken for an echo of the first,
-    because torchrun passes on to its workers the Ctrl-C that the terminal has already sent them.
+    KeyboardInterrupt at once, unless it is an echo of the first.
     """
 
-    def __init__(self, insisting: Sequence[signal.Signals] = INSISTING) -> None:
-        """`insisting` are the signals of which a second one ends the process."""
-        self._insisting = insisting
+    def __init__(
+        self, insisting: Sequence[signal.Signals] = INSISTING, echo_s: float = ECHO_S
+    ) -> None:
+        """`insisting` are the signals of which a second one ends the process.
+
+        Within `echo_s` of the first it is taken for an echo.
+        """
+        self._insisting, self._echo_s = insisting, echo_s
+        self.at_first: Callable[[], None] = _nothing
+        """Called when the first signal comes, between two steps of the main thread."""
         self.signal_name: str | None = None
         """Name of the first signal, or None."""
         self._asked_at = 0.0
@@ -43,5 +52,10 @@ class StopRequest:
         now = time.monotonic()
         if self.signal_name is None:
             self.signal_name, self._asked_at = signal.Signals(number).name, now
-        elif number in self._insisting and now - self._asked_at > ECHO_S:
+            self.at_first()
+        elif number in self._insisting and now - self._asked_at > self._echo_s:
             raise KeyboardInterrupt
+
+
+def _nothing() -> None:
+    """What a first signal does besides being remembered."""

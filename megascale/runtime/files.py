@@ -8,13 +8,17 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import secrets
 import shutil
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from io import FileIO
 from pathlib import Path
 from typing import IO, BinaryIO
+
+from megascale.reading import require_regular
 
 UNFINISHED = ".tmp-"
 """Begins the name of a file or folder that is being written."""
@@ -24,7 +28,16 @@ _STREAMS = (Path("/dev"), Path("/dev/fd"), Path("/proc/self/fd"))
 def unfinished_file(path: Path) -> Path:
     """A hidden name beside `path` that nobody can foresee. It fits where the name of `path` is as
     long as names can be."""
-    return path.parent / f"{UNFINISHED}{path.name[:40]}-{secrets.token_hex(8)}"
+    return path.parent / f"{_unfinished_prefix(path)}{secrets.token_hex(8)}"
+
+
+def unfinished_names(path: Path) -> re.Pattern[str]:
+    """The names that `unfinished_file` gives for `path`."""
+    return re.compile(re.escape(_unfinished_prefix(path)) + "[0-9a-f]{16}")
+
+
+def _unfinished_prefix(path: Path) -> str:
+    return f"{UNFINISHED}{path.name[:40]}-"
 
 
 @contextmanager
@@ -43,7 +56,8 @@ def whole_file(path: Path, synced: bool = False) -> Iterator[BinaryIO]:
                 os.fsync(file.fileno())
         unfinished.replace(path)
     except OSError as error:
-        if error.filename == str(unfinished):
+        is_full = error.filename is None and error.errno in (errno.ENOSPC, errno.EDQUOT)
+        if is_full or error.filename == str(unfinished):
             error.filename, error.filename2 = str(path), None
         raise
     finally:
@@ -85,8 +99,26 @@ def open_lock(path: Path) -> IO[str]:
     return open(path, "a+", encoding="utf-8", opener=_open_no_link)
 
 
+def open_to_append(path: Path) -> FileIO:
+    """Open a regular file to add to its end, without a buffer; made where it is missing.
+
+    Raises OSError, also for a pipe, which might let the writer wait.
+    """
+    return open(path, "ab", buffering=0, opener=_open_waiting_for_nobody)
+
+
 def _open_no_link(path: str, flags: int) -> int:
-    return os.open(path, flags | os.O_NOFOLLOW, 0o666)
+    return _open_waiting_for_nobody(path, flags | os.O_NOFOLLOW)
+
+
+def _open_waiting_for_nobody(path: str, flags: int) -> int:
+    handle = os.open(path, flags | os.O_NONBLOCK, 0o666)
+    try:
+        require_regular(path, handle)
+    except OSError:
+        os.close(handle)
+        raise
+    return handle
 
 
 def discard(path: Path) -> None:

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
+from megascale.reading import open_regular
+
 RUN_LOCK = ".lock"
 """File of a run folder: held by the run that writes there."""
 JOB_LOCK = ".job"
@@ -77,7 +79,7 @@ def ask(path: Path) -> Holding:
     the file system may keep locks to each machine.
     """
     try:
-        with open(path, "rb") as file:
+        with open_regular(path) as file:
             since = os.fstat(file.fileno()).st_mtime
             answer = fcntl.fcntl(file, fcntl.F_OFD_GETLK, _whole_file(fcntl.F_WRLCK))
             holder = file.read(1000).decode(errors="replace").split("\n")

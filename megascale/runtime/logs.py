@@ -33,10 +33,15 @@ def log_to(folder: Path, rank: int) -> None:
 
 def note_failure(error: BaseException) -> None:
     """Write the traceback of what ends the run into the log, once."""
-    if vars(error).get("is_noted"):
+    if is_noted(error):
         return
     vars(error)["is_noted"] = True
     logging.getLogger("megascale").error("the run failed", exc_info=error)
+
+
+def is_noted(error: BaseException) -> bool:
+    """Whether the log has the traceback of an error."""
+    return bool(vars(error).get("is_noted"))
 
 
 def say(text: str) -> None:

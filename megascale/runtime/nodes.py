@@ -118,21 +118,26 @@ class _Board:
     def say(self, topic: str, value: object) -> None:
         self._store.set(f"{topic}/{self._rank}", json.dumps(value))
 
-    def hear(self, topic: str, limit_s: float) -> dict[int, Any]:
-        """What ranks have said, waiting for each until all had so many seconds together."""
+    def hear(self, topic: str, limit_s: float, kind: type = dict) -> dict[int, Any]:
+        """What ranks have said, waiting for each until all had so many seconds together.
+
+        A rank that says what is not of this `kind` has said nothing.
+        """
         end, heard = time.monotonic() + limit_s, {}
         for rank in range(self._world):
             left = timedelta(seconds=max(0.01, end - time.monotonic()))
-            with contextlib.suppress(RuntimeError):
+            with contextlib.suppress(RuntimeError, ValueError):
                 self._store.wait([f"{topic}/{rank}"], left)
-                heard[rank] = json.loads(self._store.get(f"{topic}/{rank}"))
+                said = json.loads(self._store.get(f"{topic}/{rank}"))
+                if isinstance(said, kind):
+                    heard[rank] = said
         return heard
 
     def begin_together(self, limit_s: float) -> dict[int, str]:
         """Wait until all ranks are here, or so long; on rank 0, where each is."""
         hosts: dict[int, str] = {}
         if self._rank == 0:
-            hosts = dict.fromkeys(range(self._world), "?") | self.hear("host", limit_s)
+            hosts = dict.fromkeys(range(self._world), "?") | self.hear("host", limit_s, str)
             self._store.set("begin", "")
         with contextlib.suppress(RuntimeError):
             self._store.wait(["begin"], timedelta(seconds=2 * limit_s))

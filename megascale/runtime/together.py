@@ -9,7 +9,7 @@ import traceback
 from collections.abc import Callable
 from typing import TypeVar
 
-from megascale.errors import StorageError, UserError
+from megascale.errors import StorageError, UserError, file_problem
 from megascale.runtime.distributed import Ranks, broadcast_bytes
 
 T = TypeVar("T")
@@ -60,7 +60,8 @@ def error_bytes(error: Exception) -> bytes:
     """An error of rank 0 as a message; `error_from` is the inverse."""
     if isinstance(error, UserError | OSError):
         kind = STORAGE_ERROR if isinstance(error, StorageError | OSError) else USER_ERROR
-        return kind + (str(error) or type(error).__name__).encode(errors="replace")
+        plain = file_problem(error) if isinstance(error, OSError) else None
+        return kind + (plain or str(error) or type(error).__name__).encode(errors="replace")
     what = f"on rank 0: {type(error).__name__}: {error}"
     note = "".join(traceback.format_exception(error))
     return FAILURE + f"{what}\0{note}".encode(errors="replace")

@@ -20,7 +20,7 @@ from megascale.errors import UserError
 from megascale.optim import steplaw
 from megascale.planner.fit import GOOD_ERROR, Fit, fit_cost, fit_table, write_cost
 from megascale.resilience.local_ranks import RankJob, as_rank, megascale, rank_count, run_ranks
-from megascale.resilience.signals import StopRequest
+from megascale.resilience.signals import TWIN_S, StopRequest
 from megascale.runtime.files import write_output
 from megascale.train.command import add_ranks_argument
 from megascale.train.ready import check_ranks
@@ -59,7 +59,7 @@ def run_calibrate(args: argparse.Namespace) -> int:
     count = rank_count(args.ranks)
     if count == 1:
         return as_rank(partial(_calibrate, args, lengths))
-    asked = StopRequest()
+    asked = StopRequest(echo_s=TWIN_S)
     try:
         check_ranks(_load(args.config, args.overrides), count)
         return run_ranks(_job(args, count), asked)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from megascale.resilience.driver import is_driven
 from megascale.resilience.local_ranks import RankJob, as_rank, megascale, rank_count, run_ranks
-from megascale.resilience.signals import StopRequest
+from megascale.resilience.signals import TWIN_S, StopRequest
 from megascale.runtime.environment import world_from_environment
 
 if TYPE_CHECKING:
@@ -67,7 +67,7 @@ def run_train(args: argparse.Namespace) -> int:
 
 
 def _start_ranks(args: argparse.Namespace, count: int) -> int:
-    asked = StopRequest()
+    asked = StopRequest(echo_s=TWIN_S)
     try:
         from megascale.train.ready import check_ranks, check_resume, check_run, refuse_used_folder
 
@@ -105,8 +105,11 @@ def train_on_device(
 ) -> bool:
     """Make the device ready and train as `loop.train` does; whether a signal stopped it."""
     from megascale.train.describe import cost_model
+    from megascale.train.ready import check_emergency
 
     cost_model(config)  # a bad cost file is found before there is a run folder
+    if world_from_environment()[1] == 1:  # several ranks tell each other, so that one may speak
+        check_emergency(config)
     from megascale.runtime import distributed
 
     distributed.prepare_device(config.device)

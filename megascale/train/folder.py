@@ -16,7 +16,7 @@ from megascale.monitor.events import EVENTS_FILE, EventLog, at, read_events
 from megascale.monitor.metrics import last_step
 from megascale.resilience.driver import is_driven
 from megascale.runtime.distributed import Ranks
-from megascale.runtime.files import open_lock, write_file
+from megascale.runtime.files import open_lock, open_to_append, write_file
 from megascale.runtime.lock import HELD_S, RUN_LOCK, hold, lock_within
 from megascale.runtime.logs import note_failure
 from megascale.runtime.together import on_first_rank
@@ -108,7 +108,7 @@ def _write_error(
     with ExitStack() as leave:
         with suppress(OSError):  # without locks or room, two events are better than none
             run_dir.mkdir(parents=True, exist_ok=True)
-            file = leave.enter_context(open(run_dir / EVENTS_FILE, "ab"))
+            file = leave.enter_context(open_to_append(run_dir / EVENTS_FILE))
             lock_within(file, TURN_S)
             written = [event for event in read_events(run_dir) if at(event) >= began]
             if any(event["event"] in ENDS for event in written):

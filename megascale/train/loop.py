@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
@@ -41,7 +42,7 @@ from megascale.monitor.speeds import RankSpeeds
 from megascale.monitor.stragglers import slowdown_R
 from megascale.optim.build import build_optimizer
 from megascale.planner.ahead import PlansAhead
-from megascale.resilience.signals import StopRequest
+from megascale.resilience.signals import ECHO_S, TWIN_S, StopRequest
 from megascale.resilience.spikes import SpikeWatch
 from megascale.runtime import distributed
 from megascale.runtime.distributed import (
@@ -51,7 +52,7 @@ from megascale.runtime.distributed import (
     gather_arrays,
     node_names,
 )
-from megascale.runtime.logs import log_to, say
+from megascale.runtime.logs import STARTER_VARIABLE, log_to, say
 from megascale.runtime.pulse import begin_pulse, pulse
 from megascale.runtime.together import from_first_rank, on_first_rank
 from megascale.train.describe import describe_run, plan_lengths, step_problem
@@ -127,7 +128,7 @@ def train(
         leave.callback(pulse.enter, "ended")
         ranks = distributed.start(config)
         leave.callback(distributed.stop)
-        stop = StopRequest()
+        stop = StopRequest(echo_s=TWIN_S if STARTER_VARIABLE in os.environ else ECHO_S)
         leave.callback(stop.restore)
         run = partial(_train, sources=sources, command=command, ranks=ranks, stop=stop)
         if config.growth is None:

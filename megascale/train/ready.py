@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from megascale.checkpoint.folder import make_copies_folder
 from megascale.config import Layout, RunConfig
 from megascale.errors import UserError
+from megascale.runtime.placement import node_name
 from megascale.train.describe import cost_model, load_run
 
 GPU_FILES = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")
@@ -14,13 +16,25 @@ GPU_FILES = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")
 
 
 def check_run(config_path: str, overrides: Sequence[str]) -> RunConfig:
-    """The config of a run whose options, corpora, start and cost file can be used.
+    """The config of a run whose options, corpora, start, cost file and folder of emergency copies
+    can be used on this node.
 
     Raises UserError for the first of them that cannot.
     """
     config, _ = load_run(config_path, overrides)
     cost_model(config)
+    check_emergency(config)
     return config
+
+
+def check_emergency(config: RunConfig) -> None:
+    """Make this node's folder of emergency copies, where the run makes copies.
+
+    Raises UserError where it cannot be had.
+    """
+    directory = config.checkpoint.emergency_dir
+    if directory is not None:
+        make_copies_folder(Path(directory), node_name())
 
 
 def check_ranks(config: RunConfig, count: int) -> None:

@@ -14,6 +14,7 @@ from megascale.config import Layout, RunConfig, load_config
 from megascale.config.load import whole_number
 from megascale.corpus.recipe import load_recipe
 from megascale.errors import UserError
+from megascale.reading import MOST_TEXT_BYTES, read_whole
 from megascale.resilience.slurm import (
     MOST_NODES,
     BatchJob,
@@ -227,7 +228,7 @@ def _checked(config_path: str, overrides: Sequence[str], worlds: Iterable[int]) 
 def _read_sweep(path: str) -> list[list[str]]:
     """The overrides of every run of a sweep. Raises UserError."""
     try:
-        text = Path(path).read_bytes().decode()
+        text = read_whole(path, MOST_TEXT_BYTES, or_stream=True).decode()
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         raise UserError(

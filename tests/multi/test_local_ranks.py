@@ -143,14 +143,14 @@ import os, signal, sys, threading
 from pathlib import Path
 from megascale.errors import RankError, UserError
 from megascale.resilience.local_ranks import as_rank
-from megascale.resilience.signals import StopRequest
+from megascale.resilience.signals import TWIN_S, StopRequest
 from megascale.cli import _complain
 
 folder, how, rank = Path(sys.argv[1]), sys.argv[2], os.environ["RANK"]
 
 def work():
     import time
-    stop = None if how == "starts" else StopRequest()
+    stop = None if how == "starts" else StopRequest(echo_s=TWIN_S)
     (folder / f"ready-{rank}").touch()
     while not (folder / "go").exists():
         if how == "stubborn" or stop is None or not stop:
@@ -176,10 +176,13 @@ STARTER = """
 import sys
 from pathlib import Path
 from megascale.resilience.local_ranks import RankJob, run_ranks
-from megascale.resilience.signals import StopRequest
+from megascale.resilience.signals import TWIN_S, StopRequest
 folder = Path(sys.argv[1])
 command = (sys.executable, str(folder / "rank.py"), str(folder), sys.argv[2])
-sys.exit(run_ranks(RankJob(command, 2, folder / "logs", "go on with: x"), StopRequest()))
+count = int(sys.argv[3]) if len(sys.argv) > 3 else 2
+asked = StopRequest(echo_s=TWIN_S)
+print("begins", flush=True)
+sys.exit(run_ranks(RankJob(command, count, folder / "logs", "go on with: x"), asked))
 """
 
 
@@ -212,7 +215,7 @@ def test_bad_input_of_ranks_is_one_line(start, tmp_path, how, status, line):
     started = start(how)
     (tmp_path / "go").touch()
     assert started.finish() == (status, [line])
-    assert started.out.read_text() == "" and not (tmp_path / "logs").exists()
+    assert started.out.read_text() == "begins\n" and not (tmp_path / "logs").exists()
 
 
 def test_an_error_is_one_line_and_its_traceback_is_in_the_log(start, tmp_path):
@@ -224,7 +227,7 @@ def test_an_error_is_one_line_and_its_traceback_is_in_the_log(start, tmp_path):
     (tmp_path / "later").touch()
     log = tmp_path / "logs/rank1.log"
     line = f"megascale: rank 1: MemoryError: no room; see {log}; go on with: x"
-    assert started.finish() == (1, [line]) and started.out.read_text() == ""
+    assert started.finish() == (1, [line]) and started.out.read_text() == "begins\n"
     text = log.read_text()
     assert text.count("Traceback") == 1 and text.rstrip().endswith("no room\nat all")
 
@@ -237,6 +240,37 @@ def test_a_signal_while_ranks_start_ends_them(start, name):
     assert started.finish() == (0, [line])
 
 
+@pytest.mark.parametrize("ignores, status", [(False, 0), (True, 130)])
+def test_signals_while_many_ranks_start_are_heeded(tmp_path, ignores, status):
+    """The first lets them end; where they do not heed it, the second ends them."""
+    heeds = "signal.signal(signal.SIGTERM, signal.SIG_IGN); " if ignores else ""
+    (tmp_path / "rank.py").write_text(f"import signal, time; {heeds}time.sleep(300)")
+    (tmp_path / "starter.py").write_text(STARTER)
+    command = (sys.executable, tmp_path / "starter.py", tmp_path, "-", 40)
+    with Started(tmp_path, *command) as started:
+        started.wait_for(lambda: "begins" in started.out.read_text())
+        time.sleep(0.8)
+        began = time.monotonic()
+        started.process.send_signal(signal.SIGINT)
+        time.sleep(0.5)
+        if ignores:
+            started.process.send_signal(signal.SIGINT)
+        assert started.finish(60)[0] == status, started.said()
+        assert time.monotonic() - began < 15  # to import torch beside 40 ranks took longer
+
+
+def test_the_store_of_ranks_that_ends_is_said(start):
+    started = start("stubborn")
+    [store] = [
+        process
+        for process in psutil.Process(started.process.pid).children()
+        if "megascale.resilience.meeting" in process.cmdline()
+    ]
+    store.kill()
+    line = "megascale: the store on which ranks meet has ended: it was killed; go on with: x"
+    assert started.finish() == (1, [line])
+
+
 def test_a_second_signal_ends_ranks_that_do_not_stop(start):
     started = start("stubborn")
     rank = rank_of(started, 1)
@@ -244,7 +278,7 @@ def test_a_second_signal_ends_ranks_that_do_not_stop(start):
     started.process.send_signal(signal.SIGINT)
     deadline = time.monotonic() + 60
     while started.process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.1)  # those within 2 s of the first are echoes
+        time.sleep(0.1)  # those within 0.2 s of the first are echoes
         started.process.send_signal(signal.SIGINT)
     line = "megascale: stopped at once by a second signal; go on with: x"
     assert started.finish() == (130, [line])

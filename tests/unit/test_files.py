@@ -1,5 +1,6 @@
 """Files appear whole or not at all, and nothing that another user has planted is followed."""
 
+import errno
 import os
 import shutil
 import subprocess
@@ -14,12 +15,14 @@ from megascale.errors import UserError
 from megascale.resilience import node_check
 from megascale.resilience.channel import read_token, write_token
 from megascale.runtime import files, lock
+from megascale.runtime.abandoned import remove_abandoned
 from megascale.runtime.files import (
     discard,
     make_fresh_folder,
     open_lock,
     private_folder,
     unfinished_file,
+    unfinished_names,
     whole_file,
     write_file,
     write_output,
@@ -190,16 +193,45 @@ def test_pruning_a_linked_checkpoint_removes_the_link(tmp_path, victim):
 
 
 def test_a_folder_to_be_is_no_link(tmp_path, victim):
-    (tmp_path / ".tmp-out").symlink_to(victim)
-    with (
-        pytest.raises(UserError, match=r"\.tmp-out: a symbolic link where a folder must be"),
-        folders.whole_or_not_at_all(tmp_path / "out"),
-    ):
-        pytest.fail("it was begun")
-    (tmp_path / ".tmp-out").unlink()
     (tmp_path / "out").symlink_to(tmp_path / "nowhere")
     with pytest.raises(UserError, match="exists"), folders.whole_or_not_at_all(tmp_path / "out"):
         pytest.fail("it was begun")
+
+
+@pytest.mark.parametrize("number, name", [(errno.ENOSPC, "out"), (errno.EBADF, None)])
+def test_a_full_disk_is_said_of_the_file(tmp_path, number, name):
+    path = tmp_path / "out"
+    with pytest.raises(OSError) as caught, whole_file(path):
+        raise OSError(number, os.strerror(number))  # as `write` does, which knows no name
+    assert caught.value.filename == (name and str(path))
+
+
+def test_no_folder_of_the_user_goes_when_another_is_written(tmp_path, victim):
+    """Only what an earlier try left, by a name that nobody else gives."""
+    left, linked = tmp_path / f".tmp-out-{'0' * 16}", tmp_path / f".tmp-out-{'1' * 16}"
+    stay = [tmp_path / name for name in (".tmp-out", ".tmp-out-notes", f".tmp-other-{'0' * 16}")]
+    for path in (left, *stay):
+        path.mkdir()
+        (path / "file").touch()
+    linked.symlink_to(victim)
+    with folders.whole_or_not_at_all(tmp_path / "out") as mine:
+        assert not left.exists()
+        with folders.whole_or_not_at_all(tmp_path / "out2"):
+            assert mine.is_dir()
+        remove_abandoned(tmp_path, unfinished_names(tmp_path / "out"))
+        assert mine.is_dir()  # it is held
+    assert all((path / "file").exists() for path in stay) and list(victim.iterdir())
+    assert not list((tmp_path / "out").iterdir()) and not mine.exists()
+
+
+def test_what_cannot_be_read_is_named_and_not_what_is_written(tmp_path):
+    with pytest.raises(FileNotFoundError, match="source"):
+        with folders.whole_or_not_at_all(tmp_path / "out"):
+            (tmp_path / "source").read_bytes()
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=f"^{tmp_path / 'file'}[^;]*; choose another folder"):
+        with folders.whole_or_not_at_all(tmp_path / "file" / "out"):
+            pytest.fail("it was begun")
 
 
 def recipe(tmp_path):

@@ -11,6 +11,7 @@ from megascale.cli import main
 from megascale.errors import UserError
 from megascale.resilience.node_check import check_node
 from megascale.runtime import nodes_command, self_test
+from megascale.runtime.nodes import _Board
 from megascale.runtime.placement import meetings, tournament
 from megascale.runtime.self_test import cpu, examine_device
 from megascale.runtime.verdict import Report, describe, judge, parse_expected
@@ -61,6 +62,16 @@ def reports(**changes):
 def named(given, least=0.75, told=None):
     verdict = judge(given, dict(enumerate(HOSTS)), least, told or {})
     return [(one.host, one.rank, one.what.split()[0]) for one in verdict.outliers]
+
+
+def test_a_rank_that_answers_nothing_of_use_has_not_answered():
+    from torch.distributed import HashStore, PrefixStore
+
+    store = HashStore()
+    board = _Board(store, 0, 5)
+    for rank, value in enumerate(["null", "[]", "{", '{"faults": []}']):
+        PrefixStore("nodes", store).set(f"alone/{rank}", value)
+    assert board.hear("alone", 0.1) == {3: {"faults": []}}
 
 
 def test_who_stands_out():

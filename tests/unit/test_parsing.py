@@ -1,6 +1,7 @@
 """Bounds of JSON and YAML, and what fuzzing of their readers found."""
 
 import ast
+import io
 import json
 import time
 from pathlib import Path
@@ -98,7 +99,7 @@ def test_a_file_larger_than_the_limit_is_not_read_whole(tmp_path):
         file.truncate(MOST_BYTES + 2)
     with pytest.raises(UserError, match="more than"):
         read_json(path)
-    with pytest.raises(UserError, match="more than"):
+    with pytest.raises(OSError, match="a device"):
         read_json("/dev/zero")
 
 
@@ -111,7 +112,7 @@ def test_rows_that_are_damaged_are_left_out():
         b'{"a": NaN, "b": 1e999, "c": -Infinity, "d": ' + b"9" * 5000 + b"}",
     ]
     nothing = dict.fromkeys("abcd")
-    assert list(json_rows(b"\r\n".join(lines))) == [{"a": 1}, nothing]
+    assert list(json_rows(io.BytesIO(b"\r\n".join(lines)))) == [{"a": 1}, nothing]
 
 
 def test_texts_of_documents_are_kept_whatever_they_hold():

@@ -1,5 +1,6 @@
 """Folders of a driver: gone with it, or with the next one where it was killed."""
 
+import fcntl
 import os
 import subprocess
 import sys
@@ -68,7 +69,7 @@ def test_a_file_system_without_locks_will_do(tmp_path, holder, monkeypatch):
     def flock(lock, operation):
         raise OSError("Bad file descriptor")
 
-    monkeypatch.setattr(scratch.fcntl, "flock", flock)
+    monkeypatch.setattr(fcntl, "flock", flock)
     with scratch_folder(tmp_path) as mine:
         assert mine.is_dir() and os.path.isdir(holder[1])
     assert not mine.exists()

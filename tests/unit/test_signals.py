@@ -31,11 +31,16 @@ def test_an_echo_is_not_a_second_request(stop):
     assert stop.signal_name == "SIGINT"
 
 
-def test_a_second_one_stops_at_once(stop, monkeypatch):
-    monkeypatch.setattr(signals, "ECHO_S", 0.0)
-    os.kill(os.getpid(), signal.SIGINT)
-    with pytest.raises(KeyboardInterrupt):
+def test_a_second_one_stops_at_once():
+    request, calls = StopRequest(echo_s=0.0), []
+    request.at_first = lambda: calls.append(request.signal_name)
+    try:
         os.kill(os.getpid(), signal.SIGINT)
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+        assert calls == ["SIGINT"]
+    finally:
+        request.restore()
 
 
 def test_nohup_is_heeded(monkeypatch):

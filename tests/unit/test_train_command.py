@@ -11,6 +11,7 @@ from tiny_corpus import tiny_config
 from megascale.cli import main
 from megascale.resilience.local_ranks import LocalRanks, RankJob, as_rank, rank_count
 from megascale.runtime.logs import STARTER_VARIABLE
+from megascale.runtime.placement import node_name
 from megascale.train import calibrate_command, command, ready
 
 
@@ -67,6 +68,25 @@ def test_a_run_that_cannot_be_leaves_nothing_behind(config, capsys, words, messa
     said = capsys.readouterr()
     assert message in said.err and said.err.count("\n") == 1 and said.out == ""
     assert not os.path.exists("run")
+
+
+@pytest.mark.parametrize("ranks", [[], ["--ranks=2"]])
+@pytest.mark.parametrize("kind, problem", [("file", "Not a directory"), ("link", "symbolic link")])
+def test_a_bad_folder_of_emergency_copies_is_found_first(
+    config, capsys, monkeypatch, tmp_path, kind, problem, ranks
+):
+    monkeypatch.setattr(command, "run_ranks", lambda job, asked: pytest.fail("ranks start"))
+    copies = tmp_path / "copies"
+    if kind == "file":
+        copies.touch()
+    else:
+        copies.mkdir()
+        (copies / node_name()).symlink_to(tmp_path)
+    words = [f"checkpoint.emergency_dir={copies}", "run_dir=run"]
+    assert main(["train", config, *ranks, *words]) == 2
+    said = capsys.readouterr().err
+    assert f"checkpoint.emergency_dir: node {node_name()}: " in said and problem in said
+    assert said.count("\n") == 1 and not os.path.exists("run")
 
 
 def test_a_folder_that_holds_a_run_is_refused(config, capsys, tmp_path):

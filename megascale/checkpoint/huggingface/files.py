@@ -16,6 +16,7 @@ from megascale.checkpoint.ranges import Shape
 from megascale.checkpoint.storage import one_line
 from megascale.errors import UserError
 from megascale.parsing import read_json
+from megascale.reading import require_regular
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -92,6 +93,7 @@ def _open(path: Path) -> Any:
     from safetensors import SafetensorError, safe_open
 
     try:
+        require_regular(path)
         return safe_open(path, framework="pt")
     except FileNotFoundError:
         raise UserError(f"{path} is missing; copy the model again") from None
