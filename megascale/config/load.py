@@ -38,34 +38,41 @@ def load_config(
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "is not UTF-8 text"
         raise UserError(f"config {path}: {reason}; give the path of a YAML file") from None
-    if "inputs" in top_level_keys(text):
+    tree = read_tree(text, str(path))
+    if "inputs" in tree:
         raise UserError(
             f"{path} is the recipe of a corpus, not the config of a run; 'megascale prepare "
             f"{path}' makes the corpus, which a config then names in data.sources"
         )
-    return parse_as(RunConfig, text, overrides, str(path), under)
+    return build_as(RunConfig, tree, overrides, str(path), under)
 
 
 def parse_config(text: str, overrides: Sequence[str] = (), where: str = "config") -> RunConfig:
     """Like `load_config`, from the text of a YAML file; `where` names it in errors."""
-    return parse_as(RunConfig, text, overrides, where)
+    return build_as(RunConfig, read_tree(text, where), overrides, where)
 
 
-def parse_as(
-    kind: type[T],
-    text: str,
-    overrides: Sequence[str] = (),
-    where: str = "config",
-    under: Mapping[str, Any] | None = None,
-) -> T:
-    """YAML text with `a.b=c` overrides as the frozen dataclass `kind`, every key type-checked.
-
-    Raises UserError, in one line that begins with `where`, for anything that does not fit.
-    """
+def read_tree(text: str, where: str) -> dict[str, Any]:
+    """YAML text that is a mapping, or empty. Raises UserError, which begins with `where`."""
     tree = parse_yaml(text, where)
     tree = {} if tree is None else tree
     if not isinstance(tree, dict):
         raise UserError(f"{where}: a config is a YAML mapping such as 'seed: 1', not {_kind(tree)}")
+    return tree
+
+
+def build_as(
+    kind: type[T],
+    tree: dict[str, Any],
+    overrides: Sequence[str] = (),
+    where: str = "config",
+    under: Mapping[str, Any] | None = None,
+) -> T:
+    """A tree of YAML with `a.b=c` overrides as the frozen dataclass `kind`, every key type-checked.
+
+    Changes the tree. Raises UserError, in one line that begins with `where`, for anything that
+    does not fit.
+    """
     apply_overrides(tree, overrides)
     _fill_in(tree, under or {})
     try:
@@ -73,15 +80,6 @@ def parse_as(
     except UserError as error:
         raise UserError(f"{where}: {error}") from None
     return built
-
-
-def top_level_keys(text: str) -> set[str]:
-    """The keys of YAML text that is a mapping; none for anything else."""
-    try:
-        tree = parse_yaml(text, "")
-    except UserError:
-        return set()
-    return {str(key) for key in tree} if isinstance(tree, dict) else set()
 
 
 def checked(value: T, where: str) -> T:

@@ -6,10 +6,10 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from megascale.config import RunConfig
-from megascale.config.load import parse_as, top_level_keys
+from megascale.config.load import build_as, read_tree
 from megascale.errors import UserError
 from megascale.parsing import read_yaml_text
 
@@ -99,19 +99,23 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         raise UserError(
             f"recipe {path}: {reason}; give one, e.g. data/python_stdlib.yaml"
         ) from None
-    keys = top_level_keys(text)
-    if "inputs" not in keys and keys & CONFIG_KEYS:
+    tree = read_tree(text, str(path))
+    if "inputs" not in tree and tree.keys() & CONFIG_KEYS:
         raise UserError(
             f"{path} is the config of a run, not the recipe of a corpus; 'megascale plan {path}' "
             f"shows the run, 'megascale train {path}' trains; give a recipe, e.g. "
             "data/python_stdlib.yaml"
         )
-    return parse_recipe(text, overrides, str(path))
+    return _recipe_of(tree, overrides, str(path))
 
 
 def parse_recipe(text: str, overrides: Sequence[str] = (), where: str = "recipe") -> Recipe:
     """Like `load_recipe`, from YAML text; `where` names it in errors."""
-    recipe = parse_as(Recipe, text, overrides, where)
+    return _recipe_of(read_tree(text, where), overrides, where)
+
+
+def _recipe_of(tree: dict[str, Any], overrides: Sequence[str], where: str) -> Recipe:
+    recipe = build_as(Recipe, tree, overrides, where)
     problem = _problem(recipe)
     if problem is not None:
         raise UserError(f"{where}: {problem}")

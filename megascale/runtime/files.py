@@ -62,10 +62,15 @@ def write_output(path: Path, content: str) -> None:
 
     A device, a pipe or a name such as /dev/stdout takes the content as it comes. Raises OSError.
     """
-    if path.parent in _STREAMS or (path.exists() and not path.is_file()):
+    if is_stream(path) or (path.exists() and not path.is_file()):
         path.write_text(content, encoding="utf-8")
     else:
         write_file(path.resolve(), content, synced=True)
+
+
+def is_stream(path: Path) -> bool:
+    """Whether a name stands for something that is open already, such as /dev/stdout, or a device."""
+    return path.parent in _STREAMS
 
 
 def sync_folder(folder: Path) -> None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from megascale.errors import UserError, install_command
 from megascale.runtime.files import write_output
+from megascale.runtime.outputs import Output, json_of, require_outputs
 
 if TYPE_CHECKING:
     from megascale.train.score_text import TextScorer, TextTokens
@@ -17,6 +18,7 @@ MOST_TOKENS = 256
 """Of a continuation whose task says nothing, as lm-eval has it."""
 LENGTH_OPTIONS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
 """Names under which a task may say it; lm-eval takes the first that is there."""
+RESULTS = json_of("a file of megascale eval --out", "checkpoint", "results")
 
 
 def add_eval_arguments(parser: argparse.ArgumentParser) -> None:
@@ -34,6 +36,8 @@ def add_eval_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run_eval(args: argparse.Namespace) -> int:
     """Run the tasks and print a table; returns the exit status. Raises UserError for bad input."""
+    if args.out is not None:
+        require_outputs([Output("--out", Path(args.out), RESULTS, makes_folders=True)])
     from megascale.runtime import distributed
 
     distributed.prepare_device("auto")
