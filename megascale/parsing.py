@@ -36,6 +36,8 @@ LARGEST_INT = 2**64
 """Whole numbers from here on become floats, as in most programs that read JSON."""
 _LONGEST_INT = 310
 """Characters of a whole number; above them it has no float."""
+_CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029]")
+"""Control characters and ends of lines."""
 _ODD_ESCAPE = re.compile(r"\\u(?:[dD][89a-fA-F]|0000)")
 
 
@@ -77,6 +79,11 @@ def is_path(value: Any) -> bool:
     except UnicodeEncodeError:
         return False
     return max(map(len, parts)) <= 255 and sum(map(len, parts)) + len(parts) <= 4096
+
+
+def is_plain_name(text: str) -> bool:
+    """Whether a text can be a name that is shown in a line: it has no control character."""
+    return bool(text.strip()) and _CONTROL.search(text) is None
 
 
 def parse_text(line: bytes) -> Any:
@@ -252,7 +259,7 @@ _TEXTS = json.JSONDecoder(parse_int=_no_text, parse_float=_no_text, parse_consta
 if yaml.__with_libyaml__:
 
     class _Base(Composer, yaml.CSafeLoader):
-        """libyaml splits the text, five times as fast; values are made of it here, within bounds."""
+        """libyaml splits the text, which is five times as fast; bounds are kept here."""
 
         def __init__(self, stream: str) -> None:
             yaml.CSafeLoader.__init__(self, stream)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 import re
 import types
 import typing
@@ -13,7 +14,7 @@ from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 from megascale.config.schema import RunConfig
 from megascale.errors import UserError
-from megascale.parsing import dump_yaml, parse_yaml, read_yaml_text
+from megascale.parsing import dump_yaml, is_plain_name, parse_yaml, read_yaml_text
 
 T = TypeVar("T")
 SUFFIXES = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "G": 10**9, "T": 10**12}
@@ -78,7 +79,7 @@ def build_as(
     try:
         built: T = _build(kind, tree, "")
     except UserError as error:
-        raise UserError(f"{where}: {error}") from None
+        raise UserError(f"{where}: {error}{_said_by(overrides, str(error))}") from None
     return built
 
 
@@ -123,6 +124,15 @@ def options_called(kind: type, name: str, prefix: str = "") -> list[str]:
 def dump_config(config: RunConfig) -> str:
     """The config as YAML that `parse_config` turns back into an equal config."""
     return dump_yaml(_plain(asdict(config)))
+
+
+def _said_by(overrides: Sequence[str], problem: str) -> str:
+    """Which override a problem comes from, where it begins with the name of one."""
+    for override in reversed(overrides):
+        name = override.partition("=")[0]
+        if re.match(rf"(unknown key '){{0,1}}{re.escape(name)}(?![\w])", problem):
+            return f" (override '{override}')"
+    return ""
 
 
 def _apply_override(tree: dict[str, Any], override: str) -> None:
@@ -213,6 +223,10 @@ def _choice(options: tuple[Any, ...], value: Any, where: str) -> Any:
 def _name(key: Any, where: str) -> str:
     if not isinstance(key, str):
         raise UserError(f"{where}: the name {key!r} must be text; put it in quotes")
+    if not is_plain_name(key):
+        raise UserError(
+            f"{where}: the name {key!r} is empty or has control characters; use a plain word"
+        )
     return key
 
 
@@ -223,10 +237,12 @@ def _scalar(kind: type, value: Any, where: str) -> Any:
         value = int(value)  # YAML has 1e9 as a float
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
-    right_kind = isinstance(value, kind) and not (kind is not bool and isinstance(value, bool))
-    if not right_kind or value != value:
-        wanted = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+    if not isinstance(value, kind) or (kind is not bool and isinstance(value, bool)):
+        wanted = {int: "a whole number such as 20M", float: "a number such as 3e-4"}
+        wanted |= {bool: "true or false", str: "text"}
         raise UserError(f"{where} must be {wanted[kind]}, not {_kind(value)} {value!r}")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise UserError(f"{where} = {value!r} must be a finite number such as 3e-4")
     return value
 
 

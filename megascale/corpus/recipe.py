@@ -11,7 +11,7 @@ from typing import Any, Literal
 from megascale.config import RunConfig
 from megascale.config.load import build_as, read_tree
 from megascale.errors import UserError
-from megascale.parsing import read_yaml_text
+from megascale.parsing import is_plain_name, read_yaml_text
 
 CONFIG_KEYS = {field.name for field in fields(RunConfig)}
 
@@ -126,7 +126,8 @@ def _recipe_of(tree: dict[str, Any], overrides: Sequence[str], where: str) -> Re
 
 
 def _problem(recipe: Recipe) -> str | None:
-    if not recipe.name or set(recipe.name) & set("/\\\0") or recipe.name in (".", ".."):
+    is_plain = is_plain_name(recipe.name) and not set(recipe.name) & set("/\\")
+    if not is_plain or recipe.name in (".", ".."):
         return f"name '{recipe.name}' must do as the name of a folder"
     if not recipe.inputs:
         return "inputs is empty; give one, e.g. inputs: [{kind: python_stdlib}]"

@@ -15,6 +15,7 @@ from megascale.errors import UserError
 from megascale.monitor.experts import plot_shares, read_shares
 from megascale.monitor.metrics import METRICS_FILE, has_numbers, read_rows
 from megascale.monitor.stragglers import plot_ranks, read_slowdowns
+from megascale.runtime.files import real_path
 from megascale.runtime.outputs import Output, picture, require_outputs
 
 if TYPE_CHECKING:
@@ -71,12 +72,13 @@ def plot_run(run_dirs: Sequence[Path], out: Path) -> list[Path]:
     runs share the axes of each other picture. Returns the files written; bits_per_byte.png is left
     out where no held-out text was scored, balance.png where no run has experts, replay.png where
     none replays. Raises UserError for a folder that holds no run, for a run with fewer than two
-    recorded steps, and where a picture would take the place of another file; OSError where `out` cannot be written.
+    recorded steps, and where a picture would take the place of another file; OSError where `out`
+    cannot be written.
     """
     import matplotlib
 
     matplotlib.use("Agg")
-    names = [path.resolve().name for path in run_dirs]
+    names = [real_path(path).name for path in run_dirs]
     if len(set(names)) < len(names):
         names = [str(path) for path in run_dirs]
     runs = [load_curves(path, name) for path, name in zip(run_dirs, names, strict=True)]

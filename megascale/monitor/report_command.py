@@ -17,7 +17,7 @@ from megascale.monitor.console import show_count, show_duration
 from megascale.monitor.events import at
 from megascale.monitor.status_command import LIVELY, show_step, start_rows
 from megascale.monitor.story import PARTS, Story, clock, read_story
-from megascale.runtime.files import write_output
+from megascale.runtime.files import real_path, write_output
 from megascale.runtime.outputs import Output, begins_with, require_outputs
 from megascale.runtime.terminal import escape_controls
 
@@ -91,7 +91,7 @@ def _pictures(run: Path) -> dict[str, bytes]:
 
 def render(run: Path, story: Story, pictures: Mapping[str, bytes], now: float) -> Iterator[str]:
     """The page, in pieces."""
-    name = escape(run.resolve().name)
+    name = escape(real_path(run).name)
     yield "<!doctype html>"
     yield '<html lang="en"><head><meta charset="utf-8">'
     yield '<meta name="viewport" content="width=device-width, initial-scale=1">'

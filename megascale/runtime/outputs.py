@@ -16,7 +16,7 @@ from pathlib import Path
 
 from megascale.errors import UserError
 from megascale.parsing import read_json
-from megascale.runtime.files import is_stream
+from megascale.runtime.files import is_stream, real_path
 
 HEAD_BYTES = 1 << 18
 """Of a file, by which its kind is told; as many of its end."""
@@ -89,7 +89,7 @@ def require_outputs(outputs: Sequence[Output], reads: Iterable[str | Path | None
             _require_place(output)
             _require_replaceable(output, inputs)
     for first, second in combinations(outputs, 2):
-        if first.path.resolve() == second.path.resolve():
+        if real_path(first.path) == real_path(second.path):
             raise UserError(
                 f"{second.option} {second.path}: is the file of {first.option} too; choose another"
             )
@@ -125,14 +125,16 @@ def _require_replaceable(output: Output, inputs: Sequence[Path]) -> None:
     except FileNotFoundError:
         return
     except OSError as error:
-        raise UserError(f"{place}: cannot be made: {error.strerror}; choose another place") from None
+        problem = f"cannot be made: {error.strerror}"
+        raise UserError(f"{place}: {problem}; choose another place") from None
     if stat.S_ISDIR(about.st_mode):
         raise UserError(f"{place}: there, and not a file; choose another name")
     if not stat.S_ISREG(about.st_mode):
         return  # nothing there is lost
     for path in inputs:
         if _is_same(about, path):
-            raise UserError(f"{place}: would take the place of {path}, which is read; choose another")
+            problem = f"would take the place of {path}, which is read"
+            raise UserError(f"{place}: {problem}; choose another")
     if about.st_size and not _fits(output):
         raise UserError(
             f"{place}: there, and not {output.kind.name}; choose another file, or move it away"

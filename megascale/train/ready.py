@@ -7,6 +7,7 @@ from pathlib import Path
 
 from megascale.config import Layout, RunConfig
 from megascale.errors import UserError
+from megascale.runtime.files import broken_link
 from megascale.train.describe import cost_model, load_run
 
 GPU_FILES = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")
@@ -19,6 +20,7 @@ def check_run(config_path: str, overrides: Sequence[str]) -> RunConfig:
     Raises UserError for the first of them that cannot.
     """
     config, _ = load_run(config_path, overrides)
+    refuse_lost_folder(Path(config.run_dir))
     cost_model(config)
     return config
 
@@ -43,6 +45,15 @@ def refuse_used_folder(folder: Path, resume: str | None) -> None:
             f"run_dir {folder} already holds a run; continue it with --resume auto, or branch "
             "off into a new folder with run_dir=..."
         )
+
+
+def refuse_lost_folder(folder: Path) -> None:
+    """Raise UserError where no run folder can be made, for what lies there."""
+    problem = broken_link(folder)
+    if problem is None and folder.exists() and not folder.is_dir():
+        problem = f"{folder} is there, and no folder"
+    if problem is not None:
+        raise UserError(f"run_dir {folder}: {problem}; mend it or set another run_dir")
 
 
 def _check_devices(device: str, count: int) -> None:
