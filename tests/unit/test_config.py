@@ -158,7 +158,7 @@ def test_no_option_is_infinite_or_no_number(text):
     assert len(names) > 20 and {"optim.lr", "model.moe.balance_weight"} < set(names)
     for name in names:
         with pytest.raises(UserError) as caught:
-            parse_config(BASE, [f"{name}={text}"])
+            parse_config(BASE, ["growth.at_tokens=5", f"{name}={text}"])
         assert re.search(f"(?:{NUMBER}|finite number|beyond all numbers)", str(caught.value)), name
     for blend in ("{web: .nan}", "{web: .inf}"):
         with pytest.raises(UserError, match="blend.web = .* must be a finite number"):

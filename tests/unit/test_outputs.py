@@ -206,27 +206,8 @@ def test_a_plan_is_not_written_over_the_config(tmp_path, capsys):
 
 
 def test_a_simulation_is_not_written_over_its_lengths(tmp_path, lengths, capsys, monkeypatch):
-    words = [
-        "simulate",
-        "--ranks",
-        "8",
-        "--tensor",
-        "8",
-        "--context",
-        "4Ki",
-        "--batch-tokens",
-        "16Ki",
-    ]
-    words += [
-        "--steps",
-        "1",
-        "--model",
-        "7b",
-        "--planners",
-        "hybrid",
-        "--lengths",
-        f"file:{lengths}",
-    ]
+    words = "simulate --ranks 8 --tensor 8 --context 4Ki --batch-tokens 16Ki --steps 1".split()
+    words += ["--planners", "hybrid", "--lengths", f"file:{lengths}"]
     outputs = ["--json", tmp_path / "s.json", "--plot", tmp_path / "s.svg"]
     for _ in range(2):
         assert run(capsys, *words, *outputs)[0] == 0
