@@ -130,7 +130,7 @@ def _said_by(overrides: Sequence[str], problem: str) -> str:
     """Which override a problem comes from, where it begins with the name of one."""
     for override in reversed(overrides):
         name = override.partition("=")[0]
-        if re.match(rf"(unknown key '){{0,1}}{re.escape(name)}(?![\w])", problem):
+        if re.match(rf"(?:unknown key ')?{re.escape(name)}(?!\w)", problem):
             return f" (override '{override}')"
     return ""
 

@@ -83,10 +83,9 @@ def input_files(one: InputConfig) -> list[str]:
     else:
         found = sorted({name for pattern in one.paths for name in _matches(pattern)})
     kept = [name for name in found if not any(fnmatch(name, pattern) for pattern in one.exclude)]
-    if one.kind != "dataset":
-        for name in kept:
-            if (problem := broken_link(Path(name))) is not None:
-                raise UserError(f"inputs: {problem}; mend the link or name it in exclude")
+    for name in kept if one.paths else ():
+        if not os.path.exists(name) and (problem := broken_link(Path(name))) is not None:
+            raise UserError(f"inputs: {problem}; mend the link or name it in exclude")
     return [name for name in kept if Path(name).is_file()]
 
 
@@ -268,7 +267,7 @@ def _parse(table: Table, row: int, line: bytes) -> bytes:
 
 def _hint(line: bytes, value: Any) -> str:
     """What a line seems to be, or has, in place of an object with the text."""
-    if b"\r" in line.rstrip(b"\r\n"):
+    if not isinstance(value, dict) and b"\r" in line.rstrip(b"\r\n"):
         return r"; its lines end in CR alone: convert them, e.g. with tr '\r' '\n'"
     if line.lstrip().startswith(b"["):
         return "; a JSON array is no JSONL"

@@ -82,7 +82,7 @@ def real_path(path: str | Path) -> Path:
 def broken_link(path: Path) -> str | None:
     """What is wrong with the link at which a path ends, or that it goes through; None: nothing."""
     for part in [*reversed(path.parents), path]:
-        if part.is_symlink() and not part.exists():
+        if os.path.islink(part) and not os.path.exists(part):
             try:
                 os.stat(part)
             except OSError as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -50,7 +51,7 @@ def refuse_used_folder(folder: Path, resume: str | None) -> None:
 def refuse_lost_folder(folder: Path) -> None:
     """Raise UserError where no run folder can be made, for what lies there."""
     problem = broken_link(folder)
-    if problem is None and folder.exists() and not folder.is_dir():
+    if problem is None and os.path.exists(folder) and not os.path.isdir(folder):
         problem = f"{folder} is there, and no folder"
     if problem is not None:
         raise UserError(f"run_dir {folder}: {problem}; mend it or set another run_dir")
