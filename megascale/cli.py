@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import math
 import os
 import sys
 import traceback
@@ -275,6 +276,7 @@ class _Parser(argparse.ArgumentParser):
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
         self.register("type", int, _whole_number)
+        self.register("type", float, _finite_number)
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message}; '{self.prog} --help' says what would work")
@@ -285,6 +287,14 @@ def _whole_number(text: str) -> int:
     number = int(text)
     if abs(number) > MOST_NUMBER:
         raise argparse.ArgumentTypeError(f"{text[:20]}... is too large; the most is {MOST_NUMBER}")
+    return number
+
+
+def _finite_number(text: str) -> float:
+    """The `float` of all verbs."""
+    number = float(text)
+    if not math.isfinite(number):
+        raise argparse.ArgumentTypeError(f"{text[:20]} is no finite number")
     return number
 
 

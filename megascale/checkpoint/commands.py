@@ -10,6 +10,7 @@ from pathlib import Path
 from megascale.checkpoint import folder as folders
 from megascale.checkpoint.manifest import MANIFEST, Manifest, verify
 from megascale.errors import UserError
+from megascale.runtime.files import real_path
 
 
 def add_list_arguments(parser: argparse.ArgumentParser) -> None:
@@ -87,7 +88,7 @@ def run_verify(args: argparse.Namespace) -> int:
 
 def _is_named_as_one(path: Path) -> bool:
     """Whether it is where a run has a checkpoint, whatever is in it."""
-    name, parent = path.resolve().name, path.resolve().parent
+    name, parent = real_path(path).name, real_path(path).parent
     return path.is_dir() and name.isdigit() and parent == folders.checkpoints_dir(parent.parent)
 
 

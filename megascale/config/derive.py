@@ -18,9 +18,10 @@ from megascale.config.schema import (
     StageConfig,
 )
 from megascale.errors import UserError
+from megascale.parsing import is_plain_name
 
 AT_LEAST_ONE = {
-    "model": "num_layers hidden_size num_heads num_kv_heads head_dim ffn_hidden_size "
+    "model": "num_layers hidden_size num_heads num_kv_heads head_dim ffn_hidden_size rope_base "
     "vocab_multiple sliding_window mask_tokens",
     "parallel": "tensor pipeline expert",
     "planner": "ahead_steps",
@@ -200,6 +201,7 @@ def _finalize_optim(optim: OptimConfig, tokens: int) -> OptimConfig:
 
 def validate(config: RunConfig) -> None:
     """Raise UserError for the first impossible combination, naming a value that works."""
+    _validate_names(config)
     _validate_numbers(config)
     _validate_model(config)
     _validate_data(config)
@@ -259,6 +261,17 @@ def _numbers(config: RunConfig, sections: Mapping[str, str]) -> Iterator[tuple[s
         for name in names.split():
             if part is not None and (value := getattr(part, name)) is not None:
                 yield f"{section}.{name}".lstrip("."), value
+
+
+def _validate_names(config: RunConfig) -> None:
+    for name, text in (
+        ("run_dir", config.run_dir),
+        ("checkpoint.emergency_dir", config.checkpoint.emergency_dir),
+    ):
+        if text is not None and not is_plain_name(text):
+            raise UserError(
+                f"{name} = {text!r} is empty or has control characters; give a plain path"
+            )
 
 
 def _validate_numbers(config: RunConfig) -> None:

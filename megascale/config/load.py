@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 import re
 import types
 import typing
@@ -13,7 +14,7 @@ from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 from megascale.config.schema import RunConfig
 from megascale.errors import UserError
-from megascale.parsing import dump_yaml, parse_yaml, read_yaml_text
+from megascale.parsing import dump_yaml, is_plain_name, parse_yaml, read_yaml_text
 
 T = TypeVar("T")
 SUFFIXES = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "G": 10**9, "T": 10**12}
@@ -38,50 +39,48 @@ def load_config(
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "is not UTF-8 text"
         raise UserError(f"config {path}: {reason}; give the path of a YAML file") from None
-    if "inputs" in top_level_keys(text):
+    tree = read_tree(text, str(path))
+    if "inputs" in tree:
         raise UserError(
             f"{path} is the recipe of a corpus, not the config of a run; 'megascale prepare "
             f"{path}' makes the corpus, which a config then names in data.sources"
         )
-    return parse_as(RunConfig, text, overrides, str(path), under)
+    return build_as(RunConfig, tree, overrides, str(path), under)
 
 
 def parse_config(text: str, overrides: Sequence[str] = (), where: str = "config") -> RunConfig:
     """Like `load_config`, from the text of a YAML file; `where` names it in errors."""
-    return parse_as(RunConfig, text, overrides, where)
+    return build_as(RunConfig, read_tree(text, where), overrides, where)
 
 
-def parse_as(
-    kind: type[T],
-    text: str,
-    overrides: Sequence[str] = (),
-    where: str = "config",
-    under: Mapping[str, Any] | None = None,
-) -> T:
-    """YAML text with `a.b=c` overrides as the frozen dataclass `kind`, every key type-checked.
-
-    Raises UserError, in one line that begins with `where`, for anything that does not fit.
-    """
+def read_tree(text: str, where: str) -> dict[str, Any]:
+    """YAML text that is a mapping, or empty. Raises UserError, which begins with `where`."""
     tree = parse_yaml(text, where)
     tree = {} if tree is None else tree
     if not isinstance(tree, dict):
         raise UserError(f"{where}: a config is a YAML mapping such as 'seed: 1', not {_kind(tree)}")
+    return tree
+
+
+def build_as(
+    kind: type[T],
+    tree: dict[str, Any],
+    overrides: Sequence[str] = (),
+    where: str = "config",
+    under: Mapping[str, Any] | None = None,
+) -> T:
+    """A tree of YAML with `a.b=c` overrides as the frozen dataclass `kind`, every key type-checked.
+
+    Changes the tree. Raises UserError, in one line that begins with `where`, for anything that
+    does not fit.
+    """
     apply_overrides(tree, overrides)
     _fill_in(tree, under or {})
     try:
         built: T = _build(kind, tree, "")
     except UserError as error:
-        raise UserError(f"{where}: {error}") from None
+        raise UserError(f"{where}: {error}{_said_by(overrides, str(error))}") from None
     return built
-
-
-def top_level_keys(text: str) -> set[str]:
-    """The keys of YAML text that is a mapping; none for anything else."""
-    try:
-        tree = parse_yaml(text, "")
-    except UserError:
-        return set()
-    return {str(key) for key in tree} if isinstance(tree, dict) else set()
 
 
 def checked(value: T, where: str) -> T:
@@ -125,6 +124,15 @@ def options_called(kind: type, name: str, prefix: str = "") -> list[str]:
 def dump_config(config: RunConfig) -> str:
     """The config as YAML that `parse_config` turns back into an equal config."""
     return dump_yaml(_plain(asdict(config)))
+
+
+def _said_by(overrides: Sequence[str], problem: str) -> str:
+    """Which override a problem comes from, where it begins with the name of one."""
+    for override in reversed(overrides):
+        name = override.partition("=")[0]
+        if re.match(rf"(?:unknown key ')?{re.escape(name)}(?!\w)", problem):
+            return f" (override '{override}')"
+    return ""
 
 
 def _apply_override(tree: dict[str, Any], override: str) -> None:
@@ -215,6 +223,10 @@ def _choice(options: tuple[Any, ...], value: Any, where: str) -> Any:
 def _name(key: Any, where: str) -> str:
     if not isinstance(key, str):
         raise UserError(f"{where}: the name {key!r} must be text; put it in quotes")
+    if not is_plain_name(key):
+        raise UserError(
+            f"{where}: the name {key!r} is empty or has control characters; use a plain word"
+        )
     return key
 
 
@@ -225,10 +237,12 @@ def _scalar(kind: type, value: Any, where: str) -> Any:
         value = int(value)  # YAML has 1e9 as a float
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
-    right_kind = isinstance(value, kind) and not (kind is not bool and isinstance(value, bool))
-    if not right_kind or value != value:
-        wanted = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+    if not isinstance(value, kind) or (kind is not bool and isinstance(value, bool)):
+        wanted = {int: "a whole number such as 20M", float: "a number such as 3e-4"}
+        wanted |= {bool: "true or false", str: "text"}
         raise UserError(f"{where} must be {wanted[kind]}, not {_kind(value)} {value!r}")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise UserError(f"{where} = {value!r} must be a finite number such as 3e-4")
     return value
 
 

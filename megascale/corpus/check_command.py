@@ -7,6 +7,8 @@ from pathlib import Path
 
 from megascale.corpus.check import check_source, length_histogram, plot_lengths
 from megascale.corpus.describe import describe
+from megascale.errors import UserError
+from megascale.runtime.outputs import Output, picture, require_outputs
 
 
 def add_check_arguments(parser: argparse.ArgumentParser) -> None:
@@ -35,12 +37,14 @@ def run_check(args: argparse.Namespace) -> int:
         print(f"unigram entropy: {info.unigram_bits_per_byte:.3f} bits per byte")
     for part, lengths in findings.lengths.items():
         print(f"lengths, {part}:\n{length_histogram(lengths, args.context)}")
-    folder = Path(args.plots) if args.plots else _beside(args.corpus)
+    file = (Path(args.plots) if args.plots else _beside(args.corpus)) / "lengths.png"
     try:
-        plot_lengths(findings.lengths, args.context, folder / "lengths.png")
-        print(f"wrote {folder / 'lengths.png'}")
-    except OSError as error:  # a verdict is worth more than a picture
-        findings.notes.append(f"no picture: {folder}: {error.strerror}; choose another --plots")
+        require_outputs([Output("--plots", file, picture(".png"), makes_folders=True)])
+        plot_lengths(findings.lengths, args.context, file)
+        print(f"wrote {file}")
+    except (OSError, UserError) as error:  # a verdict is worth more than a picture
+        said = getattr(error, "strerror", None) or error
+        findings.notes.append(f"no picture: {file}: {said}")
     for note in findings.notes:
         print(f"note: {note}")
     for fault in findings.faults:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import islice
 from typing import Any
 
-from megascale.corpus.opening import other_format
+from megascale.corpus.opening import HEAD_BYTES, compression_of, other_format
 from megascale.errors import UserError
 from megascale.reading import open_regular, require_regular
 
 MAGIC = b"PAR1"
 _BATCH_ROWS = 1024
+_MOST_NAMES = 12
+"""Of columns, in a message."""
 
 
 def text_rows(path: str, column: str, bar: Any) -> Iterator[bytes]:
@@ -25,7 +28,9 @@ def text_rows(path: str, column: str, bar: Any) -> Iterator[bytes]:
 
     try:
         with open_regular(path) as raw:
-            head = raw.read(8)
+            head = raw.read(HEAD_BYTES)
+        if (compression := compression_of(head)) is not None:
+            raise UserError(f"{path}: is packed by {compression}; unpack it")
         if not head.startswith(MAGIC) and (other := other_format(head)) is not None:
             raise UserError(f"{path}: is {other}")
         with parquet.ParquetFile(path) as file:
@@ -63,18 +68,48 @@ def _require_text(path: str, schema: Any, column: str, steps: list[str]) -> None
 
     kind = pa.struct(list(schema))
     for step in steps:
-        if not pa.types.is_struct(kind) or kind.get_field_index(step) < 0:
+        same = kind.get_all_field_indices(step) if pa.types.is_struct(kind) else []
+        if len(same) > 1:
             raise UserError(
-                f"inputs: {path} has no column '{column}'; set text_column to one of "
-                f"{', '.join(schema.names)}"
+                f"inputs: {path} has {len(same)} columns named '{step}'; write the file again with "
+                "a name for each, or set text_column to another"
+            )
+        if not same:
+            raise UserError(
+                f"inputs: {path} has no column '{column}'; {_columns_with_text(schema)}"
             )
         kind = kind.field(step).type
-    plain = kind.value_type if pa.types.is_dictionary(kind) else kind
-    if not any(accepts(plain) for accepts in _text_types()):
+    if not _holds_text(kind):
         raise UserError(
-            f"inputs: column '{column}' of {path} holds {kind} and no text; set text_column to "
-            "one that does"
+            f"inputs: column '{column}' of {path} holds {kind} and no text; "
+            f"{_columns_with_text(schema)}"
         )
+
+
+def _columns_with_text(schema: Any) -> str:
+    """What `text_column` can be: the columns that hold text, nested ones by their path."""
+    found = list(islice(_text_paths(schema, ""), _MOST_NAMES))
+    if not found:
+        return f"no column holds text; they are {', '.join(schema.names[:_MOST_NAMES])}"
+    return f"set text_column to one that holds text: {', '.join(found)}"
+
+
+def _text_paths(parent: Any, prefix: str) -> Iterator[str]:
+    """Paths of the fields with text in a schema or a struct."""
+    import pyarrow as pa
+
+    for field in parent:
+        if pa.types.is_struct(field.type):
+            yield from _text_paths(field.type, f"{prefix}{field.name}.")
+        elif _holds_text(field.type):
+            yield f"{prefix}{field.name}"
+
+
+def _holds_text(kind: Any) -> bool:
+    import pyarrow as pa
+
+    plain = kind.value_type if pa.types.is_dictionary(kind) else kind
+    return any(accepts(plain) for accepts in _text_types())
 
 
 def _text_types() -> list[Any]:

@@ -12,6 +12,7 @@ import sysconfig
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatch
+from json import JSONDecodeError
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,9 +21,12 @@ from megascale.corpus.opening import other_format, reading
 from megascale.corpus.recipe import InputConfig
 from megascale.errors import UserError
 from megascale.parsing import parse_text
+from megascale.runtime.files import broken_link
 from megascale.runtime.progress import progress
 
 _BATCH_BYTES = 1 << 24
+_MOST_KEYS = 8
+"""Of a line, that are named in a message."""
 _UNITS = {"line": "line", "text": "row"}
 """What a row of a file is called."""
 
@@ -86,6 +90,9 @@ def input_files(one: InputConfig) -> list[str]:
     else:
         found = sorted({name for pattern in one.paths for name in _matches(pattern)})
     kept = [name for name in found if not any(fnmatch(name, pattern) for pattern in one.exclude)]
+    for name in kept if one.paths else ():
+        if not os.path.exists(name) and (problem := broken_link(Path(name))) is not None:
+            raise UserError(f"inputs: {problem}; mend the link or name it in exclude")
     return [name for name in kept if Path(name).is_file()]
 
 
@@ -96,6 +103,8 @@ def _local(one: InputConfig) -> bool:
 def _matches(pattern: str) -> list[str]:
     path = str(Path(pattern).expanduser())
     names = glob.glob(path, recursive=True)
+    if not names and (problem := broken_link(Path(path))) is not None:
+        raise UserError(f"inputs: {problem}; mend the link")
     if not names:
         raise UserError(f"inputs: nothing matches '{pattern}'; give the path of text that is there")
     if names == [path] and os.path.isdir(path):
@@ -241,21 +250,38 @@ def read_document(table: Table, row: int, value: bytes) -> bytes:
 def _parse(table: Table, row: int, line: bytes) -> bytes:
     """The text of a line of JSON; null is empty, as in Parquet."""
     try:
-        text = _under(parse_text(line), table.key)
-    except (ValueError, KeyError, TypeError):
+        value = parse_text(line)
+    except JSONDecodeError:
+        value = 0
+    except ValueError as error:
+        raise UserError(f"{table.where(row, line)}: {error}; leave the line out") from None
+    try:
+        text = _under(value, table.key)
+    except (KeyError, TypeError):
         text = 0
     if text is None:
         return b""
     if not isinstance(text, str):
-        hint = "; a JSON array is no JSONL" if line.lstrip().startswith(b"[") else ""
         raise UserError(
             f"{table.where(row, line)}: not a JSON object with text under '{table.key}'; mend the "
-            f"line or set text_column{hint}"
+            f"line or set text_column{_hint(line, value)}"
         )
     try:
         return text.encode("utf-8", "surrogateescape")
     except UnicodeEncodeError:
         return text.encode("utf-8", "surrogatepass")
+
+
+def _hint(line: bytes, value: Any) -> str:
+    """What a line seems to be, or has, in place of an object with the text."""
+    if not isinstance(value, dict) and b"\r" in line.rstrip(b"\r\n"):
+        return r"; its lines end in CR alone: convert them, e.g. with tr '\r' '\n'"
+    if line.lstrip().startswith(b"["):
+        return "; a JSON array is no JSONL"
+    if isinstance(value, dict) and value:
+        more = ", ..." if len(value) > _MOST_KEYS else ""
+        return f"; its keys are {', '.join(list(value)[:_MOST_KEYS])}{more}"
+    return ""
 
 
 def _under(value: Any, key: str) -> Any:

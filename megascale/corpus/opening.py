@@ -16,7 +16,9 @@ from typing import Any, BinaryIO, cast
 from megascale.errors import UserError
 from megascale.reading import open_regular
 
-_HEAD_BYTES = 16
+HEAD_BYTES = 16
+"""By which a file's format is told."""
+_TAR_MARK = slice(257, 262)
 _UTF8_MARK = b"\xef\xbb\xbf"
 _BUFFER_BYTES = 1 << 20
 
@@ -59,7 +61,9 @@ def reading(path: str) -> Iterator[tuple[BinaryIO, BinaryIO]]:
     """
     try:
         with open_regular(path) as raw:
-            content = _unpacked(path, raw)
+            content = _buffered(_unpacked(path, raw))
+            if _is_tar(content):
+                raise UserError(f"{path}: is a tar archive; unpack it")
             yield _without_mark(content), raw
     except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
         reason = getattr(error, "strerror", None) or str(error)
@@ -67,11 +71,11 @@ def reading(path: str) -> Iterator[tuple[BinaryIO, BinaryIO]]:
 
 
 def _unpacked(path: str, raw: BinaryIO) -> BinaryIO:
-    head = raw.read(_HEAD_BYTES)
+    head = raw.read(HEAD_BYTES)
     raw.seek(0)
-    for pattern, opener in _COMPRESSIONS.values():
-        if pattern.match(head):
-            return cast(BinaryIO, opener(raw))
+    compression = compression_of(head)
+    if compression is not None:
+        return cast(BinaryIO, _COMPRESSIONS[compression][1](raw))
     promised = _ENDINGS.get(Path(path).suffix.lower())
     if promised is not None and head:
         raise UserError(
@@ -81,11 +85,25 @@ def _unpacked(path: str, raw: BinaryIO) -> BinaryIO:
     return raw
 
 
-def _without_mark(content: BinaryIO) -> BinaryIO:
-    buffered = cast(BinaryIO, io.BufferedReader(cast(Any, content), _BUFFER_BYTES))
-    if buffered.peek(3)[:3] == _UTF8_MARK:  # type: ignore[attr-defined]
-        buffered.read(3)
-    return buffered
+def _buffered(content: BinaryIO) -> io.BufferedReader:
+    return io.BufferedReader(cast(Any, content), _BUFFER_BYTES)
+
+
+def _is_tar(content: io.BufferedReader) -> bool:
+    """By the mark in the header of the first file, as POSIX and GNU tar write it."""
+    return content.peek(_TAR_MARK.stop)[_TAR_MARK] == b"ustar"
+
+
+def _without_mark(content: io.BufferedReader) -> BinaryIO:
+    if content.peek(3)[:3] == _UTF8_MARK:
+        content.read(3)
+    return cast(BinaryIO, content)
+
+
+def compression_of(head: bytes) -> str | None:
+    """How a file is compressed, by its first bytes; None: it is not."""
+    fits = (name for name, (pattern, _) in _COMPRESSIONS.items() if pattern.match(head))
+    return next(fits, None)
 
 
 def other_format(head: bytes) -> str | None:

@@ -6,12 +6,12 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from megascale.config import RunConfig
-from megascale.config.load import parse_as, top_level_keys
+from megascale.config.load import build_as, read_tree
 from megascale.errors import UserError
-from megascale.parsing import read_yaml_text
+from megascale.parsing import is_plain_name, read_yaml_text
 
 CONFIG_KEYS = {field.name for field in fields(RunConfig)}
 
@@ -99,19 +99,23 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         raise UserError(
             f"recipe {path}: {reason}; give one, e.g. data/python_stdlib.yaml"
         ) from None
-    keys = top_level_keys(text)
-    if "inputs" not in keys and keys & CONFIG_KEYS:
+    tree = read_tree(text, str(path))
+    if "inputs" not in tree and tree.keys() & CONFIG_KEYS:
         raise UserError(
             f"{path} is the config of a run, not the recipe of a corpus; 'megascale plan {path}' "
             f"shows the run, 'megascale train {path}' trains; give a recipe, e.g. "
             "data/python_stdlib.yaml"
         )
-    return parse_recipe(text, overrides, str(path))
+    return _recipe_of(tree, overrides, str(path))
 
 
 def parse_recipe(text: str, overrides: Sequence[str] = (), where: str = "recipe") -> Recipe:
     """Like `load_recipe`, from YAML text; `where` names it in errors."""
-    recipe = parse_as(Recipe, text, overrides, where)
+    return _recipe_of(read_tree(text, where), overrides, where)
+
+
+def _recipe_of(tree: dict[str, Any], overrides: Sequence[str], where: str) -> Recipe:
+    recipe = build_as(Recipe, tree, overrides, where)
     problem = _problem(recipe)
     if problem is not None:
         raise UserError(f"{where}: {problem}")
@@ -122,7 +126,8 @@ def parse_recipe(text: str, overrides: Sequence[str] = (), where: str = "recipe"
 
 
 def _problem(recipe: Recipe) -> str | None:
-    if not recipe.name or set(recipe.name) & set("/\\\0") or recipe.name in (".", ".."):
+    is_plain = is_plain_name(recipe.name) and not set(recipe.name) & set("/\\")
+    if not is_plain or recipe.name in (".", ".."):
         return f"name '{recipe.name}' must do as the name of a folder"
     if not recipe.inputs:
         return "inputs is empty; give one, e.g. inputs: [{kind: python_stdlib}]"

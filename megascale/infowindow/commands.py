@@ -10,11 +10,15 @@ from typing import TYPE_CHECKING
 
 from megascale.errors import UserError
 from megascale.reading import MOST_FILE_BYTES, read_whole
+from megascale.runtime.outputs import Kind, Output, picture, require_outputs
 from megascale.runtime.progress import progress
 
 if TYPE_CHECKING:
     from megascale.infowindow.codebook import Codebook, PartCoder
     from megascale.infowindow.reference import ReferenceCoder
+
+TEXT = Kind("a text", lambda path: True)
+"""What `decode` writes, of which any file is one."""
 
 
 def add_compile_arguments(parser: argparse.ArgumentParser) -> None:
@@ -39,14 +43,14 @@ def add_compile_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run_compile(args: argparse.Namespace) -> int:
     """Run M1 once and write the codebook; the exit status. Raises UserError."""
-    from megascale.infowindow.codebook import Codebook
+    from megascale.infowindow.codebook import KIND, Codebook
     from megascale.infowindow.expand import NUM_CODES
-    from megascale.infowindow.files import make_place
+    from megascale.infowindow.files import files_of, make_place
     from megascale.infowindow.m1 import M1
 
     out = Path(args.out)
     bits = args.bits if args.bits is not None else 0 if args.code == "plain" else 16
-    _require_other(out, Path(args.m1))
+    require_outputs([Output("--out", out, files_of(KIND), makes_folders=True)], [args.m1])
     model, began = M1.open(Path(args.m1)), time.monotonic()
     make_place(out)  # before minutes of work
     with progress(NUM_CODES, "compiling", " codes") as bar:
@@ -98,33 +102,23 @@ def _add_files(parser: argparse.ArgumentParser) -> None:
 def run_encode(args: argparse.Namespace) -> int:
     """Code any file as one document; the exit status. Raises UserError."""
     from megascale.infowindow.codebook import Codebook
-    from megascale.infowindow.stream import encode_file
+    from megascale.infowindow.stream import CODED, encode_file
 
     if args.m1 and not args.reference:
         raise UserError("--m1 is for --reference; a codebook needs no M1 to code")
     source, target, codebook = Path(args.source), Path(args.target), Path(args.codebook)
-    _require_other(target, codebook)
+    m1 = Path(args.m1) if args.m1 else codebook.with_name("m1.safetensors")
+    reads = [source, codebook, m1] if args.reference else [source, codebook]
+    require_outputs([Output("OUT", target, CODED)], reads)
     book = Codebook.open(codebook)
     coder: PartCoder = book.windows
     if args.reference:
-        m1 = Path(args.m1) if args.m1 else codebook.with_name("m1.safetensors")
-        _require_other(target, m1)
         coder = _reference(book, m1)
     with progress(_size(source), "encoding", "B") as bar:
         sizes = encode_file(source, target, book, coder, bar.update)
     each = f", {sizes.text_bytes / sizes.windows:.3f} bytes each" if sizes.windows else ""
     print(f"{target}: {sizes.text_bytes:,} bytes in {sizes.windows:,} windows{each}")
     return 0
-
-
-def _require_other(target: Path, read: Path) -> None:
-    """Raises UserError where a file to be written would take the place of one that is read."""
-    try:
-        same = os.path.samefile(target, read)
-    except OSError:  # one is not there, or cannot be reached: said where it is opened
-        return
-    if same:
-        raise UserError(f"{target}: would take the place of {read}, which is read; choose another")
 
 
 def _reference(book: Codebook, where: Path) -> ReferenceCoder:
@@ -145,7 +139,7 @@ def run_decode(args: argparse.Namespace) -> int:
     from megascale.infowindow.stream import HEADER, decode_file
 
     source, target, codebook = Path(args.source), Path(args.target), Path(args.codebook)
-    _require_other(target, codebook)
+    require_outputs([Output("OUT", target, TEXT)], [source, codebook])
     book = Codebook.open(codebook)
     with progress(max(0, _size(source) - HEADER.size), "decoding", "B") as bar:
         sizes = decode_file(source, target, book, bar.update)
@@ -170,17 +164,15 @@ def add_inspect_arguments(parser: argparse.ArgumentParser) -> None:
 def run_inspect(args: argparse.Namespace) -> int:
     """Print and draw what windows hold; the exit status. Raises UserError."""
     from megascale.infowindow.codebook import Codebook
-    from megascale.infowindow.inspect import draw, look, require_picture, table
+    from megascale.infowindow.inspect import draw, look, table
 
     path = Path(args.codebook)
     if args.rows < 1:
         raise UserError(f"--rows {args.rows} must be at least 1")
     book = Codebook.open(path)
     source = Path(args.text) if args.text else Path(argparse.__file__)
-    picture = Path(args.picture) if args.picture else path.with_suffix(".png")
-    require_picture(picture)
-    for read in (path, source):
-        _require_other(picture, read)
+    drawn = Path(args.picture) if args.picture else path.with_suffix(".png")
+    require_outputs([Output("--picture", drawn, picture())], [path, source])
     try:
         text = read_whole(source, MOST_FILE_BYTES, or_stream=True)
     except OSError as error:
@@ -188,6 +180,6 @@ def run_inspect(args: argparse.Namespace) -> int:
     found = look(book, text)
     print(f"{path}: {described(path)}")
     print(*table(found, args.rows), sep="\n")
-    draw(found, source.name, picture)
-    print(f"written: {picture}")
+    draw(found, source.name, drawn)
+    print(f"written: {drawn}")
     return 0

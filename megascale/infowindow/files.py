@@ -17,9 +17,11 @@ from numpy.typing import NDArray
 from megascale.errors import UserError
 from megascale.parsing import parse_json
 from megascale.runtime import files
+from megascale.runtime.outputs import Kind
 
 VERSION = 1
 METADATA = "megascale"
+_MOST_HEADER_BYTES = 1 << 20
 Arrays = Mapping[str, NDArray[Any]]
 
 
@@ -92,6 +94,20 @@ def write_file(path: Path, kind: str, arrays: Arrays, facts: Mapping[str, Any]) 
     with whole_file(path) as file:
         file.write(save(whole, metadata=metadata))
     return digest
+
+
+def files_of(kind: str) -> Kind:
+    """Files that say that they are of a kind, whatever their version."""
+
+    def fits(path: Path) -> bool:
+        with open(path, "rb") as file:
+            size = int.from_bytes(file.read(8), "little")
+            header = parse_json(file.read(min(size, _MOST_HEADER_BYTES)), str(path))
+        metadata = header.get("__metadata__") if isinstance(header, dict) else None
+        said = metadata.get(METADATA) if isinstance(metadata, dict) else None
+        return isinstance(said, str) and f'"kind": "{kind}"' in said
+
+    return Kind(f"a file of {kind}", fits)
 
 
 def read_file(path: Path, kind: str, made_by: str) -> Content:

@@ -76,12 +76,6 @@ def _is_text(string: bytes) -> bool:
     return True
 
 
-def require_picture(path: Path) -> None:
-    """Raises UserError for names of pictures that cannot be drawn."""
-    if path.suffix.lower() not in (".png", ".svg", ".pdf"):
-        raise UserError(f"--picture {path}: must end in .png, .svg or .pdf")
-
-
 def draw(found: Look, name: str, path: Path) -> None:
     """The text's first lines with its windows in colours, and how long windows are.
 

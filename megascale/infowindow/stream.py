@@ -20,8 +20,10 @@ import numpy as np
 from megascale.errors import UserError
 from megascale.infowindow.codebook import Codebook, PartCoder
 from megascale.infowindow.files import whole_file
+from megascale.runtime.outputs import begins_with
 
 MAGIC = b"EQINFOWN"
+CODED = begins_with("a file of megascale infowindow encode", MAGIC)
 VERSION = 1
 HEADER = struct.Struct("<8sHHQQ32s16s")
 _CHUNK_BYTES, _CHUNK_WINDOWS = 1 << 17, 1 << 14

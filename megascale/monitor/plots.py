@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,8 @@ from megascale.errors import UserError
 from megascale.monitor.experts import plot_shares, read_shares
 from megascale.monitor.metrics import METRICS_FILE, has_numbers, read_rows
 from megascale.monitor.stragglers import plot_ranks, read_slowdowns
+from megascale.runtime.files import real_path
+from megascale.runtime.outputs import Output, picture, require_outputs
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -68,13 +71,14 @@ def plot_run(run_dirs: Sequence[Path], out: Path) -> list[Path]:
     And the use of experts and the speed of ranks, a picture for each run that has them. Several
     runs share the axes of each other picture. Returns the files written; bits_per_byte.png is left
     out where no held-out text was scored, balance.png where no run has experts, replay.png where
-    none replays. Raises UserError for a folder that holds no run and for a run with fewer than two
-    recorded steps; OSError where `out` cannot be written.
+    none replays. Raises UserError for a folder that holds no run, for a run with fewer than two
+    recorded steps, and where a picture would take the place of another file; OSError where `out`
+    cannot be written.
     """
     import matplotlib
 
     matplotlib.use("Agg")
-    names = [path.resolve().name for path in run_dirs]
+    names = [real_path(path).name for path in run_dirs]
     if len(set(names)) < len(names):
         names = [str(path) for path in run_dirs]
     runs = [load_curves(path, name) for path, name in zip(run_dirs, names, strict=True)]
@@ -93,26 +97,32 @@ def plot_run(run_dirs: Sequence[Path], out: Path) -> list[Path]:
         "balance": not any(_has(run, "balance_loss") for run in runs),
         "replay": not any(_has(run, "replayed") for run in runs),
     }
+    chosen = [(out / f"{one[0]}.png", *one[1:]) for one in pictures if not idle.get(one[0])]
+    of_runs = list(_of_runs(run_dirs, runs, out))
+    written = [path for path, *_ in chosen] + [path for path, _ in of_runs]
+    require_outputs([Output("--out", path, picture(".png")) for path in written])
     with matplotlib.rc_context(STYLE):
-        written = [
-            _save(out / f"{name}.png", title, draw, runs)
-            for name, title, draw in pictures
-            if not idle.get(name, False)
-        ]
+        for path, title, draw in chosen:
+            _save(path, title, draw, runs)
+    for path, draw_run in of_runs:
+        draw_run(path)
+    return written
+
+
+def _of_runs(
+    run_dirs: Sequence[Path], runs: Sequence[Curves], out: Path
+) -> Iterator[tuple[Path, Callable[[Path], None]]]:
+    """(file, how to draw it) of the pictures that show one run each."""
     for run_dir, run in zip(run_dirs, runs, strict=True):
+        suffix = f"_{run.name.replace('/', '_')}" if len(runs) > 1 else ""
         found = read_shares(run_dir)
         if found is not None:
-            suffix = f"_{run.name.replace('/', '_')}" if len(runs) > 1 else ""
-            path = out / f"experts{suffix}.png"
-            plot_shares(*found[1:], f"Use of experts at step {found[0]}", path)
-            written.append(path)
+            title = f"Use of experts at step {found[0]}"
+            yield out / f"experts{suffix}.png", partial(plot_shares, *found[1:], title)
         steps, over = read_slowdowns(run_dir)
         if steps:
-            suffix = f"_{run.name.replace('/', '_')}" if len(runs) > 1 else ""
-            path = out / f"ranks{suffix}.png"
-            plot_ranks(steps, over, "Time of ranks for the same work", path)
-            written.append(path)
-    return written
+            title = "Time of ranks for the same work"
+            yield out / f"ranks{suffix}.png", partial(plot_ranks, steps, over, title)
 
 
 def load_curves(run_dir: Path, name: str) -> Curves:
@@ -191,7 +201,7 @@ def _has(run: Curves, column: str) -> bool:
 
 def _save(
     path: Path, title: str, draw: Callable[[Axes, list[Curves]], None], runs: list[Curves]
-) -> Path:
+) -> None:
     from matplotlib.figure import Figure
     from matplotlib.ticker import EngFormatter
 
@@ -207,7 +217,6 @@ def _save(
     if axes.get_legend_handles_labels()[1]:
         axes.legend(ncols=2 if len(axes.get_legend_handles_labels()[1]) > 6 else 1)
     figure.savefig(path)
-    return path
 
 
 def _add_steps_axis(axes: Axes, runs: list[Curves]) -> None:

@@ -18,7 +18,8 @@ from megascale.monitor.events import at
 from megascale.monitor.status_command import LIVELY, show_step, start_rows
 from megascale.monitor.story import PARTS, Story, clock, read_story
 from megascale.reading import MOST_TEXT_BYTES, read_whole
-from megascale.runtime.files import write_output
+from megascale.runtime.files import real_path, write_output
+from megascale.runtime.outputs import Output, begins_with, require_outputs
 from megascale.runtime.terminal import escape_controls
 
 STYLE = """
@@ -48,6 +49,7 @@ COLOURS = {
     "other": "#bbbbbb",
 }
 MOST_EVENTS = 500
+PAGE = begins_with("a page of megascale report", b"<!doctype html>", [b"<h2>Goodput "])
 
 
 def add_report_arguments(parser: argparse.ArgumentParser) -> None:
@@ -60,8 +62,7 @@ def run_report(args: argparse.Namespace) -> int:
     """Write the page; returns the exit status. Raises UserError for bad input."""
     run = Path(args.run)
     out = Path(args.out) if args.out else run / "report.html"
-    if out.exists() and not out.is_file():
-        raise UserError(f"--out {out}: there, and not a file; choose another name")
+    require_outputs([Output("--out", out, PAGE, makes_folders=True)])
     story = read_story(run)
     page = "\n".join(render(run, story, _pictures(run), time.time()))
     try:
@@ -91,7 +92,7 @@ def _pictures(run: Path) -> dict[str, bytes]:
 
 def render(run: Path, story: Story, pictures: Mapping[str, bytes], now: float) -> Iterator[str]:
     """The page, in pieces."""
-    name = escape(run.resolve().name)
+    name = escape(real_path(run).name)
     yield "<!doctype html>"
     yield '<html lang="en"><head><meta charset="utf-8">'
     yield '<meta name="viewport" content="width=device-width, initial-scale=1">'

@@ -18,7 +18,7 @@ from typing import Any
 from megascale.errors import UserError
 from megascale.monitor.background import Tracker, Values
 from megascale.parsing import read_json
-from megascale.runtime.files import write_file
+from megascale.runtime.files import real_path, write_file
 
 PROJECT = "megascale"
 Notice = Callable[[str], None]
@@ -76,7 +76,7 @@ class _Place:
 
     def __init__(self, run_dir: Path, tracker: str, resume_step: int) -> None:
         self.run_dir = run_dir
-        self.name = run_dir.resolve().name
+        self.name = real_path(run_dir).name
         self.resume_step = resume_step
         self._file = run_dir / "trackers" / f"{tracker}.json"
 

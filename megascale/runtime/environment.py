@@ -35,7 +35,10 @@ def meeting_point() -> str:
     return f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
 
 
-_REMEDY = "let torchrun or megascale launch set the variables, or unset all of them"
+_REMEDY = (
+    "start it with megascale train --ranks N on one machine, or with torchrun or megascale launch, "
+    "which set the variables, or unset all of them"
+)
 
 
 def _number(name: str, default: int, least: int, most: int) -> int:

@@ -76,10 +76,34 @@ def write_output(path: Path, content: str) -> None:
 
     A device, a pipe or a name such as /dev/stdout takes the content as it comes. Raises OSError.
     """
-    if path.parent in _STREAMS or (path.exists() and not path.is_file()):
+    if is_stream(path) or (path.exists() and not path.is_file()):
         path.write_text(content, encoding="utf-8")
     else:
-        write_file(path.resolve(), content, synced=True)
+        write_file(real_path(path), content, synced=True)
+
+
+def is_stream(path: Path) -> bool:
+    """Whether a name stands for a device, or for what is open already, such as /dev/stdout."""
+    return path.parent in _STREAMS
+
+
+def real_path(path: str | Path) -> Path:
+    """An absolute path without links. One that links lead round for ever stays as it is, so that
+    whoever opens it says so; `Path.resolve` raises RuntimeError there."""
+    return Path(os.path.realpath(path))
+
+
+def broken_link(path: Path) -> str | None:
+    """What is wrong with the link at which a path ends, or that it goes through; None: nothing."""
+    for part in [*reversed(path.parents), path]:
+        if os.path.islink(part) and not os.path.exists(part):
+            try:
+                os.stat(part)
+            except OSError as error:
+                if error.errno == errno.ELOOP:
+                    return f"{part} is a link that leads back to itself"
+            return f"{part} is a link to {os.readlink(part)}, which is not there"
+    return None
 
 
 def sync_folder(folder: Path) -> None:

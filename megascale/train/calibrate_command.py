@@ -22,12 +22,16 @@ from megascale.planner.fit import GOOD_ERROR, Fit, fit_cost, fit_table, write_co
 from megascale.resilience.local_ranks import RankJob, as_rank, megascale, rank_count, run_ranks
 from megascale.resilience.signals import TWIN_S, StopRequest
 from megascale.runtime.files import write_output
+from megascale.runtime.outputs import Output, json_of, picture, require_outputs
 from megascale.train.command import add_ranks_argument
 from megascale.train.ready import check_ranks
 
 if TYPE_CHECKING:
     from megascale.runtime.distributed import Ranks
     from megascale.train.calibrate import Calibration
+
+COST = json_of("a cost model of megascale calibrate", "a", "b", "node_size")
+REPORT = json_of("a report of megascale calibrate", "machine", "cost", "measurements")
 
 
 def add_calibrate_arguments(parser: argparse.ArgumentParser) -> None:
@@ -61,6 +65,7 @@ def run_calibrate(args: argparse.Namespace) -> int:
         return as_rank(partial(_calibrate, args, lengths))
     asked = StopRequest(echo_s=TWIN_S)
     try:
+        _check_writable(args)
         check_ranks(_load(args.config, args.overrides), count)
         return run_ranks(_job(args, count), asked)
     finally:
@@ -141,11 +146,11 @@ def _report_path(out: str) -> Path:
 
 def _check_writable(args: argparse.Namespace) -> None:
     """Before minutes are spent on what cannot be kept."""
-    for option, name in (("--out", args.out), ("--plot", args.plot)):
-        if name is not None and (not Path(name).parent.is_dir() or Path(name).is_dir()):
-            raise UserError(f"{option} {name}: is a folder, or lies in one that does not exist")
-    if args.plot is not None and Path(args.plot).suffix.lower() not in (".png", ".svg", ".pdf"):
-        raise UserError(f"--plot {args.plot}: must end in .png, .svg or .pdf")
+    outputs = [Output("--out", Path(args.out), COST)]
+    outputs.append(Output("--out", _report_path(args.out), REPORT))
+    if args.plot is not None:
+        outputs.append(Output("--plot", Path(args.plot), picture()))
+    require_outputs(outputs, [args.config])
 
 
 def _summary(args: argparse.Namespace, done: Calibration, fit: Fit) -> list[str]:

@@ -14,6 +14,7 @@ from megascale.resilience.driver import is_driven
 from megascale.resilience.local_ranks import RankJob, as_rank, megascale, rank_count, run_ranks
 from megascale.resilience.signals import TWIN_S, StopRequest
 from megascale.runtime.environment import world_from_environment
+from megascale.runtime.files import real_path
 
 if TYPE_CHECKING:
     from megascale.config import RunConfig
@@ -53,7 +54,7 @@ def run_branch(args: argparse.Namespace) -> int:
 
     Returns the exit status. Raises UserError for bad input.
     """
-    args.overrides = [*args.overrides, f"start.checkpoint={Path(args.parent).resolve()}"]
+    args.overrides = [*args.overrides, f"start.checkpoint={real_path(args.parent)}"]
     return run_train(args)
 
 

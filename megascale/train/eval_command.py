@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from megascale.errors import UserError, install_command
 from megascale.runtime.files import write_output
+from megascale.runtime.outputs import Output, json_of, require_outputs
 from megascale.train.export_command import SPECIAL_IDS
 
 if TYPE_CHECKING:
@@ -23,6 +24,7 @@ LENGTH_OPTIONS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completio
 """Names under which a task may say it; lm-eval takes the first that is there."""
 NO_SETTINGS = (*SPECIAL_IDS, "transformers_version", "_from_model_config")
 """What a generation_config.json says besides how text is generated."""
+RESULTS = json_of("a file of megascale eval --out", "checkpoint", "results")
 
 
 def add_eval_arguments(parser: argparse.ArgumentParser) -> None:
@@ -40,6 +42,8 @@ def add_eval_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run_eval(args: argparse.Namespace) -> int:
     """Run the tasks and print a table; returns the exit status. Raises UserError for bad input."""
+    if args.out is not None:
+        require_outputs([Output("--out", Path(args.out), RESULTS, makes_folders=True)])
     from megascale.runtime import distributed
 
     distributed.prepare_device("auto")

@@ -15,11 +15,15 @@ import numpy as np
 from megascale.checkpoint.manifest import MANIFEST, Manifest
 from megascale.errors import UserError
 from megascale.runtime.files import write_output
+from megascale.runtime.outputs import Output, json_of, picture, require_outputs
 
 if TYPE_CHECKING:
     from megascale.config import RunConfig
     from megascale.corpus.describe import SourceInfo
     from megascale.model.balance import ExpertUse
+
+RESULT = "experts_heldout.json", json_of("a file of megascale experts", "step", "share")
+PICTURE = "experts_heldout.png", picture(".png")
 
 
 def add_experts_arguments(parser: argparse.ArgumentParser) -> None:
@@ -38,6 +42,8 @@ def run_experts(args: argparse.Namespace) -> int:
     if step is not None and (is_one or not step.isdigit()):
         why = f"{run} is one checkpoint, leave it out" if is_one else "give the number of a step"
         raise UserError(f"--step {step}: {why}")
+    out = Path(args.out) if args.out else run / "plots"
+    require_outputs([Output("--out", out / name, kind, True) for name, kind in (RESULT, PICTURE)])
     config, sources = _load(run, args.overrides, is_one)
     if config.model.moe is None:
         raise UserError(f"{run}: its model has no experts (model.moe)")
@@ -61,7 +67,6 @@ def run_experts(args: argparse.Namespace) -> int:
             raise UserError(f"{run}: no source has held-out text; set eval.tokens above 0")
         uses = {name: one.experts(learner) for name, one in heldout.items()}
         if ranks.rank == 0:
-            out = Path(args.out) if args.out else run / "plots"
             _tell(uses, config.model.moe.top_k, found.manifest.position.step, out)
     finally:
         distributed.stop()
@@ -108,10 +113,10 @@ def _tell(uses: dict[str, ExpertUse], top_k: int, step: int, out: Path) -> None:
     }
     try:
         out.mkdir(parents=True, exist_ok=True)
-        path = out / "experts_heldout.json"
+        path = out / RESULT[0]
         write_output(path, json.dumps(result) + "\n")
         title = f"Experts that held-out text uses at step {step}"
-        plot_shares(list(uses), shares, title, out / "experts_heldout.png")
+        plot_shares(list(uses), shares, title, out / PICTURE[0])
     except OSError as error:
         raise UserError(f"--out {out}: {error.strerror}; choose a folder you may write") from None
     print(f"wrote {path}\nwrote {out / 'experts_heldout.png'}")

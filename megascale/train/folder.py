@@ -20,7 +20,7 @@ from megascale.runtime.files import open_lock, open_to_append, write_file
 from megascale.runtime.lock import HELD_S, RUN_LOCK, hold, lock_within
 from megascale.runtime.logs import note_failure
 from megascale.runtime.together import on_first_rank
-from megascale.train.ready import refuse_used_folder
+from megascale.train.ready import refuse_lost_folder, refuse_used_folder
 
 ENDS = ("stop", "error")
 """Events with which a run says that it ends."""
@@ -117,6 +117,7 @@ def _write_error(
 
 
 def _enter(folder: Path, resume: str | None) -> IO[str]:
+    refuse_lost_folder(folder)
     if resume not in (None, "auto") and not checkpoints_dir(folder).is_dir():
         find(folder, "latest" if resume == "latest" else int(resume))  # says what is missing
     try:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from megascale.checkpoint.manifest import MANIFEST
 from megascale.errors import UserError
+from megascale.runtime.files import real_path
 from megascale.train.family import family_of, tree
 from megascale.train.start import LINEAGE
 
@@ -25,7 +26,7 @@ def add_lineage_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run_lineage(args: argparse.Namespace) -> int:
     """Print the tree; returns the exit status. Raises UserError for bad input."""
-    run = Path(args.run).resolve()
+    run = real_path(args.run)
     if not any((run / name).exists() for name in (LINEAGE, MANIFEST, "config.yaml", "checkpoints")):
         raise UserError(f"{args.run}: no run; give a run_dir or the folder of a checkpoint")
     here = Path.cwd()

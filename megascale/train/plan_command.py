@@ -19,12 +19,14 @@ from megascale.planner.gantt import LEGEND, plot_gantt, text_gantt
 from megascale.planner.lengths import read_lengths
 from megascale.planner.plan import Mode
 from megascale.runtime.files import write_output
+from megascale.runtime.outputs import Output, json_of, picture, require_outputs
 from megascale.train.cluster import MODELS
 from megascale.train.describe import cost_model, describe_run, first_step, load_run, static_line
 
 DEFAULT_MODEL = "7b"
 MOST_RANKS, MOST_STAGES = 131_072, 1024
 """More than any cluster has, and as much as is planned in seconds."""
+PLAN_JSON = json_of("a plan of megascale plan --json", "num_ranks", "capacity", "rings")
 LENGTHS_ONLY = ("capacity", "mode", "pp", "cost", "planner", "budget_s")
 
 
@@ -52,6 +54,7 @@ def add_plan_arguments(parser: argparse.ArgumentParser) -> None:
 def run_plan(args: argparse.Namespace) -> int:
     """Print what the run will be; returns the exit status. Raises UserError for bad input."""
     if args.lengths is not None:
+        _require_outputs(args, args.lengths, args.cost)
         return _run_lengths(args)
     for name in LENGTHS_ONLY:
         if getattr(args, name) is not None:
@@ -60,6 +63,7 @@ def run_plan(args: argparse.Namespace) -> int:
     if args.config is None:
         raise UserError("plan: give CONFIG, or --lengths FILE --ranks N --capacity TOKENS")
     config, sources = load_run(args.config, args.overrides)
+    _require_outputs(args, args.config, config.planner.cost)
     cut = config.parallel
     fewest = cut.tensor * cut.pipeline * cut.expert
     ranks = fewest if args.ranks is None else whole_number(args.ranks, "--ranks", 1, MOST_RANKS)
@@ -127,6 +131,14 @@ def _default_cost() -> CostModel:
     return default_cost(MODELS[DEFAULT_MODEL].model)
 
 
+def _require_outputs(args: argparse.Namespace, *reads: str | None) -> None:
+    """Before seconds are spent on a plan that cannot be kept."""
+    outputs = [Output("--json", Path(args.json), PLAN_JSON)] if args.json else []
+    if args.gantt:
+        outputs.append(Output("--gantt", Path(args.gantt), picture(".png")))
+    require_outputs(outputs, reads)
+
+
 def _write_plan(
     args: argparse.Namespace, plan: StepPlan, lengths: ArrayLike, cost: CostModel
 ) -> None:
@@ -134,8 +146,6 @@ def _write_plan(
         text = json.dumps(plan.to_json()) + "\n"
         _write("--json", args.json, lambda path: write_output(path, text))
     if args.gantt:
-        if Path(args.gantt).suffix.lower() != ".png":
-            raise UserError(f"--gantt {args.gantt}: must end in .png")
         _write("--gantt", args.gantt, lambda path: plot_gantt(plan, lengths, cost, path))
 
 

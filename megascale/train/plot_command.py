@@ -8,6 +8,7 @@ from pathlib import Path
 from megascale.config import RunConfig, StageConfig, finalize, load_config
 from megascale.errors import UserError
 from megascale.optim import steplaw
+from megascale.runtime.outputs import Output, picture, require_outputs
 from megascale.train.describe import load_run
 
 
@@ -51,10 +52,10 @@ def run_plot(args: argparse.Namespace) -> int:
 def _draw_schedule(args: argparse.Namespace) -> int:
     from megascale.monitor.schedule_plot import plot_schedule
 
-    config, stages = _resolved(args.schedule, args.runs)
     out = Path(args.out or f"{Path(args.schedule).stem}_schedule.png")
-    if out.suffix.lower() != ".png":
-        raise UserError(f"--out {out}: must end in .png")
+    output = Output("--out", out, picture(".png"), makes_folders=True)
+    require_outputs([output], [args.schedule])
+    config, stages = _resolved(args.schedule, args.runs)
     title = f"Learning rate{' and data' if stages else ''} - {Path(config.run_dir).name}"
     try:
         out.parent.mkdir(parents=True, exist_ok=True)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
 from megascale.checkpoint.folder import make_copies_folder
 from megascale.config import Layout, RunConfig
 from megascale.errors import UserError
+from megascale.runtime.files import broken_link
 from megascale.runtime.placement import node_name
 from megascale.train.describe import cost_model, load_run
 
@@ -22,6 +24,7 @@ def check_run(config_path: str, overrides: Sequence[str]) -> RunConfig:
     Raises UserError for the first of them that cannot.
     """
     config, _ = load_run(config_path, overrides)
+    refuse_lost_folder(Path(config.run_dir))
     cost_model(config)
     check_emergency(config)
     return config
@@ -57,6 +60,15 @@ def refuse_used_folder(folder: Path, resume: str | None) -> None:
             f"run_dir {folder} already holds a run; continue it with --resume auto, or branch "
             "off into a new folder with run_dir=..."
         )
+
+
+def refuse_lost_folder(folder: Path) -> None:
+    """Raise UserError where no run folder can be made, for what lies there."""
+    problem = broken_link(folder)
+    if problem is None and os.path.exists(folder) and not os.path.isdir(folder):
+        problem = f"{folder} is there, and no folder"
+    if problem is not None:
+        raise UserError(f"run_dir {folder}: {problem}; mend it or set another run_dir")
 
 
 def _check_devices(device: str, count: int) -> None:

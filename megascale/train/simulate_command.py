@@ -31,9 +31,11 @@ from megascale.planner.simulate import (
     size_labels,
 )
 from megascale.runtime.files import write_output
+from megascale.runtime.outputs import Output, json_of, picture, require_outputs
 from megascale.train.cluster import MODELS, Cluster, Offload
 
 BASELINE = "static"
+RESULTS = json_of("a file of megascale simulate --json", "cluster", "lengths", "planners")
 MOST_RANKS, MOST_STEPS, MOST_TOKENS = 131_072, 1000, 2**40
 """More than any cluster has, and as much as is replayed in minutes."""
 MOST_SEQUENCES = 2**24
@@ -205,6 +207,9 @@ def run_simulate(args: argparse.Namespace) -> int:
         whole_number(args.seed, "--seed"),
     )
     entrants = _entrants(args.planners, cluster.context)
+    outputs = [Output("--json", Path(args.json), RESULTS)] if args.json else []
+    outputs += [Output("--plot", Path(args.plot), picture())] if args.plot else []
+    require_outputs(outputs, [args.lengths.partition(":")[2] or None])
     batches = _batches(args.lengths, cluster, steps, seed)
     print(_title(args.lengths, cluster, batches))
     progress = Progress(len(entrants), steps, sys.stderr)

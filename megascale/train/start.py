@@ -18,6 +18,7 @@ from megascale.config import RunConfig, StartConfig, dump_config, load_config, p
 from megascale.errors import UserError
 from megascale.optim.schedule import lr_at
 from megascale.parsing import is_path, parse_yaml, read_json
+from megascale.runtime.files import real_path
 from megascale.train.resume import changes, same_start
 
 if TYPE_CHECKING:
@@ -112,7 +113,7 @@ def _run_of_copy(folder: Path) -> Path | None:
         run_dir = parse_config(position.config).run_dir
     except UserError:
         return None
-    run = Path(position.cursor.get("cwd", ""), run_dir).resolve()
+    run = real_path(Path(position.cursor.get("cwd", ""), run_dir))
     return run if copies_name(run) == folder.parents[2].name else None
 
 
@@ -166,8 +167,8 @@ def start_of(config: RunConfig) -> StartConfig:
     Its files are not read. A run that has begun keeps its checkpoint, whatever its parent has
     saved since. Raises UserError where there is none.
     """
-    start = Path(config.start.checkpoint or "").resolve()
-    own, home = Path(config.run_dir).resolve(), home_of(start)
+    start = real_path(config.start.checkpoint or "")
+    own, home = real_path(config.run_dir), home_of(start)
     is_run = checkpoints_dir(home).is_dir() or (home / MANIFEST).exists()
     if own in (start, *start.parents) or (is_run and home in own.parents):
         raise UserError(

@@ -23,6 +23,7 @@ from megascale.resilience.slurm import (
     submit,
     time_limit_s,
 )
+from megascale.runtime.files import real_path
 from megascale.train.describe import load_run
 
 MOST_RANKS = 1024
@@ -169,7 +170,7 @@ def _check_sweep(
     for index, run in enumerate(runs):
         words = [f"run_dir={folder}/{index}", *args.overrides, *run]  # as slurm/sweep.sbatch
         for run_dir in _checked(args.config, words, worlds).run_dirs:
-            owner = owners.setdefault(Path(run_dir).resolve(), index)
+            owner = owners.setdefault(real_path(run_dir), index)
             if owner != index:
                 raise UserError(
                     f"--sweep {args.sweep}: lines {owner + 1} and {index + 1} have one run_dir, "

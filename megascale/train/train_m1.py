@@ -19,10 +19,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from megascale.errors import UserError
-from megascale.infowindow.files import make_place
-from megascale.infowindow.m1 import M1, MOST_TERMS, Shape
-from megascale.parsing import dump_yaml, parse_yaml
+from megascale.infowindow.files import files_of, make_place
+from megascale.infowindow.m1 import KIND, M1, MOST_TERMS, Shape
+from megascale.parsing import dump_yaml, parse_yaml, read_yaml_text
 from megascale.runtime.files import write_file
+from megascale.runtime.outputs import Kind, Output, require_outputs
 
 if TYPE_CHECKING:
     from megascale.config import RunConfig
@@ -46,6 +47,14 @@ eval: {every_steps: 200, tokens: 50K}
 checkpoint: {save_every_steps: 200}
 monitor: {log_every_steps: 50}
 """
+
+
+def _is_own_config(path: Path) -> bool:
+    tree = parse_yaml(read_yaml_text(path), str(path))
+    return isinstance(tree, dict) and Path(str(tree.get("run_dir"))).name == "run"
+
+
+OWN_CONFIG = Kind("a config that train-m1 has written", _is_own_config)
 
 
 def add_train_m1_arguments(parser: argparse.ArgumentParser) -> None:
@@ -123,6 +132,8 @@ def write_config(
     _require_plain(config)
     context_tokens = config.data.context_tokens
     tree["data"]["sources"] = sources = _sources(corpora, out, context_tokens)
+    outputs = [(M1_FILE, files_of(KIND)), (config_of(out).name, OWN_CONFIG)]
+    require_outputs([Output("--out", out / name, kind, True) for name, kind in outputs])
     make_place(out / M1_FILE)
     try:
         for corpus, source in zip(corpora, sources.values(), strict=True):

@@ -1,6 +1,9 @@
 """YAML and overrides to a run, and every way in which they can be wrong."""
 
 import dataclasses
+import json
+import re
+import typing
 
 import pytest
 import yaml
@@ -90,7 +93,7 @@ def test_overrides():
         ("seed: x", "seed must be a whole number"),
         ("seed: 1.5", "seed must be a whole number"),
         ("seed: true", "seed must be a whole number"),
-        ("optim: {lr: .nan}", "optim.lr must be a number"),
+        ("optim: {lr: .nan}", "optim.lr = nan must be a finite number"),
         ("optim: {lr: fast}", "optim.lr must be a number"),
         ("data: {sources: {a: {}}}", "data.sources.a.path is missing"),
         ("data: {stages: 3}", "data.stages must be a list"),
@@ -108,6 +111,81 @@ def test_bad_input_is_one_clear_line(text, message):
     with pytest.raises(UserError) as caught:
         parse_config(text)
     assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+NUMBER, TOKENS = "a number such as 3e-4", "a whole number such as 20M"
+
+
+@pytest.mark.parametrize(
+    "override, said",
+    [
+        ("train.tokens=[1]", f"train.tokens must be {TOKENS}, not a list [1]"),
+        ("train.tokens={a: 1}", f"train.tokens must be {TOKENS}, not a mapping"),
+        ("optim.lr=[1]", f"optim.lr must be {NUMBER}, not a list [1]"),
+        ("model.qk_norm=[true]", "model.qk_norm must be true or false, not a list"),
+        ("run_dir=[a]", "run_dir must be text, not a list ['a']"),
+        ("train.precision=[bf16]", "train.precision must be one of fp32, bf16"),
+        ("optim.schedule=5", "optim.schedule must be a list, not a whole number"),
+        ("trian.tokens=5", "unknown key 'trian'; did you mean 'train'?"),
+        ("train.tokenz=5", "unknown key 'train.tokenz'; did you mean 'tokens'?"),
+    ],
+)
+def test_a_value_of_the_wrong_kind_is_named_with_its_override(override, said):
+    with pytest.raises(UserError) as caught:
+        parse_config(BASE, ["seed=1", override], "run.yaml")
+    assert str(caught.value).startswith(f"run.yaml: {said}")
+    named = override.split(".")[0] if "trian" in override else override
+    assert ("(override" in str(caught.value)) == (named == override)
+    assert "seed" not in str(caught.value)
+
+
+def floats(kind, prefix=""):
+    """Dotted names of the options of a section that are numbers with a fraction."""
+    for name, hint in typing.get_type_hints(kind).items():
+        parts = typing.get_args(hint) or (hint,)
+        for part in parts:
+            if dataclasses.is_dataclass(part) and typing.get_origin(hint) not in (tuple, dict):
+                yield from floats(part, f"{prefix}{name}.")
+        if float in parts and typing.get_origin(hint) not in (tuple, dict):
+            yield f"{prefix}{name}"
+
+
+@pytest.mark.parametrize("text", [".nan", "nan", ".inf", "-.inf", "inf", "1e999"])
+def test_no_option_is_infinite_or_no_number(text):
+    from megascale.corpus.recipe import parse_recipe
+
+    names = list(floats(RunConfig))
+    assert len(names) > 20 and {"optim.lr", "model.moe.balance_weight"} < set(names)
+    for name in names:
+        with pytest.raises(UserError) as caught:
+            parse_config(BASE, ["growth.at_tokens=5", f"{name}={text}"])
+        assert re.search(f"(?:{NUMBER}|finite number|beyond all numbers)", str(caught.value)), name
+    for blend in ("{web: .nan}", "{web: .inf}"):
+        with pytest.raises(UserError, match="blend.web = .* must be a finite number"):
+            parse_config(BASE, [f"data.stages=[{{blend: {blend}}}]"])
+    with pytest.raises(UserError, match="heldout_fraction .*must be a|beyond all numbers"):
+        parse_recipe("{name: a, inputs: [{kind: python_stdlib}]}", [f"heldout_fraction={text}"])
+
+
+@pytest.mark.parametrize("name", ["a\nb", "a\x1b[2J", "\x7f", "a\u2028b", "a\x85", "", " ", "a\tb"])
+def test_names_have_no_control_characters(name):
+    from megascale.corpus.recipe import parse_recipe
+
+    sources = json.dumps({"data": {"sources": {name: {"path": "x"}}}})
+    stages = json.dumps({"data": {"stages": [{"blend": {name: 1.0}}]}})
+    for text in (sources, stages):
+        with pytest.raises(UserError, match="the name .* is empty or has control characters"):
+            parse_config(text)
+    with pytest.raises(UserError, match="run_dir = .* is empty or has control characters"):
+        final(f"run_dir={json.dumps(name)}")
+    with pytest.raises(UserError, match="must do as the name of a folder"):
+        parse_recipe(json.dumps({"name": name, "inputs": [{"kind": "python_stdlib"}]}))
+
+
+@pytest.mark.parametrize("name", ["web", "caf\u00e9 2", "replay/web", "a+b", "\u6587"])
+def test_plain_names_are_taken(name):
+    config = parse_config(json.dumps({"data": {"sources": {name: {"path": "x"}}}}))
+    assert list(config.data.sources) == [name]
 
 
 @pytest.mark.parametrize("override", ["seed", "=1", "seed.x=1", "model.moe.x=[", "data.sources=3"])
@@ -189,7 +267,7 @@ def test_experts_must_divide():
             "balance_weight: -1",
             "model.moe.balance_weight = -1.0 must be a finite number, at least 0",
         ),
-        ("balance_weight: .inf", "must be a finite number, at least 0"),
+        ("balance_weight: .inf", "balance_weight = inf must be a finite number"),
         ("balance_weights: [0.1]", "has 1 values; give one for each of the 2 layers"),
         (
             "balance_weights: [0.1, -0.1]",

@@ -41,7 +41,7 @@ def test_what_torchrun_says_is_taken(environment):
 @pytest.mark.parametrize("name", ["RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"])
 def test_a_missing_variable_is_named(environment, name):
     environment({key: value for key, value in GOOD.items() if key != name})
-    with pytest.raises(RankError, match=f"but {name} is not set; let torchrun or megascale launch"):
+    with pytest.raises(RankError, match=f"but {name} is not set; start it with .* --ranks N"):
         world_from_environment()
 
 

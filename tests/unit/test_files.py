@@ -5,10 +5,12 @@ import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from megascale.checkpoint import folder as folders
+from megascale.cli import main
 from megascale.corpus.prepare import prepare
 from megascale.corpus.recipe import InputConfig, Recipe, TokenizerConfig
 from megascale.errors import UserError
@@ -17,10 +19,12 @@ from megascale.resilience.channel import read_token, write_token
 from megascale.runtime import files, lock
 from megascale.runtime.abandoned import remove_abandoned
 from megascale.runtime.files import (
+    broken_link,
     discard,
     make_fresh_folder,
     open_lock,
     private_folder,
+    real_path,
     unfinished_file,
     unfinished_names,
     whole_file,
@@ -43,6 +47,40 @@ def victim(tmp_path):
 def another_user(monkeypatch):
     """From now on, what is there belongs to another user."""
     monkeypatch.setattr(files.os, "geteuid", lambda: os.getuid() + 1)
+
+
+def test_links_that_lead_nowhere(tmp_path):
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    (tmp_path / "lost").symlink_to("nowhere")
+    (tmp_path / "good").symlink_to(tmp_path)
+    for name, said in [
+        ("loop", "leads back to itself"),
+        ("loop/x/y", f"{tmp_path / 'loop'} is a link"),
+        ("lost/x", "a link to nowhere, which is not there"),
+    ]:
+        assert said in broken_link(tmp_path / name)
+    assert [broken_link(tmp_path / name) for name in ("good", "good/x", "x", "good/good")] == [
+        None
+    ] * 4
+    assert real_path(tmp_path / "loop").name == "loop"  # Path.resolve raises RuntimeError
+    assert real_path(tmp_path / "good/x") == tmp_path.resolve() / "x"
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("plot",), ("status",), ("report",), ("lineage",), ("checkpoint", "verify"),
+        ("checkpoint", "list"), ("export", "loop", "out"), ("branch", "loop", "run.yaml"),
+        ("plan", "run.yaml", "start.checkpoint=loop"),
+    ],
+)  # fmt: skip
+def test_a_run_that_is_a_link_to_itself_is_one_line(tmp_path, monkeypatch, capsys, words):
+    monkeypatch.chdir(tmp_path)
+    Path("loop").symlink_to("loop")
+    Path("run.yaml").write_text("data: {sources: {web: {path: x}}}\nmodel: {vocab_size: 8}\n")
+    words = words if len(words) > 2 else (*words, "loop")
+    assert main(list(words)) == 2
+    assert capsys.readouterr().err.count("\n") == 1
 
 
 def test_a_link_in_the_place_of_a_file_is_replaced(tmp_path, victim):

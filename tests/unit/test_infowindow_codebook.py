@@ -541,7 +541,7 @@ def test_compile_looks_first_whether_a_file_can_be_made(tmp_path, capsys, monkey
     for out, said in [
         (Path("/proc/x.safetensors"), "No such file or directory"),
         (Path("/proc/x/y.safetensors"), "No such file or directory"),
-        (tmp_path / "m1" / "y.safetensors", "File exists"),
+        (tmp_path / "m1" / "y.safetensors", f"{tmp_path / 'm1'} is no folder"),
         (long, "File name too long"),
     ]:
         status, _, line = run(capsys, "compile", tmp_path / "m1", "--out", out)

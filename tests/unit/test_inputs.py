@@ -7,6 +7,7 @@ import json
 import lzma
 import os
 import sys
+import tarfile
 
 import numpy as np
 import pyarrow as pa
@@ -247,7 +248,14 @@ def test_many_rows_and_long_ones(tmp_path):
 @pytest.mark.parametrize(
     "content, what",
     [
-        (parquet_file(pa.table({"body": ["x"]})), "has no column 'text'; .* one of body"),
+        (parquet_file(pa.table({"body": ["x"]})), "has no column 'text'; .* holds text: body$"),
+        (parquet_file(pa.table({"b": [{"c": "x", "n": 1}]})), "no column 'text'; .* text: b.c$"),
+        (parquet_file(pa.table({"n": [1], "m": [2]})), "no column holds text; they are n, m$"),
+        (
+            parquet_file(pa.table([pa.array(["x"]), pa.array(["y"])], names=["text", "text"])),
+            "b.parquet has 2 columns named 'text'; write the file again",
+        ),
+        (gzip.compress(parquet_file()), "is packed by gzip; unpack it"),
         (parquet_file(pa.table({"text": [["x"]]})), "column 'text' of .* holds list"),
         (parquet_file(pa.table({"text": [{"a": "x"}]})), "column 'text' of .* holds struct"),
         (parquet_file()[:-20], "cannot be read as parquet"),
@@ -263,6 +271,83 @@ def test_a_parquet_file_that_will_not_do_is_named(tmp_path, content, what):
     with pytest.raises(UserError, match=what) as raised:
         prepared(tmp_path, "parquet")
     assert "in/b.parquet" in str(raised.value) and "\n" not in str(raised.value)
+
+
+def test_a_nested_column_that_is_not_there_is_named_with_those_that_are(tmp_path):
+    same = pa.StructArray.from_arrays([pa.array(["x"]), pa.array(["y"])], names=["c", "c"])
+    for column, table, what in [
+        (
+            "text.body",
+            {"body": [{"content": "x", "n": 1}]},
+            "no column 'text.body'; .*: body.content",
+        ),
+        ("body.text", {"body": [{"a": {"b": "x"}}]}, "no column 'body.text'; .* text: body.a.b$"),
+        ("body", {"body": [{"a": "x"}], "id": ["y"]}, "holds struct.* text: body.a, id$"),
+        ("s.c", {"s": same}, "has 2 columns named 'c'"),
+    ]:
+        put(tmp_path, "a.parquet", parquet_file(pa.table(table)))
+        with pytest.raises(UserError, match=what):
+            prepared(tmp_path, "parquet", text_column=column)
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "files"])
+@pytest.mark.parametrize("mode", ["w", "w:gz", "w:bz2", "w:xz"])
+@pytest.mark.parametrize("layout", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_an_archive_is_to_be_unpacked(tmp_path, kind, mode, layout):
+    put(tmp_path, "a.jsonl", LINES[:HALF])
+    (tmp_path / "in/a.jsonl").rename(tmp_path / "a.jsonl")
+    ending = mode[1:].replace(":", ".")
+    with tarfile.open(tmp_path / f"in/a.tar{ending}", mode, format=layout) as archive:
+        archive.add(tmp_path / "a.jsonl")
+    with pytest.raises(UserError, match=rf"in/a\.tar{ending}: is a tar archive; unpack it"):
+        prepared(tmp_path, kind)
+
+
+def test_lines_that_end_in_cr_alone_are_named(tmp_path):
+    put(tmp_path, "a.jsonl", LINES[:HALF].replace(b"\n", b"\r"))
+    with pytest.raises(UserError, match=r"a\.jsonl line 1: .*CR alone: convert them, .* tr '\\r'"):
+        prepared(tmp_path, "jsonl")
+    put(tmp_path, "a.jsonl", b'{"text":\r "white space"}\r\n')
+    assert prepared(tmp_path, "jsonl")[1] == ["white space"]
+
+
+def test_a_line_that_will_not_do_says_what_it_is(tmp_path):
+    deep = b'{"text": ' + b"[" * 100_000 + b"]" * 100_000 + b"}"
+    for line, what in [
+        (deep, r"a\.jsonl line 2: nested deeper than .* levels; leave the line out"),
+        (b'{"body": "x", "id": 1}', "a.jsonl line 2: .* set text_column; its keys are body, id$"),
+        (b'[{"text": "x"}]', "a.jsonl line 2: .* a JSON array is no JSONL"),
+        (b'{"text": ', "a.jsonl line 2: not a JSON object with text"),
+    ]:
+        put(tmp_path, "a.jsonl", b'{"text": "good"}\n' + line + b"\n")
+        with pytest.raises(UserError, match=what) as caught:
+            prepared(tmp_path, "jsonl")
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", ["files", "jsonl", "parquet"])
+def test_links_that_lead_nowhere_are_named(tmp_path, kind):
+    """One that is left out in silence would make a smaller corpus."""
+    put(tmp_path, "a", {"parquet": parquet_file()}.get(kind, LINES[:HALF]))
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    (tmp_path / "in/b").symlink_to(tmp_path / "loop")
+    (tmp_path / "in/lost").symlink_to("nowhere")
+    for name, what in [
+        ("b", "in/b is a link that leads back to itself; mend the link or name it in exclude"),
+        ("lost", "in/lost is a link to nowhere, which is not there; mend"),
+        ("*", "in/b is a link"),
+        ("lost/x", "in/lost is a link to nowhere"),
+        ("b/*", "in/b is a link that leads back"),
+    ]:
+        with pytest.raises(UserError, match=what):
+            prepared(tmp_path, kind, name)
+    (tmp_path / "in/lost").unlink()
+    (tmp_path / "in/b").unlink()
+    (tmp_path / "in/b").symlink_to("a")
+    once = prepared(tmp_path, kind, "a")[1]
+    assert prepared(tmp_path, kind)[1] == 2 * once
+    (tmp_path / "in/lost").symlink_to("nowhere")
+    assert prepared(tmp_path, kind, exclude=["*lost", "*b"])[1] == once
 
 
 def test_binary_that_is_no_utf8_is_named_by_file_and_row(tmp_path):

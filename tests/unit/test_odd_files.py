@@ -288,6 +288,20 @@ def test_a_number_of_an_option_that_nobody_can_count_with(capsys, option, number
     assert error.startswith(f"megascale: argument {option}: ") and len(error.splitlines()) == 1
 
 
+@pytest.mark.parametrize("number", ["nan", "-nan", "inf", "-inf", "1e999"])
+@pytest.mark.parametrize(
+    "words",
+    ["plan --budget-s", "simulate --budget-s", "simulate --network-gbps", "calibrate x --minutes",
+     "import x y --tolerance", "export x y --tolerance"],
+)  # fmt: skip
+def test_a_fraction_of_an_option_is_finite(capsys, words, number):
+    assert main(f"{words}={number}".split()) == 2
+    error = capsys.readouterr().err
+    option = words.split()[-1]
+    assert error.startswith(f"megascale: argument {option}: {number} is no finite number; ")
+    assert len(error.splitlines()) == 1
+
+
 @pytest.mark.parametrize("verb", ["plan", "prepare"])
 def test_a_file_that_never_ends_is_no_config(verb, capsys):
     assert main([verb, "/dev/zero"]) == 2

@@ -219,7 +219,7 @@ def test_an_mlflow_server_that_hangs_or_is_gone(server, tmp_path):
 
 @needs("mlflow")
 def test_a_server_that_never_answers_holds_nothing_up(tmp_path):
-    """Also with the client alone, which mlflow-skinny brings."""
+    """Also with the client alone, such as mlflow-skinny."""
     with socket.create_server(("127.0.0.1", 0)) as silent:
         uri = f"http://127.0.0.1:{silent.getsockname()[1]}"
         said = write("mlflow", tmp_path / "run", finish_s=1.0, MLFLOW_TRACKING_URI=uri)

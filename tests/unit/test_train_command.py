@@ -25,6 +25,25 @@ def config(tmp_path, monkeypatch):
     return str(tiny_config(tmp_path))
 
 
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize(
+    "link, run_dir, said",
+    [
+        ("nowhere", "link", "link is a link to nowhere, which is not there"),
+        ("nowhere", "link/run", "link is a link to nowhere, which is not there"),
+        ("link", "link", "link is a link that leads back to itself"),
+        ("file", "link", "link is there, and no folder"),
+    ],
+)
+def test_a_run_dir_that_cannot_be_is_named(config, capsys, tmp_path, ranks, link, run_dir, said):
+    (tmp_path / "file").touch()
+    (tmp_path / "link").symlink_to(link)
+    assert main(["train", config, f"run_dir={run_dir}", f"--ranks={ranks}"]) == 2
+    line = capsys.readouterr().err
+    assert line == f"megascale: run_dir {run_dir}: {said}; mend it or set another run_dir\n"
+    assert not (tmp_path / "nowhere").exists()
+
+
 @pytest.mark.parametrize("verb", ["train", "calibrate"])
 @pytest.mark.parametrize(
     "words, message",
