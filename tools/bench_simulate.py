@@ -19,11 +19,11 @@ import numpy as np
 
 from megascale.config import Layout
 from megascale.planner import PLANNERS, Problem
-from megascale.planner.bytescale import plan_bytescale, plan_bytescale_naive, smallest_ring
 from megascale.planner.devices import device_of, passing_share, paying_offload
 from megascale.planner.lengths import draw_lengths
+from megascale.planner.peers.bytescale import plan_bytescale, plan_bytescale_naive, smallest_ring
+from megascale.planner.peers.static import plan_static_best
 from megascale.planner.simulate import Entrant, plan_static_mesh, replay, replay_json
-from megascale.planner.static import plan_static_best
 from megascale.train.cluster import MODELS, Cluster
 
 if TYPE_CHECKING:

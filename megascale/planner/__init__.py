@@ -1,15 +1,15 @@
 """Which rank computes which sequences: lengths, cost and capacity in, a plan out. NumPy only."""
 
 from megascale.planner.bound import lower_bound_s
-from megascale.planner.bytescale import plan_bytescale, plan_bytescale_naive
 from megascale.planner.cost import CostModel
-from megascale.planner.flexsp import plan_flexsp
-from megascale.planner.hybrid import plan_hybrid
-from megascale.planner.longest_first import plan_longest_first
-from megascale.planner.placing import Placed, complete
+from megascale.planner.hybrid.search import plan_hybrid
+from megascale.planner.peers.bytescale import plan_bytescale, plan_bytescale_naive
+from megascale.planner.peers.flexsp import plan_flexsp
+from megascale.planner.peers.longest_first import plan_longest_first
+from megascale.planner.peers.static import plan_static, plan_static_balanced, plan_static_best
 from megascale.planner.plan import PlanError, Ring, StepPlan
+from megascale.planner.plan_builder import Placed, complete
 from megascale.planner.problem import OffloadModel, Planner, Problem
-from megascale.planner.static import plan_static, plan_static_balanced, plan_static_best
 from megascale.planner.timeline import Timeline, step_s, timeline
 
 PLANNERS: dict[str, Planner] = {

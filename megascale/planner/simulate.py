@@ -9,9 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megascale.errors import UserError
+from megascale.planner.peers.static import plan_static_rings
 from megascale.planner.plan import PlanError, StepPlan, kept_share
 from megascale.planner.problem import Planner, Problem
-from megascale.planner.static import plan_static_rings
 from megascale.planner.timeline import ring_seconds, timeline
 
 SIZE_CLASSES = (1, 2, 9, 65, 513)

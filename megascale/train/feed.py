@@ -18,7 +18,7 @@ import numpy as np
 from megascale.config.schema import PlannerConfig
 from megascale.corpus.batches import Cursor, GlobalBatch, GlobalBatches
 from megascale.planner import PLANNERS, PlanError, Problem, StepPlan
-from megascale.planner.ahead import Planned, PlansAhead
+from megascale.planner.service.ahead import Planned, PlansAhead
 from megascale.runtime.distributed import Ranks, begin_broadcast, broadcast_bytes
 from megascale.runtime.together import error_bytes, error_from, on_first_rank
 

@@ -41,7 +41,7 @@ from megascale.monitor.profile import profiler
 from megascale.monitor.speeds import RankSpeeds
 from megascale.monitor.stragglers import slowdown_R
 from megascale.optim.build import build_optimizer
-from megascale.planner.ahead import PlansAhead
+from megascale.planner.service.ahead import PlansAhead
 from megascale.resilience.signals import ECHO_S, TWIN_S, StopRequest
 from megascale.resilience.spikes import SpikeWatch
 from megascale.runtime import distributed

@@ -46,7 +46,7 @@ def open_feed(config, planner, *words, kind=Feed, steps=1000):
     """(feed, plans, ranks, batches, what plans a batch in this process) on this rank."""
     from megascale.corpus.batches import GlobalBatches
     from megascale.corpus.shards import Shard
-    from megascale.planner.ahead import PlansAhead
+    from megascale.planner.service.ahead import PlansAhead
     from megascale.runtime import distributed
     from megascale.train.describe import load_run, plan_lengths, step_problem
 
@@ -333,7 +333,7 @@ def orphans(config):
 
 
 def is_planner(process):
-    return "megascale.planner.worker" in process.cmdline()
+    return "megascale.planner.service.worker" in process.cmdline()
 
 
 def test_a_run_leaves_no_process(ranks, config, tmp_path):

@@ -11,8 +11,10 @@ from hypothesis import strategies as st
 from processor_time import processor_s
 
 from megascale.errors import UserError
-from megascale.planner import bytescale
-from megascale.planner.bytescale import (
+from megascale.planner.cost import FORWARD_SHARE, CostModel
+from megascale.planner.lengths import draw_lengths
+from megascale.planner.peers import bytescale
+from megascale.planner.peers.bytescale import (
     best_fit,
     offload_to_fit,
     plan_bytescale,
@@ -20,8 +22,6 @@ from megascale.planner.bytescale import (
     ring_ranks,
     smallest_ring,
 )
-from megascale.planner.cost import FORWARD_SHARE, CostModel
-from megascale.planner.lengths import draw_lengths
 from megascale.planner.plan import StepPlan, kept_share
 from megascale.planner.problem import OffloadModel, Problem
 from megascale.planner.timeline import timeline

@@ -14,7 +14,8 @@ from processor_time import processor_s
 
 from megascale.errors import UserError
 from megascale.planner import PLANNERS, CostModel, Problem, StepPlan
-from megascale.planner.flexsp import (
+from megascale.planner.lengths import draw_lengths
+from megascale.planner.peers.flexsp import (
     MOST_BUCKETS,
     Program,
     best_homogeneous,
@@ -25,7 +26,6 @@ from megascale.planner.flexsp import (
     solve_micro_batch,
     wave_s,
 )
-from megascale.planner.lengths import draw_lengths
 
 # FlexSP's published fit of a 7B model; all-to-all at its bandwidths within and across nodes of 8.
 COST = CostModel(
@@ -319,7 +319,7 @@ def test_what_cannot_be_planned_is_said() -> None:
 def test_it_is_registered_and_its_solver_loaded_only_when_used() -> None:
     assert PLANNERS["flexsp"] is plan_flexsp
     code = (
-        "import sys, megascale.planner.flexsp\n"
+        "import sys, megascale.planner.peers.flexsp\n"
         "sys.exit('imported highspy' if 'highspy' in sys.modules else 0)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

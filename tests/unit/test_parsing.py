@@ -34,7 +34,7 @@ MAY_PARSE = {
     "checkpoint/huggingface/tokenizer.py": "the same",
     "infowindow/tokenization_infowindow.py": "it is copied into exported models",
     "planner/plan.py": "between processes of one run",
-    "planner/worker.py": "the same",
+    "planner/service/worker.py": "the same",
     "runtime/nodes.py": "the same",
     "checkpoint/save.py": "the same",
     "checkpoint/load.py": "the same",

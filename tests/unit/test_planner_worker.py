@@ -16,9 +16,9 @@ import pytest
 from megascale.config import finalize, parse_config
 from megascale.errors import UserError
 from megascale.planner import PLANNERS, CostModel, OffloadModel, Problem, plan_longest_first
-from megascale.planner import ahead as ahead_module
-from megascale.planner.ahead import MAX_RESTARTS, PlansAhead
-from megascale.planner.worker import (
+from megascale.planner.service import ahead as ahead_module
+from megascale.planner.service.ahead import MAX_RESTARTS, PlansAhead
+from megascale.planner.service.worker import (
     FrameError,
     pack_problem,
     planner_path,
@@ -208,7 +208,7 @@ def test_it_ends_with_its_stdin_in_the_midst_of_a_plan(start):
 
 PARENT = """
 import os, sys, time
-from megascale.planner.ahead import PlansAhead
+from megascale.planner.service.ahead import PlansAhead
 import planners
 from test_planner_worker import problem
 plans = PlansAhead(planners.plan_on_and_on, 30.0)

@@ -14,8 +14,8 @@ from test_hybrid import FLEXSP, _all_plans, costs, problems
 from megascale.monitor.speeds import GRID, RankSpeeds
 from megascale.planner import Problem, plan_hybrid, plan_longest_first
 from megascale.planner.bound import lower_bound_s
-from megascale.planner.placing import complete
-from megascale.planner.worker import pack_problem, unpack_problem
+from megascale.planner.plan_builder import complete
+from megascale.planner.service.worker import pack_problem, unpack_problem
 
 paces = st.sampled_from([1.0, 1.05, 1.3, 2.0, 4.0])
 

@@ -8,14 +8,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megascale.errors import UserError
-from megascale.planner import static
 from megascale.planner.cost import CostModel
-from megascale.planner.hybrid import plan_hybrid
+from megascale.planner.hybrid.search import plan_hybrid
 from megascale.planner.lengths import draw_lengths
-from megascale.planner.placing import complete
+from megascale.planner.peers import static
+from megascale.planner.peers.static import plan_static, plan_static_balanced, plan_static_best
 from megascale.planner.plan import Mode, StepPlan
+from megascale.planner.plan_builder import complete
 from megascale.planner.problem import OffloadModel, Planner, Problem
-from megascale.planner.static import plan_static, plan_static_balanced, plan_static_best
 
 K = 1024
 COST = CostModel(

@@ -23,10 +23,10 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from megascale.planner.bytescale import offload_to_fit
 from megascale.planner.cost import FORWARD_SHARE
-from megascale.planner.placing import Placed, complete
+from megascale.planner.peers.bytescale import offload_to_fit
 from megascale.planner.plan import StepPlan
+from megascale.planner.plan_builder import Placed, complete
 from megascale.planner.problem import Problem
 
 Seconds = NDArray[np.float64]

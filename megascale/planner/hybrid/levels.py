@@ -10,8 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megascale.planner.bound import alone_s, fastest_sizes, fewest_ranks, smallest_sizes
+from megascale.planner.hybrid.waves import LongWave, even_level, long_waves
 from megascale.planner.problem import Problem
-from megascale.planner.waves import LongWave, even_level, long_waves
 
 Integers = NDArray[np.int64]
 

@@ -18,8 +18,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from megascale.planner.cost import FORWARD_SHARE, CostModel
-from megascale.planner.placing import Placed, complete
 from megascale.planner.plan import StepPlan
+from megascale.planner.plan_builder import Placed, complete
 from megascale.planner.problem import OffloadModel, Problem
 
 Integers = NDArray[np.int64]

@@ -16,8 +16,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from megascale.errors import UserError
-from megascale.planner.placing import Placed, complete
 from megascale.planner.plan import StepPlan
+from megascale.planner.plan_builder import Placed, complete
 from megascale.planner.problem import Problem
 
 Integers = NDArray[np.int64]

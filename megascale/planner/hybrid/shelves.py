@@ -15,10 +15,10 @@ from functools import partial
 import numpy as np
 
 from megascale.planner.bound import alone_s, fewest_ranks, needed_offload, sizes_within
-from megascale.planner.clock import Clock
-from megascale.planner.levels import Batch
-from megascale.planner.placing import Placed
+from megascale.planner.hybrid.levels import Batch
+from megascale.planner.plan_builder import Placed
 from megascale.planner.problem import Problem
+from megascale.planner.scalar_cost import Clock
 
 LONGEST = (0.25, 0.4, 0.3, 0.2)
 """How long a ring may last, in parts of the longest sequence on as few ranks as hold it."""

@@ -17,16 +17,16 @@ from megascale.planner.bound import (
     nested_sizes,
     sizes_within,
 )
-from megascale.planner.bytescale import plan_bytescale
-from megascale.planner.levels import STRETCH, Batch, Level, even_levels, long_levels
-from megascale.planner.longest_first import plan_longest_first
-from megascale.planner.placing import Placed, complete
+from megascale.planner.hybrid.levels import STRETCH, Batch, Level, even_levels, long_levels
+from megascale.planner.hybrid.shelves import LONGEST, has_few_short, longest_s, shelve
+from megascale.planner.hybrid.stacks import Stacks
+from megascale.planner.hybrid.waves import Sheet, even_level
+from megascale.planner.peers.bytescale import plan_bytescale
+from megascale.planner.peers.longest_first import plan_longest_first
+from megascale.planner.peers.static import plan_static_balanced, plan_static_best
 from megascale.planner.plan import StepPlan
+from megascale.planner.plan_builder import Placed, complete
 from megascale.planner.problem import Problem
-from megascale.planner.shelves import LONGEST, has_few_short, longest_s, shelve
-from megascale.planner.stacks import Stacks
-from megascale.planner.static import plan_static_balanced, plan_static_best
-from megascale.planner.waves import Sheet, even_level
 
 TRIES = 10
 """Plans that are made, of which the best is taken, where no budget of seconds says."""
@@ -53,8 +53,8 @@ def plan_hybrid(problem: Problem) -> StepPlan:
     """Plan a step as near to the lower bound as its mode allows; slow ranks are given less.
 
     Free mode: rings stacked on the least busy ranks, the rest leveled with short sequences
-    (`planner.stacks`). Aligned and lockstep mode: waves of equal length (`planner.waves`), or of
-    rings of like length where a pipeline gets hardly a short sequence (`planner.shelves`).
+    (`planner.hybrid.stacks`). Aligned and lockstep mode: waves of equal length (`planner.hybrid.waves`), or of
+    rings of like length where a pipeline gets hardly a short sequence (`planner.hybrid.shelves`).
     Several ring sizes and numbers of waves are tried, `TRIES` of them or as many as `budget_s`
     allows, and more where there are few sequences; the plan with the least predicted time is taken.
     """

@@ -8,8 +8,8 @@ import time
 import numpy as np
 
 from megascale.errors import UserError
-from megascale.planner.placing import Placed, complete
 from megascale.planner.plan import StepPlan
+from megascale.planner.plan_builder import Placed, complete
 from megascale.planner.problem import Problem
 
 

@@ -20,7 +20,7 @@ from typing import Any, Protocol
 from megascale.errors import UserError
 from megascale.planner.plan import PlanError, StepPlan
 from megascale.planner.problem import Planner, Problem
-from megascale.planner.worker import (
+from megascale.planner.service.worker import (
     IGNORED_SIGNALS,
     pack_problem,
     planner_path,
@@ -207,7 +207,7 @@ def _plan_fast(problem: Problem) -> Answer:
 
 
 class ProcessMaker:
-    """Plans in a process: `megascale.planner.worker`."""
+    """Plans in a process: `megascale.planner.service.worker`."""
 
     def __init__(self, planner: Planner, timeout_s: float, log: Path | None = None) -> None:
         self._timeout_s = timeout_s
@@ -339,7 +339,13 @@ def _read_answer(kind: str, body: bytes, problem: Problem) -> Answer:
 def _start(planner: Planner, log: Path | None) -> subprocess.Popen[bytes]:
     """Start the process; by exec, because a mere fork of threads that communicate is not safe."""
     paths = os.pathsep.join(path or os.getcwd() for path in sys.path)
-    command = [sys.executable, "-P", "-m", "megascale.planner.worker", planner_path(planner)]
+    command = [
+        sys.executable,
+        "-P",
+        "-m",
+        "megascale.planner.service.worker",
+        planner_path(planner),
+    ]
     words = open(log, "ab") if log is not None else open(os.devnull, "wb")
     # blocked here, they are blocked in the process from its first instruction on
     before = signal.pthread_sigmask(signal.SIG_BLOCK, IGNORED_SIGNALS)

@@ -16,9 +16,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megascale.planner.bound import needed_offload
-from megascale.planner.clock import Clock
-from megascale.planner.placing import Placed
+from megascale.planner.plan_builder import Placed
 from megascale.planner.problem import Problem
+from megascale.planner.scalar_cost import Clock
 
 WAITING = 2.0
 """How bad a second of waiting of all ranks of a ring is, beside a second of starting later."""

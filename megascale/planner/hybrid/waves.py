@@ -16,9 +16,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megascale.planner.bound import alone_s, fewest_ranks, needed_offload, smallest_sizes
-from megascale.planner.clock import Clock, Rates
-from megascale.planner.placing import Placed
+from megascale.planner.plan_builder import Placed
 from megascale.planner.problem import Problem
+from megascale.planner.scalar_cost import Clock, Rates
 
 Integers = NDArray[np.int64]
 

@@ -1,0 +1,1 @@
+"""The default planner: rings of any size, chosen by time as well as by memory. NumPy only."""

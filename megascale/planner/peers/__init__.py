@@ -1,0 +1,1 @@
+"""Other planners, as their authors would run them: ByteScale, FlexSP, static context parallelism."""

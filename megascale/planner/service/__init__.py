@@ -1,0 +1,1 @@
+"""Plans made ahead of time, by a process of their own."""
