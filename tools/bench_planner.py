@@ -32,7 +32,7 @@ from numpy.typing import NDArray
 from peers import PEERS, import_megatron_core
 
 from megascale.planner import PLANNERS, CostModel, Placed, Planner, Problem, StepPlan, complete
-from megascale.planner.lengths import draw_lengths
+from megascale.simulate.lengths import draw_lengths
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -19,12 +19,12 @@ import numpy as np
 
 from megascale.config import Layout
 from megascale.planner import PLANNERS, Problem
-from megascale.planner.devices import device_of, passing_share, paying_offload
-from megascale.planner.lengths import draw_lengths
 from megascale.planner.peers.bytescale import plan_bytescale, plan_bytescale_naive, smallest_ring
 from megascale.planner.peers.static import plan_static_best
-from megascale.planner.simulate import Entrant, plan_static_mesh, replay, replay_json
-from megascale.train.cluster import MODELS, Cluster
+from megascale.simulate.cluster import MODELS, Cluster
+from megascale.simulate.devices import device_of, passing_share, paying_offload
+from megascale.simulate.lengths import draw_lengths
+from megascale.simulate.steps import Entrant, plan_static_mesh, replay, replay_json
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

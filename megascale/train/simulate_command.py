@@ -20,19 +20,19 @@ from megascale.corpus.describe import describe
 from megascale.corpus.shards import Shard
 from megascale.errors import UserError
 from megascale.planner import PLANNERS
-from megascale.planner.devices import DEVICES, device_of
-from megascale.planner.lengths import DISTRIBUTIONS, draw_lengths, read_lengths, sample_lengths
 from megascale.planner.plan import Mode
-from megascale.planner.simulate import (
+from megascale.runtime.files import write_output
+from megascale.runtime.outputs import Output, json_of, picture, require_outputs
+from megascale.simulate.cluster import MODELS, Cluster, Offload
+from megascale.simulate.devices import DEVICES, device_of
+from megascale.simulate.lengths import DISTRIBUTIONS, draw_lengths, read_lengths, sample_lengths
+from megascale.simulate.steps import (
     Entrant,
     plan_static_mesh,
     replay,
     replay_json,
     size_labels,
 )
-from megascale.runtime.files import write_output
-from megascale.runtime.outputs import Output, json_of, picture, require_outputs
-from megascale.train.cluster import MODELS, Cluster, Offload
 
 BASELINE = "static"
 RESULTS = json_of("a file of megascale simulate --json", "cluster", "lengths", "planners")

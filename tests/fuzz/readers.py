@@ -123,7 +123,7 @@ def cost(rng: Rng, scene: Scene) -> None:
 @reader(5)
 def lengths(rng: Rng, scene: Scene) -> None:
     """A file of lengths."""
-    from megascale.planner.lengths import read_lengths
+    from megascale.simulate.lengths import read_lengths
 
     lines = scene.bytes_of("lengths.txt").splitlines()
     lines[rng.randrange(len(lines))] = mutate.word(rng).encode("utf-8", "surrogateescape")

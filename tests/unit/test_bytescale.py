@@ -12,7 +12,6 @@ from processor_time import processor_s
 
 from megascale.errors import UserError
 from megascale.planner.cost import FORWARD_SHARE, CostModel
-from megascale.planner.lengths import draw_lengths
 from megascale.planner.peers import bytescale
 from megascale.planner.peers.bytescale import (
     best_fit,
@@ -25,6 +24,7 @@ from megascale.planner.peers.bytescale import (
 from megascale.planner.plan import StepPlan, kept_share
 from megascale.planner.problem import OffloadModel, Problem
 from megascale.planner.timeline import timeline
+from megascale.simulate.lengths import draw_lengths
 
 K = 1024
 COST = CostModel(a=1e-9, b=1e-5, fixed=2e-3, latency=1e-4, transfer_intra=1e-8, node_size=4)

@@ -14,7 +14,6 @@ from processor_time import processor_s
 
 from megascale.errors import UserError
 from megascale.planner import PLANNERS, CostModel, Problem, StepPlan
-from megascale.planner.lengths import draw_lengths
 from megascale.planner.peers.flexsp import (
     MOST_BUCKETS,
     Program,
@@ -26,6 +25,7 @@ from megascale.planner.peers.flexsp import (
     solve_micro_batch,
     wave_s,
 )
+from megascale.simulate.lengths import draw_lengths
 
 # FlexSP's published fit of a 7B model; all-to-all at its bandwidths within and across nodes of 8.
 COST = CostModel(

@@ -28,10 +28,10 @@ from megascale.planner.bound import (
     needed_offload,
     smallest_sizes,
 )
-from megascale.planner.lengths import draw_lengths
 from megascale.planner.plan import kept_share
 from megascale.planner.plan_builder import Placed, complete
 from megascale.planner.scalar_cost import Clock
+from megascale.simulate.lengths import draw_lengths
 
 FLEXSP = CostModel(5.128e-9, 1.84e-4, 0.01, 0.003, 16e-6, 50e-6, 8)
 """FlexSP's published fit of a 7B model, with a fast and a slow network."""

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from megascale.errors import UserError
-from megascale.planner.lengths import DISTRIBUTIONS, draw_lengths
+from megascale.simulate.lengths import DISTRIBUTIONS, draw_lengths
 
 MANY = 2_000_000
 UNCUT = 1 << 40

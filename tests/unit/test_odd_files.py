@@ -22,8 +22,8 @@ from megascale.monitor.report_command import render
 from megascale.monitor.status_command import _ranks, as_json, shown
 from megascale.monitor.story import Session, Story, _overlap, read_heartbeats, read_story
 from megascale.monitor.stragglers import read_slowdowns
-from megascale.planner.lengths import read_lengths
 from megascale.resilience.driver import _cause
+from megascale.simulate.lengths import read_lengths
 from megascale.train.start import origin_of
 
 TIME = "2026-11-30T07:15:00+00:00"

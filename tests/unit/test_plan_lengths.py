@@ -12,7 +12,7 @@ import pytest
 
 from megascale.errors import UserError
 from megascale.planner import PLANNERS, CostModel, StepPlan, step_s
-from megascale.planner.lengths import draw_lengths
+from megascale.simulate.lengths import draw_lengths
 from megascale.train.plan_command import add_plan_arguments, run_plan
 
 COST = {

@@ -22,7 +22,8 @@ from megascale.planner import (
     complete,
     plan_longest_first,
 )
-from megascale.planner.devices import (
+from megascale.simulate.cluster import MODELS, Cluster
+from megascale.simulate.devices import (
     DEVICES,
     Shape,
     cost_of,
@@ -32,7 +33,7 @@ from megascale.planner.devices import (
     paying_offload,
     sync_s,
 )
-from megascale.planner.simulate import (
+from megascale.simulate.steps import (
     SIZE_CLASSES,
     Entrant,
     judge,
@@ -41,7 +42,6 @@ from megascale.planner.simulate import (
     replay_json,
     size_labels,
 )
-from megascale.train.cluster import MODELS, Cluster
 from megascale.train.simulate_command import Progress
 
 PER_TOKEN = CostModel(a=0.0, b=1.0, fixed=1.0, node_size=1)

@@ -10,12 +10,12 @@ from hypothesis import strategies as st
 from megascale.errors import UserError
 from megascale.planner.cost import CostModel
 from megascale.planner.hybrid.search import plan_hybrid
-from megascale.planner.lengths import draw_lengths
 from megascale.planner.peers import static
 from megascale.planner.peers.static import plan_static, plan_static_balanced, plan_static_best
 from megascale.planner.plan import Mode, StepPlan
 from megascale.planner.plan_builder import complete
 from megascale.planner.problem import OffloadModel, Planner, Problem
+from megascale.simulate.lengths import draw_lengths
 
 K = 1024
 COST = CostModel(

@@ -21,8 +21,8 @@ from megascale.config import (
 )
 from megascale.model import counts
 from megascale.planner import OffloadModel, Problem
-from megascale.planner.devices import Device, Shape, cost_of, offload_of, paying_offload, sync_s
 from megascale.planner.plan import Mode
+from megascale.simulate.devices import Device, Shape, cost_of, offload_of, paying_offload, sync_s
 
 VOCAB_SIZE = 32_000
 Offload = Literal["none", "paying", "all"]

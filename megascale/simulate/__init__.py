@@ -1,0 +1,1 @@
+"""A cluster on paper: devices, distributions of lengths, and steps replayed on them."""
