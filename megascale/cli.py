@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 
 from megascale import __version__
 from megascale.errors import RankError, UserError, plain_file_errors
-from megascale.runtime.leaving import ends_with
+from megascale.runtime.process_exit import ends_with
 from megascale.runtime.terminal import escaped_output
 
 VERBS = {

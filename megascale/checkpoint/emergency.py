@@ -37,8 +37,8 @@ from megascale.errors import UserError
 from megascale.reading import MOST_TEXT_BYTES, read_whole
 from megascale.runtime.distributed import TIMEOUT, Ranks
 from megascale.runtime.files import discard, sync_folder, whole_file, write_file
+from megascale.runtime.first_rank import from_first_rank
 from megascale.runtime.placement import members_of, node_name
-from megascale.runtime.together import from_first_rank
 
 IDENTITY = re.compile("[0-9a-f]{32}")
 KEPT = 2

@@ -216,7 +216,7 @@ def _on_rank_0(ranks: Ranks | None, ask: Callable[[], list[int]]) -> list[int]:
     """What rank 0 sees in the file system, on every rank."""
     if ranks is None:
         return ask()
-    from megascale.runtime.together import from_first_rank
+    from megascale.runtime.first_rank import from_first_rank
 
     answer: list[int] = json.loads(from_first_rank(ranks, lambda: json.dumps(ask()).encode()))
     return answer

@@ -31,7 +31,7 @@ from megascale.checkpoint.storage import (
 from megascale.config import CheckpointConfig
 from megascale.runtime.distributed import Ranks, broadcast_bytes
 from megascale.runtime.files import discard, sync_folder
-from megascale.runtime.together import from_first_rank, on_first_rank
+from megascale.runtime.first_rank import from_first_rank, on_first_rank
 
 T = TypeVar("T")
 REPORT_BYTES = 2048

@@ -9,7 +9,7 @@ from collections import deque
 from collections.abc import Callable, Mapping
 from typing import Protocol
 
-from megascale.runtime.leaving import bound_exit
+from megascale.runtime.process_exit import bound_exit
 
 MOST_WAITING = 10_000
 """Rows that wait for a tracker; of more, the oldest are dropped."""

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from megascale.resilience.failures import Cause, cause_of_rank, culprit, killed_by
-from megascale.resilience.processes import die_with_parent
+from megascale.runtime.processes import die_with_parent
 from megascale.runtime.terminal import escaped_output
 
 

@@ -27,11 +27,11 @@ from megascale.resilience.failures import Cause, killed_by
 from megascale.resilience.hangs import NodeRanks
 from megascale.resilience.leader import FINISHED, LEADERLESS, Leader, Timing
 from megascale.resilience.node_check import check_node
-from megascale.resilience.processes import adopt_orphans, end_descendants, signal_ranks
-from megascale.resilience.scratch import scratch_folder
-from megascale.resilience.signals import StopRequest
+from megascale.runtime.heartbeat import FOLDER_VARIABLE
 from megascale.runtime.logs import say
-from megascale.runtime.pulse import FOLDER_VARIABLE
+from megascale.runtime.processes import adopt_orphans, end_descendants, signal_ranks
+from megascale.runtime.scratch import scratch_folder
+from megascale.runtime.signals import StopRequest
 
 T = TypeVar("T")
 REPEAT_SIGNAL_S = 1.0

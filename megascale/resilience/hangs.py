@@ -1,4 +1,4 @@
-"""Slow, hung or dead: what the pages of the ranks (`runtime/pulse.py`) mean.
+"""Slow, hung or dead: what the pages of the ranks (`runtime/heartbeat.py`) mean.
 
 A rank is quiet while nothing moves on its page. The driver of its node measures for how long, by
 its own looks: time in which it did not look itself, because it was stopped or the machine was busy,
@@ -24,7 +24,7 @@ from typing import Any
 
 import psutil
 
-from megascale.runtime.pulse import (
+from megascale.runtime.heartbeat import (
     CALLS,
     DUMP,
     LAST,

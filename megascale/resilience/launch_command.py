@@ -38,11 +38,11 @@ from megascale.resilience.leader import (
     Timing,
 )
 from megascale.resilience.local_ranks import ranks_that_fit
-from megascale.resilience.signals import StopRequest
 from megascale.resilience.slurm import MOST_NODES, node_range, requeue
 from megascale.runtime.files import open_lock
 from megascale.runtime.lock import HELD_S, JOB_LOCK, hold
 from megascale.runtime.logs import say
+from megascale.runtime.signals import StopRequest
 
 LEAST_HANG_S = 5.0
 STAGGER_S, MOST_STAGGER_S = 0.02, 20.0

@@ -32,10 +32,10 @@ from megascale.resilience.channel import listen
 from megascale.resilience.failures import KILL, Cause, cause_of_rank, culprit
 from megascale.resilience.leader import BAD_INPUT
 from megascale.resilience.meeting import start_meeting
-from megascale.resilience.processes import adopt_orphans, die_with_parent, end_descendants
-from megascale.resilience.scratch import scratch_folder
-from megascale.resilience.signals import SIGNALS, StopRequest
 from megascale.runtime.logs import STARTER_VARIABLE, is_noted, note_failure
+from megascale.runtime.processes import adopt_orphans, die_with_parent, end_descendants
+from megascale.runtime.scratch import scratch_folder
+from megascale.runtime.signals import SIGNALS, StopRequest
 
 MOST_RANKS = 1024
 RANK_BYTES = 250 << 20

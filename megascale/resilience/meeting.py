@@ -12,7 +12,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from megascale.resilience.processes import die_with_parent
+from megascale.runtime.processes import die_with_parent
 
 
 def start_meeting(listener: socket.socket, host: str, output: Path) -> subprocess.Popen[bytes]:

@@ -20,9 +20,9 @@ from megascale.errors import UserError
 from megascale.optim import steplaw
 from megascale.planner.fit import GOOD_ERROR, Fit, fit_cost, fit_table, write_cost
 from megascale.resilience.local_ranks import RankJob, as_rank, megascale, rank_count, run_ranks
-from megascale.resilience.signals import TWIN_S, StopRequest
 from megascale.runtime.files import write_output
 from megascale.runtime.outputs import Output, json_of, picture, require_outputs
+from megascale.runtime.signals import TWIN_S, StopRequest
 from megascale.train.command import add_ranks_argument
 from megascale.train.ready import check_ranks
 
@@ -120,7 +120,7 @@ def _load(path: str, overrides: Sequence[str]) -> RunConfig:
 def _run(
     args: argparse.Namespace, config: RunConfig, ranks: Ranks, lengths: list[int] | None
 ) -> None:
-    from megascale.runtime.together import on_first_rank
+    from megascale.runtime.first_rank import on_first_rank
     from megascale.train.calibrate import calibrate
 
     def say(line: str) -> None:

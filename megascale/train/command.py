@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING
 
 from megascale.resilience.driver import is_driven
 from megascale.resilience.local_ranks import RankJob, as_rank, megascale, rank_count, run_ranks
-from megascale.resilience.signals import TWIN_S, StopRequest
 from megascale.runtime.environment import world_from_environment
 from megascale.runtime.files import real_path
+from megascale.runtime.signals import TWIN_S, StopRequest
 
 if TYPE_CHECKING:
     from megascale.config import RunConfig

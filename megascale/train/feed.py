@@ -20,7 +20,7 @@ from megascale.corpus.batches import Cursor, GlobalBatch, GlobalBatches
 from megascale.planner import PLANNERS, PlanError, Problem, StepPlan
 from megascale.planner.service.ahead import Planned, PlansAhead
 from megascale.runtime.distributed import Ranks, begin_broadcast, broadcast_bytes
-from megascale.runtime.together import error_bytes, error_from, on_first_rank
+from megascale.runtime.first_rank import error_bytes, error_from, on_first_rank
 
 FIRST_ROOM_BYTES = 1 << 14
 LENGTH = struct.Struct("<Q")

@@ -17,9 +17,9 @@ from megascale.monitor.metrics import last_step
 from megascale.resilience.driver import is_driven
 from megascale.runtime.distributed import Ranks
 from megascale.runtime.files import open_lock, open_to_append, write_file
+from megascale.runtime.first_rank import on_first_rank
 from megascale.runtime.lock import HELD_S, RUN_LOCK, hold, lock_within
 from megascale.runtime.logs import note_failure
-from megascale.runtime.together import on_first_rank
 from megascale.train.ready import refuse_lost_folder, refuse_used_folder
 
 ENDS = ("stop", "error")

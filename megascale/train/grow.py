@@ -27,7 +27,7 @@ from megascale.errors import UserError
 from megascale.growth.grow import grow, grow_moments
 from megascale.growth.model import Growth
 from megascale.model.counts import count_parameters
-from megascale.runtime.pulse import pulse
+from megascale.runtime.heartbeat import pulse
 from megascale.train.earlier import read_by
 from megascale.train.growing import command_of
 from megascale.train.learn import Learned, learn_maps

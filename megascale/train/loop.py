@@ -42,7 +42,6 @@ from megascale.monitor.speeds import RankSpeeds
 from megascale.monitor.stragglers import slowdown_R
 from megascale.optim.build import build_optimizer
 from megascale.planner.service.ahead import PlansAhead
-from megascale.resilience.signals import ECHO_S, TWIN_S, StopRequest
 from megascale.resilience.spikes import SpikeWatch
 from megascale.runtime import distributed
 from megascale.runtime.distributed import (
@@ -52,9 +51,10 @@ from megascale.runtime.distributed import (
     gather_arrays,
     node_names,
 )
+from megascale.runtime.first_rank import from_first_rank, on_first_rank
+from megascale.runtime.heartbeat import begin_pulse, pulse
 from megascale.runtime.logs import STARTER_VARIABLE, log_to, say
-from megascale.runtime.pulse import begin_pulse, pulse
-from megascale.runtime.together import from_first_rank, on_first_rank
+from megascale.runtime.signals import ECHO_S, TWIN_S, StopRequest
 from megascale.train.describe import describe_run, plan_lengths, step_problem
 from megascale.train.earlier import places_told, with_earlier
 from megascale.train.evaluate import HeldoutSet, heldout_sets

@@ -20,7 +20,7 @@ from megascale.model.build import pack_multiple
 from megascale.optim.build import apply_gradients, set_rates
 from megascale.optim.schedule import lr_at
 from megascale.runtime.distributed import Ranks
-from megascale.runtime.pulse import pulse
+from megascale.runtime.heartbeat import pulse
 
 
 @dataclass(frozen=True)

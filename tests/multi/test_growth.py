@@ -346,7 +346,7 @@ def growing_patiently(*words):
 
     import torch
 
-    from megascale.runtime.pulse import MARKS, pulse
+    from megascale.runtime.heartbeat import MARKS, pulse
     from megascale.train import folder, loop
 
     seen = []

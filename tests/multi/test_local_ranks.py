@@ -143,7 +143,7 @@ import os, signal, sys, threading
 from pathlib import Path
 from megascale.errors import RankError, UserError
 from megascale.resilience.local_ranks import as_rank
-from megascale.resilience.signals import TWIN_S, StopRequest
+from megascale.runtime.signals import TWIN_S, StopRequest
 from megascale.cli import _complain
 
 folder, how, rank = Path(sys.argv[1]), sys.argv[2], os.environ["RANK"]
@@ -176,7 +176,7 @@ STARTER = """
 import sys
 from pathlib import Path
 from megascale.resilience.local_ranks import RankJob, run_ranks
-from megascale.resilience.signals import TWIN_S, StopRequest
+from megascale.runtime.signals import TWIN_S, StopRequest
 folder = Path(sys.argv[1])
 command = (sys.executable, str(folder / "rank.py"), str(folder), sys.argv[2])
 count = int(sys.argv[3]) if len(sys.argv) > 3 else 2

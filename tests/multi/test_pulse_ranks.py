@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from megascale.runtime.pulse import CALLS, LAST, NAMES, WAITED, WAITS, open_page, pulse
+from megascale.runtime.heartbeat import CALLS, LAST, NAMES, WAITED, WAITS, open_page, pulse
 
 
 def operation(name):
@@ -34,7 +34,7 @@ def keep_the_other_waiting(name, path):
     """Rank 1 comes when rank 0 was seen to wait; what a driver sees of this rank then and later."""
     import torch.distributed as dist
 
-    from megascale.runtime.pulse import watch_collectives
+    from megascale.runtime.heartbeat import watch_collectives
 
     watch_collectives()
     dist.init_process_group("gloo")

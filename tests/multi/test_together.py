@@ -33,7 +33,7 @@ def fail(kind):
 def ask(config, kind):
     """(what this rank got or met, whether rank 0's traceback is noted, the next collective)."""
     from megascale.runtime import distributed
-    from megascale.runtime.together import from_first_rank, on_first_rank
+    from megascale.runtime.first_rank import from_first_rank, on_first_rank
     from megascale.train.describe import load_run
 
     ranks, calls, met, notes = distributed.start(load_run(config)[0]), [], [], ""

@@ -159,7 +159,7 @@ def test_a_hanging_tracker_holds_nobody_up(call):
 def test_a_process_ends_though_a_thread_and_an_exit_hook_hang():
     script = """
 import atexit, sys, threading, time
-from megascale.runtime import leaving
+from megascale.runtime import process_exit as leaving
 leaving.bound_exit(0.3)
 leaving.bound_exit(0.3)
 atexit.register(time.sleep, 300)

@@ -18,7 +18,7 @@ from megascale.resilience.board import Board, Ledger, fits
 from megascale.resilience.failures import FailureBook
 from megascale.resilience.hangs import NodeRanks, RankPulse, SlowWatch, find_hang
 from megascale.resilience.rank_watch import RankWatch
-from megascale.runtime.pulse import (
+from megascale.runtime.heartbeat import (
     COLLECTIVES,
     FOLDER_VARIABLE,
     PHASES,
@@ -229,7 +229,7 @@ def test_ranks_that_have_ended_do_not_hide_a_hang(tmp_path, monkeypatch):
 
 RANK = """
 import time
-from megascale.runtime.pulse import begin_pulse, pulse
+from megascale.runtime.heartbeat import begin_pulse, pulse
 import torch, torch.distributed as dist
 begin_pulse()
 dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
@@ -299,7 +299,7 @@ def test_all_operations_of_this_torch_are_known():
 
 
 def test_without_a_driver_nothing_is_written(monkeypatch):
-    from megascale.runtime.pulse import begin_pulse, pulse
+    from megascale.runtime.heartbeat import begin_pulse, pulse
 
     monkeypatch.delenv(FOLDER_VARIABLE, raising=False)
     begin_pulse()

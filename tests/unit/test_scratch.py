@@ -7,12 +7,12 @@ import sys
 
 import pytest
 
-from megascale.resilience import scratch
-from megascale.resilience.scratch import scratch_folder
+from megascale.runtime import scratch
+from megascale.runtime.scratch import scratch_folder
 
 HOLD = """
 import sys, time
-from megascale.resilience.scratch import scratch_folder
+from megascale.runtime.scratch import scratch_folder
 with scratch_folder(sys.argv[1]) as folder:
     print(folder, flush=True)
     time.sleep(60)

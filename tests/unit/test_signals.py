@@ -5,8 +5,8 @@ import signal
 
 import pytest
 
-from megascale.resilience import signals
-from megascale.resilience.signals import StopRequest
+from megascale.runtime import signals
+from megascale.runtime.signals import StopRequest
 
 
 @pytest.fixture

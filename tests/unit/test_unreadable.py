@@ -17,7 +17,7 @@ from megascale.monitor.metrics import read_rows
 from megascale.parsing import MOST_ROW_BYTES, read_json, read_json_rows, read_yaml_text
 from megascale.reading import open_regular, read_whole
 from megascale.runtime.files import open_lock, open_to_append
-from megascale.runtime.together import error_bytes, error_from
+from megascale.runtime.first_rank import error_bytes, error_from
 
 ROOT = Path(__file__).parents[2]
 EVENT = '{"time": "2026-01-01T00:00:00+00:00", "event": "start", "step": 0}\n'

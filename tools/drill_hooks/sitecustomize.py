@@ -37,7 +37,7 @@ def _change_step(step):
 
 def _spoil_gradients(step):
     finish, every = step.finalize_model_grads, int(os.environ["DRILL_NAN_EVERY"])
-    from megascale.runtime.pulse import STEP, pulse
+    from megascale.runtime.heartbeat import STEP, pulse
 
     def finalize_model_grads(models, *given, **named):
         finish(models, *given, **named)
