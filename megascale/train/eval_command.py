@@ -14,9 +14,9 @@ from megascale.runtime.outputs import Output, json_of, require_outputs
 from megascale.train.export_command import SPECIAL_IDS
 
 if TYPE_CHECKING:
-    from megascale.checkpoint.huggingface.kept import Kept
     from megascale.checkpoint.load import Found
-    from megascale.train.score_text import TextScorer, TextTokens
+    from megascale.convert.huggingface.kept import Kept
+    from megascale.convert.score_text import TextScorer, TextTokens
 
 MOST_TOKENS = 256
 """Of a continuation whose task says nothing, as lm-eval has it."""
@@ -47,10 +47,10 @@ def run_eval(args: argparse.Namespace) -> int:
     from megascale.runtime import distributed
 
     distributed.prepare_device("auto")
-    from megascale.checkpoint.huggingface.kept import Kept
     from megascale.checkpoint.load import find_at
-    from megascale.train.one_rank import open_model, run_config
-    from megascale.train.score_text import TextScorer
+    from megascale.convert.huggingface.kept import Kept
+    from megascale.convert.one_rank import open_model, run_config
+    from megascale.convert.score_text import TextScorer
     from megascale.train.start import home_of
 
     if args.limit is not None and args.limit < 1:
@@ -88,11 +88,11 @@ def text_tokens(found: Found, config: Any, given: str | None) -> TextTokens:
     where it has none. It ends with the id that ends documents, or with an `eos_token_id` that an
     import has kept. Raises UserError.
     """
+    from megascale.convert.score_text import TextTokens
     from megascale.corpus.describe import CORPUS_FILE
     from megascale.corpus.tokenizers import load_hf, load_tokenizer
     from megascale.infowindow.tokenizer import InfoWindowTokenizer
     from megascale.train.export_command import load_theirs, require_known, tokenizer_folder
-    from megascale.train.score_text import TextTokens
 
     folder = tokenizer_folder(found, config, given)
     if folder is None:
@@ -116,8 +116,8 @@ def text_tokens(found: Found, config: Any, given: str | None) -> TextTokens:
 
 def _kept_ends(found: Found, folder: Path, vocab_size: int) -> Iterator[int]:
     """The ids that end a text by what an import has kept, unless `folder` has another tokenizer."""
-    from megascale.checkpoint.huggingface.kept import Kept
-    from megascale.checkpoint.huggingface.tokenizer import relation
+    from megascale.convert.huggingface.kept import Kept
+    from megascale.convert.huggingface.tokenizer import relation
     from megascale.train.start import home_of
 
     kept = Kept.of(home_of(found.folder.resolve()))

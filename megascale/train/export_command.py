@@ -13,8 +13,8 @@ from megascale.errors import UserError
 from megascale.train.import_command import add_check_arguments, check_tokens
 
 if TYPE_CHECKING:
-    from megascale.checkpoint.huggingface.kept import Kept
     from megascale.checkpoint.load import Found
+    from megascale.convert.huggingface.kept import Kept
 
 SHARD_BYTES = "4Gi"
 SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
@@ -59,11 +59,11 @@ def run_export(args: argparse.Namespace) -> int:
 
 def _convert(found: Found, out: Path, shard_bytes: int, args: argparse.Namespace) -> list[str]:
     """Write the model folder; what there is to say."""
-    from megascale.checkpoint.huggingface.files import write_files
-    from megascale.checkpoint.huggingface.weights import export_shapes, export_tensors
     from megascale.checkpoint.tensors import Tensors
-    from megascale.train.compare_logits import compare_logits, require_close
-    from megascale.train.one_rank import run_config
+    from megascale.convert.compare_logits import compare_logits, require_close
+    from megascale.convert.huggingface.files import write_files
+    from megascale.convert.huggingface.weights import export_shapes, export_tensors
+    from megascale.convert.one_rank import run_config
 
     config, stored = run_config(found), Tensors(found)
     shapes = export_shapes(config.model)
@@ -90,10 +90,10 @@ def write_settings(
     `source` is where the tokenizer comes from. Raises UserError where no family has such a model,
     and where the tokenizer has ids that it lacks.
     """
-    from megascale.checkpoint.huggingface.config import config_of
-    from megascale.checkpoint.huggingface.kept import Kept
-    from megascale.checkpoint.huggingface.merge import merged_config
-    from megascale.checkpoint.huggingface.tokenizer import raise_max_length, write_tokenizer
+    from megascale.convert.huggingface.config import config_of
+    from megascale.convert.huggingface.kept import Kept
+    from megascale.convert.huggingface.merge import merged_config
+    from megascale.convert.huggingface.tokenizer import raise_max_length, write_tokenizer
     from megascale.train.start import home_of
 
     kept, context_tokens = Kept.of(home_of(found.folder.resolve())), config.data.context_tokens
@@ -113,8 +113,8 @@ def tokenizer_folder(found: Found, config: RunConfig, given: str | None) -> Path
 
     Raises UserError for a corpus of the run that is not what the run has read.
     """
-    from megascale.checkpoint.huggingface.kept import KEPT
-    from megascale.checkpoint.huggingface.tokenizer import has_tokenizer
+    from megascale.convert.huggingface.kept import KEPT
+    from megascale.convert.huggingface.tokenizer import has_tokenizer
     from megascale.corpus.describe import CORPUS_FILE, TOKENIZER_FOLDER
     from megascale.train.start import home_of
 
@@ -180,7 +180,7 @@ def write_configs(theirs: Any, out: Path, source: Path | None) -> None:
     """
     from transformers import GenerationConfig
 
-    from megascale.checkpoint.huggingface.config import write_config
+    from megascale.convert.huggingface.config import write_config
 
     if source is not None:
         ids = _ids_of(out, theirs.vocab_size, source)
@@ -196,9 +196,9 @@ def write_kept(kept: Kept, document: dict[str, Any], source: Path | None, out: P
     Ids that begin and end a text are those of the import, unless `source` has another tokenizer.
     Raises UserError where it has ids that the model lacks.
     """
-    from megascale.checkpoint.huggingface.documents import CONFIG, GENERATION, write_document
-    from megascale.checkpoint.huggingface.kept import POSITIONS, without_unknown_ids
-    from megascale.checkpoint.huggingface.tokenizer import (
+    from megascale.convert.huggingface.documents import CONFIG, GENERATION, write_document
+    from megascale.convert.huggingface.kept import POSITIONS, without_unknown_ids
+    from megascale.convert.huggingface.tokenizer import (
         has_same_settings,
         raise_max_length,
         relation,
@@ -252,7 +252,7 @@ def _ids_of(out: Path, model_ids: int, source: Path) -> dict[str, Any]:
 
     Raises UserError where it cannot be loaded or has ids that the model lacks.
     """
-    from megascale.checkpoint.huggingface.tokenizer import INFOWINDOW_CLASS
+    from megascale.convert.huggingface.tokenizer import INFOWINDOW_CLASS
 
     # the only code there is our own, which was just written
     tokenizer = load_theirs(out, runs_code=(out / INFOWINDOW_CLASS.name).is_file())

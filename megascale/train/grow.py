@@ -11,7 +11,6 @@ from math import prod
 from pathlib import Path
 
 from megascale.checkpoint.folder import whole_or_not_at_all
-from megascale.checkpoint.huggingface.tokenizer import copy_tokenizer
 from megascale.checkpoint.load import Found
 from megascale.checkpoint.manifest import Position
 from megascale.checkpoint.tensors import Piece, Tensors, fill_checkpoint
@@ -21,6 +20,7 @@ from megascale.config import (
     dump_config,
     parse_config,
 )
+from megascale.convert.huggingface.tokenizer import copy_tokenizer
 from megascale.corpus.batches import Cursor
 from megascale.corpus.describe import TOKENIZER_FOLDER
 from megascale.errors import UserError

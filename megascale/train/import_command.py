@@ -68,14 +68,14 @@ def _convert(source: Path, out: Path, args: argparse.Namespace) -> list[str]:
     """Write the checkpoint; what there is to say."""
     import torch
 
-    from megascale.checkpoint.huggingface.config import import_notes, model_of, read_config
-    from megascale.checkpoint.huggingface.documents import CONFIG
-    from megascale.checkpoint.huggingface.files import ModelFiles
-    from megascale.checkpoint.huggingface.kept import keep
-    from megascale.checkpoint.huggingface.tokenizer import copy_tokenizer
-    from megascale.checkpoint.huggingface.weights import check_files, import_pieces
     from megascale.checkpoint.manifest import Position
     from megascale.checkpoint.tensors import fill_checkpoint
+    from megascale.convert.huggingface.config import import_notes, model_of, read_config
+    from megascale.convert.huggingface.documents import CONFIG
+    from megascale.convert.huggingface.files import ModelFiles
+    from megascale.convert.huggingface.kept import keep
+    from megascale.convert.huggingface.tokenizer import copy_tokenizer
+    from megascale.convert.huggingface.weights import check_files, import_pieces
     from megascale.corpus.describe import TOKENIZER_FOLDER
     from megascale.model.counts import count_parameters
 
@@ -102,7 +102,7 @@ def _convert(source: Path, out: Path, args: argparse.Namespace) -> list[str]:
 
 def _compare(source: Path, out: Path, dtype: object, args: argparse.Namespace) -> object:
     from megascale.checkpoint.load import find_at
-    from megascale.train.compare_logits import compare_logits, require_close
+    from megascale.convert.compare_logits import compare_logits, require_close
 
     difference = compare_logits(source, find_at(out), dtype, check_tokens(args))
     require_close(difference, args.tolerance)

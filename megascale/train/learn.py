@@ -11,6 +11,7 @@ import torch
 from megascale.checkpoint.load import Found
 from megascale.checkpoint.tensors import Tensors
 from megascale.config import Layout, ModelConfig, ParallelConfig, RunConfig
+from megascale.convert.one_rank import for_one_rank, run_config
 from megascale.corpus.batches import Cursor, GlobalBatches
 from megascale.corpus.describe import SourceInfo, describe_source, identity
 from megascale.corpus.shards import Shard
@@ -23,7 +24,6 @@ from megascale.runtime import distributed
 from megascale.runtime.distributed import Ranks
 from megascale.runtime.environment import world_from_environment
 from megascale.train.describe import plan_lengths
-from megascale.train.one_rank import for_one_rank, run_config
 from megascale.train.replay import part_seen
 from megascale.train.resume import compare_sources
 from megascale.train.step import Learner, run_micro_batches

@@ -11,10 +11,10 @@ from shlex import quote
 from typing import TYPE_CHECKING, Any
 
 from megascale.checkpoint.folder import EMERGENCY, checkpoints_dir, copies_name, steps_in
-from megascale.checkpoint.huggingface.kept import pass_on
 from megascale.checkpoint.load import Found, find_at, find_before, folder_at, read_manifest
 from megascale.checkpoint.manifest import MANIFEST, Position
 from megascale.config import RunConfig, StartConfig, dump_config, load_config, parse_config
+from megascale.convert.huggingface.kept import pass_on
 from megascale.errors import UserError
 from megascale.optim.schedule import lr_at
 from megascale.parsing import is_path, parse_yaml, read_json

@@ -194,10 +194,10 @@ def freeze(run: Path) -> M1:
 
     Raises UserError for a model that M1's arithmetic does not know.
     """
-    from megascale.checkpoint.huggingface.weights import export_tensors
     from megascale.checkpoint.load import find_at
     from megascale.checkpoint.tensors import Tensors
-    from megascale.train.one_rank import run_config
+    from megascale.convert.huggingface.weights import export_tensors
+    from megascale.convert.one_rank import run_config
 
     found = find_at(run)
     config = run_config(found)

@@ -338,7 +338,7 @@ def tokenizer_file(rng: Rng, scene: Scene) -> None:
 @reader(5)
 def model_config(rng: Rng, scene: Scene) -> None:
     """config.json of a Hugging Face model."""
-    from megascale.checkpoint.huggingface.config import model_of, read_config
+    from megascale.convert.huggingface.config import model_of, read_config
 
     value = rng.choice((LLAMA, QWEN_MOE))
     path = written(scene, "model/config.json", mutate.json_bytes(rng, value))
@@ -348,8 +348,8 @@ def model_config(rng: Rng, scene: Scene) -> None:
 @reader(3)
 def model_index(rng: Rng, scene: Scene) -> None:
     """The index of a Hugging Face model."""
-    from megascale.checkpoint.huggingface.files import INDEX as NAME
-    from megascale.checkpoint.huggingface.files import _listed
+    from megascale.convert.huggingface.files import INDEX as NAME
+    from megascale.convert.huggingface.files import _listed
 
     for name, file in _listed(
         written(scene, f"model/{NAME}", mutate.json_bytes(rng, INDEX)).parent

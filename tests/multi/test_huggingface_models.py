@@ -72,7 +72,7 @@ def round_trip(folder, family, shard_bytes):
     from transformers import AutoModelForCausalLM
 
     from megascale.checkpoint.load import find_at
-    from megascale.train.one_rank import open_model
+    from megascale.convert.one_rank import open_model
 
     first, ours, back = folder / "hf", folder / "ours", folder / "back"
     make(first, family, shard_bytes)
@@ -106,13 +106,13 @@ def losses_from(folder, overrides):
     """Summed losses of random sequences by the weights of a checkpoint, in any layout."""
     from dataclasses import replace
 
-    from megascale.checkpoint.huggingface.config import complete
     from megascale.checkpoint.load import find_at, restore
     from megascale.config import parse_config
+    from megascale.convert.huggingface.config import complete
+    from megascale.convert.one_rank import run_config
     from megascale.mesh.packing import TokenSequence, pack
     from megascale.model.build import build_model, pack_multiple
     from megascale.runtime import distributed
-    from megascale.train.one_rank import run_config
     from megascale.train.step import Learner, evaluate
 
     found = find_at(folder)
@@ -225,7 +225,7 @@ def trained(ranks, world, corpus, folder, *overrides):
 
 
 def make_with_tokenizer(folder, corpus):
-    from megascale.checkpoint.huggingface.tokenizer import write_tokenizer
+    from megascale.convert.huggingface.tokenizer import write_tokenizer
 
     make(folder, "llama", vocab_size=257)
     write_tokenizer(corpus, folder, 64)

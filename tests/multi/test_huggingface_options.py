@@ -158,7 +158,7 @@ def imported(folder, kind, cases):
     import torch
 
     from megascale.checkpoint.load import find_at
-    from megascale.train.compare_logits import compare_logits
+    from megascale.convert.compare_logits import compare_logits
 
     found = []
     for place, options in enumerate(cases):
@@ -191,7 +191,7 @@ def test_options_of_a_family_are_read_and_those_of_others_ignored(ranks, tmp_pat
 
 
 def refusals(folder, kind, cases):
-    from megascale.checkpoint.huggingface.config import model_of, read_config
+    from megascale.convert.huggingface.config import model_of, read_config
     from megascale.errors import UserError
 
     said = []
@@ -219,7 +219,7 @@ def check_with(folder, changes, most_tokens=None):
     import torch
 
     from megascale.checkpoint.load import find_at
-    from megascale.train.compare_logits import compare_logits
+    from megascale.convert.compare_logits import compare_logits
 
     config = folder / "hf/config.json"
     before = config.read_text()
@@ -258,14 +258,14 @@ def test_the_check_reaches_beyond_windows_and_the_context_of_rope(ranks, tmp_pat
 
 def bounds():
     from megascale.config import ModelConfig
-    from megascale.train.compare_logits import affordable_tokens
+    from megascale.convert.compare_logits import affordable_tokens
 
     large = ModelConfig(num_layers=32, hidden_size=4096, num_heads=32, num_kv_heads=8)
     small = ModelConfig(num_layers=2, hidden_size=64, num_heads=2, num_kv_heads=2)
     from dataclasses import replace
 
-    from megascale.checkpoint.huggingface.config import complete
     from megascale.config import RunConfig
+    from megascale.convert.huggingface.config import complete
 
     def model(config, vocab):
         return complete(RunConfig(model=replace(config, vocab_size=vocab))).model

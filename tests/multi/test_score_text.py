@@ -18,7 +18,7 @@ LENGTHS = [0, 1, 31, 32, 33, 63, 64, 65, 95, 96, 97, 101, 128, 300]
 
 def make_both(folder):
     """A random model with a tokenizer of bytes in `hf`, and its import in `ours`."""
-    from megascale.checkpoint.huggingface.tokenizer import write_tokenizer
+    from megascale.convert.huggingface.tokenizer import write_tokenizer
 
     lines = [json.dumps({"text": f"Some text, line {i}."}) for i in range(20)]
     (folder / "texts.jsonl").write_text("\n".join(lines) + "\n")
@@ -45,9 +45,9 @@ def ask(folder, kind, arguments, batch_size=1, add_bos_token=None, context=CONTE
     from lm_eval.models.huggingface import HFLM
 
     from megascale.checkpoint.load import find_at
+    from megascale.convert.one_rank import open_model, run_config
+    from megascale.convert.score_text import TextScorer
     from megascale.train.eval_command import lm_eval_model, text_tokens
-    from megascale.train.one_rank import open_model, run_config
-    from megascale.train.score_text import TextScorer
 
     requests = [Instance(kind, {}, words, i) for i, words in enumerate(arguments)]
     found = find_at(folder / "ours")
@@ -120,9 +120,9 @@ def judge_windows(folder, context, choice):
 
 def ask_us(folder, pairs):
     from megascale.checkpoint.load import find_at
+    from megascale.convert.one_rank import open_model, run_config
+    from megascale.convert.score_text import TextScorer
     from megascale.train.eval_command import text_tokens
-    from megascale.train.one_rank import open_model, run_config
-    from megascale.train.score_text import TextScorer
 
     found = find_at(folder / "ours")
     tokens = text_tokens(found, run_config(found), None)
@@ -162,8 +162,8 @@ def make_ending(folder):
 
 def end_ids(folder, tokenizer=None):
     from megascale.checkpoint.load import find_at
+    from megascale.convert.one_rank import run_config
     from megascale.train.eval_command import text_tokens
-    from megascale.train.one_rank import run_config
 
     found = find_at(folder)
     return text_tokens(found, run_config(found), tokenizer).end_ids

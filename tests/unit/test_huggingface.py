@@ -41,8 +41,8 @@ def hf():
     from megascale.runtime import distributed
 
     distributed.prepare_device("cpu")
-    from megascale.checkpoint import huggingface
-    from megascale.checkpoint.huggingface import config, files, tokenizer, weights
+    from megascale.convert import huggingface
+    from megascale.convert.huggingface import config, files, tokenizer, weights
 
     assert huggingface.__doc__ and config and files and tokenizer and weights
     return huggingface

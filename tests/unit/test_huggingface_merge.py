@@ -31,8 +31,8 @@ def kept(hf, folder, model, **stated):  # noqa: F811
 
 def merged(hf, folder, before, after, context_tokens=64, **stated):  # noqa: F811
     """The document, and the model that it is read as."""
-    from megascale.checkpoint.huggingface.kept import Kept
-    from megascale.checkpoint.huggingface.merge import merged_config
+    from megascale.convert.huggingface.kept import Kept
+    from megascale.convert.huggingface.merge import merged_config
 
     known = Kept.of(kept(hf, folder, before, **stated))
     document = merged_config(known, final(hf, after), context_tokens, "bfloat16")
@@ -105,7 +105,7 @@ def test_what_has_changed_wins(hf, tmp_path, before, after, stated, kind):  # no
 
 
 def test_a_longer_context_of_training_counts(hf, tmp_path):  # noqa: F811
-    from megascale.checkpoint.huggingface.kept import Kept, pass_on
+    from megascale.convert.huggingface.kept import Kept, pass_on
 
     document, _ = merged(hf, tmp_path, PLAIN, PLAIN, context_tokens=600)
     assert document["max_position_embeddings"] == 600
@@ -142,8 +142,8 @@ def inverse_frequencies(config):
 @pytest.mark.parametrize("contexts", [[64], [8192], [2048, 64], [2048, 8192, 64], [600, 600]])
 def test_angles_stay_whatever_the_context_becomes(hf, tmp_path, stated, contexts):  # noqa: F811
     """Scaled angles depend on the context of the import where it states no other number."""
-    from megascale.checkpoint.huggingface.kept import Kept, pass_on
-    from megascale.checkpoint.huggingface.merge import merged_config
+    from megascale.convert.huggingface.kept import Kept, pass_on
+    from megascale.convert.huggingface.merge import merged_config
 
     def read(folder):
         return hf.config.read_config(folder), folder / "config.json"
@@ -176,7 +176,7 @@ def test_code_of_the_imported_folder_is_not_spoken_of(hf, tmp_path):  # noqa: F8
 
 @pytest.mark.parametrize("text", ["[]", "{", None])
 def test_what_was_kept_must_be_readable(hf, tmp_path, text):  # noqa: F811
-    from megascale.checkpoint.huggingface.kept import Kept
+    from megascale.convert.huggingface.kept import Kept
 
     kept(hf, tmp_path, PLAIN)
     path = tmp_path / "imported/config.json"
@@ -198,7 +198,7 @@ def test_a_tokenizer_that_only_its_own_code_reads_is_compared_by_its_files(hf, t
 
 
 def test_what_was_kept_says_how_long_its_context_is(hf, tmp_path):  # noqa: F811
-    from megascale.checkpoint.huggingface.kept import Kept
+    from megascale.convert.huggingface.kept import Kept
 
     kept(hf, tmp_path, PLAIN, max_position_embeddings=None)
     with pytest.raises(UserError, match="lacks max_position_embeddings; import the model again"):

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from toy_m1 import random_m1, small_book
 
 from megascale.cli import main
+from megascale.convert.score_text import TextScorer, TextTokens
 from megascale.corpus.describe import describe
 from megascale.corpus.shards import Shard
 from megascale.corpus.tokenizer_mark import tokenizer_mark
@@ -17,7 +18,6 @@ from megascale.corpus.tokenizers import load_tokenizer
 from megascale.errors import UserError
 from megascale.infowindow.codebook import Codebook
 from megascale.infowindow.tokenizer import CODEBOOK_FILE, InfoWindowTokenizer
-from megascale.train.score_text import TextScorer, TextTokens
 
 TEXTS = ["def f(x):\n\treturn x\r\n", "Größe 漢字 \U0001f600\x00\x7f ", "a  b", "<|endoftext|>"]
 
@@ -204,7 +204,7 @@ def test_windows_without_a_dictionary_make_a_corpus_too(tmp_path):
 def test_transformers_loads_what_export_writes(tmp_path, vocabulary):
     from transformers import AutoTokenizer
 
-    from megascale.checkpoint.huggingface.tokenizer import write_tokenizer
+    from megascale.convert.huggingface.tokenizer import write_tokenizer
 
     small_book().save(tmp_path / "b16")
     chosen = f"--tokenizer=infowindow:{tmp_path / 'b16'}"
@@ -232,7 +232,7 @@ def test_transformers_loads_what_export_writes(tmp_path, vocabulary):
 
 
 def test_codes_without_a_dictionary_are_not_exported(tmp_path):
-    from megascale.checkpoint.huggingface.tokenizer import write_tokenizer
+    from megascale.convert.huggingface.tokenizer import write_tokenizer
 
     Codebook.compile(random_m1(layers=1), "ac", 32, print).save(tmp_path / "b32")
     _, corpus = prepare(tmp_path, "corpus", f"--tokenizer=infowindow:{tmp_path / 'b32'}")

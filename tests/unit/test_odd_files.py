@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from megascale.checkpoint import folder as folders
-from megascale.checkpoint.huggingface.config import model_of, read_config
 from megascale.cli import main
+from megascale.convert.huggingface.config import model_of, read_config
 from megascale.corpus.cache import read_numbers
 from megascale.corpus.hugging_face import find_tokenizer
 from megascale.errors import UserError

@@ -87,7 +87,7 @@ def test_a_model_to_import(hostile):
     import numpy as np
     import torch
 
-    from megascale.train.compare_logits import _their_logits
+    from megascale.convert.compare_logits import _their_logits
 
     ids, places = np.zeros((1, 1), dtype=np.int64), np.zeros(1, dtype=np.int64)
     with pytest.raises(UserError, match="transformers cannot run .* contains custom code"):

@@ -8,14 +8,6 @@ from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
-from megascale.checkpoint.huggingface.documents import CONFIG, read_document, write_document
-from megascale.checkpoint.huggingface.families import (
-    BY_LAYER,
-    EVERY_LAYER,
-    FAMILIES,
-    Family,
-    family_of,
-)
 from megascale.checkpoint.storage import one_line
 from megascale.config import (
     DataConfig,
@@ -27,6 +19,14 @@ from megascale.config import (
     finalize,
 )
 from megascale.config.load import checked
+from megascale.convert.huggingface.documents import CONFIG, read_document, write_document
+from megascale.convert.huggingface.families import (
+    BY_LAYER,
+    EVERY_LAYER,
+    FAMILIES,
+    Family,
+    family_of,
+)
 from megascale.errors import UserError
 
 ONLY = {

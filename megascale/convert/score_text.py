@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-from megascale.train.one_rank import OneRankModel
+from megascale.convert.one_rank import OneRankModel
 
 BATCH_TOKENS = 4096
 """Tokens of one pass, or one window where that is longer."""

@@ -11,14 +11,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from megascale.checkpoint.huggingface.config import read_config
 from megascale.checkpoint.load import Found
 from megascale.checkpoint.storage import one_line
 from megascale.config import ModelConfig
+from megascale.convert.huggingface.config import read_config
+from megascale.convert.one_rank import open_model, run_config
 from megascale.errors import UserError
 from megascale.model.counts import count_parameters, padded_vocab_size
 from megascale.runtime import distributed
-from megascale.train.one_rank import open_model, run_config
 
 SEQUENCES, TOKENS = 2, 96
 MOST_POSITIONS = 512

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from typing import Any
 
-from megascale.checkpoint.huggingface.config import (
+from megascale.config import ModelConfig
+from megascale.convert.huggingface.config import (
     architecture_of,
     config_from,
     model_of,
     options_of,
     rope_for_all,
 )
-from megascale.checkpoint.huggingface.documents import CONFIG
-from megascale.checkpoint.huggingface.families import family_of
-from megascale.checkpoint.huggingface.kept import POSITIONS, Kept
-from megascale.config import ModelConfig
+from megascale.convert.huggingface.documents import CONFIG
+from megascale.convert.huggingface.families import family_of
+from megascale.convert.huggingface.kept import POSITIONS, Kept
 
 ROPE = (
     "rope_parameters",

@@ -8,7 +8,7 @@ import shutil
 from pathlib import Path
 from typing import Any, Literal
 
-from megascale.checkpoint.huggingface.documents import read_document, write_document
+from megascale.convert.huggingface.documents import read_document, write_document
 from megascale.corpus.describe import CORPUS_FILE, TOKENIZER_FOLDER
 from megascale.corpus.hugging_face import read_backend
 from megascale.corpus.tokenizers import EOD_TEXT, TOKENIZER_FILE, Tokenizer, load_tokenizer

@@ -11,9 +11,9 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from megascale.checkpoint.huggingface.config import complete
 from megascale.checkpoint.load import Found, begin_from
 from megascale.config import ModelConfig, RunConfig, TrainConfig, parse_config
+from megascale.convert.huggingface.config import complete
 from megascale.errors import UserError
 from megascale.mesh.packing import TokenSequence, pack
 from megascale.model.build import build_model
