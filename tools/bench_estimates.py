@@ -84,8 +84,8 @@ class Trial:
         from megascale.model.balance import BalancedRouter
         from megascale.model.build import build_model, pack_multiple
         from megascale.optim.build import build_optimizer
+        from megascale.run.describe import cost_model
         from megascale.runtime import distributed
-        from megascale.train.describe import cost_model
         from megascale.train.step import Learner
 
         self.domains = list(corpora(folder, DOMAINS))

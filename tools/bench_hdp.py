@@ -120,8 +120,8 @@ class Bench:
     def __init__(self, world: int) -> None:
         from megascale.mesh.reader import MicroBatchReader, TokenSource
         from megascale.model.build import pack_multiple
+        from megascale.run.describe import cost_model
         from megascale.runtime import distributed
-        from megascale.train.describe import cost_model
 
         self.capacity = CAPACITY[world]
         overrides = [f"planner.capacity_tokens={self.capacity}"]

@@ -20,11 +20,11 @@ from megascale.errors import UserError
 from megascale.optim import steplaw
 from megascale.planner.fit import GOOD_ERROR, Fit, fit_cost, fit_table, write_cost
 from megascale.resilience.local_ranks import RankJob, as_rank, megascale, rank_count, run_ranks
+from megascale.run.preflight import check_ranks
 from megascale.runtime.files import write_output
 from megascale.runtime.outputs import Output, json_of, picture, require_outputs
 from megascale.runtime.signals import TWIN_S, StopRequest
 from megascale.train.command import add_ranks_argument
-from megascale.train.ready import check_ranks
 
 if TYPE_CHECKING:
     from megascale.runtime.distributed import Ranks
@@ -108,7 +108,7 @@ def _load(path: str, overrides: Sequence[str]) -> RunConfig:
     """The finalized config; its corpora are looked at only where they give the vocabulary."""
     config = steplaw.resolve(load_config(path, overrides))
     if config.model.vocab_size is None:
-        from megascale.train.describe import load_run
+        from megascale.run.describe import load_run
 
         try:
             return load_run(path, overrides)[0]

@@ -70,7 +70,7 @@ def run_train(args: argparse.Namespace) -> int:
 def _start_ranks(args: argparse.Namespace, count: int) -> int:
     asked = StopRequest(echo_s=TWIN_S)
     try:
-        from megascale.train.ready import check_ranks, check_resume, check_run, refuse_used_folder
+        from megascale.run.preflight import check_ranks, check_resume, check_run, refuse_used_folder
 
         check_resume(args.resume)
         config = check_run(args.config, args.overrides)
@@ -92,8 +92,8 @@ def _start_ranks(args: argparse.Namespace, count: int) -> int:
 
 def _train(args: argparse.Namespace) -> int:
     world_from_environment()  # what is wrong there is said before anything is read
-    from megascale.train.describe import load_run
-    from megascale.train.ready import check_resume
+    from megascale.run.describe import load_run
+    from megascale.run.preflight import check_resume
 
     check_resume(args.resume)
     config, sources = load_run(args.config, args.overrides)
@@ -105,8 +105,8 @@ def train_on_device(
     config: RunConfig, sources: Mapping[str, SourceInfo], resume: str | None, command: str
 ) -> bool:
     """Make the device ready and train as `loop.train` does; whether a signal stopped it."""
-    from megascale.train.describe import cost_model
-    from megascale.train.ready import check_emergency
+    from megascale.run.describe import cost_model
+    from megascale.run.preflight import check_emergency
 
     cost_model(config)  # a bad cost file is found before there is a run folder
     if world_from_environment()[1] == 1:  # several ranks tell each other, so that one may speak

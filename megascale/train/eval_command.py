@@ -51,7 +51,7 @@ def run_eval(args: argparse.Namespace) -> int:
     from megascale.convert.huggingface.kept import Kept
     from megascale.convert.one_rank import open_model, run_config
     from megascale.convert.score_text import TextScorer
-    from megascale.train.start import home_of
+    from megascale.run.start import home_of
 
     if args.limit is not None and args.limit < 1:
         raise UserError(f"--limit {args.limit} must be at least 1; leave it out for all questions")
@@ -118,7 +118,7 @@ def _kept_ends(found: Found, folder: Path, vocab_size: int) -> Iterator[int]:
     """The ids that end a text by what an import has kept, unless `folder` has another tokenizer."""
     from megascale.convert.huggingface.kept import Kept
     from megascale.convert.huggingface.tokenizer import relation
-    from megascale.train.start import home_of
+    from megascale.run.start import home_of
 
     kept = Kept.of(home_of(found.folder.resolve()))
     if kept is None or relation(folder, kept.folder) == "other":

@@ -18,9 +18,9 @@ from megascale.mesh.reader import MicroBatchReader, TokenSource
 from megascale.model.balance import ExpertUse
 from megascale.model.build import pack_multiple
 from megascale.planner.plan import StepPlan
+from megascale.run.heldout_sets import scored_sources
 from megascale.runtime.distributed import Ranks
 from megascale.runtime.first_rank import from_first_rank
-from megascale.train.heldout import scored_sources
 from megascale.train.step import Learner, evaluate, look
 
 

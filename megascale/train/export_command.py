@@ -94,7 +94,7 @@ def write_settings(
     from megascale.convert.huggingface.kept import Kept
     from megascale.convert.huggingface.merge import merged_config
     from megascale.convert.huggingface.tokenizer import raise_max_length, write_tokenizer
-    from megascale.train.start import home_of
+    from megascale.run.start import home_of
 
     kept, context_tokens = Kept.of(home_of(found.folder.resolve())), config.data.context_tokens
     if kept is not None:
@@ -116,7 +116,7 @@ def tokenizer_folder(found: Found, config: RunConfig, given: str | None) -> Path
     from megascale.convert.huggingface.kept import KEPT
     from megascale.convert.huggingface.tokenizer import has_tokenizer
     from megascale.corpus.describe import CORPUS_FILE, TOKENIZER_FOLDER
-    from megascale.train.start import home_of
+    from megascale.run.start import home_of
 
     if given is not None:
         return Path(given)
@@ -134,7 +134,7 @@ def tokenizer_folder(found: Found, config: RunConfig, given: str | None) -> Path
 
 def _require_same(name: str, source: SourceConfig, held: str) -> None:
     from megascale.corpus.describe import describe, identity
-    from megascale.train.replay import part_seen
+    from megascale.run.replay import part_seen
 
     try:
         now = identity(part_seen(describe(source.path), source))

@@ -27,17 +27,17 @@ from megascale.errors import UserError
 from megascale.growth.grow import grow, grow_moments
 from megascale.growth.model import Growth
 from megascale.model.counts import count_parameters
-from megascale.runtime.heartbeat import pulse
-from megascale.train.earlier import read_by
-from megascale.train.growing import command_of
-from megascale.train.learn import Learned, learn_maps
-from megascale.train.start import (
+from megascale.run.earlier_runs import read_by
+from megascale.run.growing import command_of
+from megascale.run.start import (
     RATE_TOKENS,
     Origin,
     Parent,
     keep_of_import,
     require_relatives,
 )
+from megascale.runtime.heartbeat import pulse
+from megascale.train.learn import Learned, learn_maps
 
 
 def write_grown(found: Sequence[Found], growth: Growth, out: Path) -> str:

@@ -6,7 +6,7 @@ import argparse
 from functools import partial
 
 from megascale.resilience.launch_command import add_launch_arguments, drive_node
-from megascale.train.ready import check_run
+from megascale.run.preflight import check_run
 
 __all__ = ["add_launch_arguments", "run_launch"]
 

@@ -7,9 +7,9 @@ from pathlib import Path
 
 from megascale.checkpoint.manifest import MANIFEST
 from megascale.errors import UserError
+from megascale.run.lineage import family_of, tree
+from megascale.run.start import LINEAGE
 from megascale.runtime.files import real_path
-from megascale.train.family import family_of, tree
-from megascale.train.start import LINEAGE
 
 
 def add_lineage_arguments(parser: argparse.ArgumentParser) -> None:

@@ -43,6 +43,19 @@ from megascale.monitor.stragglers import slowdown_R
 from megascale.optim.build import build_optimizer
 from megascale.planner.service.ahead import PlansAhead
 from megascale.resilience.spikes import SpikeWatch
+from megascale.run.describe import describe_run, plan_lengths, step_problem
+from megascale.run.earlier_runs import places_told, with_earlier
+from megascale.run.folder import RunFolder, noting_errors
+from megascale.run.growing import require_growth, small_and_grown
+from megascale.run.resume import compare_configs, compare_sources, softmax_changes
+from megascale.run.start import (
+    LINEAGE,
+    Origin,
+    Parent,
+    find_start,
+    keep_of_import,
+    taken_over,
+)
 from megascale.runtime import distributed
 from megascale.runtime.distributed import (
     Ranks,
@@ -55,24 +68,11 @@ from megascale.runtime.first_rank import from_first_rank, on_first_rank
 from megascale.runtime.heartbeat import begin_pulse, pulse
 from megascale.runtime.logs import STARTER_VARIABLE, log_to, say
 from megascale.runtime.signals import ECHO_S, TWIN_S, StopRequest
-from megascale.train.describe import describe_run, plan_lengths, step_problem
-from megascale.train.earlier import places_told, with_earlier
 from megascale.train.evaluate import HeldoutSet, heldout_sets
 from megascale.train.feed import Feed, PlannedBatch, start_plans
-from megascale.train.folder import RunFolder, noting_errors
 from megascale.train.grow import write_grown
-from megascale.train.growing import require_growth, small_and_grown
 from megascale.train.report import Report
-from megascale.train.resume import compare_configs, compare_sources, softmax_changes
 from megascale.train.sample import sample_text
-from megascale.train.start import (
-    LINEAGE,
-    Origin,
-    Parent,
-    find_start,
-    keep_of_import,
-    taken_over,
-)
 from megascale.train.step import Learner, StepResult, train_step
 
 COMPARED_STEPS = 10

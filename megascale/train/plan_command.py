@@ -17,11 +17,11 @@ from megascale.errors import UserError
 from megascale.planner import PLANNERS, CostModel, Problem, StepPlan, timeline
 from megascale.planner.gantt import LEGEND, plot_gantt, text_gantt
 from megascale.planner.plan import Mode
+from megascale.run.describe import cost_model, describe_run, first_step, load_run, static_line
 from megascale.runtime.files import write_output
 from megascale.runtime.outputs import Output, json_of, picture, require_outputs
 from megascale.simulate.cluster import MODELS
 from megascale.simulate.lengths import read_lengths
-from megascale.train.describe import cost_model, describe_run, first_step, load_run, static_line
 
 DEFAULT_MODEL = "7b"
 MOST_RANKS, MOST_STAGES = 131_072, 1024

@@ -31,12 +31,12 @@ from megascale.monitor.metrics import FINISH_S, METRICS_FILE, MetricsWriter, rea
 from megascale.monitor.story import SPENT
 from megascale.monitor.stragglers import IN_A_ROW, RankLog, StragglerWatch
 from megascale.optim.schedule import joints, lr_at
+from megascale.run.folder import RunFolder
+from megascale.run.heldout_sets import changed, evaluations_of, first_scores, in_words
 from megascale.runtime.distributed import Ranks
 from megascale.runtime.logs import say, settle_console
 from megascale.train.evaluate import HeldoutScore
 from megascale.train.feed import PlannedBatch
-from megascale.train.folder import RunFolder
-from megascale.train.heldout import changed, evaluations_of, first_scores, in_words
 from megascale.train.step import StepResult
 
 PROGRESS_S = 30.0

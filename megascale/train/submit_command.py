@@ -23,8 +23,8 @@ from megascale.resilience.slurm import (
     submit,
     time_limit_s,
 )
+from megascale.run.describe import load_run
 from megascale.runtime.files import real_path
-from megascale.train.describe import load_run
 
 MOST_RANKS = 1024
 LEAST_SAVE_S, MOST_SAVE_S = 10, 65_535

@@ -15,7 +15,7 @@ from tiny_corpus import rows, tiny_config
 
 from megascale.errors import RankError, UserError
 from megascale.monitor import lines
-from megascale.train.folder import noting_errors
+from megascale.run.folder import noting_errors
 
 
 @pytest.fixture(scope="module")

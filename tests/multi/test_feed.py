@@ -47,8 +47,8 @@ def open_feed(config, planner, *words, kind=Feed, steps=1000):
     from megascale.corpus.batches import GlobalBatches
     from megascale.corpus.shards import Shard
     from megascale.planner.service.ahead import PlansAhead
+    from megascale.run.describe import load_run, plan_lengths, step_problem
     from megascale.runtime import distributed
-    from megascale.train.describe import load_run, plan_lengths, step_problem
 
     config, sources = load_run(config, [*VARIED, *words])
     ranks = distributed.start(config)

@@ -179,7 +179,7 @@ def test_equal_branches_give_the_dense_model(ranks, tmp_path, experts, model):
 def rate(folder):
     """The learning rate at which the run of a checkpoint stood."""
     from megascale.checkpoint.load import read_manifest
-    from megascale.train.start import rate_of
+    from megascale.run.start import rate_of
 
     return rate_of(read_manifest(folder).position)
 
@@ -346,8 +346,9 @@ def growing_patiently(*words):
 
     import torch
 
+    from megascale.run import folder
     from megascale.runtime.heartbeat import MARKS, pulse
-    from megascale.train import folder, loop
+    from megascale.train import loop
 
     seen = []
 

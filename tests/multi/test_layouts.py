@@ -29,8 +29,8 @@ def train_curve(overrides, steps=20):
     from megascale.model.build import build_model, pack_multiple
     from megascale.optim.build import build_optimizer
     from megascale.planner import Problem, plan_longest_first
+    from megascale.run.describe import cost_model
     from megascale.runtime import distributed
-    from megascale.train.describe import cost_model
     from megascale.train.step import Learner, train_step
 
     config = finalize(parse_config(BASE, overrides), {"random": 10000}, VOCAB)

@@ -32,9 +32,9 @@ def fail(kind):
 
 def ask(config, kind):
     """(what this rank got or met, whether rank 0's traceback is noted, the next collective)."""
+    from megascale.run.describe import load_run
     from megascale.runtime import distributed
     from megascale.runtime.first_rank import from_first_rank, on_first_rank
-    from megascale.train.describe import load_run
 
     ranks, calls, met, notes = distributed.start(load_run(config)[0]), [], [], ""
     for run in (from_first_rank, on_first_rank):
@@ -132,7 +132,7 @@ def test_a_mistake_on_rank_0_is_in_the_log_of_every_rank(ranks, config, tmp_path
 
 def steps_planned(*words):
     """(exit status, how often this rank planned step 0 for the description of the run)."""
-    from megascale.train import describe
+    from megascale.run import describe
 
     with patch.object(describe, "first_step", wraps=describe.first_step) as planned:
         status, _ = command(*words)

@@ -17,8 +17,8 @@ from megascale.monitor.events import read_events
 from megascale.resilience import launch_command
 from megascale.resilience.driver import Node
 from megascale.resilience.failures import Cause, FailureBook
+from megascale.run import folder
 from megascale.runtime import lock
-from megascale.train import folder
 
 
 @pytest.fixture

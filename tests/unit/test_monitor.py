@@ -68,7 +68,7 @@ def test_what_json_cannot_say_is_null(tmp_path: Path, value: float) -> None:
 
 def test_a_first_score_that_was_not_finite_is_none(tmp_path: Path) -> None:
     from megascale.corpus.heldout import HeldoutPart
-    from megascale.train.heldout import evaluations_of, first_scores
+    from megascale.run.heldout_sets import evaluations_of, first_scores
 
     part = HeldoutPart(np.array([[0, 0, 50]]), None, 50, 1)
     assert first_scores(evaluations_of(tmp_path), {"a": part}) == {}
@@ -82,7 +82,7 @@ def test_a_first_score_that_was_not_finite_is_none(tmp_path: Path) -> None:
 
 def test_scores_of_another_part_do_not_compare() -> None:
     from megascale.corpus.heldout import HeldoutPart
-    from megascale.train.heldout import changed, first_scores
+    from megascale.run.heldout_sets import changed, first_scores
 
     part = HeldoutPart(np.array([[0, 0, 50], [3, 7, 40]]), None, 200, 5)
     old = [{"a": {"loss": 5.0, "tokens": 30}}, {"b": {"loss": 1.0, "tokens": 30}}]

@@ -23,8 +23,8 @@ from megascale.monitor.status_command import _ranks, as_json, shown
 from megascale.monitor.story import Session, Story, _overlap, read_heartbeats, read_story
 from megascale.monitor.stragglers import read_slowdowns
 from megascale.resilience.driver import _cause
+from megascale.run.start import origin_of
 from megascale.simulate.lengths import read_lengths
-from megascale.train.start import origin_of
 
 TIME = "2026-11-30T07:15:00+00:00"
 START = {"time": TIME, "event": "start", "began": 1796022900.0, "step": 0, "world": 1}

@@ -22,9 +22,9 @@ from megascale.errors import UserError
 from megascale.model.counts import batch_flops, count_parameters, memory_per_rank
 from megascale.optim.schedule import lr_at
 from megascale.planner import StepPlan
-from megascale.train.describe import cost_model, describe_run, first_step, load_run
+from megascale.run.describe import cost_model, describe_run, first_step, load_run
+from megascale.run.warnings import warnings_of
 from megascale.train.plan_command import add_plan_arguments, run_plan
-from megascale.train.warnings import warnings_of
 
 EOD = 256
 

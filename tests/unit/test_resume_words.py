@@ -5,7 +5,7 @@ import pytest
 from megascale.config import dump_config, finalize, parse_config
 from megascale.config.curves import USED, options_of
 from megascale.errors import UserError
-from megascale.train.resume import compare_configs
+from megascale.run.resume import compare_configs
 
 BASE = """
 model: {vocab_size: 257, num_layers: 2, hidden_size: 32, num_heads: 2}

@@ -7,7 +7,7 @@ import pytest
 from megascale.planner import CostModel, Ring, StepPlan, timeline
 from megascale.planner.gantt import text_gantt
 from megascale.planner.timeline import step_s
-from megascale.train.describe import _pipeline
+from megascale.run.describe import _pipeline
 
 COST = CostModel(a=1e-9, b=1e-5, fixed=2e-3, latency=1e-4, transfer_intra=1e-8, node_size=4)
 RANKS, WAVES = 512, 8

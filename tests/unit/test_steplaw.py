@@ -6,7 +6,7 @@ from megascale.config import dump_config, finalize, parse_config
 from megascale.errors import UserError
 from megascale.model.counts import count_parameters
 from megascale.optim import growth_law, steplaw
-from megascale.train.resume import compare_configs
+from megascale.run.resume import compare_configs
 
 BASE = """
 model: {num_layers: 3, hidden_size: 96, num_heads: 3}

@@ -10,9 +10,10 @@ from tiny_corpus import tiny_config
 
 from megascale.cli import main
 from megascale.resilience.local_ranks import LocalRanks, RankJob, as_rank, rank_count
+from megascale.run import preflight as ready
 from megascale.runtime.logs import STARTER_VARIABLE
 from megascale.runtime.placement import node_name
-from megascale.train import calibrate_command, command, ready
+from megascale.train import calibrate_command, command
 
 
 @pytest.fixture

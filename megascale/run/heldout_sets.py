@@ -11,7 +11,7 @@ from megascale.corpus.describe import SourceInfo
 from megascale.corpus.heldout import HeldoutPart, spans_of
 from megascale.corpus.shards import Shard
 from megascale.monitor.metrics import METRICS_FILE, read_rows
-from megascale.train.earlier import PREFIX
+from megascale.run.earlier_runs import PREFIX
 
 
 def scored_sources(

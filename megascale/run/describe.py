@@ -34,19 +34,19 @@ from megascale.optim import steplaw
 from megascale.optim.schedule import joints, lr_at
 from megascale.planner import PLANNERS, CostModel, OffloadModel, Problem, StepPlan, timeline
 from megascale.planner.gantt import LEGEND, text_gantt
-from megascale.train.earlier import unwatched, with_earlier
-from megascale.train.growing import small_and_grown
-from megascale.train.heldout import foreseen
-from megascale.train.replay import part_seen, with_replay_blend
-from megascale.train.same_tokenizer import require_same_tokenizer, warn_if_tokenizers_differ
-from megascale.train.start import (
+from megascale.run.earlier_runs import unwatched, with_earlier
+from megascale.run.growing import small_and_grown
+from megascale.run.heldout_sets import foreseen
+from megascale.run.replay import part_seen, with_replay_blend
+from megascale.run.same_tokenizer import require_same_tokenizer, warn_if_tokenizers_differ
+from megascale.run.start import (
     model_of_start,
     require_model,
     start_of,
     warn_if_rate_jumps,
     with_rate_of_start,
 )
-from megascale.train.warnings import warnings_of
+from megascale.run.warnings import warnings_of
 
 
 def load_run(

@@ -12,7 +12,7 @@ from megascale.config import EarlierConfig, ReadConfig, RunConfig, SourceConfig,
 from megascale.corpus.batches import Cursor, SourceCursor
 from megascale.corpus.describe import describe_source, identity
 from megascale.errors import UserError
-from megascale.train.start import begun_run
+from megascale.run.start import begun_run
 
 PREFIX = "replay/"
 

@@ -9,9 +9,9 @@ from pathlib import Path
 from megascale.checkpoint.folder import make_copies_folder
 from megascale.config import Layout, RunConfig
 from megascale.errors import UserError
+from megascale.run.describe import cost_model, load_run
 from megascale.runtime.files import broken_link
 from megascale.runtime.placement import node_name
-from megascale.train.describe import cost_model, load_run
 
 GPU_FILES = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")
 """Of the drivers of GPUs; where none of them is there, torch need not be asked for devices."""

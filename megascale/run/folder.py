@@ -15,12 +15,12 @@ from megascale.errors import UserError, reason
 from megascale.monitor.events import EVENTS_FILE, EventLog, at, read_events
 from megascale.monitor.metrics import last_step
 from megascale.resilience.driver import is_driven
+from megascale.run.preflight import refuse_lost_folder, refuse_used_folder
 from megascale.runtime.distributed import Ranks
 from megascale.runtime.files import open_lock, open_to_append, write_file
 from megascale.runtime.first_rank import on_first_rank
 from megascale.runtime.lock import HELD_S, RUN_LOCK, hold, lock_within
 from megascale.runtime.logs import note_failure
-from megascale.train.ready import refuse_lost_folder, refuse_used_folder
 
 ENDS = ("stop", "error")
 """Events with which a run says that it ends."""

@@ -18,8 +18,8 @@ from megascale.convert.huggingface.kept import pass_on
 from megascale.errors import UserError
 from megascale.optim.schedule import lr_at
 from megascale.parsing import is_path, parse_yaml, read_json
+from megascale.run.resume import changes, same_start
 from megascale.runtime.files import real_path
-from megascale.train.resume import changes, same_start
 
 if TYPE_CHECKING:
     from megascale.runtime.distributed import Ranks
