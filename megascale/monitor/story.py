@@ -302,7 +302,7 @@ def _is_step(row: Mapping[str, Any]) -> bool:
 
 def read_heartbeats(run_dir: Path, now: float) -> Mapping[str, Any] | None:
     """How the ranks were a moment before `now`: `told_s` ago, and `ranks`, each as
-    `resilience.hangs.RankPulse` with the name of its `node`. None where nobody has told lately,
+    `launch.hangs.RankPulse` with the name of its `node`. None where nobody has told lately,
     as without `megascale launch`."""
     try:
         told = read_json(run_dir / HEARTBEATS_FILE)

@@ -17,17 +17,17 @@ from pathlib import Path
 from megascale.config import Layout, RunConfig, load_config
 from megascale.config.load import whole_number
 from megascale.errors import UserError, reason
-from megascale.resilience.board import Board, Ledger, hold_meeting, join_board, serve_board
-from megascale.resilience.channel import (
+from megascale.launch.board import Board, Ledger, hold_meeting, join_board, serve_board
+from megascale.launch.channel import (
     TOKEN_VARIABLE,
     check_token,
     new_token,
     read_token,
     write_token,
 )
-from megascale.resilience.driver import BEAT_S, Driver, Node
-from megascale.resilience.failures import NOT_KEPT, FailureBook
-from megascale.resilience.leader import (
+from megascale.launch.driver import BEAT_S, Driver, Node
+from megascale.launch.failures import NOT_KEPT, FailureBook
+from megascale.launch.leader import (
     AGAIN,
     BAD_INPUT,
     FINISHED,
@@ -37,8 +37,8 @@ from megascale.resilience.leader import (
     Leader,
     Timing,
 )
-from megascale.resilience.local_ranks import ranks_that_fit
-from megascale.resilience.slurm import MOST_NODES, node_range, requeue
+from megascale.launch.local_ranks import ranks_that_fit
+from megascale.launch.slurm import MOST_NODES, node_range, requeue
 from megascale.runtime.files import open_lock
 from megascale.runtime.lock import HELD_S, JOB_LOCK, hold
 from megascale.runtime.logs import say

@@ -12,9 +12,9 @@ from typing import IO
 from megascale.checkpoint.folder import checkpoints_dir
 from megascale.checkpoint.load import find
 from megascale.errors import UserError, reason
+from megascale.launch.driver import is_driven
 from megascale.monitor.events import EVENTS_FILE, EventLog, at, read_events
 from megascale.monitor.metrics import last_step
-from megascale.resilience.driver import is_driven
 from megascale.run.preflight import refuse_lost_folder, refuse_used_folder
 from megascale.runtime.distributed import Ranks
 from megascale.runtime.files import open_lock, open_to_append, write_file

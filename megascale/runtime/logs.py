@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 STARTER_VARIABLE = "MEGASCALE_STARTER"
-"""Id of the process that started this rank and speaks for it; set by `resilience.local_ranks`."""
+"""Id of the process that started this rank and speaks for it; set by `launch.local_ranks`."""
 
 
 def log_to(folder: Path, rank: int) -> None:

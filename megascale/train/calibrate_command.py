@@ -17,9 +17,9 @@ import numpy as np
 
 from megascale.config import RunConfig, dump_config, finalize, load_config
 from megascale.errors import UserError
+from megascale.launch.local_ranks import RankJob, as_rank, megascale, rank_count, run_ranks
 from megascale.optim import steplaw
 from megascale.planner.fit import GOOD_ERROR, Fit, fit_cost, fit_table, write_cost
-from megascale.resilience.local_ranks import RankJob, as_rank, megascale, rank_count, run_ranks
 from megascale.run.preflight import check_ranks
 from megascale.runtime.files import write_output
 from megascale.runtime.outputs import Output, json_of, picture, require_outputs

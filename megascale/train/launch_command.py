@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from functools import partial
 
-from megascale.resilience.launch_command import add_launch_arguments, drive_node
+from megascale.launch.launch_command import add_launch_arguments, drive_node
 from megascale.run.preflight import check_run
 
 __all__ = ["add_launch_arguments", "run_launch"]

@@ -42,7 +42,6 @@ from megascale.monitor.speeds import RankSpeeds
 from megascale.monitor.stragglers import slowdown_R
 from megascale.optim.build import build_optimizer
 from megascale.planner.service.ahead import PlansAhead
-from megascale.resilience.spikes import SpikeWatch
 from megascale.run.describe import describe_run, plan_lengths, step_problem
 from megascale.run.earlier_runs import places_told, with_earlier
 from megascale.run.folder import RunFolder, noting_errors
@@ -73,6 +72,7 @@ from megascale.train.feed import Feed, PlannedBatch, start_plans
 from megascale.train.grow import write_grown
 from megascale.train.report import Report
 from megascale.train.sample import sample_text
+from megascale.train.spikes import SpikeWatch
 from megascale.train.step import Learner, StepResult, train_step
 
 COMPARED_STEPS = 10

@@ -14,8 +14,7 @@ from megascale.config import Layout, RunConfig, load_config
 from megascale.config.load import whole_number
 from megascale.corpus.recipe import load_recipe
 from megascale.errors import UserError
-from megascale.reading import MOST_TEXT_BYTES, read_whole
-from megascale.resilience.slurm import (
+from megascale.launch.slurm import (
     MOST_NODES,
     BatchJob,
     node_range,
@@ -23,6 +22,7 @@ from megascale.resilience.slurm import (
     submit,
     time_limit_s,
 )
+from megascale.reading import MOST_TEXT_BYTES, read_whole
 from megascale.run.describe import load_run
 from megascale.runtime.files import real_path
 

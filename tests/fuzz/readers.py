@@ -306,7 +306,7 @@ def heartbeats(rng: Rng, scene: Scene) -> None:
 @reader(3)
 def verdict(rng: Rng, scene: Scene) -> None:
     """Why ranks ended, as their agent wrote it."""
-    from megascale.resilience.driver import _cause
+    from megascale.launch.driver import _cause
 
     value = {"error": "RuntimeError: x", "time": 1796022955.0, "rank": 1, "node": "n0"}
     cause = _cause(1, written(scene, "case.json", mutate.json_bytes(rng, value)))

@@ -142,7 +142,7 @@ RANK = """
 import os, signal, sys, threading
 from pathlib import Path
 from megascale.errors import RankError, UserError
-from megascale.resilience.local_ranks import as_rank
+from megascale.launch.local_ranks import as_rank
 from megascale.runtime.signals import TWIN_S, StopRequest
 from megascale.cli import _complain
 
@@ -175,7 +175,7 @@ except UserError as error:
 STARTER = """
 import sys
 from pathlib import Path
-from megascale.resilience.local_ranks import RankJob, run_ranks
+from megascale.launch.local_ranks import RankJob, run_ranks
 from megascale.runtime.signals import TWIN_S, StopRequest
 folder = Path(sys.argv[1])
 command = (sys.executable, str(folder / "rank.py"), str(folder), sys.argv[2])
@@ -264,7 +264,7 @@ def test_the_store_of_ranks_that_ends_is_said(start):
     [store] = [
         process
         for process in psutil.Process(started.process.pid).children()
-        if "megascale.resilience.meeting" in process.cmdline()
+        if "megascale.launch.meeting" in process.cmdline()
     ]
     store.kill()
     line = "megascale: the store on which ranks meet has ended: it was killed; go on with: x"

@@ -76,7 +76,7 @@ def test_a_mistake_reaches_every_rank_with_its_traceback(ranks, config):
 
 
 def test_other_ranks_are_not_to_blame():
-    from megascale.resilience.failures import Cause, culprit
+    from megascale.launch.failures import Cause, culprit
 
     follower = Cause("FirstRankError: on rank 0: ZeroDivisionError: a mistake", 1.0, rank=1)
     first = Cause("ZeroDivisionError: a mistake", 2.0, rank=0)

@@ -12,10 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megascale.errors import UserError
-from megascale.resilience import channel
-from megascale.resilience.board import Answer, Board, Ledger, fits, join_board, serve_board
-from megascale.resilience.channel import HEADER, MAGIC, Client, Server, check_token, listen
-from megascale.resilience.failures import Cause
+from megascale.launch import channel
+from megascale.launch.board import Answer, Board, Ledger, fits, join_board, serve_board
+from megascale.launch.channel import HEADER, MAGIC, Client, Server, check_token, listen
+from megascale.launch.failures import Cause
 
 TOKEN = "0123456789abcdef" * 4
 JSON = st.recursive(

@@ -4,10 +4,8 @@ import json
 
 import pytest
 
-from megascale.monitor.events import EventLog
-from megascale.monitor.lines import LineFile
-from megascale.resilience import failures
-from megascale.resilience.failures import (
+from megascale.launch import failures
+from megascale.launch.failures import (
     FAILURES_WITHOUT_A_SAVE,
     KILL,
     KILLS_AT_START,
@@ -18,6 +16,8 @@ from megascale.resilience.failures import (
     culprit,
     verdict,
 )
+from megascale.monitor.events import EventLog
+from megascale.monitor.lines import LineFile
 
 
 def failure(step, error="boom", saved=None):

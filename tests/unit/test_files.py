@@ -14,8 +14,8 @@ from megascale.cli import main
 from megascale.corpus.prepare import prepare
 from megascale.corpus.recipe import InputConfig, Recipe, TokenizerConfig
 from megascale.errors import UserError
-from megascale.resilience import node_check
-from megascale.resilience.channel import read_token, write_token
+from megascale.launch import node_check
+from megascale.launch.channel import read_token, write_token
 from megascale.runtime import files, lock
 from megascale.runtime.abandoned import remove_abandoned
 from megascale.runtime.files import (

@@ -13,11 +13,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megascale.resilience import hangs
-from megascale.resilience.board import Board, Ledger, fits
-from megascale.resilience.failures import FailureBook
-from megascale.resilience.hangs import NodeRanks, RankPulse, SlowWatch, find_hang
-from megascale.resilience.rank_watch import RankWatch
+from megascale.launch import hangs
+from megascale.launch.board import Board, Ledger, fits
+from megascale.launch.failures import FailureBook
+from megascale.launch.hangs import NodeRanks, RankPulse, SlowWatch, find_hang
+from megascale.launch.rank_watch import RankWatch
 from megascale.runtime.heartbeat import (
     COLLECTIVES,
     FOLDER_VARIABLE,
@@ -83,7 +83,7 @@ def test_nobody_hangs_while_anybody_moves():
 @pytest.fixture
 def clock(monkeypatch):
     now = [1000.0]
-    monkeypatch.setattr("megascale.resilience.hangs.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("megascale.launch.hangs.time.monotonic", lambda: now[0])
     return now
 
 
@@ -139,7 +139,7 @@ def test_a_slow_rank_is_not_taken_for_a_hung_one(tmp_path_factory, quiets, every
     """However slow the ranks are and however seldom the driver gets to look."""
     now = [0.0]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("megascale.resilience.hangs.time.monotonic", lambda: now[0])
+        patch.setattr("megascale.launch.hangs.time.monotonic", lambda: now[0])
         folder = tmp_path_factory.mktemp("pages")
         rank, node = Pulse(), NodeRanks(folder, 1, hang_s=10.0)
         rank._page = open_page(folder / "rank0.page")
@@ -183,7 +183,7 @@ class Clock:
 
     def __init__(self, monkeypatch):
         self.now = 0.0
-        monkeypatch.setattr("megascale.resilience.rank_watch.time.monotonic", lambda: self.now)
+        monkeypatch.setattr("megascale.launch.rank_watch.time.monotonic", lambda: self.now)
 
 
 def test_the_leader_has_the_stacks_written_and_tells_why(tmp_path, monkeypatch):

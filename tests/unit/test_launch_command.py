@@ -13,10 +13,10 @@ from tiny_corpus import tiny_config
 
 from megascale.cli import main
 from megascale.errors import UserError
+from megascale.launch import launch_command
+from megascale.launch.driver import Node
+from megascale.launch.failures import Cause, FailureBook
 from megascale.monitor.events import read_events
-from megascale.resilience import launch_command
-from megascale.resilience.driver import Node
-from megascale.resilience.failures import Cause, FailureBook
 from megascale.run import folder
 from megascale.runtime import lock
 
@@ -168,7 +168,7 @@ FULL_DISK = """
 import errno, sys
 from megascale.cli import main
 from megascale.monitor.lines import LineFile
-from megascale.resilience import failures
+from megascale.launch import failures
 
 def full(lines):
     raise OSError(errno.ENOSPC, "No space left on device")

@@ -6,8 +6,7 @@ import time
 import pytest
 
 from megascale.config import parse_config
-from megascale.monitor.events import read_events
-from megascale.resilience.board import (
+from megascale.launch.board import (
     Answer,
     Board,
     BoardLost,
@@ -15,8 +14,9 @@ from megascale.resilience.board import (
     join_board,
     serve_board,
 )
-from megascale.resilience.failures import Cause, FailureBook
-from megascale.resilience.leader import AGAIN, BAD_INPUT, FINISHED, GIVE_UP, Fleet, Leader, Timing
+from megascale.launch.failures import Cause, FailureBook
+from megascale.launch.leader import AGAIN, BAD_INPUT, FINISHED, GIVE_UP, Fleet, Leader, Timing
+from megascale.monitor.events import read_events
 
 QUICK = Timing(join_s=20.0, lost_s=2.0, backoff_s=0.01, reports_s=0.3, farewell_s=0.2, poll_s=0.01)
 KILLED = Cause("killed by SIGKILL", 5.0, rank=1, kind="kill")
@@ -148,7 +148,7 @@ def test_bad_input_that_one_node_alone_meets_is_a_fault_of_the_node(lead):
 
 def test_a_leader_that_was_stopped_takes_nobody_for_lost(tmp_path, monkeypatch):
     clock = [100.0]
-    monkeypatch.setattr("megascale.resilience.leader.time.monotonic", lambda: clock[0])
+    monkeypatch.setattr("megascale.launch.leader.time.monotonic", lambda: clock[0])
     board = Board(Ledger())
     fleet = Fleet(parse_config("{}"), 2, 1, 2, ranks_per_node=1)
     leader = Leader(board, FailureBook([str(tmp_path)], "7"), fleet, Timing(lost_s=4.0))

@@ -9,7 +9,7 @@ import pytest
 
 from megascale.cli import main
 from megascale.errors import UserError
-from megascale.resilience.node_check import check_node
+from megascale.launch.node_check import check_node
 from megascale.runtime import nodes_command, self_test
 from megascale.runtime.nodes import _Board
 from megascale.runtime.placement import meetings, tournament

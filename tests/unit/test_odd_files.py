@@ -14,6 +14,7 @@ from megascale.convert.huggingface.config import model_of, read_config
 from megascale.corpus.cache import read_numbers
 from megascale.corpus.hugging_face import find_tokenizer
 from megascale.errors import UserError
+from megascale.launch.driver import _cause
 from megascale.monitor.events import read_events
 from megascale.monitor.experts import read_shares
 from megascale.monitor.metrics import read_rows
@@ -22,7 +23,6 @@ from megascale.monitor.report_command import render
 from megascale.monitor.status_command import _ranks, as_json, shown
 from megascale.monitor.story import Session, Story, _overlap, read_heartbeats, read_story
 from megascale.monitor.stragglers import read_slowdowns
-from megascale.resilience.driver import _cause
 from megascale.run.start import origin_of
 from megascale.simulate.lengths import read_lengths
 

@@ -39,7 +39,7 @@ MAY_PARSE = {
     "checkpoint/save.py": "the same",
     "checkpoint/load.py": "the same",
     "train/sample.py": "the same",
-    "resilience/channel.py": "signed messages with a limit of their own",
+    "launch/channel.py": "signed messages with a limit of their own",
 }
 
 

@@ -17,9 +17,9 @@ from tiny_corpus import tiny_config
 
 from megascale.cli import main
 from megascale.errors import UserError
-from megascale.resilience import node_check
-from megascale.resilience.node_check import check_node
-from megascale.resilience.slurm import BatchJob, node_range, script_path, time_limit_s
+from megascale.launch import node_check
+from megascale.launch.node_check import check_node
+from megascale.launch.slurm import BatchJob, node_range, script_path, time_limit_s
 from megascale.train.submit_command import sweep_words
 
 EVIL = ["a b", "it's", '"c"', "$(touch pwned)", "`touch pwned`", "back\\slash\\", "#", "", "%j"]

@@ -9,7 +9,7 @@ import torch
 from tiny_corpus import tiny_config
 
 from megascale.cli import main
-from megascale.resilience.local_ranks import LocalRanks, RankJob, as_rank, rank_count
+from megascale.launch.local_ranks import LocalRanks, RankJob, as_rank, rank_count
 from megascale.run import preflight as ready
 from megascale.runtime.logs import STARTER_VARIABLE
 from megascale.runtime.placement import node_name

@@ -9,9 +9,9 @@ from itertools import count
 
 from megascale.config import Layout, RunConfig
 from megascale.errors import UserError
-from megascale.resilience.board import Answer, Board, Order
-from megascale.resilience.failures import FAULT, KILL, MISTAKE, Cause, FailureBook, culprit
-from megascale.resilience.rank_watch import RankWatch
+from megascale.launch.board import Answer, Board, Order
+from megascale.launch.failures import FAULT, KILL, MISTAKE, Cause, FailureBook, culprit
+from megascale.launch.rank_watch import RankWatch
 from megascale.runtime.logs import say
 
 FINISHED, AGAIN, BAD_INPUT, GIVE_UP, LEADERLESS = 0, 1, 2, 3, 4

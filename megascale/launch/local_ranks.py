@@ -25,13 +25,13 @@ import psutil
 
 from megascale.config.load import whole_number
 from megascale.errors import RankError, UserError, plain_file_errors
+from megascale.launch.channel import listen
+from megascale.launch.failures import KILL, Cause, cause_of_rank, culprit
+from megascale.launch.leader import BAD_INPUT
+from megascale.launch.meeting import start_meeting
 from megascale.monitor.events import EventLog, at, read_events
 from megascale.monitor.metrics import last_step
 from megascale.parsing import read_json
-from megascale.resilience.channel import listen
-from megascale.resilience.failures import KILL, Cause, cause_of_rank, culprit
-from megascale.resilience.leader import BAD_INPUT
-from megascale.resilience.meeting import start_meeting
 from megascale.runtime.logs import STARTER_VARIABLE, is_noted, note_failure
 from megascale.runtime.processes import adopt_orphans, die_with_parent, end_descendants
 from megascale.runtime.scratch import scratch_folder

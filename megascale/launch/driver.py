@@ -21,12 +21,12 @@ from pathlib import Path
 from signal import SIGUSR1
 from typing import TypeVar
 
+from megascale.launch.board import Answer, Board, BoardLost, Order
+from megascale.launch.failures import Cause, killed_by
+from megascale.launch.hangs import NodeRanks
+from megascale.launch.leader import FINISHED, LEADERLESS, Leader, Timing
+from megascale.launch.node_check import check_node
 from megascale.parsing import read_json
-from megascale.resilience.board import Answer, Board, BoardLost, Order
-from megascale.resilience.failures import Cause, killed_by
-from megascale.resilience.hangs import NodeRanks
-from megascale.resilience.leader import FINISHED, LEADERLESS, Leader, Timing
-from megascale.resilience.node_check import check_node
 from megascale.runtime.heartbeat import FOLDER_VARIABLE
 from megascale.runtime.logs import say
 from megascale.runtime.processes import adopt_orphans, end_descendants, signal_ranks
@@ -162,7 +162,7 @@ class Driver:
         with ExitStack() as leave:
             folder = leave.enter_context(scratch_folder(tempfile.gettempdir()))
             verdict = folder / "cause.json"
-            words = ["-m", "megascale.resilience.agent", str(verdict), f"--log-dir={folder}"]
+            words = ["-m", "megascale.launch.agent", str(verdict), f"--log-dir={folder}"]
             words += self._node.torchrun(attempt, num_nodes, self._board.meeting())
             ranks, environment = None, dict(os.environ)
             if self._node.heartbeats:

@@ -8,9 +8,9 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 
-from megascale.resilience.board import Board
-from megascale.resilience.failures import Cause, FailureBook
-from megascale.resilience.hangs import Hang, RankPulse, SlowWatch, find_hang
+from megascale.launch.board import Board
+from megascale.launch.failures import Cause, FailureBook
+from megascale.launch.hangs import Hang, RankPulse, SlowWatch, find_hang
 from megascale.runtime.logs import say
 
 LOOK_EVERY_S = 1.0

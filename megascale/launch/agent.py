@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from megascale.resilience.failures import Cause, cause_of_rank, culprit, killed_by
+from megascale.launch.failures import Cause, cause_of_rank, culprit, killed_by
 from megascale.runtime.processes import die_with_parent
 from megascale.runtime.terminal import escaped_output
 

@@ -34,7 +34,7 @@ from datetime import timedelta
 from typing import Any, Protocol
 
 from megascale.errors import UserError
-from megascale.resilience.channel import (
+from megascale.launch.channel import (
     RETRY_S,
     ChannelLost,
     Client,
@@ -42,8 +42,8 @@ from megascale.resilience.channel import (
     Server,
     listen,
 )
-from megascale.resilience.failures import Cause
-from megascale.resilience.hangs import PULSES
+from megascale.launch.failures import Cause
+from megascale.launch.hangs import PULSES
 from megascale.runtime.logs import say
 
 MOST_TEXT = 16_000

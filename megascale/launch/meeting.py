@@ -33,7 +33,7 @@ def start_meeting(listener: socket.socket, host: str, output: Path) -> subproces
 
 def _serve(handle: int, host: str) -> None:
     die_with_parent()
-    from megascale.resilience.board import serve_meeting
+    from megascale.launch.board import serve_meeting
 
     store = serve_meeting(socket.socket(fileno=handle), host)
     signal.pause()
