@@ -252,8 +252,8 @@ def run_of(rng: Rng, scene: Scene) -> Path:
 @reader(10)
 def run_logs(rng: Rng, scene: Scene) -> None:
     """events.jsonl and metrics.jsonl, as `status` and `report` see them."""
-    from megascale.monitor.report_command import render
-    from megascale.monitor.status_command import as_json, shown
+    from megascale.commands.report import render
+    from megascale.commands.status import as_json, shown
     from megascale.monitor.story import read_story
 
     run = run_of(rng, scene)
@@ -292,7 +292,7 @@ def heartbeats(rng: Rng, scene: Scene) -> None:
     """heartbeats.json."""
     from rich.console import Group
 
-    from megascale.monitor.status_command import _ranks
+    from megascale.commands.status import _ranks
     from megascale.monitor.story import read_heartbeats
 
     value = {"time": 1796022955.0, "ranks": [PULSE, {**PULSE, "rank": 1, "waits": True}]}
@@ -409,7 +409,7 @@ def document_line(rng: Rng, scene: Scene) -> None:
 @reader(2)
 def sweep_line(rng: Rng, scene: Scene) -> None:
     """A line of a sweep."""
-    from megascale.train.submit_command import sweep_words
+    from megascale.commands.submit import sweep_words
 
     line = " ".join(mutate.words(rng, ["optim.lr=1e-3", "run_dir='a b'", "seed=2"]))
     sweep_words(line, "--sweep x, line 1")

@@ -8,10 +8,10 @@ import tokenizer_files as made
 import yaml
 
 from megascale import cli
+from megascale.commands.prepare import summary
 from megascale.config import SourceConfig
 from megascale.corpus.check import check_source
 from megascale.corpus.describe import describe, describe_source, identity
-from megascale.corpus.prepare_command import summary
 from megascale.corpus.recipe import parse_recipe
 from megascale.corpus.shards import Shard
 from megascale.corpus.tokenizers import load_hf, load_tokenizer

@@ -12,8 +12,8 @@ from processor_time import processor_s
 
 import megascale
 from megascale import cli, errors
+from megascale.commands import eval as eval_command
 from megascale.errors import RankError, UserError
-from megascale.train import eval_command
 
 ROOT = Path(__file__).parents[2]
 HEAVY = ("torch", "megatron", "datasets", "matplotlib", "transformers", "tokenizers", "mpi4py")

@@ -11,9 +11,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from megascale.commands import doctor
+from megascale.commands.doctor import Finding
 from megascale.errors import UserError
-from megascale.runtime import doctor
-from megascale.runtime.doctor import Finding
 
 
 def run(*words: str) -> int:

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import tokenizer_files as made
 
+from megascale.commands.prepare import summary
 from megascale.corpus.check import check_source
 from megascale.corpus.describe import describe
 from megascale.corpus.fates import Fates, returned_train_bytes
-from megascale.corpus.prepare_command import summary
 from megascale.corpus.round_trip import (
     SAMPLED_PLACES,
     compare_texts,

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 
 from megascale.cli import main
+from megascale.commands import nodes as nodes_command
 from megascale.errors import UserError
 from megascale.launch.node_check import check_node
-from megascale.runtime import nodes_command, self_test
+from megascale.runtime import self_test
 from megascale.runtime.nodes import _Board
 from megascale.runtime.placement import meetings, tournament
 from megascale.runtime.self_test import cpu, examine_device

@@ -10,6 +10,8 @@ import pytest
 
 from megascale.checkpoint import folder as folders
 from megascale.cli import main
+from megascale.commands.report import render
+from megascale.commands.status import _ranks, as_json, shown
 from megascale.convert.huggingface.config import model_of, read_config
 from megascale.corpus.cache import read_numbers
 from megascale.corpus.hugging_face import find_tokenizer
@@ -19,8 +21,6 @@ from megascale.monitor.events import read_events
 from megascale.monitor.experts import read_shares
 from megascale.monitor.metrics import read_rows
 from megascale.monitor.plots import load_curves
-from megascale.monitor.report_command import render
-from megascale.monitor.status_command import _ranks, as_json, shown
 from megascale.monitor.story import Session, Story, _overlap, read_heartbeats, read_story
 from megascale.monitor.stragglers import read_slowdowns
 from megascale.run.start import origin_of

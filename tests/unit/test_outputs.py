@@ -8,13 +8,16 @@ import pytest
 from matplotlib.figure import Figure
 
 from megascale.cli import main
+from megascale.commands import calibrate as calibrate_command
+from megascale.commands import eval as eval_command
+from megascale.commands import experts as experts_command
+from megascale.commands import train_m1
+from megascale.commands.report import PAGE
 from megascale.errors import UserError
 from megascale.infowindow.files import files_of, write_file
-from megascale.monitor.report_command import PAGE
 from megascale.planner.cost import CostModel
 from megascale.planner.fit import write_cost
 from megascale.runtime.outputs import Output, begins_with, json_of, picture, require_outputs
-from megascale.train import calibrate_command, eval_command, experts_command, train_m1
 
 START = {"time": "2026-11-30T07:15:00+00:00", "event": "start", "began": 1796022900.0}
 LENGTHS = ["--ranks", "2", "--capacity", "4096"]
@@ -181,7 +184,7 @@ def test_a_plan_takes_the_place_of_a_plan_alone(tmp_path, lengths, capsys, monke
     for _ in range(2):
         assert run(capsys, *words, *outputs)[0] == 0
     cost = own("cost", tmp_path / "cost.json")
-    from megascale.train import plan_command
+    from megascale.commands import plan as plan_command
 
     monkeypatch.setattr(plan_command, "PLANNERS", {})  # nothing is planned
     for given, said in [
@@ -211,7 +214,7 @@ def test_a_simulation_is_not_written_over_its_lengths(tmp_path, lengths, capsys,
     outputs = ["--json", tmp_path / "s.json", "--plot", tmp_path / "s.svg"]
     for _ in range(2):
         assert run(capsys, *words, *outputs)[0] == 0
-    from megascale.train import simulate_command
+    from megascale.commands import simulate as simulate_command
 
     monkeypatch.setattr(simulate_command, "replay", None)  # nothing is replayed
     for given, said in [

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from processor_time import processor_s
 
+from megascale.commands.plan import add_plan_arguments, run_plan
 from megascale.config import Layout, RunConfig
 from megascale.corpus.batches import Cursor, GlobalBatches
 from megascale.corpus.describe import SourceInfo
@@ -24,7 +25,6 @@ from megascale.optim.schedule import lr_at
 from megascale.planner import StepPlan
 from megascale.run.describe import cost_model, describe_run, first_step, load_run
 from megascale.run.warnings import warnings_of
-from megascale.train.plan_command import add_plan_arguments, run_plan
 
 EOD = 256
 
@@ -263,7 +263,7 @@ def test_an_ordinary_run_has_no_warnings(config: Path) -> None:
 
 SCRIPT = """
 import argparse, sys
-from megascale.train.plan_command import add_plan_arguments, run_plan
+from megascale.commands.plan import add_plan_arguments, run_plan
 parser = argparse.ArgumentParser()
 add_plan_arguments(parser)
 status = run_plan(parser.parse_args())

@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from megascale.commands.plan import add_plan_arguments, run_plan
 from megascale.errors import UserError
 from megascale.planner import PLANNERS, CostModel, StepPlan, step_s
 from megascale.simulate.lengths import draw_lengths
-from megascale.train.plan_command import add_plan_arguments, run_plan
 
 COST = {
     "a": 5.128e-9,

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from megascale.commands.plot import add_plot_arguments, run_plot
 from megascale.errors import UserError
 from megascale.monitor.plots import load_curves, plot_run, smooth
-from megascale.train.plot_command import add_plot_arguments, run_plot
 
 PICTURES = ["loss", "bits_per_byte", "learning_rate", "speed", "grad_norm"]
 

@@ -44,7 +44,7 @@ def test_every_load_says_that_no_code_may_run():
 
 
 def test_only_what_export_has_just_written_may_run():
-    tree = ast.parse((PACKAGE / "train/export_command.py").read_text())
+    tree = ast.parse((PACKAGE / "commands/export_model.py").read_text())
     texts = [ast.unparse(node) for node in ast.walk(tree) if isinstance(node, ast.keyword)]
     runs = [text for text in texts if text.startswith("runs_code=")]
     assert runs == ["runs_code=(out / INFOWINDOW_CLASS.name).is_file()"]
@@ -77,7 +77,7 @@ def test_a_tokenizer_of_a_recipe(hostile):
 
 
 def test_a_tokenizer_of_an_export_or_an_evaluation(hostile):
-    from megascale.train.export_command import load_theirs
+    from megascale.commands.export_model import load_theirs
 
     with pytest.raises(UserError, match="transformers cannot load it"):
         load_theirs(hostile)

@@ -9,14 +9,14 @@ import pytest
 import yaml
 
 from megascale.cli import main
+from megascale.commands.eval import text_tokens
+from megascale.commands.export_model import tokenizer_folder, write_configs
 from megascale.config import dump_config, finalize, parse_config
 from megascale.corpus.describe import describe, describe_source, identity
 from megascale.corpus.tokenizer_mark import mark_of, tokenizer_mark
 from megascale.errors import UserError
 from megascale.run.describe import load_run
 from megascale.run.same_tokenizer import require_same_tokenizer, warn_if_tokenizers_differ
-from megascale.train.eval_command import text_tokens
-from megascale.train.export_command import tokenizer_folder, write_configs
 
 
 @pytest.fixture(scope="module")

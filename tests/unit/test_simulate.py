@@ -11,6 +11,7 @@ import pytest
 from processor_time import processor_s
 
 from megascale.cli import main
+from megascale.commands.simulate import Progress
 from megascale.config import Layout
 from megascale.errors import UserError
 from megascale.planner import (
@@ -42,7 +43,6 @@ from megascale.simulate.steps import (
     replay_json,
     size_labels,
 )
-from megascale.train.simulate_command import Progress
 
 PER_TOKEN = CostModel(a=0.0, b=1.0, fixed=1.0, node_size=1)
 """One second a token and one a micro-batch."""

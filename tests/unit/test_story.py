@@ -11,10 +11,10 @@ from datetime import UTC, datetime
 import pytest
 
 from megascale.cli import main
+from megascale.commands.report import COLOURS
+from megascale.commands.status import shown, start_rows
 from megascale.errors import UserError
 from megascale.monitor import story as stories
-from megascale.monitor.report_command import COLOURS
-from megascale.monitor.status_command import shown, start_rows
 from megascale.monitor.story import PARTS, read_heartbeats, read_story
 from megascale.runtime.lock import JOB_LOCK, RUN_LOCK, hold
 

@@ -9,11 +9,12 @@ import torch
 from tiny_corpus import tiny_config
 
 from megascale.cli import main
+from megascale.commands import calibrate as calibrate_command
+from megascale.commands import train as command
 from megascale.launch.local_ranks import LocalRanks, RankJob, as_rank, rank_count
 from megascale.run import preflight as ready
 from megascale.runtime.logs import STARTER_VARIABLE
 from megascale.runtime.placement import node_name
-from megascale.train import calibrate_command, command
 
 
 @pytest.fixture

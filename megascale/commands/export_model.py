@@ -7,10 +7,10 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from megascale.commands.import_model import add_check_arguments, check_tokens
 from megascale.config import RunConfig, SourceConfig
 from megascale.config.load import whole_number
 from megascale.errors import UserError
-from megascale.train.import_command import add_check_arguments, check_tokens
 
 if TYPE_CHECKING:
     from megascale.checkpoint.load import Found

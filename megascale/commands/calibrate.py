@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from megascale.commands.train import add_ranks_argument
 from megascale.config import RunConfig, dump_config, finalize, load_config
 from megascale.errors import UserError
 from megascale.launch.local_ranks import RankJob, as_rank, megascale, rank_count, run_ranks
@@ -24,7 +25,6 @@ from megascale.run.preflight import check_ranks
 from megascale.runtime.files import write_output
 from megascale.runtime.outputs import Output, json_of, picture, require_outputs
 from megascale.runtime.signals import TWIN_S, StopRequest
-from megascale.train.command import add_ranks_argument
 
 if TYPE_CHECKING:
     from megascale.runtime.distributed import Ranks

@@ -20,8 +20,8 @@ from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
 
+from megascale.commands.nodes import WITH_NODES, add_nodes_arguments, run_nodes
 from megascale.errors import UserError
-from megascale.runtime.nodes_command import WITH_NODES, add_nodes_arguments, run_nodes
 
 OK, WARN, FAIL = "ok", "warn", "FAIL"
 GIB = 2**30

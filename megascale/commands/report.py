@@ -12,10 +12,10 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from megascale.commands.status import LIVELY, show_step, start_rows
 from megascale.errors import UserError
 from megascale.monitor.console import show_count, show_duration
 from megascale.monitor.events import at
-from megascale.monitor.status_command import LIVELY, show_step, start_rows
 from megascale.monitor.story import PARTS, Story, clock, read_story
 from megascale.reading import MOST_TEXT_BYTES, read_whole
 from megascale.runtime.files import real_path, write_output

@@ -8,10 +8,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from megascale.commands.export_model import SPECIAL_IDS
 from megascale.errors import UserError, install_command
 from megascale.runtime.files import write_output
 from megascale.runtime.outputs import Output, json_of, require_outputs
-from megascale.train.export_command import SPECIAL_IDS
 
 if TYPE_CHECKING:
     from megascale.checkpoint.load import Found
@@ -88,11 +88,11 @@ def text_tokens(found: Found, config: Any, given: str | None) -> TextTokens:
     where it has none. It ends with the id that ends documents, or with an `eos_token_id` that an
     import has kept. Raises UserError.
     """
+    from megascale.commands.export_model import load_theirs, require_known, tokenizer_folder
     from megascale.convert.score_text import TextTokens
     from megascale.corpus.describe import CORPUS_FILE
     from megascale.corpus.tokenizers import load_hf, load_tokenizer
     from megascale.infowindow.tokenizer import InfoWindowTokenizer
-    from megascale.train.export_command import load_theirs, require_known, tokenizer_folder
 
     folder = tokenizer_folder(found, config, given)
     if folder is None:
