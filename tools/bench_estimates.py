@@ -78,8 +78,8 @@ class Trial:
     def __init__(self, folder: Path, estimate: str = "exact", seed: int = 0) -> None:
         from megascale.config import finalize, parse_config
         from megascale.corpus.batches import Cursor, GlobalBatches
-        from megascale.corpus.describe import describe
         from megascale.corpus.shards import Shard
+        from megascale.corpus.sources import describe
         from megascale.mesh.reader import MicroBatchReader, TokenSource
         from megascale.model.balance import BalancedRouter
         from megascale.model.build import build_model, pack_multiple

@@ -27,9 +27,9 @@ from plain_gpt import PlainGpt
 
 from megascale.config import RunConfig, finalize, parse_config
 from megascale.corpus.batches import Cursor, GlobalBatches
-from megascale.corpus.describe import describe
-from megascale.corpus.length import is_over
+from megascale.corpus.run_length import is_over
 from megascale.corpus.shards import Shard, ShardWriter
+from megascale.corpus.sources import describe
 from megascale.mesh.packing import MicroBatch
 from megascale.mesh.reader import MicroBatchReader, TokenSource
 from megascale.model.build import build_model, pack_multiple

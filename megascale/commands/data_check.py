@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from megascale.corpus.check import check_source, length_histogram, plot_lengths
-from megascale.corpus.describe import describe
+from megascale.corpus.sources import describe
 from megascale.errors import UserError
 from megascale.runtime.outputs import Output, picture, require_outputs
 

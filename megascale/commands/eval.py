@@ -90,7 +90,7 @@ def text_tokens(found: Found, config: Any, given: str | None) -> TextTokens:
     """
     from megascale.commands.export_model import load_theirs, require_known, tokenizer_folder
     from megascale.convert.score_text import TextTokens
-    from megascale.corpus.describe import CORPUS_FILE
+    from megascale.corpus.sources import CORPUS_FILE
     from megascale.corpus.tokenizers import load_hf, load_tokenizer
     from megascale.infowindow.tokenizer import InfoWindowTokenizer
 

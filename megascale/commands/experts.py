@@ -19,7 +19,7 @@ from megascale.runtime.outputs import Output, json_of, picture, require_outputs
 
 if TYPE_CHECKING:
     from megascale.config import RunConfig
-    from megascale.corpus.describe import SourceInfo
+    from megascale.corpus.sources import SourceInfo
     from megascale.model.balance import ExpertUse
 
 RESULT = "experts_heldout.json", json_of("a file of megascale experts", "step", "share")

@@ -115,7 +115,7 @@ def tokenizer_folder(found: Found, config: RunConfig, given: str | None) -> Path
     """
     from megascale.convert.huggingface.kept import KEPT
     from megascale.convert.huggingface.tokenizer import has_tokenizer
-    from megascale.corpus.describe import CORPUS_FILE, TOKENIZER_FOLDER
+    from megascale.corpus.sources import CORPUS_FILE, TOKENIZER_FOLDER
     from megascale.run.start import home_of
 
     if given is not None:
@@ -133,7 +133,7 @@ def tokenizer_folder(found: Found, config: RunConfig, given: str | None) -> Path
 
 
 def _require_same(name: str, source: SourceConfig, held: str) -> None:
-    from megascale.corpus.describe import describe, identity
+    from megascale.corpus.sources import describe, identity
     from megascale.run.replay import part_seen
 
     try:
@@ -234,7 +234,7 @@ def write_kept(kept: Kept, document: dict[str, Any], source: Path | None, out: P
 
 def _notes_on_end(source: Path | None, settings: Mapping[str, Any]) -> Iterator[str]:
     """What there is to say where generation does not stop at what ended documents in training."""
-    from megascale.corpus.describe import CORPUS_FILE
+    from megascale.corpus.sources import CORPUS_FILE
     from megascale.corpus.tokenizers import load_tokenizer
 
     if source is None or not (source / CORPUS_FILE).is_file():

@@ -76,7 +76,7 @@ def _convert(source: Path, out: Path, args: argparse.Namespace) -> list[str]:
     from megascale.convert.huggingface.kept import keep
     from megascale.convert.huggingface.tokenizer import copy_tokenizer
     from megascale.convert.huggingface.weights import check_files, import_pieces
-    from megascale.corpus.describe import TOKENIZER_FOLDER
+    from megascale.corpus.sources import TOKENIZER_FOLDER
     from megascale.model.counts import count_parameters
 
     theirs = read_config(source)

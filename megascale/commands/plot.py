@@ -90,7 +90,7 @@ def _source_tokens(config: RunConfig) -> dict[str, int]:
     sources = config.data.sources
     if config.data.stages or len(sources) == 1:
         return dict.fromkeys(sources, 1)
-    from megascale.corpus.describe import describe_source
+    from megascale.corpus.sources import describe_source
 
     try:
         return {name: describe_source(one).train_tokens for name, one in sources.items()}

@@ -8,10 +8,10 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from megascale.corpus.mpi_processes import Team, launched_rank
 from megascale.corpus.prepare import Prepared, prepare
 from megascale.corpus.recipe import load_recipe
 from megascale.corpus.round_trip import losses
-from megascale.corpus.team import Team, launched_rank
 from megascale.errors import UserError
 
 

@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 
 from megascale.config import Layout, ModelConfig
 from megascale.config.load import whole_number
-from megascale.corpus.describe import describe
 from megascale.corpus.shards import Shard
+from megascale.corpus.sources import describe
 from megascale.errors import UserError
 from megascale.planner import PLANNERS
 from megascale.planner.plan import Mode

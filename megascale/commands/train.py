@@ -18,7 +18,7 @@ from megascale.runtime.signals import TWIN_S, StopRequest
 
 if TYPE_CHECKING:
     from megascale.config import RunConfig
-    from megascale.corpus.describe import SourceInfo
+    from megascale.corpus.sources import SourceInfo
 
 
 def add_train_arguments(parser: argparse.ArgumentParser) -> None:

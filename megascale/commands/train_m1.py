@@ -150,7 +150,7 @@ def write_config(
 
 def _sources(corpora: Sequence[Path], out: Path, context_tokens: int) -> dict[str, dict[str, Any]]:
     """The pieces of every corpus as a source of the run, in a folder that its content names."""
-    from megascale.corpus.describe import describe, read_corpus_file
+    from megascale.corpus.sources import describe, read_corpus_file
 
     sources: dict[str, dict[str, Any]] = {}
     for i, corpus in enumerate(corpora):

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from megascale.config.curves import expand
+from megascale.config.lr_curves import expand
 from megascale.config.schema import (
     ModelConfig,
     MoeConfig,
@@ -146,7 +146,7 @@ def finalize(config: RunConfig, source_tokens: Mapping[str, int], vocab_size: in
     """Fill every derived field and validate the result.
 
     `source_tokens` gives the training tokens of each source and `vocab_size` the largest
-    vocabulary among them (see `corpus.describe`). The result does not depend on the number of
+    vocabulary among them (see `corpus.sources`). The result does not depend on the number of
     ranks, so that a run can be resumed on another one; finalizing twice changes nothing.
     Raises UserError with the option and a value that works.
     """

@@ -14,10 +14,10 @@ import xxhash
 from numpy.typing import NDArray
 
 from megascale.corpus.cache import read_numbers
-from megascale.corpus.describe import SourceInfo, read_corpus_file, sha256_of
 from megascale.corpus.round_trip import LOSSY, losses
 from megascale.corpus.shards import Shard
-from megascale.corpus.special import Refused
+from megascale.corpus.sources import SourceInfo, read_corpus_file, sha256_of
+from megascale.corpus.special_tokens import Refused
 from megascale.corpus.tokenizers import FastTokenizer, Tokenizer, encode_each, load_tokenizer
 from megascale.errors import UserError
 

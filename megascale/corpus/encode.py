@@ -18,7 +18,7 @@ import numpy as np
 
 from megascale.corpus.inputs import Table, read_document
 from megascale.corpus.round_trip import RoundTrip, compare_texts, is_drawn, stride_of
-from megascale.corpus.special import Refused
+from megascale.corpus.special_tokens import Refused
 from megascale.corpus.tokenizers import (
     Tokenizer,
     Tokens,

@@ -12,10 +12,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megascale.corpus.cache import Int64Array, cache_path, digest, kept, read_numbers
-from megascale.corpus.describe import SourceInfo
-from megascale.corpus.permutation import Permutation
 from megascale.corpus.pieces import Documents, LeftIndex, PieceIndex, Pieces, joined
 from megascale.corpus.shards import Shard
+from megascale.corpus.shuffle import Permutation
+from megascale.corpus.sources import SourceInfo
 from megascale.errors import UserError
 
 if TYPE_CHECKING:

@@ -16,8 +16,8 @@ from json import JSONDecodeError
 from pathlib import Path
 from typing import Any, Literal
 
-from megascale.corpus.columns import count_rows, text_rows
-from megascale.corpus.opening import other_format, reading
+from megascale.corpus.compressed_files import other_format, reading
+from megascale.corpus.parquet_columns import count_rows, text_rows
 from megascale.corpus.recipe import InputConfig
 from megascale.errors import UserError
 from megascale.parsing import parse_text

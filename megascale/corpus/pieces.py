@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from megascale.config.schema import ReadConfig
 from megascale.corpus.cache import Int64Array, cache_path, digest, kept
-from megascale.corpus.permutation import Permutation
+from megascale.corpus.shuffle import Permutation
 
 _CHUNK = 1 << 20
 

@@ -22,7 +22,19 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from megascale.corpus.describe import (
+from megascale.corpus.encode import GOOD, Encoder, encode_rows, hash_of, text_of
+from megascale.corpus.inputs import Table, input_files, read_document, read_table
+from megascale.corpus.mpi_processes import Team
+from megascale.corpus.outcomes import (
+    Fates,
+    decide,
+    heldout_below,
+    returned_train_bytes,
+    round_trip,
+)
+from megascale.corpus.recipe import Recipe, TokenizerConfig
+from megascale.corpus.shards import Shard, writing
+from megascale.corpus.sources import (
     CORPUS_FILE,
     FORMAT,
     PARTS,
@@ -32,18 +44,6 @@ from megascale.corpus.describe import (
     read_corpus_file,
     sha256_of,
 )
-from megascale.corpus.encode import GOOD, Encoder, encode_rows, hash_of, text_of
-from megascale.corpus.fates import (
-    Fates,
-    decide,
-    heldout_below,
-    returned_train_bytes,
-    round_trip,
-)
-from megascale.corpus.inputs import Table, input_files, read_document, read_table
-from megascale.corpus.recipe import Recipe, TokenizerConfig
-from megascale.corpus.shards import Shard, writing
-from megascale.corpus.team import Team
 from megascale.corpus.tokenizers import (
     ByteTokenizer,
     FastTokenizer,

@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from megascale.corpus.describe import PARTS, RETURNED, returned_bytes
-from megascale.corpus.special import EXCERPT
+from megascale.corpus.sources import PARTS, RETURNED, returned_bytes
+from megascale.corpus.special_tokens import EXCERPT
 from megascale.corpus.tokenizers import FastTokenizer, Tokenizer, Tokens
 
 LOSSY = "documents do not decode to the text they were made from"

@@ -8,8 +8,8 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from megascale.corpus.describe import CORPUS_FILE, TOKENIZER_FOLDER, SourceInfo, read_corpus_file
 from megascale.corpus.hugging_face import TOKENIZER_FILE, reading_tokenizer
+from megascale.corpus.sources import CORPUS_FILE, TOKENIZER_FOLDER, SourceInfo, read_corpus_file
 from megascale.errors import UserError
 from megascale.infowindow.tokenizer import CODEBOOK_FILE
 from megascale.reading import MOST_FILE_BYTES, read_whole

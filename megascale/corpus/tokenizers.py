@@ -15,14 +15,14 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from megascale.corpus.describe import TOKENIZER_FOLDER, read_corpus_file
 from megascale.corpus.hugging_face import (
     TOKENIZER_FILE,
     find_tokenizer,
     put_before_text,
     read_backend,
 )
-from megascale.corpus.special import (
+from megascale.corpus.sources import TOKENIZER_FOLDER, read_corpus_file
+from megascale.corpus.special_tokens import (
     Refused,
     first_lost,
     refused_at,

@@ -25,9 +25,9 @@ from megascale.corpus.batches import (
     used_sources,
 )
 from megascale.corpus.check import missing_ends
-from megascale.corpus.describe import SourceInfo, describe_source
-from megascale.corpus.length import RunLength, begin_after, most_tokens, run_length
+from megascale.corpus.run_length import RunLength, begin_after, most_tokens, run_length
 from megascale.corpus.shards import Shard
+from megascale.corpus.sources import SourceInfo, describe_source
 from megascale.errors import UserError
 from megascale.model import counts
 from megascale.optim import steplaw

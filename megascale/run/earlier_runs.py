@@ -10,7 +10,7 @@ from megascale.checkpoint.load import read_manifest
 from megascale.checkpoint.manifest import Position
 from megascale.config import EarlierConfig, ReadConfig, RunConfig, SourceConfig, parse_config
 from megascale.corpus.batches import Cursor, SourceCursor
-from megascale.corpus.describe import describe_source, identity
+from megascale.corpus.sources import describe_source, identity
 from megascale.errors import UserError
 from megascale.run.start import begun_run
 

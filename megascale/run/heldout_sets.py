@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from megascale.config import RunConfig
-from megascale.corpus.describe import SourceInfo
 from megascale.corpus.heldout import HeldoutPart, spans_of
 from megascale.corpus.shards import Shard
+from megascale.corpus.sources import SourceInfo
 from megascale.monitor.metrics import METRICS_FILE, read_rows
 from megascale.run.earlier_runs import PREFIX
 

@@ -10,7 +10,7 @@ from dataclasses import replace
 from math import isclose
 
 from megascale.config import RunConfig, SourceConfig
-from megascale.corpus.describe import SourceInfo
+from megascale.corpus.sources import SourceInfo
 from megascale.errors import UserError
 
 

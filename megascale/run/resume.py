@@ -11,7 +11,7 @@ from typing import Any
 from megascale.checkpoint.folder import checkpoints_dir
 from megascale.checkpoint.load import Found
 from megascale.config import RunConfig, dump_config, parse_config
-from megascale.config.curves import OPTIONS, options_of
+from megascale.config.lr_curves import OPTIONS, options_of
 from megascale.errors import UserError
 from megascale.optim.schedule import lr_at
 from megascale.parsing import parse_yaml

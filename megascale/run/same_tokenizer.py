@@ -8,8 +8,8 @@ from pathlib import Path
 from megascale.checkpoint.load import read_manifest
 from megascale.config import RunConfig, parse_config
 from megascale.corpus.batches import used_sources
-from megascale.corpus.describe import TOKENIZER_FOLDER, SourceInfo, describe_source
 from megascale.corpus.hugging_face import find_tokenizer
+from megascale.corpus.sources import TOKENIZER_FOLDER, SourceInfo, describe_source
 from megascale.corpus.tokenizer_mark import TokenizerMark, mark_of, tokenizer_mark
 from megascale.errors import UserError
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 
 from megascale.config import Layout, OptimConfig, RunConfig
-from megascale.config.curves import options_of
+from megascale.config.lr_curves import options_of
 from megascale.corpus.batches import used_sources
-from megascale.corpus.length import RunLength
+from megascale.corpus.run_length import RunLength
 from megascale.model.counts import count_parameters
 from megascale.optim import steplaw
 from megascale.optim.schedule import lr_at

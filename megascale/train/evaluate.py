@@ -10,10 +10,10 @@ from functools import partial
 import numpy as np
 
 from megascale.corpus.batches import GlobalBatch
-from megascale.corpus.describe import SourceInfo
 from megascale.corpus.heldout import HeldoutPart, choose_part
 from megascale.corpus.pieces import Pieces
 from megascale.corpus.shards import Shard
+from megascale.corpus.sources import SourceInfo
 from megascale.mesh.reader import MicroBatchReader, TokenSource
 from megascale.model.balance import ExpertUse
 from megascale.model.build import pack_multiple

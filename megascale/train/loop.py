@@ -30,9 +30,9 @@ from megascale.checkpoint.manifest import Position
 from megascale.checkpoint.save import Saver, SaveResult
 from megascale.config import RunConfig, dump_config, parse_config, validate
 from megascale.corpus.batches import Cursor, GlobalBatches, with_stages
-from megascale.corpus.describe import SourceInfo, identity
-from megascale.corpus.length import is_over, run_length
+from megascale.corpus.run_length import is_over, run_length
 from megascale.corpus.shards import Shard
+from megascale.corpus.sources import SourceInfo, identity
 from megascale.errors import UserError
 from megascale.mesh.reader import MicroBatchReader, TokenSource
 from megascale.model.build import build_model, pack_multiple
@@ -69,8 +69,8 @@ from megascale.runtime.logs import STARTER_VARIABLE, log_to, say
 from megascale.runtime.signals import ECHO_S, TWIN_S, StopRequest
 from megascale.train.evaluate import HeldoutSet, heldout_sets
 from megascale.train.feed import Feed, PlannedBatch, start_plans
-from megascale.train.grow import write_grown
-from megascale.train.report import Report
+from megascale.train.grow_checkpoint import write_grown
+from megascale.train.recorder import Report
 from megascale.train.sample import sample_text
 from megascale.train.spikes import SpikeWatch
 from megascale.train.step import Learner, StepResult, train_step

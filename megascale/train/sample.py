@@ -11,7 +11,7 @@ import torch
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
 
-from megascale.corpus.describe import SourceInfo
+from megascale.corpus.sources import SourceInfo
 from megascale.mesh.packing import MicroBatch, TokenSequence, pack
 from megascale.model.build import pack_multiple
 from megascale.runtime.distributed import all_agree, broadcast_bytes

@@ -134,7 +134,7 @@ def lengths(rng: Rng, scene: Scene) -> None:
 @reader(6)
 def corpus_file(rng: Rng, scene: Scene) -> None:
     """corpus.json."""
-    from megascale.corpus.describe import describe, read_corpus_file
+    from megascale.corpus.sources import describe, read_corpus_file
 
     folder = scene.folder / "changed"
     if not folder.exists():

@@ -55,9 +55,9 @@ def heldout_loss(model: Path, corpus: Path, context: int, budget: int) -> float:
     import torch
     from transformers import AutoModelForCausalLM
 
-    from megascale.corpus.describe import describe
     from megascale.corpus.heldout import choose_part
     from megascale.corpus.shards import Shard
+    from megascale.corpus.sources import describe
 
     theirs = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).double().eval()
     shard, total, count = Shard.open(corpus / "heldout"), 0.0, 0

@@ -6,9 +6,9 @@ import math
 import numpy as np
 from test_train import command
 
-from megascale.corpus.describe import describe
 from megascale.corpus.heldout import choose_part
 from megascale.corpus.shards import Shard
+from megascale.corpus.sources import describe
 
 TOKENS = 4000
 

@@ -11,9 +11,9 @@ from megascale import cli
 from megascale.commands.prepare import summary
 from megascale.config import SourceConfig
 from megascale.corpus.check import check_source
-from megascale.corpus.describe import describe, describe_source, identity
 from megascale.corpus.recipe import parse_recipe
 from megascale.corpus.shards import Shard
+from megascale.corpus.sources import describe, describe_source, identity
 from megascale.corpus.tokenizers import load_hf, load_tokenizer
 from megascale.errors import UserError
 from megascale.mesh.reader import TokenSource

@@ -14,10 +14,10 @@ from megascale.corpus.check import (
     length_histogram,
     missing_ends,
 )
-from megascale.corpus.describe import describe
 from megascale.corpus.prepare import prepare
 from megascale.corpus.recipe import parse_recipe
 from megascale.corpus.shards import writing
+from megascale.corpus.sources import describe
 from megascale.errors import UserError
 
 EOD = 256

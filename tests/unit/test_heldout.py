@@ -11,11 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from toy_m1 import small_book
 
-from megascale.corpus.describe import describe
 from megascale.corpus.heldout import HeldoutPart, _Text, choose_part, spans_of
 from megascale.corpus.prepare import prepare
 from megascale.corpus.recipe import parse_recipe
 from megascale.corpus.shards import Shard, writing
+from megascale.corpus.sources import describe
 from megascale.corpus.tokenizers import load_tokenizer, train_bpe
 from megascale.errors import UserError
 

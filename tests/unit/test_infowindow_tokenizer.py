@@ -11,8 +11,8 @@ from toy_m1 import random_m1, small_book
 
 from megascale.cli import main
 from megascale.convert.score_text import TextScorer, TextTokens
-from megascale.corpus.describe import describe
 from megascale.corpus.shards import Shard
+from megascale.corpus.sources import describe
 from megascale.corpus.tokenizer_mark import tokenizer_mark
 from megascale.corpus.tokenizers import load_tokenizer
 from megascale.errors import UserError

@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from test_batches import Lengths, data, shard
 
 from megascale.config import DataConfig, TrainConfig
-from megascale.corpus import length as lengths
+from megascale.corpus import run_length as lengths
 from megascale.corpus.batches import Cursor, GlobalBatches
-from megascale.corpus.length import begin_after, is_over, most_tokens, run_length
+from megascale.corpus.run_length import begin_after, is_over, most_tokens, run_length
 
 
 def walked(batches: GlobalBatches, tokens: int, cursor: Cursor | None = None) -> list[Cursor]:

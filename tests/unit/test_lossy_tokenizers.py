@@ -8,8 +8,7 @@ import tokenizer_files as made
 
 from megascale.commands.prepare import summary
 from megascale.corpus.check import check_source
-from megascale.corpus.describe import describe
-from megascale.corpus.fates import Fates, returned_train_bytes
+from megascale.corpus.outcomes import Fates, returned_train_bytes
 from megascale.corpus.round_trip import (
     SAMPLED_PLACES,
     compare_texts,
@@ -18,6 +17,7 @@ from megascale.corpus.round_trip import (
     stride_of,
 )
 from megascale.corpus.shards import Shard
+from megascale.corpus.sources import describe
 from megascale.corpus.tokenizers import load_tokenizer
 from megascale.errors import UserError
 

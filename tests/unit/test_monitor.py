@@ -224,7 +224,7 @@ def test_a_line_reads_as_documented() -> None:
 
 
 def test_bytes_are_those_of_the_sources_that_a_batch_reads() -> None:
-    from megascale.train.report import bytes_of, bytes_per_token
+    from megascale.train.recorder import bytes_of, bytes_per_token
 
     sizes = [(None, 100), (90_000_000, 20_000_000), (10_000_000, 4_000_000)]
     per_token = bytes_per_token(

@@ -7,9 +7,9 @@ from tokenizer_files import byte_bpe
 
 from megascale.convert.huggingface.files import INDEX, ModelFiles
 from megascale.convert.huggingface.tokenizer import copy_tokenizer
-from megascale.corpus.describe import describe, read_corpus_file
 from megascale.corpus.prepare import prepare
 from megascale.corpus.recipe import InputConfig, Recipe, TokenizerConfig
+from megascale.corpus.sources import describe, read_corpus_file
 from megascale.errors import UserError
 
 OUTSIDE = ["../secret", "/etc/hostname", "a/../../secret", "..", ".", "", "a//b", "a\0b"]

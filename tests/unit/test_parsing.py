@@ -29,7 +29,7 @@ from megascale.parsing import (
 PACKAGE = Path(__file__).parents[2] / "megascale"
 MAY_PARSE = {
     "parsing.py": "the reader itself",
-    "corpus/special.py": "what the tokenizers library has parsed and written again",
+    "corpus/special_tokens.py": "what the tokenizers library has parsed and written again",
     "corpus/tokenizer_mark.py": "the same",
     "convert/huggingface/tokenizer.py": "the same",
     "infowindow/tokenization_infowindow.py": "it is copied into exported models",

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megascale.corpus.permutation import Permutation
+from megascale.corpus.shuffle import Permutation
 
 GOLDEN_SMALL = [2, 7, 0, 3, 4, 5, 6, 1]
 GOLDEN_LARGE = [561796968, 60608312, 181393083, 815107563]

@@ -16,9 +16,9 @@ from processor_time import processor_s
 from megascale.commands.plan import add_plan_arguments, run_plan
 from megascale.config import Layout, RunConfig
 from megascale.corpus.batches import Cursor, GlobalBatches
-from megascale.corpus.describe import SourceInfo
-from megascale.corpus.length import run_length
+from megascale.corpus.run_length import run_length
 from megascale.corpus.shards import Shard, writing
+from megascale.corpus.sources import SourceInfo
 from megascale.errors import UserError
 from megascale.model.counts import batch_flops, count_parameters, memory_per_rank
 from megascale.optim.schedule import lr_at

@@ -16,10 +16,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megascale import cli
-from megascale.corpus.describe import describe
 from megascale.corpus.prepare import _scratch, fingerprint, prepare, unigram_bits
 from megascale.corpus.recipe import load_recipe, parse_recipe
 from megascale.corpus.shards import Shard
+from megascale.corpus.sources import describe
 from megascale.corpus.tokenizers import EOD_TEXT, load_tokenizer, train_bpe
 from megascale.errors import UserError
 

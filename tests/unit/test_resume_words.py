@@ -3,7 +3,7 @@
 import pytest
 
 from megascale.config import dump_config, finalize, parse_config
-from megascale.config.curves import USED, options_of
+from megascale.config.lr_curves import USED, options_of
 from megascale.errors import UserError
 from megascale.run.resume import compare_configs
 

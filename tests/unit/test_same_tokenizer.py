@@ -12,7 +12,7 @@ from megascale.cli import main
 from megascale.commands.eval import text_tokens
 from megascale.commands.export_model import tokenizer_folder, write_configs
 from megascale.config import dump_config, finalize, parse_config
-from megascale.corpus.describe import describe, describe_source, identity
+from megascale.corpus.sources import describe, describe_source, identity
 from megascale.corpus.tokenizer_mark import mark_of, tokenizer_mark
 from megascale.errors import UserError
 from megascale.run.describe import load_run

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megascale.config import OptimConfig, SegmentConfig
-from megascale.config.curves import USED, expand
+from megascale.config.lr_curves import USED, expand
 from megascale.errors import UserError
 from megascale.optim.schedule import joints, lr_at
 

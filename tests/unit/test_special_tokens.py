@@ -8,9 +8,9 @@ from hypothesis import strategies as st
 from toy_m1 import small_book
 
 from megascale.corpus.check import check_source
-from megascale.corpus.describe import describe
 from megascale.corpus.shards import Shard
-from megascale.corpus.special import Refused
+from megascale.corpus.sources import describe
+from megascale.corpus.special_tokens import Refused
 from megascale.corpus.tokenizers import ByteTokenizer, encode_each, load_hf, load_tokenizer
 from megascale.errors import UserError
 from megascale.infowindow.tokenizer import InfoWindowTokenizer

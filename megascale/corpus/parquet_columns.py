@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from itertools import islice
 from typing import Any
 
-from megascale.corpus.opening import HEAD_BYTES, compression_of, other_format
+from megascale.corpus.compressed_files import HEAD_BYTES, compression_of, other_format
 from megascale.errors import UserError
 from megascale.reading import open_regular, require_regular
 

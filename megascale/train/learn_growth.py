@@ -13,8 +13,8 @@ from megascale.checkpoint.tensors import Tensors
 from megascale.config import Layout, ModelConfig, ParallelConfig, RunConfig
 from megascale.convert.one_rank import for_one_rank, run_config
 from megascale.corpus.batches import Cursor, GlobalBatches
-from megascale.corpus.describe import SourceInfo, describe_source, identity
 from megascale.corpus.shards import Shard
+from megascale.corpus.sources import SourceInfo, describe_source, identity
 from megascale.errors import UserError
 from megascale.growth.learn import DepthMaps, Maps
 from megascale.mesh.packing import MicroBatch

@@ -22,7 +22,7 @@ from megascale.config import (
 )
 from megascale.convert.huggingface.tokenizer import copy_tokenizer
 from megascale.corpus.batches import Cursor
-from megascale.corpus.describe import TOKENIZER_FOLDER
+from megascale.corpus.sources import TOKENIZER_FOLDER
 from megascale.errors import UserError
 from megascale.growth.grow import grow, grow_moments
 from megascale.growth.model import Growth
@@ -37,7 +37,7 @@ from megascale.run.start import (
     require_relatives,
 )
 from megascale.runtime.heartbeat import pulse
-from megascale.train.learn import Learned, learn_maps
+from megascale.train.learn_growth import Learned, learn_maps
 
 
 def write_grown(found: Sequence[Found], growth: Growth, out: Path) -> str:

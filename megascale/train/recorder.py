@@ -19,9 +19,9 @@ from megascale.checkpoint.load import Found
 from megascale.checkpoint.save import SaveResult
 from megascale.config import RunConfig, dump_config
 from megascale.corpus.batches import Cursor, GlobalBatch, used_sources
-from megascale.corpus.describe import SourceInfo
 from megascale.corpus.heldout import HeldoutPart
-from megascale.corpus.length import RunLength, is_over
+from megascale.corpus.run_length import RunLength, is_over
+from megascale.corpus.sources import SourceInfo
 from megascale.model.balance import ExpertUse
 from megascale.model.counts import batch_flops
 from megascale.monitor.console import Console
