@@ -85,7 +85,7 @@ VERBS = {
         "megascale train configs/quickstart.yaml --ranks 2 --resume auto",
     ),
     "launch": (
-        "megascale.train.launch_command:launch",
+        "megascale.commands.launch:launch",
         "train on this node and start again what fails; one on every node of a job",
         "megascale launch configs/quickstart.yaml --ranks-per-node 2",
     ),

@@ -10,9 +10,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megascale.launch.driver import is_driven
 from megascale.launch.local_ranks import RankJob, as_rank, megascale, rank_count, run_ranks
-from megascale.runtime.environment import world_from_environment
+from megascale.runtime.environment import is_driven, world_from_environment
 from megascale.runtime.files import real_path
 from megascale.runtime.signals import TWIN_S, StopRequest
 

@@ -1,1 +1,1 @@
-"""Models of other libraries in and out, and one checkpoint's model on one process: its logits, its scores."""
+"""Models of other libraries in and out, and a checkpoint's model on one process."""

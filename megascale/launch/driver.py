@@ -27,6 +27,7 @@ from megascale.launch.hangs import NodeRanks
 from megascale.launch.leader import FINISHED, LEADERLESS, Leader, Timing
 from megascale.launch.node_check import check_node
 from megascale.parsing import read_json
+from megascale.runtime.environment import ATTEMPT
 from megascale.runtime.heartbeat import FOLDER_VARIABLE
 from megascale.runtime.logs import say
 from megascale.runtime.processes import adopt_orphans, end_descendants, signal_ranks
@@ -41,14 +42,8 @@ BEAT_S = 1.0
 FLIGHT_RECORDS = "1000"
 """Operations over ranks that torch's flight recorder keeps."""
 SHARED_MEMORY = "/dev/shm"
-ATTEMPT = "attempt-"
 """Begins the id of what a driver starts, by torchrun's name for it."""
 LOOPBACK = ("127.0.0.1", "localhost")
-
-
-def is_driven() -> bool:
-    """Whether a driver has started this process's agent."""
-    return os.environ.get("TORCHELASTIC_RUN_ID", "").startswith(ATTEMPT)
 
 
 @dataclass(frozen=True)

@@ -1,1 +1,1 @@
-"""What a run will be, before its first step: where it starts, what it reads, what stands in its way."""
+"""What a run will be, before its first step: its start, its data, what stands in its way."""

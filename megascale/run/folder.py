@@ -12,11 +12,11 @@ from typing import IO
 from megascale.checkpoint.folder import checkpoints_dir
 from megascale.checkpoint.load import find
 from megascale.errors import UserError, reason
-from megascale.launch.driver import is_driven
 from megascale.monitor.events import EVENTS_FILE, EventLog, at, read_events
 from megascale.monitor.metrics import last_step
 from megascale.run.preflight import refuse_lost_folder, refuse_used_folder
 from megascale.runtime.distributed import Ranks
+from megascale.runtime.environment import is_driven
 from megascale.runtime.files import open_lock, open_to_append, write_file
 from megascale.runtime.first_rank import on_first_rank
 from megascale.runtime.lock import HELD_S, RUN_LOCK, hold, lock_within

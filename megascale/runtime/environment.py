@@ -8,6 +8,8 @@ from megascale.errors import RankError
 
 MOST_PORT = 2**16 - 1
 MOST_WORLD = 2**31 - 1
+ATTEMPT = "attempt-"
+"""How the rendezvous of an attempt begins, which `megascale launch` starts."""
 
 
 def world_from_environment() -> tuple[int, int, int]:
@@ -33,6 +35,11 @@ def world_from_environment() -> tuple[int, int, int]:
 def meeting_point() -> str:
     """Where the ranks of this world meet, as host:port."""
     return f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+
+
+def is_driven() -> bool:
+    """Whether `megascale launch` has started this rank."""
+    return os.environ.get("TORCHELASTIC_RUN_ID", "").startswith(ATTEMPT)
 
 
 _REMEDY = (

@@ -13,7 +13,7 @@ from tiny_corpus import tiny_config
 
 from megascale.cli import main
 from megascale.errors import UserError
-from megascale.launch import launch_command
+from megascale.launch import job
 from megascale.launch.driver import Node
 from megascale.launch.failures import Cause, FailureBook
 from megascale.monitor.events import read_events
@@ -94,7 +94,7 @@ def test_nobody_joins_a_run_that_was_given_up(config, capsys, monkeypatch, tmp_p
     monkeypatch.setenv("SLURM_JOB_ID", "7")
     book = FailureBook([str(tmp_path / "run")], "7")
     assert [book.failed(Cause("boom", 0.0)) for _ in range(3)][2] is not None
-    monkeypatch.setattr(launch_command, "serve_board", lambda *_: pytest.fail("somebody may join"))
+    monkeypatch.setattr(job, "serve_board", lambda *_: pytest.fail("somebody may join"))
     words = ["--num-nodes=2", f"--rendezvous=127.0.0.1:{free_port()}", "--ranks-per-node=1"]
     assert main(["launch", config, *words, f"run_dir={tmp_path / 'run'}"]) == 3
     assert "given up: 3 times the same failure" in capsys.readouterr().out
@@ -116,7 +116,7 @@ def test_where_files_cannot_be_locked_nobody_is_said_to_hold_them(tmp_path, monk
     monkeypatch.setattr(lock.fcntl, "flock", refuse)
     with pytest.raises(UserError, match="cannot be locked .No locks available.; choose a folder"):
         folder._enter(tmp_path / "run", None)
-    with launch_command._only_job(tmp_path / "run"):  # ranks will refuse it, and say why
+    with job._only_job(tmp_path / "run"):  # ranks will refuse it, and say why
         pass
 
 
@@ -145,7 +145,7 @@ def test_every_attempt_is_a_rendezvous_of_its_own():
 def test_one_job_drives_a_run(config, capsys, tmp_path):
     (tmp_path / "run").mkdir()
     words = ["launch", config, "--ranks-per-node=1", f"run_dir={tmp_path / 'run'}"]
-    with launch_command._only_job(tmp_path / "run"):
+    with job._only_job(tmp_path / "run"):
         assert main(words) == 2
     said = capsys.readouterr().err
     assert f"is driven by another job (process {os.getpid()} on " in said and said.count("\n") == 1

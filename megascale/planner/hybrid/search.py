@@ -53,8 +53,8 @@ def plan_hybrid(problem: Problem) -> StepPlan:
     """Plan a step as near to the lower bound as its mode allows; slow ranks are given less.
 
     Free mode: rings stacked on the least busy ranks, the rest leveled with short sequences
-    (`planner.hybrid.stacks`). Aligned and lockstep mode: waves of equal length (`planner.hybrid.waves`), or of
-    rings of like length where a pipeline gets hardly a short sequence (`planner.hybrid.shelves`).
+    (`hybrid.stacks`). Aligned and lockstep mode: waves of equal length (`hybrid.waves`), or of
+    rings of like length where a pipeline gets hardly a short sequence (`hybrid.shelves`).
     Several ring sizes and numbers of waves are tried, `TRIES` of them or as many as `budget_s`
     allows, and more where there are few sequences; the plan with the least predicted time is taken.
     """

@@ -1,1 +1,1 @@
-"""Other planners, as their authors would run them: ByteScale, FlexSP, static context parallelism."""
+"""Other planners, as their authors would run them: ByteScale, FlexSP, static rings."""
