@@ -2,116 +2,56 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import psutil
 
-from megascale.checkpoint.emergency import Emergency
-from megascale.checkpoint.folder import checkpoints_dir, go_on_from
+from megascale.checkpoint.folder import checkpoints_dir
 from megascale.checkpoint.load import (
     Found,
-    begin_from,
-    find,
     find_at,
     find_before,
-    newest_step,
     restore,
 )
 from megascale.checkpoint.manifest import Position
-from megascale.checkpoint.save import Saver, SaveResult
-from megascale.config import RunConfig, dump_config, parse_config, validate
-from megascale.corpus.batches import Cursor, GlobalBatches, with_stages
-from megascale.corpus.run_length import is_over, run_length
-from megascale.corpus.shards import Shard
-from megascale.corpus.sources import SourceInfo, identity
+from megascale.checkpoint.save import SaveResult
+from megascale.config import RunConfig, dump_config, validate
+from megascale.corpus.batches import Cursor
+from megascale.corpus.sources import SourceInfo
 from megascale.errors import UserError
-from megascale.mesh.reader import MicroBatchReader, TokenSource
-from megascale.model.build import build_model, pack_multiple
 from megascale.model.timing import SAMPLED
 from megascale.monitor.profile import profiler
-from megascale.monitor.speeds import RankSpeeds
 from megascale.monitor.stragglers import slowdown_R
-from megascale.optim.build import build_optimizer
-from megascale.planner.service.ahead import PlansAhead
-from megascale.run.describe import describe_run, plan_lengths, step_problem
-from megascale.run.earlier_runs import places_told, with_earlier
+from megascale.run.earlier_runs import with_earlier
 from megascale.run.folder import RunFolder, noting_errors
 from megascale.run.growing import require_growth, small_and_grown
-from megascale.run.resume import compare_configs, compare_sources, softmax_changes
-from megascale.run.start import (
-    LINEAGE,
-    Origin,
-    Parent,
-    find_start,
-    keep_of_import,
-    taken_over,
-)
 from megascale.runtime import distributed
 from megascale.runtime.distributed import (
     Ranks,
-    cores_are_shared,
     device_bytes,
     gather_arrays,
-    node_names,
 )
 from megascale.runtime.first_rank import from_first_rank, on_first_rank
 from megascale.runtime.heartbeat import begin_pulse, pulse
 from megascale.runtime.logs import STARTER_VARIABLE, log_to, say
 from megascale.runtime.signals import ECHO_S, TWIN_S, StopRequest
-from megascale.train.evaluate import HeldoutSet, heldout_sets
-from megascale.train.feed import Feed, PlannedBatch, start_plans
+from megascale.train.begin import Run, begin, identities
+from megascale.train.feed import PlannedBatch, start_plans
 from megascale.train.grow_checkpoint import write_grown
-from megascale.train.recorder import Report
 from megascale.train.sample import sample_text
-from megascale.train.spikes import SpikeWatch
-from megascale.train.step import Learner, StepResult, train_step
+from megascale.train.step import StepResult, train_step
 
 COMPARED_STEPS = 10
 """Steps before a comparison of ranks in which they are timed."""
 LAST_SAVE_PAUSES_S = (1, 2, 4, 8, 16, 32)
 """Pauses between the tries to save at the end of a run."""
-
-
-@dataclass
-class Run:
-    """A run in progress, on one rank."""
-
-    config: RunConfig
-    sources: Mapping[str, SourceInfo]
-    learner: Learner
-    feed: Feed
-    reader: MicroBatchReader
-    heldout: Mapping[str, HeldoutSet]
-    saver: Saver
-    report: Report
-    stop_request: StopRequest
-    cursor: Cursor
-    spikes: SpikeWatch
-    speeds: RankSpeeds | None = None
-    """On rank 0, where plans are to count with them."""
-    stopped: bool = False
-    """Some rank was asked to stop, and all ranks have."""
-    skipped_in_a_row: int = 0
-    failed_saves: int = 0
-    """In a row."""
-    save_again_at: int | None = None
-    """Step after which a failed save is tried again."""
-    save_waits: bool = False
-    """A checkpoint is due, and is written once the loss is settled."""
-
-    @property
-    def is_over(self) -> bool:
-        """Whether its last step is done."""
-        return is_over(self.cursor, self.config.train)
 
 
 def train(
@@ -158,7 +98,7 @@ def _train(
             plans = start_plans(config.planner, ranks, folder.logs)  # it starts beside what follows
             if plans is not None:
                 leave.callback(plans.close)
-            run = _begin(config, sources, ranks, folder, plans, resume, stop)
+            run = begin(config, sources, ranks, folder, plans, resume, stop)
             leave.callback(run.report.close)
             leave.callback(run.feed.close)
             _steps(run)
@@ -359,7 +299,7 @@ def _position(run: Run) -> Position:
         config=dump_config(run.config),
         cursor={
             "data": run.cursor.to_json(),
-            "sources": _identity(run.sources),
+            "sources": identities(run.sources),
             "cwd": str(Path.cwd()),
             "spikes": run.spikes.to_json(),
             **({"speeds": run.speeds.to_json()} if run.speeds is not None else {}),
@@ -414,10 +354,6 @@ def _finish_save(run: Run) -> None:
     )
 
 
-def _identity(sources: Mapping[str, SourceInfo]) -> dict[str, str]:
-    return {name: identity(info) for name, info in sources.items()}
-
-
 def _sample(run: Run, prompt: str) -> None:
     """Show what the model writes after `prompt`, where the corpus brings its tokenizer.
 
@@ -434,159 +370,3 @@ def _sample(run: Run, prompt: str) -> None:
         return
     if text is not None:
         run.report.sample(prompt, text)
-
-
-def _begin(
-    config: RunConfig,
-    sources: Mapping[str, SourceInfo],
-    ranks: Ranks,
-    folder: RunFolder,
-    plans: PlansAhead | None,
-    resume: str | None,
-    stop: StopRequest,
-) -> Run:
-    """Build everything a run needs, and put it where its checkpoint left it."""
-    model = build_model(config, ranks)
-    learner = Learner(config, ranks, model, build_optimizer(config, model))
-    spikes, speeds = SpikeWatch(config.train.spikes), _rank_speeds(config, ranks)
-    saver = Saver(
-        folder.path, config.checkpoint, ranks, _emergency(folder.path, config, ranks, resume)
-    )
-    cursor, notes = _restore(learner, sources, folder, resume, spikes, speeds, saver.emergency)
-    shards = {name: Shard.open(info.train) for name, info in sources.items()}
-    batches = GlobalBatches(config.data, shards, config.seed)
-    feed = Feed(
-        batches,
-        partial(step_problem, config, ranks.layout),
-        ranks,
-        plans,
-        config.planner.ahead_steps,
-        partial(is_over, train=config.train),
-        *([speeds.at] if speeds is not None else []),
-    )
-    readable = [
-        TokenSource(name, shards[name], sources[name].first_id, config.model.vocab_size or 0)
-        for name in batches.names
-    ]
-    saver.prepare(model, learner.optimizer)
-    length = run_length(batches, config.train.tokens, cursor)
-    nodes, shared = node_names(ranks), cores_are_shared(ranks)
-    make_report = partial(Report, config, ranks, folder, sources, cursor, length, nodes, shared)
-    report = on_first_rank(ranks, make_report) or make_report()  # it writes on rank 0 only
-    description = on_first_rank(ranks, lambda: describe_run(config, ranks.layout, sources))
-    report.started(cursor, description or "", notes)
-    heldout = heldout_sets(learner, sources, partial(plan_lengths, config, ranks.layout))
-    report.heldout({name: one.part for name, one in heldout.items()})
-    return Run(
-        config=config,
-        sources=sources,
-        learner=learner,
-        feed=feed,
-        reader=MicroBatchReader(
-            readable, ranks.hdp_rank, pack_multiple(config), ranks.device, ranks.axis
-        ),
-        heldout=heldout,
-        saver=saver,
-        report=report,
-        stop_request=stop,
-        cursor=cursor,
-        spikes=spikes,
-        speeds=speeds,
-    )
-
-
-def _emergency(
-    run_dir: Path, config: RunConfig, ranks: Ranks, resume: str | None
-) -> Emergency | None:
-    directory = config.checkpoint.emergency_dir
-    if directory is None:
-        return None
-    on_first_rank(ranks, lambda: checkpoints_dir(run_dir).mkdir(parents=True, exist_ok=True))
-    return Emergency(run_dir, directory, ranks, anew=resume not in ("auto", "latest"))
-
-
-def _rank_speeds(config: RunConfig, ranks: Ranks) -> RankSpeeds | None:
-    """What plans count with, where they are to; on rank 0, which alone has them made."""
-    if config.planner.rank_speeds == "equal":
-        return None
-    places = gather_arrays(np.array([ranks.hdp_rank]), ranks)
-    return None if places is None else RankSpeeds(places[:, 0], config.planner.ahead_steps)
-
-
-def _restore(
-    learner: Learner,
-    sources: Mapping[str, SourceInfo],
-    folder: RunFolder,
-    resume: str | None,
-    spikes: SpikeWatch,
-    speeds: RankSpeeds | None,
-    emergency: Emergency | None,
-) -> tuple[Cursor, list[str]]:
-    """Load the checkpoint to continue from; (its cursor, what the user should know)."""
-    if resume is None:
-        return _start(learner, sources, folder)
-    found, warnings = _find(folder.path, resume, learner.ranks, emergency)
-    if emergency is not None:
-        emergency.forget_after(-1 if found is None else found.manifest.position.step)
-    if found is None:
-        return _start(learner, sources, folder)
-    position = found.manifest.position
-    cursor = Cursor.from_json(position.cursor["data"])
-    changed = compare_configs(position.config, learner.config, position.tokens_seen)
-    was = parse_config(position.config).data.stages
-    cursor, left = with_stages(cursor, was, learner.config.data.stages), cursor
-    compare_sources(position.cursor["sources"], _identity(sources))
-    restore(found, learner.model, learner.optimizer, learner.ranks)
-    spikes.go_on(position.cursor["spikes"])
-    if cursor is not left:
-        spikes.begin_anew()  # another blend has other losses
-    if speeds is not None and not speeds.go_on(position.cursor.get("speeds")):
-        changed = [*changed, "number of ranks, whose speeds are measured anew"]
-    # whoever went back to a step means it: a crash before the next save must not undo that
-    checkpoints = checkpoints_dir(folder.path)
-    if found.bring is None:
-        on_first_rank(learner.ranks, lambda: go_on_from(checkpoints, position.step))
-    notes = [*warnings, *(f"changed since the checkpoint: {line}" for line in changed)]
-    notes += [*softmax_changes(found, learner.config), *_end_reached(cursor, learner.config)]
-    return cursor, notes
-
-
-def _end_reached(cursor: Cursor, config: RunConfig) -> Iterator[str]:
-    """That a run is over which may have been meant to go on."""
-    if cursor.tokens_seen >= config.train.tokens:
-        yield (
-            f"nothing is left to train: the checkpoint of step {cursor.step} has seen "
-            f"{cursor.tokens_seen:,} tokens, and train.tokens = {config.train.tokens:,}"
-        )
-
-
-def _find(
-    run_dir: Path, resume: str, ranks: Ranks, emergency: Emergency | None
-) -> tuple[Found | None, list[str]]:
-    """The checkpoint to continue from, or the emergency copy that is newer; what is wrong."""
-    warnings: list[str] = []
-    if emergency is not None and resume in ("auto", "latest"):
-        found, warnings = emergency.find(newest_step(run_dir, ranks))
-        if found is not None:
-            step = found.manifest.position.step
-            return found, [*warnings, f"goes on from the emergency copy of step {step}"]
-    found = find(run_dir, resume if resume in ("auto", "latest") else int(resume), ranks)
-    return found, [*warnings, *(found.warnings if found is not None else ())]
-
-
-def _start(
-    learner: Learner, sources: Mapping[str, SourceInfo], folder: RunFolder
-) -> tuple[Cursor, list[str]]:
-    """Begin with initial weights, or with those of another run."""
-    config = learner.config
-    if config.start.checkpoint is None:
-        return Cursor(), []
-    found = find_start(config.start.checkpoint, learner.ranks)
-    keep = config.start.optimizer == "keep"
-    begin_from(found, learner.model, learner.optimizer, keep, learner.ranks)
-    parent = found.manifest.position
-    origin = json.dumps(Origin("start.checkpoint", (Parent.of(found),)).to_json(), indent=1)
-    on_first_rank(learner.ranks, lambda: folder.write(LINEAGE, f"{origin}\n"))
-    on_first_rank(learner.ranks, lambda: keep_of_import(found, folder.path))
-    notes = [*taken_over(parent, config), *places_told(config), *softmax_changes(found, config)]
-    return Cursor(), notes

@@ -86,14 +86,14 @@ def test_other_ranks_are_not_to_blame():
 # --------------------------------------------------------------------------------- inside of runs
 
 PLACES = {
-    "plan of held-out text": "megascale.train.loop.plan_lengths",
-    "description": "megascale.train.loop.describe_run",
+    "plan of held-out text": "megascale.train.begin.plan_lengths",
+    "description": "megascale.train.begin.describe_run",
     "files of the report": "megascale.train.recorder.MetricsWriter",
     "folder of checkpoints": "megascale.checkpoint.folder.remove_leftovers",
     "choice of checkpoint": "megascale.checkpoint.load._candidates",
     "planner process": "megascale.train.feed.PlansAhead",
     "cover of checkpoints": "megascale.checkpoint.save.check_cover",
-    "problem of a plan": "megascale.train.loop.step_problem",
+    "problem of a plan": "megascale.train.begin.step_problem",
     "identity of copies": "megascale.checkpoint.emergency.secrets.token_hex",
 }
 
