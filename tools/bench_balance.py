@@ -158,13 +158,13 @@ class Bench:
 
         learner, (micro_batches, tokens) = self.learners[way], self.batch(step)
         model = learner.model
-        model.module.load_state_dict(state, strict=False)
+        model.chunks[0].module.load_state_dict(state, strict=False)
         model.zero_grad_buffer()
         if model.balance.looks_first:
             model.balance.adopt(look(learner, micro_batches, len(micro_batches)))
         model.balance.begin(len(micro_batches), tokens)
         run_micro_batches(learner, micro_batches, len(micro_batches))
-        finalize_model_grads([model])
+        finalize_model_grads(model.chunks)
         grads = [one.main_grad.double().flatten() for one in model.parameters()]
         return torch.cat(grads).numpy()
 
@@ -177,7 +177,9 @@ def distances(bench: Bench, steps: int, every: int, progress: Progress) -> dict[
         bench.show(progress, "how near to exact")
         if step and step % every == 0:
             model = bench.learners[DEFAULT].model
-            tensors = {k: v for k, v in model.module.state_dict().items() if v is not None}
+            tensors = {
+                k: v for k, v in model.chunks[0].module.state_dict().items() if v is not None
+            }
             state = {name: one.clone() for name, one in tensors.items()}
             grads = {way: bench.gradient(way, step, state) for way in WAYS if way != DEFAULT}
             exact, none = grads["exact"], grads["none"]

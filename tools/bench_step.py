@@ -114,7 +114,7 @@ class BareStep:
     """What a loop on megatron-core cannot do without, on the micro-batches of our next step."""
 
     def __init__(self, config: RunConfig, ranks: Ranks, ours: OurStep) -> None:
-        self.model, self.ours = build_model(config, ranks), ours
+        (self.model,), self.ours = build_model(config, ranks).chunks, ours
         options = OptimizerConfig(
             lr=1e-4, clip_grad=1.0, weight_decay=0.1, use_distributed_optimizer=True
         )

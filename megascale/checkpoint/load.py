@@ -14,6 +14,7 @@ from megascale.checkpoint.manifest import MANIFEST, Manifest, verify
 from megascale.errors import UserError
 
 if TYPE_CHECKING:
+    from megascale.model.model import Model
     from megascale.runtime.distributed import Ranks
 
 
@@ -175,7 +176,7 @@ def _inspect(
     return manifest, told
 
 
-def restore(found: Found, model: Any, optimizer: Any | None, ranks: Ranks) -> Manifest:
+def restore(found: Found, model: Model, optimizer: Any | None, ranks: Ranks) -> Manifest:
     """Load weights and, with `optimizer`, its state in place; the layout may be any.
 
     `optimizer=None` loads the weights alone: an optimizer that is to train them afterwards must be
@@ -194,7 +195,7 @@ def restore(found: Found, model: Any, optimizer: Any | None, ranks: Ranks) -> Ma
 
 
 def begin_from(
-    found: Found, model: Any, optimizer: Any | None, keep_state: bool, ranks: Ranks
+    found: Found, model: Model, optimizer: Any | None, keep_state: bool, ranks: Ranks
 ) -> None:
     """Let a new run begin with the weights of another one's checkpoint, of any layout or precision.
 

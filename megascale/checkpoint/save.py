@@ -29,6 +29,7 @@ from megascale.checkpoint.storage import (
     write_tensors,
 )
 from megascale.config import CheckpointConfig
+from megascale.model.model import Model
 from megascale.runtime.distributed import Ranks, broadcast_bytes
 from megascale.runtime.files import discard, sync_folder
 from megascale.runtime.first_rank import from_first_rank, on_first_rank
@@ -120,7 +121,7 @@ class Saver:
         """A save is on its way; the same on every rank."""
         return self._job is not None
 
-    def prepare(self, model: Any, optimizer: Any) -> None:
+    def prepare(self, model: Model, optimizer: Any) -> None:
         """Plan what each rank writes and get the host memory for it.
 
         The first `save` does it if nobody did; done ahead, the first save is as quick as others.
@@ -143,7 +144,7 @@ class Saver:
         check_cover(self._entries)
         return str(max((len(of_rank) for of_rank in self._entries), default=0)).encode()
 
-    def save(self, position: Position, model: Any, optimizer: Any) -> list[SaveResult]:
+    def save(self, position: Position, model: Model, optimizer: Any) -> list[SaveResult]:
         """Save the state after `position.step`, once an earlier save is done.
 
         Returns the results of the saves that ended in the call: with `async_save` none, or the
@@ -157,7 +158,7 @@ class Saver:
         results = [earlier, None if self.config.async_save else self.wait()]
         return [result for result in results if result is not None]
 
-    def copy(self, position: Position, model: Any, optimizer: Any) -> SaveResult | None:
+    def copy(self, position: Position, model: Model, optimizer: Any) -> SaveResult | None:
         """Begin an emergency copy of the state; none while an earlier save is on its way.
 
         Returns its result where it ends in the call, without `async_save`.
@@ -170,7 +171,7 @@ class Saver:
         self._job = job
         return None if self.config.async_save else self.wait()
 
-    def _stage(self, position: Position, model: Any, optimizer: Any) -> _Job:
+    def _stage(self, position: Position, model: Model, optimizer: Any) -> _Job:
         """Copy the state to host memory; the save to be done with it."""
         began = time.perf_counter()
         if self._prepared_for is None or any(

@@ -28,6 +28,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTenso
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
 from megascale.checkpoint.ranges import Shape, boxes_of_range
+from megascale.model.model import Model
 from megascale.model.vocabulary import ids_among
 from megascale.optim.soap import SIDES, Soap
 
@@ -86,18 +87,16 @@ class _Held:
     """SOAP's state in a basis over the rows of the weight, the padded ones included."""
 
 
-def boxes(model: Any, optimizer: Any | None, to_write: bool = False) -> list[Box]:
+def boxes(model: Model, optimizer: Any | None, to_write: bool = False) -> list[Box]:
     """Boxes of the weights and, with `optimizer`, of its state, that this rank holds.
 
     With `to_write` only those that this rank writes: over all ranks they cover each global tensor
     exactly once, with replicas shared out evenly over the data-parallel ranks.
     Raises RuntimeError when a weight is not contiguous, which megatron-core never makes.
     """
-    while hasattr(model, "module"):
-        model = model.module
     parts_of: dict[int, list[_Part]] = {}
     found: list[Box] = []
-    for entry in _leaves(model.sharded_state_dict()):
+    for entry in _leaves([_network(chunk).sharded_state_dict() for chunk in model.chunks]):
         weight, parts = entry.data, _parts(entry)
         parts_of[id(weight)] = parts
         held = _Held("", partial(_itself, weight), 0, weight.numel(), _replicas(weight))
@@ -112,6 +111,13 @@ def boxes(model: Any, optimizer: Any | None, to_write: bool = False) -> list[Box
             parts = [_factor_part(part, dim) for part in parts_of[id(weight)]]
             found += _boxes(parts, held, to_write)
     return found
+
+
+def _network(chunk: torch.nn.Module) -> Any:
+    """megatron-core's network inside its wrappers."""
+    while hasattr(chunk, "module"):
+        chunk = chunk.module
+    return chunk
 
 
 def inner_optimizers(optimizer: Any | None) -> list[Any]:
@@ -197,7 +203,7 @@ def _without_padding(part: _Part, weight: torch.Tensor) -> _Part:
     )
 
 
-def _held_state(inner: Any, model: Any) -> Iterator[tuple[torch.Tensor, _Held]]:
+def _held_state(inner: Any, model: Model) -> Iterator[tuple[torch.Tensor, _Held]]:
     """(parameter, state) for the master weight, where it is a copy, and each moment."""
     for weight, main, start, stop in _main_parameters(inner, model):
         replicas = _state_replicas(inner, weight)
@@ -210,7 +216,7 @@ def _held_state(inner: Any, model: Any) -> Iterator[tuple[torch.Tensor, _Held]]:
             yield weight, _Held(prefix, holder, start, stop, replicas, in_basis)
 
 
-def _held_factors(inner: Any, model: Any) -> Iterator[tuple[torch.Tensor, int, _Held]]:
+def _held_factors(inner: Any, model: Model) -> Iterator[tuple[torch.Tensor, int, _Held]]:
     """(parameter, the dimension they are of, state) for SOAP's averages and bases."""
     if not isinstance(inner.optimizer, Soap):
         return
@@ -240,7 +246,7 @@ def _factor_part(part: _Part, dim: int) -> _Part:
 
 
 def _main_parameters(
-    inner: Any, model: Any
+    inner: Any, model: Model
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor, int, int]]:
     """(parameter, what the optimizer updates in its place, range of it that is held here)."""
     groups = inner.optimizer.param_groups

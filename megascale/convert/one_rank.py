@@ -6,7 +6,7 @@ import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
@@ -17,6 +17,7 @@ from megascale.convert.huggingface.config import complete
 from megascale.errors import UserError
 from megascale.mesh.packing import TokenSequence, pack
 from megascale.model.build import build_model
+from megascale.model.model import Model
 from megascale.runtime import distributed
 from megascale.runtime.environment import world_from_environment
 
@@ -26,7 +27,7 @@ class OneRankModel:
     """A model that only answers."""
 
     config: RunConfig
-    model: Any
+    model: Model
     device: torch.device
 
     def logits(self, sequences: Sequence[Sequence[int]]) -> list[torch.Tensor]:
@@ -34,7 +35,7 @@ class OneRankModel:
         arrays = [np.asarray(ids, dtype=np.int64) for ids in sequences]
         batch = pack([TokenSequence(ids, ids) for ids in arrays], 0, 1, self.device)
         with torch.no_grad():
-            output = self.model(
+            output = self.model.chunks[0](
                 input_ids=batch.tokens_T[None],
                 position_ids=batch.segments.positions_T[None],
                 attention_mask=None,

@@ -7,7 +7,6 @@ numbers of these combinations, a matrix (new layers, old layers) for each tensor
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any
 
 import torch
 
@@ -15,6 +14,7 @@ from megascale.checkpoint.shards import Box, boxes
 from megascale.checkpoint.tensors import Piece, Tensors
 from megascale.growth.depth import stacked
 from megascale.growth.tensors import is_layered
+from megascale.model.model import Model
 
 Maps = Mapping[str, torch.Tensor]
 """By tensor, the part (new layers, old layers), fp32, that each new layer takes of each old one."""
@@ -42,7 +42,7 @@ class DepthMaps:
     j has the gradient <dL/dW_t, B_j>.
     """
 
-    def __init__(self, base: Tensors, model: Any, factor: int) -> None:
+    def __init__(self, base: Tensors, model: Model, factor: int) -> None:
         found = boxes(model, None)
         self._boxes = [box for box in found if hasattr(box.holder(), "main_grad")]
         keys = {box.key for box in self._boxes if is_layered(box.key)}

@@ -22,23 +22,21 @@ from megascale.model.balance import Balance
 from megascale.model.counts import padded_vocab_size
 from megascale.model.initialise import initialise
 from megascale.model.layers import LayerMask, final_norm, layer_spec, use_transformer_engine
+from megascale.model.model import Model
 from megascale.model.timing import ComputeTimer
 from megascale.model.vocabulary import exclude_padding
 from megascale.runtime.distributed import Ranks
 
 
-def build_model(config: RunConfig, ranks: Ranks) -> DistributedDataParallel:
+def build_model(config: RunConfig, ranks: Ranks) -> Model:
     """This rank's part of the model, with initial weights, wrapped for gradient reduction.
 
     The weights depend on `seed` and their name alone, not on the layout of the ranks. Padded rows
     of the vocabulary are in no softmax (`vocabulary.exclude_padding`).
-    Gradients are summed, never averaged (design, decision 3). Its attribute `offloader` runs the
-    micro-batches that keep activations in host memory, `balance` counts what its routers choose
-    (None without experts), `timer` times forward passes, and `masked_layers` are those that a step
-    opens further.
+    Gradients are summed over ranks, never averaged.
     """
     core = transformer_config(config, ranks)
-    model = GPTModel(
+    network = GPTModel(
         config=core,
         transformer_layer_spec=_block_spec(config, core),
         vocab_size=padded_vocab_size(config.model, config.parallel.tensor),
@@ -50,19 +48,21 @@ def build_model(config: RunConfig, ranks: Ranks) -> DistributedDataParallel:
         parallel_output=True,
     )
     assert config.model.vocab_size is not None  # it is finalized
-    exclude_padding(model, config.model.vocab_size, ranks.device)
-    initialise(model, config.model, config.seed)
-    model = model.to(ranks.device)
-    layers = model.decoder.layers
+    exclude_padding(network, config.model.vocab_size, ranks.device)
+    initialise(network, config.model, config.seed)
+    network = network.to(ranks.device)
+    layers = network.decoder.layers
     if config.train.precision == "bf16":
-        model = Float16Module(core, model)
-    wrapped = DistributedDataParallel(core, _reduction(config, ranks), model)
+        network = Float16Module(core, network)
+    wrapped = DistributedDataParallel(core, _reduction(config, ranks), network)
     core.no_sync_func = wrapped.no_sync  # gradients are reduced after the last micro-batch only
-    wrapped.offloader = Offloader(layers, ranks.device)
-    wrapped.balance = _balance(config, layers)
-    wrapped.masked_layers = [layer for layer in layers if isinstance(layer, LayerMask)]
-    wrapped.timer = ComputeTimer(layers, ranks.device)
-    return wrapped
+    return Model(
+        chunks=[wrapped],
+        offloader=Offloader(layers, ranks.device),
+        balance=_balance(config, layers),
+        timer=ComputeTimer(layers, ranks.device),
+        masked_layers=[layer for layer in layers if isinstance(layer, LayerMask)],
+    )
 
 
 def _balance(config: RunConfig, layers: Sequence[Any]) -> Balance | None:

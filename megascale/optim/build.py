@@ -9,16 +9,18 @@ from typing import Any
 import torch
 
 from megascale.config import RunConfig
+from megascale.model.model import Model
 
 
-def build_optimizer(config: RunConfig, model: Any) -> Any:
-    """megatron-core's optimizer for `model` (a DistributedDataParallel).
+def build_optimizer(config: RunConfig, model: Model) -> Any:
+    """megatron-core's optimizer for the weights of `model`.
 
     Clipping is left to `apply_gradients`, which folds it into the one scaling of gradients.
     """
     from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 
     optim, bf16 = config.optim, config.train.precision == "bf16"
+    reduction = model.chunks[0].ddp_config
     options = OptimizerConfig(
         optimizer="adam",
         lr=0.0,
@@ -29,16 +31,16 @@ def build_optimizer(config: RunConfig, model: Any) -> Any:
         clip_grad=0.0,
         bf16=bf16,
         params_dtype=torch.bfloat16 if bf16 else torch.float32,
-        use_distributed_optimizer=model.ddp_config.use_distributed_optimizer,
-        overlap_param_gather=model.ddp_config.overlap_param_gather,
+        use_distributed_optimizer=reduction.use_distributed_optimizer,
+        overlap_param_gather=reduction.overlap_param_gather,
     )
     if optim.name == "adamw":
-        return get_megatron_optimizer(options, [model], use_gloo_process_groups=False)
+        return get_megatron_optimizer(options, model.chunks, use_gloo_process_groups=False)
     from megascale.optim.whole import whole_weights
 
     # without bf16 it makes neither state nor master weights: its parameter groups are wanted
     grouped = get_megatron_optimizer(
-        replace(options, bf16=False), [model], use_gloo_process_groups=False
+        replace(options, bf16=False), model.chunks, use_gloo_process_groups=False
     )
     return whole_weights(config, options, model, grouped)
 
@@ -52,7 +54,7 @@ def set_rates(optimizer: Any, lr: float, weight_decay: float) -> None:
 
 @torch.no_grad()
 def apply_gradients(
-    model: Any, optimizer: Any, loss_tokens: int, clip_grad_norm: float, good_loss: bool
+    model: Model, optimizer: Any, loss_tokens: int, clip_grad_norm: float, good_loss: bool
 ) -> tuple[float, bool]:
     """Divide the summed gradients by the loss tokens of the global batch, clip, and step.
 

@@ -18,6 +18,7 @@ from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params,
 
 from megascale.config import RunConfig
 from megascale.model.matrices import FUSED_NAME, Weight, deal
+from megascale.model.model import Model
 from megascale.optim.soap import Soap
 
 
@@ -42,7 +43,7 @@ class WholeWeights(ChainedOptimizer):  # type: ignore[misc]
         return done
 
 
-def whole_weights(config: RunConfig, options: OptimizerConfig, model: Any, grouped: Any) -> Any:
+def whole_weights(config: RunConfig, options: OptimizerConfig, model: Model, grouped: Any) -> Any:
     """SOAP for the parameter groups of `grouped`, an optimizer of megatron-core for `model`.
 
     With `optim.distributed_optimizer` a rank keeps the weights dealt to it, else all of them.

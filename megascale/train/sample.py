@@ -87,7 +87,7 @@ def _next_logits(learner: Learner, tokens: list[int], pad_id: int) -> torch.Tens
     outputs = get_forward_backward_func()(
         forward_step_func=_forward,
         data_iterator=iter([batch]),
-        model=[learner.model],
+        model=learner.model.chunks,
         num_microbatches=1,
         seq_length=pack_multiple(learner.config),
         micro_batch_size=1,
@@ -100,9 +100,9 @@ def _next_logits(learner: Learner, tokens: list[int], pad_id: int) -> torch.Tens
     return whole[: learner.config.model.vocab_size]
 
 
-def _forward(data: Iterator[MicroBatch], model: Any) -> tuple[torch.Tensor, Any]:
+def _forward(data: Iterator[MicroBatch], chunk: torch.nn.Module) -> tuple[torch.Tensor, Any]:
     batch = next(data)
-    logits = model(
+    logits = chunk(
         input_ids=batch.tokens_T[None],
         position_ids=batch.segments.positions_T[None],
         attention_mask=None,

@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from megascale.config import RunConfig
 from megascale.mesh.packing import MicroBatch
 from megascale.model.balance import ExpertUse
 from megascale.model.build import pack_multiple
+from megascale.model.model import Model
 from megascale.optim.build import apply_gradients, set_rates
 from megascale.optim.schedule import lr_at
 from megascale.runtime.distributed import Ranks
@@ -55,7 +57,7 @@ class Learner:
 
     config: RunConfig
     ranks: Ranks
-    model: Any
+    model: Model
     optimizer: Any
 
 
@@ -94,7 +96,7 @@ def train_step(
     pulse.enter("gradients")
     if balance is not None:
         balance.begin_sum()
-    finalize_model_grads([model])
+    finalize_model_grads(model.chunks)
     moved_gib = model.offloader.take_traffic().moved_bytes / 2**30
     loss_sum, ran, stops, writing, moved_gib = _sum_over_ranks(
         learner.ranks, [loss_sum, ran, float(stop), float(not writes_done), moved_gib]
@@ -159,9 +161,9 @@ def run_micro_batches(
     """
     config = learner.config
     reports = get_forward_backward_func()(
-        forward_step_func=_forward,
+        forward_step_func=partial(_forward, learner.model),
         data_iterator=iter(micro_batches),
-        model=[learner.model],
+        model=learner.model.chunks,
         num_microbatches=count,
         seq_length=pack_multiple(config),
         micro_batch_size=1,
@@ -173,12 +175,14 @@ def run_micro_batches(
     return total[0].item(), total[1].item()
 
 
-def _forward(data: Iterator[MicroBatch], model: Any) -> tuple[torch.Tensor, Any]:
+def _forward(
+    model: Model, data: Iterator[MicroBatch], chunk: torch.nn.Module
+) -> tuple[torch.Tensor, Any]:
     batch = next(data)
     model.timer.micro_batch()
     pulse.mark()
     with model.offloader.micro_batch(batch.offload):
-        loss_T = model(
+        loss_T = chunk(
             input_ids=batch.tokens_T[None],
             position_ids=batch.segments.positions_T[None],
             attention_mask=None,

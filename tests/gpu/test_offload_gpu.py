@@ -79,7 +79,7 @@ def train_at_ratios():
         model.zero_grad_buffer()
         before = torch.cuda.memory_allocated()
         with model.offloader.micro_batch(ratio):
-            loss_T = model(
+            loss_T = model.chunks[0](
                 input_ids=batch.tokens_T[None],
                 position_ids=None,
                 attention_mask=None,

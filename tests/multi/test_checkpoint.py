@@ -276,14 +276,14 @@ def through_megatron(folder: str) -> bool:
     from megatron.core.dist_checkpointing.mapping import ShardedObject
 
     run = Run([], seed=2)
-    wanted = run.model.module.sharded_state_dict()
+    wanted = run.model.chunks[0].module.sharded_state_dict()
     wanted = {k: v for k, v in wanted.items() if not isinstance(v, ShardedObject)}
     assert list(nested_values(wanted))
     at = next((Path(folder) / "checkpoints").glob("0*"))
     given = dist_checkpointing.load(wanted, str(at))
     run.load(folder)
     theirs = {key: given[key] for key in wanted}
-    live = run.model.module.state_dict()
+    live = run.model.chunks[0].module.state_dict()
     return all(torch.equal(theirs[key], live[key]) for key in wanted)
 
 

@@ -61,7 +61,7 @@ def gradients_and_differences(folder, model):
     run.model.zero_grad_buffer()
     run_micro_batches(run.learner, [batch], 1)
     found = maps.gradients()
-    exact = run.model.module.double()
+    exact = run.model.chunks[0].module.double()
     maps._base = {key: one.double() for key, one in maps._base.items()}
     maps.maps = {key: one.double() for key, one in maps.maps.items()}
 

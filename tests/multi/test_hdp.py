@@ -100,7 +100,8 @@ def gradients(overrides, plans, exact=False, loads=None):
         model = build.build_model(config, ranks)
     finally:
         build.DistributedDataParallel = wrap
-    model = model.double() if exact else model
+    if exact:
+        model.chunks[0].double()
     source = TokenSource("random", InMemory(LENGTHS), VOCAB - 1, VOCAB)
     reader = MicroBatchReader(
         [source], ranks.hdp_rank, build.pack_multiple(config), ranks.device, ranks.axis
@@ -113,7 +114,7 @@ def gradients(overrides, plans, exact=False, loads=None):
             layer.load_E.copy_(torch.tensor(loads[layer.layer_number - 1]))
     for plan in plans:
         if exact:
-            model.zero_grad()
+            model.chunks[0].zero_grad()
         else:
             model.zero_grad_buffer()
         micro_batches = reader.read(plan, whole_batch(LENGTHS))
@@ -127,7 +128,7 @@ def gradients(overrides, plans, exact=False, loads=None):
         sums = torch.tensor(run_micro_batches(learner, micro_batches, count))
         dist.all_reduce(sums)
         if not exact:
-            finalize_model_grads([model])
+            finalize_model_grads(model.chunks)
         results.append((sums.tolist(), _named(model, ranks, exact)))
     dist.new_group = new_group
     return results, len(made)

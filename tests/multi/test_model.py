@@ -28,17 +28,18 @@ def compare_with_plain(overrides):
     model = build_model(config, ranks)
     assert sum(p.numel() for p in model.parameters()) == count_parameters(config.model).total
     # else a rank would reduce gradients after each of its micro-batches
-    assert model.config.no_sync_func == model.no_sync
+    (chunk,) = model.chunks
+    assert chunk.config.no_sync_func == chunk.no_sync
     for name, weight in model.named_parameters():
         if name.endswith(".bias"):
             assert not weight.any()
             torch.nn.init.normal_(weight)
     plain = PlainGpt(config.model)
-    plain.load_megatron(model.module.state_dict())
+    plain.load_megatron(chunk.module.state_dict())
     generator = np.random.default_rng(0)
     ids = [generator.integers(0, 257, n + 1) for n in LENGTHS]
     batch = pack([TokenSequence(x[:-1], x[1:]) for x in ids], 256, 1, ranks.device)
-    loss_T = model(
+    loss_T = chunk(
         input_ids=batch.tokens_T[None],
         position_ids=None,
         attention_mask=None,

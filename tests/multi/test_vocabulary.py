@@ -71,7 +71,7 @@ class Model:
         from plain_gpt import PlainGpt
 
         plain = PlainGpt(self.config.model)
-        plain.load_megatron(self.model.module.state_dict())
+        plain.load_megatron(self.model.chunks[0].module.state_dict())
         return plain.double()
 
 
@@ -126,7 +126,7 @@ def trained(overrides: tuple[str, ...]) -> Any:
     loss_sum, tokens = evaluate(model.learner, [model.batch], 1)
     model.model.zero_grad_buffer()
     trained_sum, _ = run_micro_batches(model.learner, [model.batch], 1)
-    finalize_model_grads([model.model])
+    finalize_model_grads(model.model.chunks)
     padding = [weight.main_grad[known:].abs().sum().item() for weight, known in model.padded()]
     ids = {id(weight) for weight, _ in model.padded()}
     parts = [
@@ -198,7 +198,7 @@ def in_fp64(overrides: tuple[str, ...]) -> Any:
     model = Model(overrides)
     model.spoil()
     silence(model)
-    batch, gpt = model.batch, model.model.module.double().eval()
+    batch, gpt = model.batch, model.model.chunks[0].module.double().eval()
     with torch.no_grad():
         part = gpt(
             input_ids=batch.tokens_T[None],
