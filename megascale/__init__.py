@@ -1,3 +1,23 @@
-"""megascale: pretraining and continual training of language models on megatron-core."""
+"""megascale: pretraining and continual training of language models on megatron-core.
+
+`plan` lays one batch of sequences out on ranks; `model_cost` says what they take; `load_run` and
+`train` run what a config describes; `read_metrics` reads what a run has measured. What a training
+loop of your own needs beside a plan is in `megascale.mesh`.
+"""
+
+from typing import TYPE_CHECKING
+
+from megascale.exports import lazily
+
+if TYPE_CHECKING:
+    from megascale.api import load_run as load_run
+    from megascale.api import model_cost as model_cost
+    from megascale.api import plan as plan
+    from megascale.api import read_metrics as read_metrics
+    from megascale.api import train as train
 
 __version__ = "0.1.0"
+
+__all__ = ["load_run", "model_cost", "plan", "read_metrics", "train"]
+
+__getattr__ = lazily(__name__, dict.fromkeys(__all__, "megascale.api"))

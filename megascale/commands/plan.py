@@ -14,7 +14,7 @@ from numpy.typing import ArrayLike
 from megascale.config import Layout
 from megascale.config.load import whole_number
 from megascale.errors import UserError
-from megascale.planner import PLANNERS, CostModel, Problem, StepPlan, timeline
+from megascale.planner import PLANNERS, CostModel, Problem, StepPlan, find_planner, timeline
 from megascale.planner.gantt import LEGEND, plot_gantt, text_gantt
 from megascale.planner.plan import Mode
 from megascale.run.describe import cost_model, describe_run, first_step, load_run, static_line
@@ -46,7 +46,8 @@ def add_plan_arguments(parser: argparse.ArgumentParser) -> None:
     add("--mode", choices=("free", "aligned", "lockstep"), help="default: free")
     add("--pp", metavar="P", help="pipeline stages, in aligned or lockstep mode; default: 1")
     add("--cost", metavar="COST.json", help=f"default: that of a {DEFAULT_MODEL} model, assumed")
-    add("--planner", choices=tuple(PLANNERS), help="default: hybrid")
+    names = f"{', '.join(PLANNERS)}, or module:function; default: hybrid"
+    add("--planner", metavar="NAME", help=names)
     improve = "seconds to spend on improving the plan; default: a fixed number of tries"
     add("--budget-s", type=float, metavar="S", help=improve)
 
@@ -76,7 +77,7 @@ def run_plan(args: argparse.Namespace) -> int:
 
 def _run_lengths(args: argparse.Namespace) -> int:
     problem = _problem(args)
-    plan = PLANNERS[args.planner or "hybrid"](problem)
+    plan = find_planner(args.planner or "hybrid")(problem)
     plan.check(problem.lengths)
     times = timeline(plan, problem.lengths, problem.cost)
     sizes = Counter(len(ring.ranks) for ring in plan.rings if ring.sequences)

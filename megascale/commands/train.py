@@ -5,19 +5,13 @@ from __future__ import annotations
 import argparse
 import os
 import shlex
-from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from megascale.launch.local_ranks import RankJob, as_rank, megascale, rank_count, run_ranks
 from megascale.runtime.environment import is_driven, world_from_environment
 from megascale.runtime.files import real_path
 from megascale.runtime.signals import TWIN_S, StopRequest
-
-if TYPE_CHECKING:
-    from megascale.config import RunConfig
-    from megascale.corpus.sources import SourceInfo
 
 
 def add_train_arguments(parser: argparse.ArgumentParser) -> None:
@@ -93,29 +87,12 @@ def _train(args: argparse.Namespace) -> int:
     world_from_environment()  # what is wrong there is said before anything is read
     from megascale.run.describe import load_run
     from megascale.run.preflight import check_resume
+    from megascale.train.entry import train_on_device
 
     check_resume(args.resume)
     config, sources = load_run(args.config, args.overrides)
     train_on_device(config, sources, args.resume, resume_command(args.config, args.overrides))
     return 0
-
-
-def train_on_device(
-    config: RunConfig, sources: Mapping[str, SourceInfo], resume: str | None, command: str
-) -> bool:
-    """Make the device ready and train as `loop.train` does; whether a signal stopped it."""
-    from megascale.run.describe import cost_model
-    from megascale.run.preflight import check_emergency
-
-    cost_model(config)  # a bad cost file is found before there is a run folder
-    if world_from_environment()[1] == 1:  # several ranks tell each other, so that one may speak
-        check_emergency(config)
-    from megascale.runtime import distributed
-
-    distributed.prepare_device(config.device)
-    from megascale.train.loop import train
-
-    return train(config, sources, resume, command)
 
 
 def resume_command(config: str, overrides: list[str], started: int = 1) -> str:

@@ -75,8 +75,8 @@ def run_train_m1(args: argparse.Namespace) -> int:
 
     A run that a signal stopped is not frozen, and the status is 1: there is no M1 of it yet.
     """
-    from megascale.commands.train import train_on_device
     from megascale.run.describe import load_run
+    from megascale.train.entry import train_on_device
 
     out = Path(args.out)
     if os.environ.get("WORLD_SIZE", "1") != "1":

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from megascale.config.lr_curves import expand
 from megascale.config.schema import (
+    PLANNERS,
     ModelConfig,
     MoeConfig,
     OptimConfig,
@@ -293,6 +294,11 @@ def _validate_numbers(config: RunConfig) -> None:
         raise UserError(
             f"planner.host_copy_bytes_per_s = {copy} must be finite and above 0, such as 25e9; "
             "leave it out to keep activations on the device"
+        )
+    if config.planner.name not in PLANNERS and ":" not in config.planner.name:
+        raise UserError(
+            f"planner.name = {config.planner.name} must be one of {', '.join(PLANNERS)}, or "
+            "module:function"
         )
     speeds = config.planner.rank_speeds
     needs = {"planner.name": config.planner.name == "hybrid"}

@@ -262,23 +262,30 @@ class DataConfig:
     no limit."""
 
 
+PLANNERS = (
+    "hybrid",
+    "bytescale",
+    "bytescale_naive",
+    "flexsp",
+    "longest_first",
+    "static",
+    "static_balanced",
+    "static_best",
+)
+"""Names that `planner.name` may have, apart from those of a user's own planners."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class PlannerConfig:
     """How each step's sequences are laid out on ranks."""
 
-    name: Literal[
-        "hybrid",
-        "bytescale",
-        "bytescale_naive",
-        "flexsp",
-        "longest_first",
-        "static",
-        "static_balanced",
-        "static_best",
-    ] = "hybrid"
+    name: str = "hybrid"
     """`hybrid`: rings of any size, by time and memory; nothing else is as near to the lower
     bound. `longest_first`: whole sequences to the least busy rank. The others are baselines:
-    ByteScale's and FlexSP's planners, and static context parallelism."""
+    `bytescale`, `bytescale_naive` and `flexsp` are ByteScale's and FlexSP's planners; `static`,
+    `static_balanced` and `static_best` are static context parallelism. `module:function` is a
+    planner of your own, in a module on the Python path: a function at its top that takes a
+    `megascale.planner.Problem` and returns a `StepPlan`."""
     capacity_tokens: int | None = None
     """Most tokens one rank holds in one micro-batch; longer sequences are spread over ranks.
     Default: `context_tokens`."""

@@ -13,7 +13,7 @@ import torch
 
 from megascale.checkpoint.load import Found, begin_from
 from megascale.config import ModelConfig, RunConfig, TrainConfig, parse_config
-from megascale.convert.huggingface.config import complete
+from megascale.config.complete import complete
 from megascale.errors import UserError
 from megascale.mesh.packing import TokenSequence, pack
 from megascale.model.build import build_model

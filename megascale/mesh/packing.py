@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 import torch
 
-from megascale.mesh.chunks import RingShare
+from megascale.mesh.ring_share import RingShare
 
 
 @dataclass

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -11,9 +12,10 @@ import torch
 from megascale.corpus.batches import GlobalBatch
 from megascale.corpus.shards import Shard
 from megascale.errors import RankError
-from megascale.mesh.chunks import RingShare, chunk_bounds
-from megascale.mesh.packing import MicroBatch, TokenSequence, pack
-from megascale.planner.plan import Ring, StepPlan
+from megascale.mesh.memory import packed_part
+from megascale.mesh.packing import MicroBatch, TokenSequence
+from megascale.planner.plan import StepPlan
+from megascale.planner.shares import RankMicroBatch
 from megascale.runtime.distributed import HdpAxis
 
 
@@ -63,27 +65,11 @@ class MicroBatchReader:
 
     def read(self, plan: StepPlan, batch: GlobalBatch) -> Iterator[MicroBatch]:
         """This rank's micro-batches in plan order, each read from disk when it is asked for."""
+        part, pad_id = partial(self._part, batch), self.sources[0].first_id
         for ring in plan.rings_of(self.hdp_rank):
-            share = self._share(ring, batch) if len(ring.ranks) > 1 else None
-            sequences = [
-                self._part(batch, i, share.spans(place) if share else [(0, int(batch.length[i]))])
-                for place, i in enumerate(ring.sequences)
-            ]
-            pad_id = self.sources[0].first_id
+            mine = RankMicroBatch.of(ring, self.hdp_rank, batch.length)
             sources = [int(batch.source[i]) for i in ring.sequences]
-            packed = pack(sequences, pad_id, self.multiple, self.device, share, sources)
-            yield replace(packed, offload=ring.offload)
-
-    def _share(self, ring: Ring, batch: GlobalBatch) -> RingShare:
-        if self.axis is None:
-            raise ValueError(f"ring {ring.id} has {len(ring.ranks)} ranks; give the reader an axis")
-        lengths = [int(batch.length[i]) for i in ring.sequences]
-        return RingShare(
-            ranks=tuple(self.axis.ranks[position] for position in ring.ranks),
-            place=ring.ranks.index(self.hdp_rank),
-            bounds=chunk_bounds(lengths, len(ring.ranks)),
-            group=self.axis.group,
-        )
+            yield packed_part(mine, part, self.device, self.axis, self.multiple, pad_id, sources)
 
     def _part(
         self, batch: GlobalBatch, index: int, spans: Sequence[tuple[int, int]]

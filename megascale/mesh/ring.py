@@ -19,8 +19,8 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from megascale.mesh.chunks import RingShare
 from megascale.mesh.kernels import Call, Kernel, Rows, kernel_for
+from megascale.mesh.ring_share import RingShare
 
 
 def ring_attend(

@@ -10,19 +10,10 @@ from megascale.planner.peers.static import plan_static, plan_static_balanced, pl
 from megascale.planner.plan import PlanError, Ring, StepPlan
 from megascale.planner.plan_builder import Placed, complete
 from megascale.planner.problem import OffloadModel, Planner, Problem
+from megascale.planner.registry import PLANNERS, find_planner
+from megascale.planner.service.ahead import PlansAhead
+from megascale.planner.shares import RankMicroBatch
 from megascale.planner.timeline import Timeline, step_s, timeline
-
-PLANNERS: dict[str, Planner] = {
-    "hybrid": plan_hybrid,
-    "longest_first": plan_longest_first,
-    "bytescale": plan_bytescale,
-    "bytescale_naive": plan_bytescale_naive,
-    "flexsp": plan_flexsp,
-    "static": plan_static,
-    "static_balanced": plan_static_balanced,
-    "static_best": plan_static_best,
-}
-"""By the name that `planner.name` in a config and `megascale plan --planner` give."""
 
 __all__ = [
     "PLANNERS",
@@ -31,14 +22,18 @@ __all__ = [
     "Placed",
     "PlanError",
     "Planner",
+    "PlansAhead",
     "Problem",
+    "RankMicroBatch",
     "Ring",
     "StepPlan",
     "Timeline",
     "complete",
+    "find_planner",
     "lower_bound_s",
     "plan_bytescale",
     "plan_bytescale_naive",
+    "plan_flexsp",
     "plan_hybrid",
     "plan_longest_first",
     "plan_static",

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    from megascale.planner.shares import RankMicroBatch
 
 Mode = Literal["free", "aligned", "lockstep"]
 """How ranks may differ in what they run (see `StepPlan.mode`)."""
@@ -70,6 +73,22 @@ class StepPlan:
     """Consecutive ranks that run in lockstep; 1 in the other modes."""
     stage_layers: int = 2
     """Transformer layers of a rank; all but two of them can keep activations in host memory."""
+    lengths: tuple[int, ...] = ()
+    """Tokens of each sequence, where the plan is to say what each rank has of them. The plans of a
+    run leave them out, since every rank knows its batch."""
+
+    def micro_batches(self, rank: int) -> Iterator[RankMicroBatch]:
+        """What `rank` runs, in order, of a plan that has its `lengths`.
+
+        Raises ValueError for a rank that is not of the plan, and where the lengths are missing.
+        """
+        from megascale.planner.shares import RankMicroBatch
+
+        if not 0 <= rank < self.num_ranks:
+            raise ValueError(f"rank {rank} of {self.num_ranks}")
+        if any(ring.sequences for ring in self.rings) and not self.lengths:
+            raise ValueError("the plan has no lengths; dataclasses.replace(plan, lengths=...)")
+        return (RankMicroBatch.of(ring, rank, self.lengths) for ring in self.rings_of(rank))
 
     def rings_of(self, rank: int) -> tuple[Ring, ...]:
         """Rings that `rank` computes, in order."""
@@ -86,7 +105,10 @@ class StepPlan:
     def to_json(self) -> dict[str, Any]:
         """The plan as plain values; the format is described by the fields of this class."""
         # dataclasses.asdict would copy each number by a call of its own
-        return {**vars(self), "rings": [dict(vars(ring)) for ring in self.rings]}
+        values = {**vars(self), "rings": [dict(vars(ring)) for ring in self.rings]}
+        if not self.lengths:
+            del values["lengths"]
+        return values
 
     @staticmethod
     def from_json(value: dict[str, Any]) -> StepPlan:
@@ -95,7 +117,7 @@ class StepPlan:
             Ring(**{**ring, "ranks": tuple(ring["ranks"]), "sequences": tuple(ring["sequences"])})
             for ring in value["rings"]
         )
-        return StepPlan(**{**value, "rings": rings})
+        return StepPlan(**{**value, "rings": rings, "lengths": tuple(value.get("lengths", ()))})
 
     def to_bytes(self) -> bytes:
         """Canonical bytes: equal plans give equal bytes on every machine."""

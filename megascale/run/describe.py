@@ -32,7 +32,15 @@ from megascale.errors import UserError
 from megascale.model import counts
 from megascale.optim import steplaw
 from megascale.optim.schedule import joints, lr_at
-from megascale.planner import PLANNERS, CostModel, OffloadModel, Problem, StepPlan, timeline
+from megascale.planner import (
+    PLANNERS,
+    CostModel,
+    OffloadModel,
+    Problem,
+    StepPlan,
+    find_planner,
+    timeline,
+)
 from megascale.planner.gantt import LEGEND, text_gantt
 from megascale.run.earlier_runs import unwatched, with_earlier
 from megascale.run.growing import small_and_grown
@@ -73,6 +81,7 @@ def load_run(
     new = {name: tokens[name] for name, one in config.data.sources.items() if not one.replay}
     largest = max((info.vocab_size for info in sources.values()), default=1)
     config = with_replay_blend(finalize(config, new, largest))
+    find_planner(config.planner.name)
     _check_vocabulary(config, sources)
     require_same_tokenizer(config, sources)
     if of_start is not None:
@@ -203,7 +212,7 @@ def step_problem(config: RunConfig, layout: Layout, lengths: ArrayLike) -> Probl
 
 def plan_lengths(config: RunConfig, layout: Layout, lengths: ArrayLike) -> StepPlan:
     """Plan sequences of `lengths` tokens as a step of this run would."""
-    return PLANNERS[config.planner.name](step_problem(config, layout, lengths))
+    return find_planner(config.planner.name)(step_problem(config, layout, lengths))
 
 
 @dataclass(frozen=True)

@@ -36,6 +36,15 @@ class HdpAxis:
     """All of them; every ring sends and receives over it. Gradients are reduced over another
     group of the same ranks, so the two never wait for each other."""
 
+    @staticmethod
+    def of(group: dist.ProcessGroup | None = None) -> HdpAxis:
+        """The axis of all ranks of a process group, in its order; default: of a new group of all.
+
+        Every rank calls it. The group should be used for nothing else.
+        """
+        group = dist.new_group() if group is None else group
+        return HdpAxis(tuple(dist.get_process_group_ranks(group)), group)
+
 
 @dataclass(frozen=True)
 class Ranks:
@@ -297,7 +306,7 @@ def _describe(
         backend=dist.get_backend(),
         layout=layout,
         hdp_rank=state.get_data_parallel_rank(),
-        axis=HdpAxis(tuple(dist.get_process_group_ranks(hdp_group)), hdp_group),
+        axis=HdpAxis.of(hdp_group),
         replicas=(hdp_group, state.get_expert_data_parallel_group()),
         is_first_stage=state.is_pipeline_first_stage(),
         is_last_stage=last,

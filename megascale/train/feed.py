@@ -17,7 +17,7 @@ import numpy as np
 
 from megascale.config.schema import PlannerConfig
 from megascale.corpus.batches import Cursor, GlobalBatch, GlobalBatches
-from megascale.planner import PLANNERS, PlanError, Problem, StepPlan
+from megascale.planner import PlanError, Problem, StepPlan, find_planner
 from megascale.planner.service.ahead import Planned, PlansAhead
 from megascale.runtime.distributed import Ranks, begin_broadcast, broadcast_bytes
 from megascale.runtime.first_rank import error_bytes, error_from, on_first_rank
@@ -247,4 +247,6 @@ def check_own(plan: StepPlan, ranks: Ranks, num_sequences: int) -> None:
 def start_plans(config: PlannerConfig, ranks: Ranks, logs: Path | None) -> PlansAhead | None:
     """Start the planner process of a run, on rank 0; None on the others. All ranks call it."""
     log = logs / "planner.log" if logs is not None else None
-    return on_first_rank(ranks, lambda: PlansAhead(PLANNERS[config.name], config.timeout_s, log))
+    return on_first_rank(
+        ranks, lambda: PlansAhead(find_planner(config.name), config.timeout_s, log)
+    )

@@ -108,7 +108,7 @@ def losses_from(folder, overrides):
 
     from megascale.checkpoint.load import find_at, restore
     from megascale.config import parse_config
-    from megascale.convert.huggingface.config import complete
+    from megascale.config.complete import complete
     from megascale.convert.one_rank import run_config
     from megascale.mesh.packing import TokenSequence, pack
     from megascale.model.build import build_model, pack_multiple

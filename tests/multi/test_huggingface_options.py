@@ -265,7 +265,7 @@ def bounds():
     from dataclasses import replace
 
     from megascale.config import RunConfig
-    from megascale.convert.huggingface.config import complete
+    from megascale.config.complete import complete
 
     def model(config, vocab):
         return complete(RunConfig(model=replace(config, vocab_size=vocab))).model

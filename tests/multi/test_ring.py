@@ -31,8 +31,9 @@ def differences(ring, place, lengths, window, kv_heads, dtype, group=None):
     import torch
 
     from megascale.mesh.attend import attend
-    from megascale.mesh.chunks import RingShare, chunk_bounds
     from megascale.mesh.packing import Segments
+    from megascale.mesh.ring_share import RingShare
+    from megascale.planner.shares import chunk_bounds
 
     torch.manual_seed(len(lengths) + (window or 0))
     total, padding = sum(lengths), 3
@@ -42,7 +43,7 @@ def differences(ring, place, lengths, window, kv_heads, dtype, group=None):
     out, lse = dense(*whole, lengths, window)
     expected = [out, lse, *torch.autograd.grad((out * weights).sum(), whole)]
 
-    share = RingShare(ring, place, chunk_bounds(lengths, len(ring)), group)
+    share = RingShare(place, chunk_bounds(lengths, len(ring)), ring, group)
     starts = [sum(lengths[:i]) for i in range(len(lengths))]
     held = [
         torch.arange(begin + start, begin + start + tokens)
@@ -169,11 +170,12 @@ def run_large():
     """16 MiB each way at every hop: more than sockets hold."""
     import torch
 
-    from megascale.mesh.chunks import RingShare, chunk_bounds
     from megascale.mesh.ring import ring_attend
+    from megascale.mesh.ring_share import RingShare
+    from megascale.planner.shares import chunk_bounds
 
     place, tokens = join(), 4096
-    share = RingShare((0, 1), place, chunk_bounds([2 * tokens], 2), None)
+    share = RingShare(place, chunk_bounds([2 * tokens], 2), (0, 1), None)
     q = torch.ones(tokens, 1, 512, requires_grad=True)
     out, _ = ring_attend(q, q, q, share, window=2)
     out.sum().backward()

@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from megascale.mesh.attend import attend
-from megascale.mesh.chunks import RingShare, chunk_bounds
 from megascale.mesh.kernels import DENSE, FLASH_CPU, Call
 from megascale.mesh.packing import Segments
+from megascale.mesh.ring_share import RingShare
+from megascale.planner.shares import chunk_bounds
 
 LENGTHS = (5, 1, 20, 3)
 
@@ -68,7 +69,7 @@ def test_a_window_needs_causality():
 
 def test_a_ring_needs_causality():
     x, cpu = torch.randn(2, 1, 8), torch.device("cpu")
-    share = RingShare((0, 1), 0, chunk_bounds([4], 2), None)
+    share = RingShare(0, chunk_bounds([4], 2), (0, 1), None)
     with pytest.raises(ValueError, match="causal"):
         attend(x, x, x, Segments.of_share(share, 0, cpu), causal=False)
 

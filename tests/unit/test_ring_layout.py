@@ -5,15 +5,16 @@ import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from megascale.mesh.chunks import RingShare, chunk_bounds
 from megascale.mesh.packing import TokenSequence, pack
+from megascale.mesh.ring_share import RingShare
+from megascale.planner.shares import chunk_bounds
 
 LENGTHS = st.lists(st.integers(1, 300), min_size=1, max_size=8)
 
 
 def shares(lengths, size):
     bounds = chunk_bounds(lengths, size)
-    return [RingShare(tuple(range(size)), place, bounds, None) for place in range(size)]
+    return [RingShare(place, bounds, tuple(range(size)), None) for place in range(size)]
 
 
 def positions_by_sequence(share):

@@ -10,14 +10,12 @@ from typing import Any
 
 from megascale.checkpoint.storage import one_line
 from megascale.config import (
-    DataConfig,
     ModelConfig,
     MoeConfig,
     RopeScalingConfig,
     RunConfig,
-    SourceConfig,
-    finalize,
 )
+from megascale.config.complete import complete
 from megascale.config.load import checked
 from megascale.convert.huggingface.documents import CONFIG, read_document, write_document
 from megascale.convert.huggingface.families import (
@@ -145,14 +143,6 @@ def _refuse(config: Any, family: Family, where: Path) -> None:
         )
     if not isinstance(rope.get("rope_theta"), int | float):
         raise UserError(f"{where}: rope_theta = {rope.get('rope_theta')} must be a number")
-
-
-def complete(config: RunConfig) -> RunConfig:
-    """A config that names no corpus, with everything derived. Raises UserError as finalize does."""
-    data = DataConfig(
-        sources={"none": SourceConfig(path="none")}, context_tokens=config.data.context_tokens
-    )
-    return finalize(RunConfig(model=config.model, data=data, train=config.train), {"none": 1}, 1)
 
 
 SCALING = {

@@ -20,6 +20,7 @@ from typing import Any, Protocol
 from megascale.errors import UserError
 from megascale.planner.plan import PlanError, StepPlan
 from megascale.planner.problem import Planner, Problem
+from megascale.planner.registry import PLANNERS
 from megascale.planner.service.worker import (
     IGNORED_SIGNALS,
     pack_problem,
@@ -153,8 +154,6 @@ class PlansAhead:
 
 def fast_planner(problem: Problem) -> tuple[str, Planner]:
     """(name, planner) that is always fast: of whole sequences where each fits one rank."""
-    from megascale.planner import PLANNERS
-
     longest = int(problem.lengths.max(initial=0))
     name = "bytescale" if longest > problem.capacity else "longest_first"
     return name, PLANNERS[name]

@@ -1,13 +1,14 @@
-"""Which tokens of a ring's sequences each of its ranks holds. NumPy only."""
+"""What one rank has of each sequence: token ranges, positions, cumulative lengths. NumPy only."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
+
+from megascale.planner.plan import Ring
 
 Integers = NDArray[np.int64]
 
@@ -32,27 +33,21 @@ def chunk_bounds(lengths: Sequence[int], size: int) -> Integers:
 
 
 @dataclass(frozen=True)
-class RingShare:
-    """One rank's part in a ring of two or more.
+class Share:
+    """What one place of a ring has of the ring's sequences.
 
     It holds, sequence after sequence, chunk `place` and then chunk 2 * size - 1 - `place`.
     """
 
-    ranks: tuple[int, ...]
-    """Global torch ranks of the ring, in ring order."""
     place: int
-    """This rank is `ranks[place]`."""
+    """From 0, in the order of the ring's ranks."""
     bounds: Integers
     """Chunk bounds of the ring's sequences, from `chunk_bounds`."""
-    group: Any
-    """The one process group of the HDP axis, over which all rings exchange."""
-    calls: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)
-    """What attention is to compute at each hop; filled by the first layer, used by all."""
 
     @property
     def size(self) -> int:
         """Ranks of the ring."""
-        return len(self.ranks)
+        return int(self.bounds.shape[1] - 1) // 2
 
     def starts(self, place: int) -> Integers:
         """Positions in the sequence at which the two chunks of `place` start, (N, 2)."""
@@ -88,3 +83,70 @@ class RingShare:
         else:
             parts = [(first, front), (second, back)]
         return [(int(start), int(tokens)) for start, tokens in parts if tokens]
+
+
+@dataclass(frozen=True)
+class RankMicroBatch:
+    """One micro-batch of a plan, as one of its ranks runs it.
+
+    The rank's tokens are packed: sequence after sequence, each with the tokens of `token_ranges`.
+    """
+
+    ring: Ring
+    """The micro-batch in the plan."""
+    share: Share
+    """What this rank has of it."""
+
+    @staticmethod
+    def of(ring: Ring, rank: int, lengths: Sequence[int]) -> RankMicroBatch:
+        """The micro-batch `ring` on `rank`, which is one of its ranks.
+
+        `lengths` are the tokens of all sequences of the step.
+        """
+        mine = [int(lengths[sequence]) for sequence in ring.sequences]
+        bounds = chunk_bounds(mine, len(ring.ranks))
+        return RankMicroBatch(ring, Share(ring.ranks.index(rank), bounds))
+
+    @property
+    def sequences(self) -> tuple[int, ...]:
+        """Its sequences, as indices into the lengths of the step; none: it only keeps step."""
+        return self.ring.sequences
+
+    @property
+    def ranks(self) -> tuple[int, ...]:
+        """The ranks that share each of its sequences, in ring order: rank `ranks[i]` sends keys
+        and values to `ranks[(i + 1) % len(ranks)]`. One rank: the sequences are whole."""
+        return self.ring.ranks
+
+    @property
+    def place(self) -> int:
+        """This rank is `ranks[place]`."""
+        return self.share.place
+
+    @property
+    def offload(self) -> float:
+        """Part of the activations that is kept in host memory, 0 to 1."""
+        return self.ring.offload
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens on this rank."""
+        return self.share.num_tokens(self.place)
+
+    @property
+    def token_ranges(self) -> tuple[tuple[tuple[int, int], ...], ...]:
+        """(start, stop) of the tokens of each sequence on this rank; at most two ranges each."""
+        return tuple(
+            tuple((start, start + tokens) for start, tokens in self.share.spans(place))
+            for place in range(len(self.sequences))
+        )
+
+    @property
+    def cu_seqlens(self) -> NDArray[np.int32]:
+        """Where each sequence begins in the rank's pack, and the end: int32[sequences + 1]."""
+        return np.cumsum([0, *self.share.lengths()]).astype(np.int32)
+
+    @property
+    def positions(self) -> Integers:
+        """Position of each token of the pack in its own sequence: int64[num_tokens]."""
+        return self.share.positions()

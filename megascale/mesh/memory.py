@@ -1,0 +1,75 @@
+"""Micro-batches of sequences that are in memory, for training loops of others."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+
+import numpy as np
+import torch
+
+from megascale.mesh.packing import MicroBatch, TokenSequence, pack
+from megascale.mesh.ring_share import RingShare
+from megascale.planner.plan import StepPlan
+from megascale.planner.shares import RankMicroBatch
+from megascale.runtime.distributed import HdpAxis
+
+Part = Callable[[int, Sequence[tuple[int, int]]], TokenSequence]
+"""The given (start, tokens) of a sequence of the batch, joined."""
+
+
+def micro_batches(
+    plan: StepPlan,
+    rank: int,
+    sequences: Sequence[TokenSequence],
+    device: torch.device | str = "cpu",
+    axis: HdpAxis | None = None,
+    multiple: int = 1,
+    pad_id: int = 0,
+) -> Iterator[MicroBatch]:
+    """What `rank` runs, in order: its parts of `sequences`, packed into tensors on `device`.
+
+    `sequences` are those of the whole batch, in the order of the lengths that were planned. A ring
+    of two ranks or more needs `axis`, whose position `rank` this process is. Each micro-batch is
+    padded to a multiple of `multiple` tokens by `pad_id`; padding counts in no loss. Raises
+    ValueError where sequences and plan do not fit, or an axis is missing.
+    """
+    lengths = tuple(len(sequence.targets) for sequence in sequences)
+    planned = sum(len(ring.sequences) for ring in plan.rings)
+    if planned != len(lengths) or plan.lengths not in ((), lengths):
+        raise ValueError("the plan is for other sequences than these")
+
+    def part(index: int, spans: Sequence[tuple[int, int]]) -> TokenSequence:
+        whole = sequences[index]
+        places = [np.arange(start, start + tokens) for start, tokens in spans]
+        kept = np.concatenate([np.empty(0, np.int64), *places])
+        return TokenSequence(np.asarray(whole.inputs)[kept], np.asarray(whole.targets)[kept])
+
+    for planned_batch in replace(plan, lengths=lengths).micro_batches(rank):
+        packed = packed_part(planned_batch, part, torch.device(device), axis, multiple, pad_id)
+        yield packed
+
+
+def packed_part(
+    mine: RankMicroBatch,
+    part: Part,
+    device: torch.device,
+    axis: HdpAxis | None,
+    multiple: int,
+    pad_id: int,
+    sources: Sequence[int] = (),
+) -> MicroBatch:
+    """A rank's micro-batch as tensors; `part` gives its part of each sequence.
+
+    `sources` number the source of each of its sequences. Raises ValueError for a ring of two
+    ranks or more without an axis.
+    """
+    ring: RingShare | None = None
+    if len(mine.ranks) > 1:
+        if axis is None:
+            raise ValueError(f"ring {mine.ring.id} has {len(mine.ranks)} ranks; give an axis")
+        ranks = tuple(axis.ranks[position] for position in mine.ranks)
+        ring = RingShare(mine.share.place, mine.share.bounds, ranks, axis.group)
+    parts = [part(index, mine.share.spans(place)) for place, index in enumerate(mine.sequences)]
+    packed = pack(parts, pad_id, multiple, device, ring, sources)
+    return replace(packed, offload=mine.offload)

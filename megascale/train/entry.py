@@ -1,0 +1,27 @@
+"""A run from its config to its end: the device is made ready, then the loop is imported."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from megascale.config import RunConfig
+from megascale.corpus.sources import SourceInfo
+from megascale.runtime.environment import world_from_environment
+
+
+def train_on_device(
+    config: RunConfig, sources: Mapping[str, SourceInfo], resume: str | None, command: str
+) -> bool:
+    """Make the device ready and train as `loop.train` does; whether a signal stopped it."""
+    from megascale.run.describe import cost_model
+    from megascale.run.preflight import check_emergency
+
+    cost_model(config)  # a bad cost file is found before there is a run folder
+    if world_from_environment()[1] == 1:  # several ranks tell each other, so that one may speak
+        check_emergency(config)
+    from megascale.runtime import distributed
+
+    distributed.prepare_device(config.device)
+    from megascale.train.loop import train
+
+    return train(config, sources, resume, command)
