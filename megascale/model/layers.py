@@ -16,7 +16,7 @@ from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_layer import TransformerLayer
 
-from megascale.config import ModelConfig
+from megascale.config import ModelConfig, RopeScalingConfig
 from megascale.errors import UserError
 from megascale.model.attention import PackedAttention
 from megascale.model.attention_experts import AttentionExperts
@@ -169,16 +169,28 @@ def final_norm(model: ModelConfig) -> type | None:
     return None if use_transformer_engine(model) else RMSNorm
 
 
-def _attention(model: ModelConfig, spec: ModuleSpec, **changes: Any) -> ModuleSpec:
-    attention = spec.submodules.self_attention
-    options = {
-        "rope_base": model.rope_base,
-        "rope_scaling": model.rope_scaling,
-        "window": model.sliding_window,
-    }
+def with_packed_attention(
+    spec: ModuleSpec,
+    rope_base: float = 10_000.0,
+    window: int | None = None,
+    rope_scaling: RopeScalingConfig | None = None,
+) -> ModuleSpec:
+    """A layer spec of megatron-core whose attention is `PackedAttention`.
+
+    Its model takes the `segments` of a micro-batch as `packed_seq_params`, has no position
+    embedding of its own (`position_embedding_type="none"`), and may share sequences with any ranks.
+    """
+    options = {"rope_base": rope_base, "window": window, "rope_scaling": rope_scaling}
     core = ModuleSpec(module=PackedAttention, params=options)
-    submodules = replace(attention.submodules, core_attention=core, **changes)
-    attention = replace(attention, submodules=submodules)
+    attention = spec.submodules.self_attention
+    submodules = replace(attention.submodules, core_attention=core)
+    return _with(spec, replace(attention, submodules=submodules))
+
+
+def _attention(model: ModelConfig, spec: ModuleSpec, **changes: Any) -> ModuleSpec:
+    rope = (model.rope_base, model.sliding_window, model.rope_scaling)
+    attention = with_packed_attention(spec, *rope).submodules.self_attention
+    attention = replace(attention, submodules=replace(attention.submodules, **changes))
     if model.moe is None or model.moe.attention_experts == 1:
         return attention
     several = {"expert": attention, "num_experts": model.moe.attention_experts}

@@ -1,5 +1,8 @@
 """Which rank computes which sequences: lengths, cost and capacity in, a plan out. NumPy only."""
 
+from typing import TYPE_CHECKING
+
+from megascale.exports import lazily
 from megascale.planner.bound import lower_bound_s
 from megascale.planner.cost import CostModel
 from megascale.planner.hybrid.search import plan_hybrid
@@ -11,9 +14,14 @@ from megascale.planner.plan import PlanError, Ring, StepPlan
 from megascale.planner.plan_builder import Placed, complete
 from megascale.planner.problem import OffloadModel, Planner, Problem
 from megascale.planner.registry import PLANNERS, find_planner
-from megascale.planner.service.ahead import PlansAhead
 from megascale.planner.shares import RankMicroBatch
 from megascale.planner.timeline import Timeline, step_s, timeline
+
+if TYPE_CHECKING:
+    from megascale.planner.service.ahead import PlansAhead as PlansAhead
+
+# lazily, because its process runs a module of that package as a script
+__getattr__ = lazily(__name__, {"PlansAhead": "megascale.planner.service.ahead"})
 
 __all__ = [
     "PLANNERS",

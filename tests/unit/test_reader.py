@@ -105,7 +105,7 @@ def test_a_ring_needs_an_axis(shard):
     config = finalize(parse_config(CONFIG), {"text": 1}, EOD + 1)
     batch, _ = GlobalBatches(config.data, {"text": shard}, seed=1).next(Cursor())
     reader = MicroBatchReader([TokenSource("text", shard, EOD, EOD + 1)], 0, 1, torch.device("cpu"))
-    with pytest.raises(ValueError, match="ring 1 has 2 ranks; give the reader an axis"):
+    with pytest.raises(ValueError, match="ring 1 has 2 ranks; give an axis"):
         list(reader.read(ring_plan(batch), batch))
 
 
