@@ -169,6 +169,11 @@ class ParallelConfig:
     """Split norms and residuals over the tensor ranks. Default: on when `tensor` > 1."""
 
 
+ORDER_VERSION = 1
+"""Of the order in which a run reads documents: `corpus.shuffle` and `corpus.pieces`. Whoever changes
+that order raises it, so that no run is resumed, replayed or continued in another order."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class ReadConfig:
     """What one run has read of a source: the first pieces of what those before it had left,
@@ -184,6 +189,8 @@ class ReadConfig:
     """`data.context_tokens` of the run, which decides where documents were cut."""
     pieces: int
     """Pieces of documents that it read."""
+    order: int = 1
+    """`ORDER_VERSION` of the megascale that read them."""
 
 
 @dataclass(frozen=True, kw_only=True)

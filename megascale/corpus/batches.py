@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from megascale.config.schema import DataConfig, SourceConfig, StageConfig
+from megascale.config.schema import ORDER_VERSION, DataConfig, SourceConfig, StageConfig
 from megascale.corpus.cache import Int64Array
 from megascale.corpus.pieces import (
     NO_PIECES,
@@ -25,6 +25,7 @@ from megascale.corpus.pieces import (
     epochs_begun,
     join,
     left_by,
+    require_order,
 )
 from megascale.errors import UserError
 
@@ -62,19 +63,24 @@ class Cursor:
 
     def to_json(self) -> dict[str, Any]:
         """The cursor as plain values for `json.dump`."""
-        return asdict(replace(self, sources=dict(self.sources)))
+        return {**asdict(replace(self, sources=dict(self.sources))), "order": ORDER_VERSION}
 
     @staticmethod
     def from_json(value: Any) -> Cursor:
-        """Inverse of `to_json`. Raises UserError where `value` is not a cursor.
+        """Inverse of `to_json`. Raises UserError where `value` is not a cursor, or was written by a
+        version that read documents in another order.
 
         Versions before 0.2 also stored the nominal tokens of the run, which decide nothing now.
         """
         try:
+            value = dict(value)
+            require_order(value.pop("order", 1))
             sources = {str(name): SourceCursor(**one) for name, one in value["sources"].items()}
-            value = {key: field for key, field in value.items() if key != "nominal_tokens"}
+            value.pop("nominal_tokens", None)
             cursor = Cursor(**{**value, "sources": sources})
-        except (AttributeError, KeyError, TypeError):
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            if isinstance(error, UserError):
+                raise
             raise UserError("data cursor: wrong or missing fields; the file is damaged") from None
         numbers = [n for one in sources.values() for n in asdict(one).values()]
         numbers += [number for name, number in value.items() if name != "sources"]

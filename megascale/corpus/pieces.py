@@ -10,9 +10,10 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from megascale.config.schema import ReadConfig
+from megascale.config.schema import ORDER_VERSION, ReadConfig
 from megascale.corpus.cache import Int64Array, cache_path, digest, kept
 from megascale.corpus.shuffle import Permutation
+from megascale.errors import UserError
 
 _CHUNK = 1 << 20
 
@@ -110,6 +111,15 @@ class LeftIndex:
         return Pieces(spans[:, 0], spans[:, 1] + found.start, found.length)
 
 
+def require_order(version: int) -> None:
+    """Raise UserError where documents were read in the order of another version."""
+    if version != ORDER_VERSION:
+        raise UserError(
+            f"documents were read in order {version!r:.20}, and this version reads them in order "
+            f"{ORDER_VERSION}: go on with the version of megascale that wrote it, or start a new run"
+        )
+
+
 def left_by(shard: Documents, reads: Sequence[ReadConfig], context_tokens: int) -> Index:
     """What `reads`, one after another, have left of a shard, cut into pieces of `context_tokens`.
 
@@ -117,6 +127,8 @@ def left_by(shard: Documents, reads: Sequence[ReadConfig], context_tokens: int) 
     to the end of that went on with the whole shard, shuffled anew for every epoch. One of no
     pieces leaves all.
     """
+    for read in reads:
+        require_order(read.order)
     if not reads or not reads[-1].pieces:
         return PieceIndex.of_shard(shard, context_tokens)
     key = repr([(one.name, one.seed, one.context_tokens, one.pieces) for one in reads])

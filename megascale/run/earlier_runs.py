@@ -9,6 +9,7 @@ from pathlib import Path
 from megascale.checkpoint.load import read_manifest
 from megascale.checkpoint.manifest import Position
 from megascale.config import EarlierConfig, ReadConfig, RunConfig, SourceConfig, parse_config
+from megascale.config.schema import ORDER_VERSION
 from megascale.corpus.batches import Cursor, SourceCursor
 from megascale.corpus.sources import describe_source, identity
 from megascale.errors import UserError
@@ -58,6 +59,7 @@ def _read(config: RunConfig, cursor: Cursor, held: Mapping[str, str]) -> dict[st
             seed=config.seed,
             context_tokens=config.data.context_tokens,
             pieces=place.pieces,
+            order=ORDER_VERSION,
         )
         earlier = replace(before, reads=(*before.reads, own), tokens=before.tokens + place.tokens)
         found[name] = replace(source, earlier=earlier, begin=0)

@@ -6,6 +6,7 @@ from collections import Counter
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,12 +14,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megascale.config import DataConfig, SourceConfig, StageConfig
+from megascale.config.schema import ORDER_VERSION, ReadConfig
 from megascale.corpus.batches import (
     Cursor,
     GlobalBatch,
     GlobalBatches,
 )
-from megascale.corpus.pieces import PieceIndex
+from megascale.corpus.pieces import PieceIndex, left_by
 from megascale.errors import UserError
 
 NOWHERE = "/nonexistent/shard"
@@ -247,6 +249,19 @@ def test_stages_end_with_the_tokens_that_were_read() -> None:
     cursors = [cursor for _, cursor in deal(GlobalBatches(config, shards, 1), 14)]
     assert [cursor.stage for cursor in cursors] == [0] * 10 + [1] * 4
     assert cursors[9].tokens_seen == 5000
+
+
+def test_another_order_of_documents_is_refused() -> None:
+    """A changed shuffle must not silently change what was read."""
+    value = Cursor(step=3).to_json()
+    assert value["order"] == ORDER_VERSION == 1
+    del value["order"]  # of versions that did not write it
+    assert Cursor.from_json(value).step == 3
+    with pytest.raises(UserError, match="documents were read in order 2, and this version"):
+        Cursor.from_json({**value, "order": 2})
+    read = ReadConfig(name="web", seed=1, context_tokens=8, pieces=3, order=2)
+    with pytest.raises(UserError, match="documents were read in order 2, and this version"):
+        left_by(SimpleNamespace(), [read], 8)
 
 
 def test_a_cursor_of_an_earlier_version_goes_on() -> None:
