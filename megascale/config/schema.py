@@ -170,8 +170,8 @@ class ParallelConfig:
 
 
 ORDER_VERSION = 1
-"""Of the order in which a run reads documents: `corpus.shuffle` and `corpus.pieces`. Whoever changes
-that order raises it, so that no run is resumed, replayed or continued in another order."""
+"""Of the order in which a run reads documents: `corpus.shuffle` and `corpus.pieces`. A change of that
+order must raise it, so that no run is resumed, replayed or continued in another order."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -74,14 +74,13 @@ class Cursor:
         """
         try:
             value = dict(value)
-            require_order(value.pop("order", 1))
+            order = value.pop("order", 1)
             sources = {str(name): SourceCursor(**one) for name, one in value["sources"].items()}
             value.pop("nominal_tokens", None)
             cursor = Cursor(**{**value, "sources": sources})
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
-            if isinstance(error, UserError):
-                raise
+        except (AttributeError, KeyError, TypeError, ValueError):
             raise UserError("data cursor: wrong or missing fields; the file is damaged") from None
+        require_order(order)
         numbers = [n for one in sources.values() for n in asdict(one).values()]
         numbers += [number for name, number in value.items() if name != "sources"]
         if any(type(number) is not int or number < 0 for number in numbers):

@@ -116,7 +116,7 @@ def require_order(version: int) -> None:
     if version != ORDER_VERSION:
         raise UserError(
             f"documents were read in order {version!r:.20}, and this version reads them in order "
-            f"{ORDER_VERSION}: go on with the version of megascale that wrote it, or start a new run"
+            f"{ORDER_VERSION}: go on with the version of megascale that wrote it, or start anew"
         )
 
 
