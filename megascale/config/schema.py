@@ -170,7 +170,7 @@ class ParallelConfig:
 
 
 ORDER_VERSION = 1
-"""Of the order in which a run reads documents: `corpus.shuffle` and `corpus.pieces`. A change of that
+"""Of the order in which a run reads documents (`corpus.shuffle`, `corpus.pieces`). A change of that
 order must raise it, so that no run is resumed, replayed or continued in another order."""
 
 
