@@ -4,26 +4,11 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from megascale.config import MoeConfig
 from megascale.config.load import whole_number
 from megascale.errors import UserError
-
-if TYPE_CHECKING:
-    from megascale.growth.model import Growth
-
-ONLY_WITH = {
-    "factor": ("stack", "interpolate", "zero", "random", "learn", "width"),
-    "noise": ("stack", "interpolate", "resize"),
-    "vocab": ("resize",),
-    "mask_tokens": ("random",),
-    "steps": ("learn",),
-    "experts": ("upcycle",),
-    "top_k": ("upcycle",),
-    "attention_experts": ("upcycle",),
-}
-"""The operators that an option has an effect with."""
+from megascale.growth.operators import OPERATORS, Growth
 
 
 def add_grow_arguments(parser: argparse.ArgumentParser) -> None:
@@ -34,13 +19,9 @@ def add_grow_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--operator",
         default="stack",
-        metavar="{stack,interpolate,zero,random,learn,width,resize,upcycle}",
-        help="stack: all layers again and again (default); interpolate: each layer several times; "
-        "zero: as stack, but new layers add nothing at first; random: new layers with initial "
-        "weights behind a mask that opens in training; learn: each new layer a learned "
-        "combination of all old ones; width: wider, and the same function; resize: rows for the "
-        "ids of a larger vocabulary; "
-        "upcycle: experts, copies of one checkpoint or from several branches of it",
+        metavar=f"{{{','.join(OPERATORS)}}}",
+        help="; ".join(f"{name}: {operator.meaning}" for name, operator in OPERATORS.items())
+        + "; default: stack",
     )
     add("--factor", metavar="G", help="times the layers, or the width; default: 4")
     add("--noise", metavar="A", help="with stack, interpolate or resize: random part; default: 0")
@@ -85,26 +66,17 @@ def run_grow(args: argparse.Namespace) -> int:
 
 def growth_of(args: argparse.Namespace) -> Growth:
     """The options as what to do. Raises UserError."""
-    from megascale.growth.model import OPERATORS, Growth
-
     if args.operator not in OPERATORS:
         raise UserError(f"--operator {args.operator}: give one of {', '.join(OPERATORS)}")
     if args.optimizer not in ("drop", "grow"):
         raise UserError(f"--optimizer {args.optimizer}: give drop or grow")
-    for name, operators in ONLY_WITH.items():
-        if getattr(args, name) is not None and args.operator not in operators:
-            word = name.replace("_", "-")
-            raise UserError(f"--{word} goes with {' or '.join(operators)}, not {args.operator}")
+    _require_fitting(args)
     try:
         noise = float(args.noise or 0)
     except ValueError:
         noise = -1.0
     if not 0 <= noise < 1:
         raise UserError(f"--noise {args.noise} must be a number from 0 to below 1")
-    if args.operator == "random" and args.mask_tokens is None:
-        raise UserError("--operator random needs --mask-tokens, such as 1B")
-    if args.operator == "resize" and args.vocab is None:
-        raise UserError("--operator resize needs --vocab, the ids of the larger vocabulary")
     moe = MoeConfig(
         num_experts=whole_number(args.experts or "8", "--experts", 1, 1 << 20),
         top_k=whole_number(args.top_k or "2", "--top-k", 1, 1 << 20),
@@ -123,3 +95,16 @@ def growth_of(args: argparse.Namespace) -> Growth:
         mask_tokens=args.mask_tokens and whole_number(args.mask_tokens, "--mask-tokens", 1),
         seed=whole_number(args.seed, "--seed"),
     )
+
+
+def _require_fitting(args: argparse.Namespace) -> None:
+    """Raise UserError for an option that the operator has no use for, or that it lacks."""
+    for name in sorted({name for operator in OPERATORS.values() for name in operator.options}):
+        having = [key for key, operator in OPERATORS.items() if name in operator.options]
+        if getattr(args, name) is not None and args.operator not in having:
+            word = name.replace("_", "-")
+            raise UserError(f"--{word} goes with {' or '.join(having)}, not {args.operator}")
+    for name, hint in OPERATORS[args.operator].needs.items():
+        if getattr(args, name) is None:
+            word = name.replace("_", "-")
+            raise UserError(f"--operator {args.operator} needs --{word}, {hint}")

@@ -13,7 +13,8 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from megascale.checkpoint.tensors import Piece, Tensors
-from megascale.config import ModelConfig
+from megascale.config import ModelConfig, MoeConfig
+from megascale.errors import UserError
 from megascale.growth.tensors import FC1, FC2, LAYERS, is_layered
 from megascale.model.initialise import named_generator
 
@@ -24,6 +25,26 @@ ATTENTION_WEIGHTS = (
     "linear_proj.weight",
     "layernorm.weight",
 )
+
+
+def check_branches(model: ModelConfig, branches: Sequence[Tensors], moe: MoeConfig) -> None:
+    """Raise UserError where branches of `model` cannot become these experts."""
+    if model.moe is not None:
+        raise UserError(f"{branches[0].found.folder} has experts already; upcycle a dense one")
+    if model.parallel_block:
+        raise UserError("a model with model.parallel_block cannot have experts")
+    if len(branches) > moe.num_experts:
+        raise UserError(f"{len(branches)} branches do not fit {moe.num_experts} experts")
+    if not 2 <= moe.top_k <= moe.num_experts:
+        raise UserError(
+            f"top-k {moe.top_k} must be from 2 to the {moe.num_experts} experts; one expert alone "
+            "is weighted by its probability, which would shrink what the dense model says"
+        )
+    if moe.attention_experts % len(branches) and moe.attention_experts > 1:
+        raise UserError(
+            f"{moe.attention_experts} attention experts cannot come evenly from {len(branches)} "
+            f"branches; {len(branches)} would"
+        )
 
 
 def upcycle(branches: Sequence[Tensors], model: ModelConfig, seed: int = 0) -> Iterator[Piece]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from megascale.checkpoint.load import read_manifest
 from megascale.config import RunConfig, StartConfig, parse_config
 from megascale.errors import UserError
-from megascale.growth.model import Growth, grown_model
+from megascale.growth.operators import OPERATORS, Growth, grown_model
 from megascale.run.start import origin_of
 
 
@@ -73,20 +73,8 @@ def _trained_for(small: RunConfig, at_tokens: int) -> bool:
 
 def command_of(growth: Growth) -> str:
     """What a user would type to grow a checkpoint by it."""
-    words = f"megascale grow --operator {growth.operator} {_detail(growth)}"
+    words = (
+        f"megascale grow --operator {growth.operator} {OPERATORS[growth.operator].detail(growth)}"
+    )
     noise = f" --noise {growth.noise:g}" * bool(growth.noise)
     return f"{words}{noise}{' --optimizer grow' * (growth.optimizer == 'grow')}"
-
-
-def _detail(growth: Growth) -> str:
-    if growth.operator == "random":
-        return f"--factor {growth.factor} --mask-tokens {growth.mask_tokens}"
-    if growth.operator == "resize":
-        return f"--vocab {growth.vocab_size}"
-    if growth.operator == "learn":
-        return f"--factor {growth.factor} --steps {growth.steps}"
-    if growth.operator != "upcycle" or growth.moe is None:
-        return f"--factor {growth.factor}"
-    return f"--experts {growth.moe.num_experts} --top-k {growth.moe.top_k}" + (
-        f" --attention-experts {growth.moe.attention_experts}"
-    ) * (growth.moe.attention_experts > 1)

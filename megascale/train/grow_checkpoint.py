@@ -25,7 +25,7 @@ from megascale.corpus.batches import Cursor
 from megascale.corpus.sources import TOKENIZER_FOLDER
 from megascale.errors import UserError
 from megascale.growth.grow import grow, grow_moments
-from megascale.growth.model import Growth
+from megascale.growth.operators import OPERATORS, Growth
 from megascale.model.counts import count_parameters
 from megascale.run.earlier_runs import read_by
 from megascale.run.growing import command_of
@@ -45,7 +45,7 @@ def write_grown(found: Sequence[Found], growth: Growth, out: Path) -> str:
 
     Raises UserError where the checkpoints do not suit, or `out` exists.
     """
-    if growth.operator == "upcycle":
+    if OPERATORS[growth.operator].takes_several:
         require_relatives(found)
     parents = [(_model_of(one), Tensors(one)) for one in found]
     model, pieces = grow(parents, growth)
