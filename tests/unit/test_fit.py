@@ -250,8 +250,11 @@ train: {precision: fp32, tokens: 10000}
         (["--lengths", "64,512"], "--lengths: 512 tokens"),
         (["--repeats", "0"], "--repeats 0: must be at least 1"),
         (["--minutes", "-1"], "--minutes -1: must be above 0"),
-        (["--minutes", "nan"], "--minutes nan: must be above 0"),
-        (["--out", "missing/COST.json"], "--out missing/COST.json: is a folder, or lies"),
+        (["--minutes", "nan"], "argument --minutes: nan is no finite number"),
+        (
+            ["--out", "missing/COST.json"],
+            "COST.json: cannot be made: no folder missing",
+        ),
         (["--plot", "fit.txt"], "--plot fit.txt: must end in"),
         (["model.vocab_size=null"], "set model.vocab_size, which needs no corpus"),
     ],

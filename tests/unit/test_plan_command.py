@@ -197,7 +197,10 @@ def test_describing_does_not_touch_the_run_folder(config: Path, tmp_path: Path) 
         (["data.max_epochs=1"], "'code' would be read .* set data.max_epochs=2"),
         (["--ranks", "0"], "--ranks must be at least 1, not 0"),
         (["parallel.tensor=2", "--ranks", "3"], "must divide the 3 ranks started; start 2"),
-        (["--json", "/nonexistent/plan.json"], "--json /nonexistent/plan.json: No such file"),
+        (
+            ["--json", "/nonexistent/plan.json"],
+            "plan.json: cannot be made: no folder /nonexistent",
+        ),
         (["--gantt", "plan.nonsense"], "--gantt plan.nonsense: must end in .png"),
         (["data.sources.web.path=/nonexistent/web"], "/nonexistent/web"),
     ],

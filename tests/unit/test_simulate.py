@@ -326,7 +326,10 @@ def test_lengths_from_a_file(tmp_path, capsys):
         ("--budget-s -1", "--budget-s -1: must be at least 0"),
         ("--steps 1.5", "--steps must be a whole number"),
         ("--context 1Mi --planners static", "1048576 tokens does not fit 64 HDP ranks of 8192"),
-        ("--json /nowhere/out.json", "--json /nowhere/out.json: No such file"),
+        (
+            "--json /nowhere/out.json",
+            "out.json: cannot be made: no folder /nowhere",
+        ),
     ],
 )
 def test_bad_input_is_one_clear_line(words, said, capsys):

@@ -343,7 +343,7 @@ def test_a_venv_may_be_on_the_nodes_alone(config, capsys, tmp_path):
         (["--name="], "--name '': write a name on one line"),
         (["--account=a\nb"], "--account 'a\\nb': sbatch takes no line breaks"),
         (["run_dir=a\\b"], "run_dir 'a\\\\b': Slurm cannot write a log there"),
-        (['run_dir="a\\nb"'], "run_dir 'a\\nb': Slurm cannot write a log there"),
+        (['run_dir="a\\nb"'], "run_dir = 'a\\nb' is empty or has control characters"),
         (["--gpus-per-node=h100:8"], "--gpus-per-node must be a whole number from 1 to 1024"),
         (["--ranks-per-node="], "--ranks-per-node must be a whole number from 1 to 1024"),
         (["--save-s="], "--save-s must be a whole number from 10 to 65535"),
