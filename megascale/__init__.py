@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from megascale.api import read_metrics as read_metrics
     from megascale.api import train as train
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = ["load_run", "model_cost", "plan", "read_metrics", "train"]
 

@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 
 from megascale import __version__
 from megascale.errors import RankError, UserError, plain_file_errors
+from megascale.installation import complaint_about
 from megascale.runtime.process_exit import ends_with
 from megascale.runtime.terminal import escaped_output
 
@@ -231,6 +232,17 @@ def _split(words: list[str]) -> tuple[str, list[str]]:
 
 
 def _run(verb: str, words: list[str]) -> int:
+    """Run a verb. Raises UserError for bad input, and for a package that is not installed."""
+    try:
+        return _run_provider(verb, words)
+    except ModuleNotFoundError as error:
+        complaint = complaint_about(error, f"megascale {verb}")
+        if complaint is None:
+            raise
+        raise UserError(complaint) from None
+
+
+def _run_provider(verb: str, words: list[str]) -> int:
     where, purpose, example = VERBS[verb]
     module, name = where.split(":")
     provider = import_module(module)

@@ -4,8 +4,6 @@ import errno
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
-from shlex import quote
 
 MOST_CHARS = 300
 """Of the reason for which a run ended."""
@@ -78,14 +76,6 @@ def plain_file_errors(unless: Callable[[OSError], bool] = lambda _: False) -> It
         if problem is None or unless(error):
             raise
         raise RankError(problem) from error
-
-
-def install_command(extra: str) -> str:
-    """What installs an optional part of megascale, which is on no package index: its checkout."""
-    checkout = Path(__file__).parents[1]
-    where = checkout if (checkout / "pyproject.toml").is_file() else Path(".")
-    begin = "" if where == checkout else "in the checkout of megascale: "
-    return f"{begin}pip install -e {quote(f'{where}[{extra}]')}"
 
 
 def reason(error: BaseException) -> str:

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Makes or reuses a virtual environment with this package in it.
-# Usage: . tools/environment.sh; make_environment FOLDER PYTHON [EXTRA]
+# Usage: . tools/environment.sh; make_environment FOLDER PYTHON EXTRA, e.g. [train]
 # Leaves the path of its interpreter in $python.
 
 fail() {
@@ -36,7 +36,7 @@ find_python() {
 }
 
 make_environment() {
-    local folder=$1 base=$2 extra=${3:-} stamp wanted
+    local folder=$1 base=$2 extra=$3 stamp wanted
     stamp=$folder/.installed
     wanted=$({ cat pyproject.toml tools/constraints.txt; echo "$extra"; "$base" --version; } | cksum)
     python=$folder/bin/python

@@ -10,7 +10,7 @@ if [ "${1:-}" = --python ]; then
     name=${2:?--python needs a name such as python3.12}
 fi
 base=$(find_python "$name")
-make_environment .venv "$base"
+make_environment .venv "$base" "[train]"
 PATH=$PWD/.venv/bin:$PATH
 export OMP_NUM_THREADS=1
 

@@ -22,6 +22,12 @@ from pathlib import Path
 
 from megascale.commands.nodes import WITH_NODES, add_nodes_arguments, run_nodes
 from megascale.errors import UserError
+from megascale.installation import (
+    NEEDED_BY_RANKS,
+    install_command,
+    is_installed,
+    missing_packages,
+)
 
 OK, WARN, FAIL = "ok", "warn", "FAIL"
 GIB = 2**30
@@ -35,6 +41,8 @@ MIN_WRITE_MB_PER_S = 50.0
 MAX_FSYNC_S = 0.1
 WRITE_BYTES = 64 * 2**20
 ALL_REDUCE_TIMEOUT_S = 90.0
+TORCH_CHECKS = ("device", "backend", "matmul", "all-reduce", "megatron-core import")
+"""Which cannot be made without torch."""
 
 
 @dataclass(frozen=True)
@@ -111,9 +119,13 @@ def _reinstall(error: Exception) -> str:
 
 
 def _checks(folder: Path) -> list[tuple[str, Callable[[], Finding]]]:
-    """All checks in order; those that import torch and change it for this device come last."""
-    return [
+    """All checks in order; those that import torch and change it for this device come last.
+
+    Without torch, those of `TORCH_CHECKS` are left out.
+    """
+    checks: list[tuple[str, Callable[[], Finding]]] = [
         ("python", check_python),
+        ("packages", check_packages),
         ("torch", check_torch),
         ("megatron-core", lambda: check_megatron_core(_version("megatron-core"))),
         ("cores", check_cores),
@@ -131,6 +143,8 @@ def _checks(folder: Path) -> list[tuple[str, Callable[[], Finding]]]:
         ("all-reduce", lambda: check_all_reduce(ALL_REDUCE_TIMEOUT_S)),
         ("megatron-core import", check_megatron_import),
     ]
+    has_torch = is_installed("torch")
+    return [(name, check) for name, check in checks if has_torch or name not in TORCH_CHECKS]
 
 
 def check_python() -> Finding:
@@ -138,8 +152,24 @@ def check_python() -> Finding:
     return Finding("python", OK, f"{platform.python_version()} ({sys.executable})")
 
 
+def check_packages() -> Finding:
+    """What every verb needs, and what training needs beside torch and megatron-core."""
+    missing = missing_packages("")
+    if missing:
+        return Finding("packages", FAIL, f"missing: {', '.join(missing)}", install_command(""))
+    missing = [*missing_packages("data"), *missing_packages("train")]
+    missing = [name for name in missing if name not in NEEDED_BY_RANKS]  # these have own lines
+    if missing:
+        detail = f"not installed, as some corpora, tokenizers and runs need: {', '.join(missing)}"
+        return Finding("packages", WARN, detail, install_command("train"))
+    return Finding("packages", OK, "all that training and corpora need")
+
+
 def check_torch() -> Finding:
     """torch is installed, and imports."""
+    if not is_installed("torch"):
+        detail = f"not installed, as training needs; not examined: {', '.join(TORCH_CHECKS)}"
+        return Finding("torch", FAIL, detail, install_command("train"))
     import torch
 
     cuda = f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "built for CPU"
@@ -410,6 +440,8 @@ def check_megatron_import() -> Finding:
 
 
 def _has_cuda() -> bool:
+    if not is_installed("torch"):
+        return False
     import torch
 
     return torch.cuda.is_available()

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megascale.commands.export_model import SPECIAL_IDS
-from megascale.errors import UserError, install_command
+from megascale.errors import UserError
 from megascale.runtime.files import write_output
 from megascale.runtime.outputs import Output, json_of, require_outputs
 
@@ -147,10 +147,8 @@ def _notes_on_generation(kept: Kept | None) -> Iterator[str]:
 
 def _load_tasks(tasks: str, include: str | None) -> tuple[list[str], Any]:
     """Names and lm-eval's manager of tasks, with their data sets read."""
-    try:
-        from lm_eval.tasks import TaskManager
-    except ImportError:
-        raise UserError(f"lm-eval is not installed; {install_command('eval')}") from None
+    from lm_eval.tasks import TaskManager
+
     if include is not None and not Path(include).is_dir():
         raise UserError(f"--include {include}: no such folder")
     names = [name.strip() for name in tasks.split(",") if name.strip()]

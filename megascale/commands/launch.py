@@ -12,6 +12,7 @@ from functools import partial
 from megascale.config import Layout, RunConfig, load_config
 from megascale.config.load import whole_number
 from megascale.errors import UserError
+from megascale.installation import require_training
 from megascale.launch.driver import BEAT_S, Node
 from megascale.launch.job import drive_node
 from megascale.launch.leader import FINISHED, Fleet, Timing
@@ -84,6 +85,7 @@ def run_launch(args: argparse.Namespace) -> int:
 
 def _drive(args: argparse.Namespace, number: int) -> int:
     config = load_config(args.config, args.overrides)
+    require_training()
     fleet = _fleet(args, config, number)
     timing = _timing(args)
     host, port = _endpoint(args.rendezvous, fleet.num_nodes)

@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 from megascale.config.schema import RunConfig
 from megascale.errors import UserError
+from megascale.installation import given_or_example
 from megascale.parsing import dump_yaml, is_plain_name, parse_yaml, read_yaml_text
 
 T = TypeVar("T")
@@ -29,16 +30,19 @@ def load_config(
 ) -> RunConfig:
     """Read a YAML file, apply `a.b=c` overrides, and type-check every key.
 
+    The file may be an example of this installation, see `installation.given_or_example`.
     `under` gives values, as nested mappings, for keys that neither of them sets.
 
     Raises UserError, in one line, for an unreadable file, an unknown key (with the nearest
     valid one), a wrong type or an override that is not of the form a.b=c.
     """
     try:
-        text = read_yaml_text(path)
+        text = read_yaml_text(given_or_example(path))
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "is not UTF-8 text"
-        raise UserError(f"config {path}: {reason}; give the path of a YAML file") from None
+        raise UserError(
+            f"config {path}: {reason}; give the path of a YAML file, e.g. configs/quickstart.yaml"
+        ) from None
     tree = read_tree(text, str(path))
     if "inputs" in tree:
         raise UserError(

@@ -11,6 +11,7 @@ from typing import Any, Literal
 from megascale.config import RunConfig
 from megascale.config.load import build_as, read_tree
 from megascale.errors import UserError
+from megascale.installation import given_or_example
 from megascale.parsing import is_plain_name, read_yaml_text
 
 CONFIG_KEYS = {field.name for field in fields(RunConfig)}
@@ -93,7 +94,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     Raises UserError for an unreadable file, an unknown key, and what cannot work.
     """
     try:
-        text = read_yaml_text(path)
+        text = read_yaml_text(given_or_example(path))
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "is not UTF-8 text"
         raise UserError(

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megascale.errors import UserError
+from megascale.installation import install_command, shipped_dir
 
 MOST_NODES = 100_000
 HERE = "# (megascale submit writes its settings below this line)"
@@ -41,24 +42,24 @@ def time_limit_s(text: str) -> int | None:
 
 
 def script_path(name: str) -> Path:
-    """Where a batch script of this checkout is."""
-    return Path(__file__).parents[2] / "slurm" / f"{name}.sbatch"
+    """Where a batch script of this installation is."""
+    return shipped_dir("slurm") / f"{name}.sbatch"
 
 
 def read_script(name: str) -> str:
-    """The text of a batch script of this checkout. Raises UserError where there is none."""
+    """The text of a batch script of this installation. Raises UserError where there is none."""
     path = script_path(name)
     try:
         return path.read_text(encoding="utf-8")
     except OSError:
         raise UserError(
-            f"{path} is not there; install megascale in its checkout, with pip install -e ."
+            f"{path} is missing in this installation; install it again: {install_command('')}"
         ) from None
 
 
 @dataclass(frozen=True)
 class BatchJob:
-    """A batch script of this checkout, and what is filled in."""
+    """A batch script of this installation, and what is filled in."""
 
     script: str
     """`train`, `sweep` or `prepare`."""

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from megascale.errors import UserError
+from megascale.installation import given_or_example
 from megascale.parsing import read_json
 
 FORWARD_SHARE = 1 / 3
@@ -91,7 +92,7 @@ class CostModel:
         names = [one.name for one in fields(CostModel) if one.name != "calibrated"]
         needed = [name for name in names if not name.startswith("pass_")]
         try:
-            value = read_json(path)
+            value = read_json(given_or_example(path))
         except OSError as error:
             raise UserError(f"cost file {path}: {error.strerror}") from None
         except UserError as error:

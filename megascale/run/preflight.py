@@ -9,6 +9,7 @@ from pathlib import Path
 from megascale.checkpoint.folder import make_copies_folder
 from megascale.config import Layout, RunConfig
 from megascale.errors import UserError
+from megascale.installation import require_training
 from megascale.run.describe import cost_model, load_run
 from megascale.runtime.files import broken_link
 from megascale.runtime.placement import node_name
@@ -42,6 +43,7 @@ def check_emergency(config: RunConfig) -> None:
 
 def check_ranks(config: RunConfig, count: int) -> None:
     """Raise UserError where `count` ranks of this machine cannot train this config."""
+    require_training()
     Layout.of(config, count)
     if config.device == "cuda" or any(Path(name).exists() for name in GPU_FILES):
         _check_devices(config.device, count)

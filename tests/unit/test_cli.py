@@ -11,8 +11,7 @@ import pytest
 from processor_time import processor_s
 
 import megascale
-from megascale import cli, errors
-from megascale.commands import eval as eval_command
+from megascale import cli
 from megascale.errors import RankError, UserError
 
 ROOT = Path(__file__).parents[2]
@@ -255,16 +254,3 @@ def test_a_config_is_not_taken_for_a_recipe(capsys):
     error = capsys.readouterr().err
     assert f"'megascale plan {CONFIG}' shows the run" in error and error.count("\n") == 1
     assert f"'megascale train {CONFIG}'" in error
-
-
-def test_what_is_missing_is_installed_from_the_checkout(monkeypatch, tmp_path):
-    """The package is on no index."""
-    root = Path(cli.__file__).parents[1]
-    assert errors.install_command("eval") == f"pip install -e '{root}[eval]'"
-    monkeypatch.setattr(errors, "__file__", str(tmp_path / "site-packages/megascale/errors.py"))
-    elsewhere = "in the checkout of megascale: pip install -e '.[eval]'"
-    assert errors.install_command("eval") == elsewhere
-    monkeypatch.setitem(sys.modules, "lm_eval", None)
-    monkeypatch.setitem(sys.modules, "lm_eval.tasks", None)
-    with pytest.raises(errors.UserError, match="lm-eval is not installed; in the checkout of "):
-        eval_command._load_tasks("lambada", None)
