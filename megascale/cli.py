@@ -236,7 +236,7 @@ def _run(verb: str, words: list[str]) -> int:
     try:
         return _run_provider(verb, words)
     except ModuleNotFoundError as error:
-        complaint = complaint_about(error, f"megascale {verb}")
+        complaint = complaint_about(error, verb)
         if complaint is None:
             raise
         raise UserError(complaint) from None

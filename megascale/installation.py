@@ -22,7 +22,7 @@ EXAMPLES = ("configs", "data")
 PACKAGE_OF = {"yaml": "pyyaml", "megatron.core": "megatron-core", "lm_eval": "lm-eval"}
 """Modules whose package has another name."""
 MODULES = {
-    "": ("highspy", "matplotlib", "numpy", "psutil", "rich", "tqdm", "xxhash", "yaml"),
+    "": ("highspy", "matplotlib", "numpy", "psutil", "rich", "xxhash", "yaml"),
     "data": (
         "datasets",
         "mpi4py",
@@ -31,6 +31,7 @@ MODULES = {
         "safetensors",
         "sentencepiece",
         "tokenizers",
+        "tqdm",
         "transformers",
     ),
     "train": ("megatron.core", "tensorboard", "torch"),

@@ -36,7 +36,13 @@ from megascale.checkpoint.storage import Entry, Written, one_line, write_index, 
 from megascale.errors import UserError
 from megascale.reading import MOST_TEXT_BYTES, read_whole
 from megascale.runtime.distributed import TIMEOUT, Ranks
-from megascale.runtime.files import discard, sync_folder, whole_file, write_file
+from megascale.runtime.files import (
+    UNFINISHED,
+    discard,
+    sync_folder,
+    whole_file,
+    write_file,
+)
 from megascale.runtime.first_rank import from_first_rank
 from megascale.runtime.placement import members_of, node_name
 
@@ -140,7 +146,7 @@ class Emergency:
         rank, where a node could not write or what was sent arrived changed.
         """
         step = manifest.position.step
-        folder = self.checkpoints / f"{folders.UNFINISHED}{folders.name_of(step)}"
+        folder = self.checkpoints / f"{UNFINISHED}{folders.name_of(step)}"
         try:
             return self._write(folder, manifest, tensors, entries)
         except BaseException:
@@ -175,6 +181,7 @@ class Emergency:
         about = torch.empty_like(head)
         sent = dist.isend(head, self._peers.after, group=self._group)
         dist.recv(about, self._peers.before, group=self._group)
+        assert sent is not None, "this rank is in the group"
         sent.wait()
         target = folder / f"__{self._peers.before}_0.distcp"
         size_out, size_in, error = int(head), int(about), None
@@ -183,8 +190,8 @@ class Emergency:
             try:
                 folder.mkdir(exist_ok=True)
                 sink = stack.enter_context(target.open("wb")) if size_in >= 0 else None
-            except OSError as failed:
-                sink, error = None, failed.strerror
+            except OSError as refused:
+                sink, error = None, refused.strerror
             while size_out > 0 or size_in > 0:
                 size_out, size_in, failed = self._swap_chunk(source, sink, size_out, size_in)
                 error = error or failed

@@ -31,7 +31,7 @@ from megascale.checkpoint.storage import (
 from megascale.config import CheckpointConfig
 from megascale.model.model import Model
 from megascale.runtime.distributed import Ranks, broadcast_bytes
-from megascale.runtime.files import discard, sync_folder
+from megascale.runtime.files import UNFINISHED, discard, sync_folder
 from megascale.runtime.first_rank import from_first_rank, on_first_rank
 
 T = TypeVar("T")
@@ -204,7 +204,8 @@ class Saver:
         if job is None:
             return None
         if job.copy is not None:
-            return self._end_copy(job, _outcome(job.copy))
+            copied = _outcome(job.copy)
+            return self._end_copy(job, copied)
         if job.committing:
             return self._end(job)
         assert job.writing is not None
@@ -230,7 +231,7 @@ class Saver:
             torch.cuda.current_stream().synchronize()
 
     def _unfinished(self, step: int) -> Path:
-        return self.checkpoints / f"{folders.UNFINISHED}{folders.name_of(step)}"
+        return self.checkpoints / f"{UNFINISHED}{folders.name_of(step)}"
 
     def _commit(self, job: _Job, reports: list[Written | str]) -> int:
         """On rank 0: make the written files a checkpoint, or remove them; its size in bytes."""

@@ -115,9 +115,10 @@ def boxes(model: Model, optimizer: Any | None, to_write: bool = False) -> list[B
 
 def _network(chunk: torch.nn.Module) -> Any:
     """megatron-core's network inside its wrappers."""
-    while hasattr(chunk, "module"):
-        chunk = chunk.module
-    return chunk
+    network: Any = chunk
+    while hasattr(network, "module"):
+        network = network.module
+    return network
 
 
 def inner_optimizers(optimizer: Any | None) -> list[Any]:

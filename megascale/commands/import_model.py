@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING, Literal
 
 from megascale.config import DataConfig, RunConfig, TrainConfig, dump_config
 from megascale.config.load import whole_number
+
+if TYPE_CHECKING:
+    import torch
 
 TOLERANCE = 1e-2
 """Rounding in fp32 reached 7e-4 with a real model of 30 layers; weights in a wrong order give more
@@ -84,7 +88,7 @@ def _convert(source: Path, out: Path, args: argparse.Namespace) -> list[str]:
     dtype = check_files(files, model)
     if args.dtype is not None:
         dtype = torch.float32 if args.dtype == "fp32" else torch.bfloat16
-    precision = "fp32" if dtype == torch.float32 else "bf16"
+    precision: Literal["fp32", "bf16"] = "fp32" if dtype == torch.float32 else "bf16"
     data = DataConfig(context_tokens=theirs.max_position_embeddings)
     config = RunConfig(model=model, data=data, train=TrainConfig(precision=precision))
     position = Position(0, 0, config.seed, dump_config(config), {})
@@ -100,7 +104,7 @@ def _convert(source: Path, out: Path, args: argparse.Namespace) -> list[str]:
     return [*said, f"  tokenizer   {what}", *notes]
 
 
-def _compare(source: Path, out: Path, dtype: object, args: argparse.Namespace) -> object:
+def _compare(source: Path, out: Path, dtype: torch.dtype, args: argparse.Namespace) -> object:
     from megascale.checkpoint.load import find_at
     from megascale.convert.compare_logits import compare_logits, require_close
 

@@ -89,7 +89,7 @@ def _first_node(nodes: str) -> str:
         ask = partial(subprocess.run, capture_output=True, text=True, check=True)
         first = ask(["scontrol", "show", "hostnames", nodes]).stdout.split()[0]
         node = ask(["scontrol", "show", "node", first]).stdout
-        return re.findall(r"NodeAddr=(\S+)", node)[0]
+        return str(re.findall(r"NodeAddr=(\S+)", node)[0])
     except (OSError, subprocess.CalledProcessError, IndexError):
         raise UserError(
             f"scontrol does not say where {nodes} are; set MASTER_ADDR and MASTER_PORT to an "

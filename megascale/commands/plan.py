@@ -78,7 +78,7 @@ def run_plan(args: argparse.Namespace) -> int:
 def _run_lengths(args: argparse.Namespace) -> int:
     problem = _problem(args)
     plan = find_planner(args.planner or "hybrid")(problem)
-    plan.check(problem.lengths)
+    plan.check(problem.lengths.tolist())
     times = timeline(plan, problem.lengths, problem.cost)
     sizes = Counter(len(ring.ranks) for ring in plan.rings if ring.sequences)
     shared = sum(count for size, count in sizes.items() if size > 1)

@@ -90,9 +90,10 @@ def run_submit(args: argparse.Namespace) -> int:
 
 def _prepare_job(args: argparse.Namespace) -> BatchJob:
     load_recipe(args.config, args.overrides)  # a bad recipe is found before it waits in a queue
-    options = {"ntasks-per-node": str(_ranks(args)), "job-name": Path(args.config).stem}
-    options |= _options(args)
-    return BatchJob("prepare", options, _settings(args), [args.config, *args.overrides])
+    own = {"ntasks-per-node": str(_ranks(args)), "job-name": Path(args.config).stem}
+    return BatchJob(
+        "prepare", own | _options(args), _settings(args), [args.config, *args.overrides]
+    )
 
 
 def _training_job(args: argparse.Namespace) -> BatchJob:

@@ -107,7 +107,7 @@ class TextScorer:
         before = self.tokens.encode(stripped) if stripped else []
         both = self.tokens.encode(stripped + text)
         if self.tokens.unsettled is None:
-            before = os.path.commonprefix([before, both])
+            before = list(os.path.commonprefix([before, both]))
         elif self.tokens.unsettled:
             before = before[: -self.tokens.unsettled]
         return [self.tokens.first_id, *before], both[len(before) :]

@@ -116,4 +116,5 @@ def _noise(
     hidden = layer.shape[-2] if projects_out else layer.shape[-1]
     variance = 1 / (hidden * num_layers**2) if projects_out else 2 / (5 * hidden)
     drawn = torch.randn(layer.shape, generator=generator)
-    return (drawn * variance**0.5).to(layer)
+    noise: torch.Tensor = (drawn * variance**0.5).to(layer)
+    return noise

@@ -7,6 +7,7 @@ numbers of these combinations, a matrix (new layers, old layers) for each tensor
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
 
@@ -65,7 +66,8 @@ class DepthMaps:
         """Of the summed loss, from the gradients that the model's weights hold."""
         found = {key: torch.zeros_like(one) for key, one in self.maps.items()}
         for box, _, old in self._learned():
-            flat = box.holder().main_grad.view(-1)[box.start : box.start + old[0].numel()]
+            weight: Any = box.holder()  # megatron-core gives it main_grad
+            flat = weight.main_grad.view(-1)[box.start : box.start + old[0].numel()]
             found[box.key][box.offset[0]] += old.flatten(1) @ flat.float()
         return found
 

@@ -83,7 +83,8 @@ def _copied(branches: Sequence[Tensors], key: str, own: str) -> Iterator[Piece]:
     for layer in range(shape[0]) if is_layered(key) else [None]:
         place = ((), None) if layer is None else ((layer,), (1,))
         read = [branch.read(key, *place) for branch in branches]
-        mean = sum(one.float() for one in read) / len(read) if len(read) > 1 else read[0]
+        total = sum((one.float() for one in read), torch.zeros(()))
+        mean = total / len(read) if len(read) > 1 else read[0]
         yield Piece(own, shape, (layer or 0, *(0 for _ in shape[1:])), mean.to(read[0].dtype))
 
 

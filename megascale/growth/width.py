@@ -74,7 +74,8 @@ def _widened_moment(
         wide = torch.cat([_copies(half, -2, factor) for half in wide.chunk(2, dim=-2)], dim=-2)
     elif key.endswith(("linear_qkv.weight", *OUTPUT_PROJECTIONS)):
         wide = _copies(wide, -2, factor)
-    return wide / factor**power
+    scaled: torch.Tensor = wide / factor**power
+    return scaled
 
 
 def _widened(

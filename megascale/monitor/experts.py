@@ -165,9 +165,11 @@ def plot_shares(sources: Sequence[str], shares_SLE: Floats, title: str, path: Pa
 
 
 def _heat(axes: Axes, values_LE: Floats, title: str) -> None:
+    from matplotlib.ticker import MaxNLocator
+
     num_layers, num_experts = values_LE.shape
     extent = (0.5, num_experts + 0.5, num_layers + 0.5, 0.5)
     axes.imshow(values_LE, cmap="RdBu_r", vmin=0, vmax=2, aspect="auto", extent=extent)
     axes.set_title(title, fontsize=10)
     axes.set_xlabel("expert, sorted")
-    axes.yaxis.get_major_locator().set_params(integer=True)
+    axes.yaxis.set_major_locator(MaxNLocator("auto", steps=[1, 2, 5, 10], integer=True))

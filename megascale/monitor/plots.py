@@ -23,12 +23,14 @@ if TYPE_CHECKING:
 
 Floats = NDArray[np.float64]
 
-COLUMNS = ("loss", "lr", "grad_norm", "tokens_per_s", "skipped", "balance_loss", "max_violation")
-COLUMNS += ("replayed",)
+COLUMNS = (
+    *("loss", "lr", "grad_norm", "tokens_per_s", "skipped", "balance_loss", "max_violation"),
+    "replayed",
+)
 COLOURS = ("#2166ac", "#d6604d", "#1b9e77", "#7b3294", "#e08214", "#4d4d4d", "#c51b7d", "#35978f")
 MARKERS = "osD^vPX*"
 ALARM = "#c0392b"
-STYLE: dict[str, Any] = {
+STYLE: Any = {
     "agg.path.chunksize": 10_000,
     "axes.axisbelow": True,
     "axes.edgecolor": "#9a9a9a",
@@ -227,8 +229,8 @@ def _add_steps_axis(axes: Axes, runs: list[Curves]) -> None:
     top = axes.secondary_xaxis(
         "top",
         functions=(
-            lambda values: np.interp(values, tokens, steps),
-            lambda values: np.interp(values, steps, tokens),
+            lambda values: np.interp(np.asarray(values), tokens, steps),
+            lambda values: np.interp(np.asarray(values), steps, tokens),
         ),
     )
     top.set_xlabel("steps" if len(runs) == 1 else f"steps of {longest.name}", fontsize=9)
@@ -316,8 +318,8 @@ def _draw_grad_norm(axes: Axes, runs: list[Curves]) -> None:
     axes.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(1.5, 0.5)))
     skipped = np.concatenate([run.tokens[run.columns["skipped"] == 1] for run in runs])
     for index, tokens in enumerate(skipped):
-        label = f"{len(skipped)} skipped step(s)" if index == 0 else None
-        axes.axvline(tokens, color=ALARM, linewidth=0.9, alpha=0.7, label=label)
+        note = f"{len(skipped)} skipped step(s)" if index == 0 else None
+        axes.axvline(tokens, color=ALARM, linewidth=0.9, alpha=0.7, label=note)
 
 
 def _draw_balance(axes: Axes, runs: list[Curves]) -> None:

@@ -46,7 +46,8 @@ def slowdown_R(timed_RM3: Floats) -> Floats:
         over_RM = timed_RM3[..., 2] / expected_RM
     over_R = np.array([np.median(one[np.isfinite(one)]) if np.isfinite(one).any() else np.nan
                        for one in over_RM])  # fmt: skip
-    return over_R / median_low(over_R[np.isfinite(over_R)].tolist())
+    relative_R: NDArray[np.float64] = over_R / median_low(over_R[np.isfinite(over_R)].tolist())
+    return relative_R
 
 
 class StragglerWatch:
@@ -100,6 +101,7 @@ def plot_ranks(steps: Sequence[int], over: Floats, title: str, path: Path) -> No
     """Heat map of ranks over steps: how slow each rank was for its work."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     figure = Figure(figsize=(9, 1.8 + 0.12 * min(48, max(8, over.shape[1]))), dpi=130)
     figure.set_layout_engine("constrained")
@@ -111,7 +113,7 @@ def plot_ranks(steps: Sequence[int], over: Floats, title: str, path: Path) -> No
         interpolation="nearest",
     )  # fmt: skip
     axes.set(title=title, xlabel="step", ylabel="rank")
-    axes.yaxis.get_major_locator().set_params(integer=True)
+    axes.yaxis.set_major_locator(MaxNLocator("auto", steps=[1, 2, 5, 10], integer=True))
     bar = figure.colorbar(image, extend="both")
     bar.set_label("time over the middle\nrank's, same work", fontsize=8)
     figure.savefig(path)

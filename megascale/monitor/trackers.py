@@ -96,7 +96,7 @@ class _Place:
 
 class _TensorBoard:
     def __init__(self, writer: Any, run_dir: Path, resume_step: int | None) -> None:
-        self._open = lambda purge: writer(
+        self._open: Callable[[int | None], Any] = lambda purge: writer(
             str(run_dir / "tensorboard"), purge_step=purge, flush_secs=10
         )
         self._writer = self._open(None if resume_step is None else resume_step + 1)

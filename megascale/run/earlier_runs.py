@@ -49,8 +49,8 @@ def _read(config: RunConfig, cursor: Cursor, held: Mapping[str, str]) -> dict[st
             continue
         if not place.pieces:
             if source.earlier is not None:
-                *before, last = reads = source.earlier.reads
-                known = replace(source.earlier, reads=reads if last.pieces else tuple(before))
+                reads = source.earlier.reads
+                known = replace(source.earlier, reads=reads if reads[-1].pieces else reads[:-1])
                 found[name] = replace(source, earlier=known)
             continue
         before = source.earlier or EarlierConfig(reads=(), tokens=0, held=held.get(name, ""))

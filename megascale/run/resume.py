@@ -18,8 +18,10 @@ from megascale.parsing import parse_yaml
 
 ORDER_OF_DATA = ("seed", "data.context_tokens", "data.global_batch_tokens")
 WEIGHTS_AND_START = ("model", "start")
-CHANGEABLE = ("implementation", "vocab_multiple", "moe.balance_weight", "moe.balance_weights")
-CHANGEABLE += ("moe.micro_share", "moe.estimate", "moe.bias_rate", "moe.z_loss_coeff")
+CHANGEABLE = (
+    *("implementation", "vocab_multiple", "moe.balance_weight", "moe.balance_weights"),
+    *("moe.micro_share", "moe.estimate", "moe.bias_rate", "moe.z_loss_coeff"),
+)
 """Of the model's options, those that change no weight and no function."""
 
 

@@ -123,6 +123,7 @@ def start(config: RunConfig) -> Ranks:
         torch.set_num_threads(config.train.threads or _threads_per_rank())
     _join(rank, world, "nccl" if kind == "cuda" else "gloo")
     control = dist.group.WORLD if kind == "cpu" else dist.new_group(backend="gloo", timeout=TIMEOUT)
+    assert control is not None, "the ranks have met"
     _make_groups(layout)
     seed_everything(config.seed)
     return _describe(layout, rank, local_rank, device, control, why)

@@ -28,6 +28,7 @@ def log_to(folder: Path, rank: int) -> None:
     root.setLevel(logging.WARNING)
     logging.captureWarnings(True)
     if STARTER_VARIABLE in os.environ:
+        assert handler.stream is not None, "it is opened at once"
         os.dup2(handler.stream.fileno(), 2)
 
 

@@ -45,7 +45,7 @@ def signal_ranks(agent: int, number: signal.Signals) -> None:
 def _is_rank(process: psutil.Process) -> bool:
     """Whether it is one of torchrun's workers, which lead sessions of their own."""
     try:
-        return os.getsid(process.pid) == process.pid
+        return os.getsid(process.pid) == int(process.pid)
     except ProcessLookupError:
         return False
 

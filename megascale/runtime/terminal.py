@@ -62,7 +62,7 @@ class EscapedStream:
 def escaped_output() -> Iterator[None]:
     """In the block, stdout and stderr show control characters as escapes."""
     before = sys.stdout, sys.stderr
-    sys.stdout, sys.stderr = EscapedStream(before[0]), EscapedStream(before[1], has_bars=True)  # type: ignore[assignment]
+    sys.stdout, sys.stderr = EscapedStream(before[0]), EscapedStream(before[1], has_bars=True)
     try:
         yield
     finally:

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
@@ -169,7 +170,7 @@ def _rank_speeds(config: RunConfig, ranks: Ranks) -> RankSpeeds | None:
     if config.planner.rank_speeds == "equal":
         return None
     places = gather_arrays(np.array([ranks.hdp_rank]), ranks)
-    return None if places is None else RankSpeeds(places[:, 0], config.planner.ahead_steps)
+    return None if places is None else RankSpeeds(places[:, 0].tolist(), config.planner.ahead_steps)
 
 
 def _restore(
@@ -229,7 +230,9 @@ def _find(
         if found is not None:
             step = found.manifest.position.step
             return found, [*warnings, f"goes on from the emergency copy of step {step}"]
-    found = find(run_dir, resume if resume in ("auto", "latest") else int(resume), ranks)
+    which: Literal["auto", "latest"] | int
+    which = "auto" if resume == "auto" else "latest" if resume == "latest" else int(resume)
+    found = find(run_dir, which, ranks)
     return found, [*warnings, *(found.warnings if found is not None else ())]
 
 

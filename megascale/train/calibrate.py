@@ -251,7 +251,8 @@ def _fill(cell: Cell, hdp: int) -> Filled:
 def _planned(rings: Filled, count: int) -> tuple[StepPlan, GlobalBatch]:
     """`count` micro-batches on each of `rings`, as a plan and its batch."""
     lengths = np.array([one for _, part in rings for one in part] * count, dtype=np.int32)
-    placed, begin = [], 0
+    placed: list[Ring] = []
+    begin = 0
     for index in range(count):
         for members, part in rings:
             sequences = tuple(range(begin, begin + len(part)))

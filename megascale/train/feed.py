@@ -205,8 +205,10 @@ def _outcome(plans: PlansAhead, step: _Step) -> Planned | Exception:
 def _pack(outcome: Planned | Exception | None) -> bytes:
     if outcome is None:
         return b""
-    is_plan = isinstance(outcome, Planned)
-    content = PLAN + outcome.payload if is_plan else ERROR + error_bytes(outcome)
+    if isinstance(outcome, Planned):
+        content = PLAN + outcome.payload
+    else:
+        content = ERROR + error_bytes(outcome)
     return hashlib.sha256(content).digest() + content
 
 
@@ -230,7 +232,9 @@ def _read(message: bytes, step: _Step, ranks: Ranks) -> Planned:
     if kind == ERROR:
         raise error_from(payload)
     plan = StepPlan.from_bytes(payload)
-    check_own(plan, ranks, step.dealt.result().batch.num_sequences)
+    dealt = step.dealt.result()
+    assert dealt is not None, "a step without a batch has no plan"
+    check_own(plan, ranks, dealt.batch.num_sequences)
     return Planned(plan, payload)
 
 

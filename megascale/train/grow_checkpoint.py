@@ -126,7 +126,7 @@ def _after(position: Position, learned: Learned) -> Position:
     return replace(
         position,
         tokens_seen=position.tokens_seen + tokens,
-        cursor=position.cursor | {"data": learned.cursor.to_json()},
+        cursor={**position.cursor, "data": learned.cursor.to_json()},
     )
 
 

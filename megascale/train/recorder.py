@@ -53,7 +53,7 @@ def _beside(
     """Make an error of a method a warning: a record that fails must not end the run."""
 
     @wraps(method)
-    def guarded(self: Report, *args: P.args, **kwargs: P.kwargs) -> None:
+    def guarded(self: Report, /, *args: P.args, **kwargs: P.kwargs) -> None:
         try:
             method(self, *args, **kwargs)
         except Exception as error:

@@ -96,7 +96,7 @@ def _next_logits(learner: Learner, tokens: list[int], pad_id: int) -> torch.Tens
     )
     if not learner.ranks.is_last_stage:
         return None
-    whole = gather_from_tensor_model_parallel_region(outputs[0][len(tokens) - 1])
+    whole: torch.Tensor = gather_from_tensor_model_parallel_region(outputs[0][len(tokens) - 1])
     return whole[: learner.config.model.vocab_size]
 
 

@@ -112,7 +112,7 @@ def train_step(
         math.isfinite(loss_sum) and loss_sum <= most_loss * loss_tokens,
     )
     experts = balance.finish_sum() if balance is not None else None
-    if experts is not None and stepped:
+    if balance is not None and experts is not None and stepped:
         balance.adopt(experts)
     return StepResult(
         loss=loss_sum / loss_tokens,
@@ -131,6 +131,7 @@ def train_step(
 def look(learner: Learner, micro_batches: Iterable[MicroBatch], count: int) -> ExpertUse:
     """What the routers choose over all ranks' micro-batches, without gradients."""
     balance = learner.model.balance
+    assert balance is not None, "the model has experts"
     with balance.looking(), torch.no_grad():
         run_micro_batches(learner, micro_batches, count, forward_only=True)
     balance.begin_sum()

@@ -136,12 +136,10 @@ def test_lengths_are_planned_and_clusters_simulated(installed):
     assert "optim.lr                  0.001632" in law
 
 
-def test_examples_become_a_corpus_a_plan_and_a_job(installed):
+def test_examples_become_a_plan_and_jobs(installed):
     """As in the quickstart: names of the checkout, in a folder that has none of them."""
-    texts = "inputs=[{kind: files, paths: [texts.jsonl]}]"
-    made = installed.says("prepare", "data/python_stdlib.yaml", texts, "heldout_fraction=0")
-    assert "corpora/python_stdlib prepared: tokenizer bytes" in made
-    assert "verdict" in installed.says("data", "check", "corpora/python_stdlib")
+    assert "verdict: good" in installed.says("data", "check", "corpora/corpus")
+    (installed.home / "corpora/python_stdlib").symlink_to("corpus")
     example = installed.packages / "megascale/bundled/configs/quickstart.yaml"
     done = installed.run(
         str(installed.bin / "megascale"), "plan", "configs/quickstart.yaml", "--ranks", "2"
@@ -152,6 +150,8 @@ def test_examples_become_a_corpus_a_plan_and_a_job(installed):
     assert "runs/quickstart/metrics.jsonl" in done.stdout
     job = installed.says("submit", "configs/quickstart.yaml", "--nodes", "2", "--dry-run")
     assert "set -- configs/quickstart.yaml" in job and "python3 -m megascale launch" in job
+    recipe = ("submit", "data/python_stdlib.yaml", "--job", "prepare", "--dry-run")
+    assert "set -- data/python_stdlib.yaml" in installed.says(*recipe)
     (installed.home / "sweep").write_text("optim.lr=1e-3\noptim.lr=2e-3\n")
     sweep = ("submit", str(example), "--sweep", "sweep", "--dry-run")
     script = installed.packages / "megascale/bundled/slurm/train.sbatch"
@@ -183,6 +183,13 @@ def test_verbs_that_need_torch_say_what_to_install(installed, wheel, words):
     assert said.count("\n") == 1 and "torch, not installed here" in said
     assert said.endswith(f": pip install '{wheel}[train]'\n")
     assert not (installed.home / "new").exists()
+
+
+def test_verbs_that_read_text_say_what_to_install(installed, wheel):
+    said = installed.says("prepare", "corpus.yaml", "--out", "new", status=2)
+    assert said == (
+        f"megascale: prepare needs pyarrow, not installed here: pip install '{wheel}[data]'\n"
+    )
 
 
 def test_the_doctor_says_what_is_missing(installed, wheel):

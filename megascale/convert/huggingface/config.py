@@ -281,7 +281,8 @@ def config_of(model: ModelConfig, context_tokens: int, dtype: str) -> Any:
     from transformers import CONFIG_MAPPING
 
     kind = family_of(model)
-    return CONFIG_MAPPING[kind](
+    family: Any = CONFIG_MAPPING[kind]  # its options are those of the family
+    return family(
         architectures=[architecture_of(kind)],
         dtype=dtype,
         max_position_embeddings=context_tokens,

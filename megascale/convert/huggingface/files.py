@@ -131,7 +131,7 @@ def write_files(
                 if name != wanted or tuple(tensor.shape) != shapes[name]:
                     raise RuntimeError(f"{name} came where {wanted} was to be written")
                 flat = tensor.to(dtype).contiguous().flatten()
-                out.write(memoryview(flat.view(torch.uint8).numpy()))
+                out.write(flat.view(torch.uint8).numpy().data)
     return [folder / file for file in files]
 
 

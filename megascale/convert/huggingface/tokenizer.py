@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from megascale.convert.huggingface.documents import read_document, write_document
-from megascale.corpus.hugging_face import read_backend
+from megascale.corpus.hugging_face import TOKENIZER_FILE, read_backend
 from megascale.corpus.sources import CORPUS_FILE, TOKENIZER_FOLDER
-from megascale.corpus.tokenizers import EOD_TEXT, TOKENIZER_FILE, Tokenizer, load_tokenizer
+from megascale.corpus.tokenizers import EOD_TEXT, Tokenizer, load_tokenizer
 from megascale.errors import UserError
 from megascale.infowindow import tokenizer as tokenizer_module
 from megascale.infowindow.tokenizer import InfoWindowTokenizer

@@ -123,7 +123,7 @@ def _experts(model: ModelConfig, layer: int, block: str, parts: tuple[str, ...])
     moe, theirs = model.moe, f"model.layers.{layer}.{block}"
     assert moe is not None and moe.ffn_hidden_size is not None
     experts, width, inner = moe.num_experts, model.hidden_size, moe.ffn_hidden_size
-    names = (f"{theirs}.gate.weight",)
+    names: tuple[str, ...] = (f"{theirs}.gate.weight",)
     key, layers = "decoder.layers.mlp.router.weight", (model.num_layers,)
     yield Match(key, names, (experts,), (width,), layers, (layer,))
     if moe.shared_gate:
