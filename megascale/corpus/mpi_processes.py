@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 from megascale.errors import UserError
+from megascale.installation import install_command, is_installed
 
 T = TypeVar("T")
 _SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
@@ -37,6 +38,8 @@ def _world() -> Any:
     Raises UserError where no MPI library is there, or another than the launcher's: then every
     process would take itself for the only one, and all would write the same files.
     """
+    if not is_installed("mpi4py"):
+        raise UserError(f"started by MPI, but mpi4py is not installed; {install_command('data')}")
     try:
         with warnings.catch_warnings(action="ignore"):  # it warns of what is refused below
             from mpi4py import MPI

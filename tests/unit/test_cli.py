@@ -62,13 +62,6 @@ def test_the_version(capsys):
     assert capsys.readouterr().out == f"megascale {megascale.__version__}\n"
 
 
-def test_the_version_is_that_of_the_package():
-    import tomllib
-
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    assert project["version"] == megascale.__version__
-
-
 @pytest.mark.parametrize("verb", cli.VERBS)
 def test_every_verb_has_help_with_an_example(verb, capsys):
     with pytest.raises(SystemExit) as stop:

@@ -90,7 +90,10 @@ def test_extras_include_those_below_them():
 
 
 def test_the_version_has_one_source():
+    """A wheel takes it from the code too (`test_wheel.py`)."""
     assert "version" not in PROJECT["project"]
+    source = PROJECT["tool"]["setuptools"]["dynamic"]["version"]
+    assert source == {"attr": "megascale.__version__"}
     first = next(
         line for line in (ROOT / "CHANGELOG.md").read_text().splitlines() if line[:3] == "## "
     )
@@ -221,3 +224,19 @@ def test_only_the_first_rank_says_what_is_taken(elsewhere, capsys, monkeypatch):
     monkeypatch.setenv("RANK", "1")
     load_config("configs/quickstart.yaml")
     assert capsys.readouterr().err == ""
+
+
+def test_prepare_under_mpi_says_what_to_install(monkeypatch, capsys):
+    """Before anything is read, and on one rank alone."""
+    without(monkeypatch, "mpi4py")
+    monkeypatch.setenv("PMI_SIZE", "2")
+    for rank, said in (
+        (
+            "0",
+            f"megascale: started by MPI, but mpi4py is not installed; {install_command('data')}\n",
+        ),
+        ("1", ""),
+    ):
+        monkeypatch.setenv("PMI_RANK", rank)
+        assert cli.main(["prepare", "data/python_stdlib.yaml"]) == 2
+        assert capsys.readouterr().err == said
