@@ -173,9 +173,7 @@ def test_parquet_and_datasets(tmp_path):
         done = prepare(recipe, tmp_path / f"out-{i}", processes=1)
         assert _texts(done.folder) == ["one", "two"]
         assert done.facts["skipped"]["empty"] == 1
-    with pytest.raises(
-        UserError, match="no column 'body'; set .* holds text: text$"
-    ):
+    with pytest.raises(UserError, match="no column 'body'; set .* holds text: text$"):
         recipe = _recipe("parquet", tmp_path / "in/*", input={"text_column": "body"})
         prepare(recipe, tmp_path / "x", processes=1)
     (tmp_path / "in" / "a.parquet").write_bytes(b"no parquet")
