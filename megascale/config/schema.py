@@ -22,10 +22,10 @@ class MoeConfig:
     num_experts: int = 8
     """Experts per layer. Must be divisible by `parallel.expert`."""
     top_k: int = 2
-    """Experts that each token visits. That of one alone is weighted by its probability (as in
-    Switch Transformer), or nothing but the balance loss would teach the router."""
+    """Experts that each token visits. With 1 the expert is weighted by its probability (as in
+    Switch Transformer), because otherwise only the balance loss would train the router."""
     normalize_top_k: bool = True
-    """Weights of the experts of a token sum to 1. If not, they are probabilities over all experts,
+    """The weights of a token's experts sum to 1. If false, they are probabilities over all experts,
     as in Qwen2-MoE."""
     ffn_hidden_size: int | None = None
     """Hidden size of one expert. Default: the dense `ffn_hidden_size` over `top_k`, so that a
@@ -33,46 +33,47 @@ class MoeConfig:
     shared_ffn_hidden_size: int = 0
     """Hidden size of the expert that every token visits; 0 means none."""
     shared_gate: bool = False
-    """Weigh the shared expert by a sigmoid of each token's own (Qwen2-MoE)."""
+    """Weigh the shared expert by a sigmoid that each token computes (Qwen2-MoE)."""
     attention_experts: int = 1
     """Attentions per layer, all of which see every token; their outputs are mixed by a router
     (BAM, arXiv 2408.08274). 1 is plain attention."""
     dispatcher: Literal["allgather", "alltoall"] = "alltoall"
-    """How tokens reach their experts: `alltoall` moves only what is routed."""
+    """How tokens reach their experts. `alltoall` moves only the routed tokens."""
     balance: Literal["global", "micro", "sequence", "loss_free", "none"] = "global"
-    """What is balanced over the experts: the use that the `global` batch makes of them (experts
-    may specialise, and the result does not depend on how the batch was cut), that of every
-    `micro`-batch, or of every `sequence`. `loss_free` steers the choice by a bias of each expert
-    instead of a loss."""
+    """What is balanced over the experts. `global`: their use over the global batch, so that experts
+    may specialise, and the result does not depend on how the batch was cut. `micro`: their use
+    over every micro-batch. `sequence`: their use over every sequence. `loss_free`: no loss; a bias
+    of each expert steers the choice. `none`: nothing."""
     balance_weight: float = 0.008
-    """Weight of the balance loss, which is 1 where use is even (the paper's weight)."""
+    """Weight of the balance loss. The loss is 1 where use is even. The default is the paper's."""
     balance_weights: tuple[float, ...] | None = None
-    """The same for every layer. None: `balance_weight` in all of them."""
+    """Weight of the balance loss in each layer, a list. None: `balance_weight` in all layers."""
     micro_share: float = 0.0
-    """With `balance: global`, the weight of a balance loss over every micro-batch beside it, as
-    part of the other (the paper: 0.01, which evens out the time that experts take)."""
+    """With `balance: global`, the weight of an additional balance loss over every micro-batch, as a
+    part of `balance_weight`. The paper has 0.01, which evens out the time that experts take."""
     estimate: Literal[
         "trend", "previous", "previous_corrected", "buffer", "buffer_corrected", "exact"
     ] = "trend"
-    """How the use that the whole global batch makes is known while it is trained on. `previous`:
-    as it was in the batch before. `trend`: plus its change from the batch before that, so that
-    what a step does not know yet the next one makes up for. `buffer`: from this rank's
-    micro-batches so far (the paper's, without the message per micro-batch that ranks of unequal
-    numbers of these cannot exchange). `corrected`: the last micro-batch makes up for what the
-    earlier ones did not know. `exact`: from a pass without gradients before, which costs about a
-    third more.
+    """The load of the whole global batch is known only after all of it was routed. This says which
+    load is used until then. `previous`: the load of the batch before. `trend`: `previous` plus its
+    change from the batch before that, so that the next step makes up for what this step does not
+    know. `buffer`: the load of this rank's micro-batches so far (the paper's way, without the
+    message per micro-batch, which ranks with unequal numbers of micro-batches cannot exchange).
+    `previous_corrected` and `buffer_corrected`: the last micro-batch makes up for what earlier
+    micro-batches did not know. `exact`: the load from a pass without gradients before, which costs
+    about a third more time.
 
-    Why `trend`: besides `previous` and `exact` it alone does not depend on the plan, and needs no
-    message. A rank's own counts are near while it sees many sequences (0.01 of the gradient on 2
-    ranks), but with one or two short ones in a micro-batch, as where a thousand ranks share a
-    batch, they are off by 0.6 to 1.4 once experts specialise, always in the same direction; the
-    mean of 10 steps by 0.6 to 1.8, that of `previous` by 0.27 and of `trend` by 0.09 (131,072
-    tokens, step 240). Trained under it, use is nearer to that under `exact` as well. With small
-    batches and in the first steps of a high learning rate it is off by more than `previous` in a
-    single step (1.2 to 0.8 and 0.9).
+    Why `trend`: besides `previous` and `exact`, only `trend` does not depend on the plan, and it
+    needs no message. A rank's own counts are near while the rank sees many sequences (0.01 of the
+    gradient on 2 ranks). With one or two short sequences in a micro-batch, as where a thousand
+    ranks share a batch, they are off by 0.6 to 1.4 once experts specialise, always in the same
+    direction. The mean of 10 steps is off by 0.6 to 1.8, that of `previous` by 0.27 and that of
+    `trend` by 0.09 (131,072 tokens, step 240). Trained under `trend`, use is also nearer to the use
+    under `exact`. With small batches and in the first steps of a high learning rate `trend` is off
+    by more than `previous` in a single step (1.2 to 0.8 and 0.9).
     `python tools/bench.py estimates`, `configs/results/balance_estimates.json`."""
     bias_rate: float = 1e-3
-    """With `balance: loss_free`, by how much a bias moves in a step."""
+    """With `balance: loss_free`, the change of a bias in a step."""
     z_loss_coeff: float = 0.0
     """Weight of the router z-loss, which keeps router logits small."""
 
@@ -93,13 +94,13 @@ class RopeScalingConfig:
     """
 
     factor: float = 8.0
-    """How many times more slowly."""
+    """How many times more slowly pairs turn."""
     low_turns: float = 1.0
     """Turns below which a pair is slowed by the whole factor."""
     high_turns: float = 4.0
-    """Turns above which it is not."""
+    """Turns above which a pair is not slowed."""
     original_tokens: int = 8192
-    """The context that turns are counted in."""
+    """The context in which turns are counted."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,10 +147,10 @@ class ModelConfig:
     moe: MoeConfig | None = None
     """Mixture of experts; None means dense."""
     mask_tokens: int | None = None
-    """Tokens over which the layers that `megascale grow --operator random` has added open: each is
-    y = x + m (layer(x) - x), where m goes from 0 to 1. How far they are is in the checkpoint, so
-    that resumes and branches go on from there. None: no layer is masked. Comes with the
-    checkpoint, and has no effect on a model that begins with random weights."""
+    """Tokens over which the layers that `megascale grow --operator random` has added open. Each is
+    y = x + m (layer(x) - x), where m goes from 0 to 1. The checkpoint has the value of m, so that
+    resumes and branches go on from it. None: no layer is masked. This option comes with the
+    checkpoint. It has no effect on a model that begins with random weights."""
     implementation: Literal["auto", "local", "transformer_engine"] = "auto"
     """Layers of megatron-core's own (`local`) or Transformer Engine's; `auto` takes the latter
     on CUDA where it is installed."""
@@ -176,19 +177,19 @@ order must raise it, so that no run is resumed, replayed or continued in another
 
 @dataclass(frozen=True, kw_only=True)
 class ReadConfig:
-    """What one run has read of a source: the first pieces of what those before it had left,
-    shuffled. One of no pieces at all is a `start.data: restart`: what comes after it was read as if
-    nothing had been before. Written by megascale, not by hand.
+    """What one run has read of a source: the first pieces of what earlier runs had left, shuffled.
+    A reading of 0 pieces stands for `start.data: restart`: later readings were made as if nothing
+    had been read before. Written by megascale, not by hand.
     """
 
     name: str
-    """What the run called the source; the order in which it was read depends on it."""
+    """The run's name of the source. The order of reading depends on it."""
     seed: int
     """Seed of the run."""
     context_tokens: int
     """`data.context_tokens` of the run, which decides where documents were cut."""
     pieces: int
-    """Pieces of documents that it read."""
+    """Pieces of documents that the run read."""
     order: int = 1
     """`ORDER_VERSION` of the megascale that read them."""
 
@@ -198,11 +199,11 @@ class EarlierConfig:
     """All that earlier runs have read of a source. Written by megascale, not by hand."""
 
     reads: tuple[ReadConfig, ...]
-    """The first run first."""
+    """The readings, the first run first."""
     tokens: int
-    """Loss tokens of these."""
+    """Loss tokens of these readings."""
     held: str
-    """What the source held then; nothing goes on, or is replayed, where it holds something else."""
+    """The content of the source then. If it holds other text now, it is not continued or replayed."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -212,23 +213,23 @@ class SourceConfig:
     path: str
     """Folder made by `megascale prepare`, or the prefix of a Megatron `.bin` / `.idx` pair."""
     heldout: str | None = None
-    """Prefix of held-out shards for evaluation; only for Megatron prefixes, a prepared folder
-    brings its own. None there means: this source is not evaluated."""
+    """Prefix of held-out shards for evaluation, only for Megatron prefixes. A prepared folder has
+    its own. None, with a Megatron prefix: this source is not evaluated."""
     vocab_size: int | None = None
     """Vocabulary of a bare Megatron prefix, which does not store one; a prepared folder does."""
     eod_id: int | None = None
     """Id of the end-of-document token of a bare Megatron prefix; a prepared folder stores it."""
     bos_id: int | None = None
-    """Id that a bare Megatron prefix has before the first token of every document as its input; it
-    is not stored there and is no target. None: `eod_id`. A prepared folder knows its own."""
+    """Id that is the input before the first token of every document of a bare Megatron prefix. It is
+    not stored there and is no target. None: `eod_id`. A prepared folder stores its own."""
     earlier: EarlierConfig | None = None
-    """What the runs behind `start.checkpoint` have read of it: this run reads what they have left,
-    and then all of it again. Written by megascale, not by hand."""
+    """What the runs before `start.checkpoint` have read of the source. This run reads what they have
+    left, and then all of it again. Written by megascale, not by hand."""
     begin: int = 0
-    """Pieces of that, in this run's order, that they have read too. Written by megascale."""
+    """Pieces, in this run's order, that these earlier runs have read too. Written by megascale."""
     replay: bool = False
-    """Read only what `earlier` says. Such sources, `replay/NAME`, are added by megascale; their
-    share is `data.replay_fraction`."""
+    """Read only what `earlier` lists. megascale adds such sources, `replay/NAME`. Their share is
+    `data.replay_fraction`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -236,8 +237,8 @@ class StageConfig:
     """A stretch of training with one blend of sources."""
 
     tokens: int | None = None
-    """Loss tokens this stage lasts, to the end of the step that reaches them; None, allowed in the
-    last stage only: to the end."""
+    """Loss tokens of this stage. It lasts to the end of the step that reaches them. None, allowed in
+    the last stage only: to the end of the run."""
     blend: dict[str, float] = field(default_factory=dict)
     """Share of the stage's tokens per source name; normalised to sum to 1."""
 
@@ -249,23 +250,24 @@ class DataConfig:
     sources: dict[str, SourceConfig] = field(default_factory=dict)
     """The corpora, by a name of your choice."""
     earlier: dict[str, SourceConfig] = field(default_factory=dict)
-    """Other corpora that the runs behind `start.checkpoint` have read. Written by megascale."""
+    """Other corpora that the runs before `start.checkpoint` have read. Written by megascale."""
     stages: tuple[StageConfig, ...] = ()
     """Blends in order. Default: one stage with all sources in proportion to their tokens."""
     context_tokens: int = 1024
     """Longest sequence the model sees; longer documents are split, never dropped."""
     global_batch_tokens: ByLawInt = 32768
     """Loss tokens of one optimizer step, to within one sequence per source. A step takes at least
-    one sequence, also where that is more. `steplaw`: what the Step Law gives for `train.tokens`."""
+    one sequence, even if that has more tokens. `steplaw`: the Step Law's value for
+    `train.tokens`."""
     replay_fraction: float = 0.0
-    """Part of every batch's tokens that is drawn again from what the runs behind
-    `start.checkpoint` have read, so that less is forgotten; the other sources give that much
+    """Part of every batch's tokens that is drawn again from what the runs before
+    `start.checkpoint` have read, so that less is forgotten. The other sources give that much
     less. 0.05 for similar data, 0.25 for another language (arXiv 2403.08763, section 5.3)."""
     allow_different_tokenizers: bool = False
-    """Sources may be made by different tokenizers, as where one tokenizer only adds ids to the
-    other. If not, that is an error: the same ids would mean other text."""
+    """Allow sources of different tokenizers, for example where one tokenizer only adds ids to the
+    other. If false, that is an error: the same ids would mean other text."""
     max_epochs: int | None = None
-    """Passes allowed over any source; a run that may need more is refused before it starts. None:
+    """Passes allowed over any source. A run that may need more is refused before it starts. None:
     no limit."""
 
 
@@ -287,7 +289,7 @@ class PlannerConfig:
     """How each step's sequences are laid out on ranks."""
 
     name: str = "hybrid"
-    """`hybrid`: rings of any size, by time and memory; nothing else is as near to the lower
+    """`hybrid`: rings of any size, by time and memory. No other planner is as near to the lower
     bound. `longest_first`: whole sequences to the least busy rank. The others are baselines:
     `bytescale`, `bytescale_naive` and `flexsp` are ByteScale's and FlexSP's planners; `static`,
     `static_balanced` and `static_best` are static context parallelism. `module:function` is a
@@ -297,26 +299,26 @@ class PlannerConfig:
     """Most tokens one rank holds in one micro-batch; longer sequences are spread over ranks.
     Default: `context_tokens`."""
     cost: str | None = None
-    """Path of a COST.json as `megascale calibrate` writes it: times of micro-batches measured on
+    """Path of a COST.json, as `megascale calibrate` writes it: times of micro-batches measured on
     the machine that trains. None: estimated from the model's shape at an assumed speed."""
     budget_s: float | None = None
     """Seconds that a planner may spend on improving a plan. None: a fixed number of tries, so
-    that equal inputs give equal plans; with a number, plans depend on the machine's speed, and
+    that equal inputs give equal plans. With a number, plans depend on the machine's speed, and
     a resumed run is no longer bit-equal."""
     host_copy_bytes_per_s: float | None = None
-    """Bytes per second that a rank copies between device and host memory while it computes, the
-    slower direction. Plans may then keep part of the activations of long sequences in host
-    memory. None: no plan does."""
+    """Bytes per second that a rank copies between device and host memory while it computes, in the
+    slower direction. With a number, plans may keep part of the activations of long sequences in
+    host memory. None: no plan does."""
     ahead_steps: int = 2
-    """Steps whose plans are made, on rank 0 in a process of its own, while the step before them
-    trains. 2, so that a plan that takes longer than a step is seldom waited for."""
+    """Steps that are planned ahead, in a process beside rank 0, while earlier steps train. The
+    default is 2, so that training seldom waits for a plan that takes longer than a step."""
     timeout_s: float = 30.0
-    """Seconds that one plan may take; then a faster planner makes it, with a warning."""
+    """Seconds that one plan may take. After that a faster planner makes the plan, with a warning."""
     rank_speeds: Literal["equal", "measured"] = "equal"
-    """`measured`: `hybrid` gives a rank that is slow for its work (see
-    `monitor.compare_ranks_every_steps`) less of it. Plans, and so the rounding of losses, then
-    depend on what is measured; what was measured is saved, so a resumed run plans as the run
-    would have until new measurements change it."""
+    """`measured`: `hybrid` gives less work to a rank that is slow for its work (see
+    `monitor.compare_ranks_every_steps`). Plans, and so the rounding of losses, then depend on
+    measured speeds. These are saved, so a resumed run plans as the run would have until new
+    measurements change them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -324,14 +326,14 @@ class SegmentConfig:
     """One segment of the learning-rate curve."""
 
     shape: Literal["linear", "cosine", "inverse_sqrt", "exponential", "constant"] = "constant"
-    """How the rate gets from the previous segment's end (0 at first) to `lr`."""
+    """Shape of the curve from the rate at the previous segment's end (0 at first) to `lr`."""
     tokens: int | None = None
-    """Loss tokens this segment lasts; None, allowed in the last segment only: to the end."""
+    """Loss tokens of this segment. None, allowed in the last segment only: to the end of the run."""
     lr: float = 0.0
-    """Rate at the end of the segment; a `constant` segment holds it throughout."""
+    """Rate at the end of the segment. A `constant` segment has this rate throughout."""
     timescale: float = 10.0
-    """The a of an `inverse_sqrt` segment, which moves as 1/sqrt(1 + a x) over its part x, 0 to 1:
-    the larger, the more of the way it goes early. 10 as in the paper."""
+    """The constant a of an `inverse_sqrt` segment, which moves as 1/sqrt(1 + a x) while x goes from 0
+    to 1. With a larger a the rate moves more early in the segment. The paper has 10."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -339,10 +341,10 @@ class OptimConfig:
     """The optimizer and its learning rate."""
 
     name: Literal["adamw", "soap"] = "adamw"
-    """`soap`: Adam in the eigenbasis of Shampoo's preconditioner, which takes fewer steps and more
-    time and memory for each. Its matrices are the weights as one rank holds them, SwiGLU's two
-    apart and queries, keys and values as one: `parallel.tensor` changes what is learned, and a
-    resume must keep it."""
+    """`soap`: Adam in the eigenbasis of Shampoo's preconditioner. It takes fewer steps, and more time
+    and memory for each. Its matrices are the weights as one rank holds them: SwiGLU's two apart;
+    queries, keys and values as one. So `parallel.tensor` changes what is learned, and a resume
+    must keep it."""
     curve: Literal["cosine", "infinite", "wsd", "constant", "anneal"] | None = None
     """The learning rate over tokens seen, by name. `cosine`, the default: warm-up, then half a wave
     to `min_lr`; in a new run that starts from trained weights this re-warms them. `infinite`:
@@ -351,10 +353,10 @@ class OptimConfig:
     end. `constant`: warm-up, then `lr` for ever. `anneal`: from `lr` straight to `min_lr`, for a
     run that starts from a checkpoint of a constant phase."""
     lr: ByLawFloat | None = None
-    """Peak learning rate of the curve. `steplaw`: what the Step Law gives for the model and
-    `train.tokens`, so a run to be lengthened should say a number. Default: 3e-4, and 3e-3 for
-    SOAP; for an
-    `anneal` that starts from a checkpoint the rate at which its run stood."""
+    """Peak learning rate of the curve. `steplaw`: the Step Law's value for the model and
+    `train.tokens`; give a number instead if the run may be lengthened. Default: 3e-4, and 3e-3
+    for SOAP. For an `anneal` that starts from a checkpoint: the last rate of the checkpoint's
+    run."""
     min_lr: float | None = None
     """Last learning rate of the curve. Default: a tenth of `lr`, or 1e-5 where `lr` is
     `steplaw`, whose authors held it fixed."""
@@ -363,22 +365,23 @@ class OptimConfig:
     constant_lr: float | None = None
     """Rate of the constant phase of `infinite`. Default: midway between `lr` and `min_lr`."""
     cooldown_tokens: int | None = None
-    """Tokens in which `infinite` goes from `lr` to `constant_lr`. Default: 60 % of `train.tokens`;
-    a run that may be lengthened should say a number, and one for `warmup_tokens`."""
+    """Tokens in which `infinite` goes from `lr` to `constant_lr`. Default: 60 % of `train.tokens`.
+    If the run may be lengthened, give a number here and for `warmup_tokens`."""
     cooldown_shape: Literal["cosine", "inverse_sqrt"] | None = None
-    """How it goes there. Default: `cosine`."""
+    """Shape of this cooldown. Default: `cosine`."""
     anneal_tokens: int | None = None
-    """Last tokens of `train.tokens`, in which `infinite` and `wsd` go to `min_lr`; 0: they stay
+    """Last tokens of `train.tokens`, in which `infinite` and `wsd` go to `min_lr`. 0: they stay
     constant. Default: 14 % of `train.tokens` for `infinite`, 10 % for `wsd`."""
     anneal_shape: Literal["exponential", "linear", "cosine"] | None = None
-    """How they go there, and `anneal`. Default: `exponential`, for `wsd` `linear`."""
+    """Shape of this anneal, and of the curve `anneal`. Default: `exponential`; for `wsd`
+    `linear`."""
     schedule: tuple[SegmentConfig, ...] = ()
     """The learning rate as segments over tokens seen, in place of `curve` and its options. Default:
     those of the curve."""
     beta1: float | None = None
     """Decay of the mean of gradients. Default: 0.9, and 0.95 for SOAP."""
     beta2: float = 0.95
-    """Decay of the mean of squared gradients, and of SOAP's averages; 0.95 as is usual for language
+    """Decay of the mean of squared gradients, and of SOAP's averages. 0.95 is usual for language
     models."""
     eps: float = 1e-8
     """Added to the root of the second moment."""
@@ -387,37 +390,38 @@ class OptimConfig:
     clip_grad_norm: float = 1.0
     """Global gradient norm above which gradients are scaled down; 0 switches it off."""
     distributed_optimizer: bool = True
-    """Shard optimizer state over the HDP axis (ZeRO-1): AdamW's to equal parts, SOAP's by whole
-    weights, each of which one rank updates for all."""
+    """Shard optimizer state over the HDP axis (ZeRO-1): AdamW's in equal parts, SOAP's by whole
+    weights. One rank updates each weight for all ranks."""
     soap_refresh_steps: int = 10
     """Steps of SOAP between two refreshes of its bases."""
     soap_max_dim: int = 10000
-    """Sizes above this, such as a vocabulary's, get no basis of SOAP; 0: plain Adam for all."""
+    """Dimensions larger than this, such as a vocabulary, get no basis of SOAP. 0: plain Adam for
+    all."""
     max_skipped_steps: int = 10
     """Consecutive steps with a non-finite loss or gradient norm after which the run stops."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SpikeConfig:
-    """What is done when the loss of a step leaps."""
+    """What is done at a loss spike."""
 
     action: Literal["warn", "skip", "rollback"] = "warn"
-    """`warn` says so. `skip`: the update of such a step is left out, so that its data does no
-    harm; when `patience_steps` in a row leap, that is taken for the new usual. `rollback`: so it
-    is for single steps, but when `patience_steps` in a row leap (or are not finite), weights,
-    optimizer and what is usual go back to a checkpoint before the first of them. If as many leap
-    again before a newer checkpoint is written, they go back to the checkpoint before that one, and
-    so on; where there is none, the run stops with an error. The data goes on, so that what led
-    there is not read again. No regular checkpoint is written in a step that leaps, nor in the
-    `patience_steps` after a rollback."""
+    """`warn`: print a warning. `skip`: leave out the update of such a step, so that its data does no
+    harm; after `patience_steps` spikes in a row the new losses count as usual. `rollback`: as
+    `skip` for single steps. After `patience_steps` spikes (or non-finite losses) in a row, weights,
+    optimizer and the record of usual losses go back to a checkpoint before the first of them. If
+    as many spikes come again before a newer checkpoint is written, they go back to the checkpoint
+    before that one, and so on. Where there is none, the run stops with an error. The data goes on,
+    so that the data of the spikes is not read again. No regular checkpoint is written in a step
+    with a spike, nor in the `patience_steps` after a rollback."""
     window_steps: int = 100
-    """Steps before, whose losses say what is usual; leaps are not among them, and a new blend of
-    `data.stages` begins anew. 0: no watch."""
+    """Earlier steps whose losses say what is usual. Spikes are not among them, and a new blend of
+    `data.stages` begins a new record. 0: no watch."""
     deviations: float = 8.0
-    """A loss leaps that lies so many standard deviations (robust: from the median absolute
-    deviation) above their median."""
+    """A loss is a spike if it lies this many standard deviations above the median of the window.
+    The deviation is robust: it comes from the median absolute deviation."""
     patience_steps: int = 10
-    """Leaps in a row after which they are no accident."""
+    """Spikes in a row after which `skip` or `rollback` acts."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -425,7 +429,7 @@ class TrainConfig:
     """Length and precision of the run."""
 
     tokens: int = 10_000_000
-    """Loss tokens to train on; the last step is the one that reaches it."""
+    """Loss tokens to train on. The last step is the step that reaches this number."""
     precision: Literal["fp32", "bf16"] = "bf16"
     """Compute precision. bf16 keeps fp32 master weights, moments and gradient sums."""
     recompute: Literal["none", "full"] = "none"
@@ -433,10 +437,10 @@ class TrainConfig:
     threads: int | None = None
     """CPU threads per rank. Default: cores over ranks on the machine. Ignored on CUDA."""
     stop_after_steps: int | None = None
-    """Stop (with a checkpoint) once this step is done, leaving the schedule as it is; for
-    smoke tests and debugging. None: run to `tokens`."""
+    """Stop (with a checkpoint) after this step, without a change of the schedule; for smoke tests and
+    debugging. None: run to `tokens`."""
     spikes: SpikeConfig = field(default_factory=SpikeConfig)
-    """Watch on the loss."""
+    """What is done at a loss spike."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -446,16 +450,16 @@ class EvalConfig:
     every_steps: int = 100
     """Steps between evaluations; 0: only at the end."""
     tokens: int = 200_000
-    """Held-out tokens that are scored per source, the same ones at every evaluation: all where
-    there are no more, else stretches of documents from all over the set, cut at
-    `data.context_tokens` as in training. A stretch begins and ends where the tokenizer cuts neither
-    a character nor a window, so up to one character or window per stretch is missing: of 10 tokens
-    that are bytes, 8 are scored where characters have 4. 0: none."""
+    """Held-out tokens that are scored per source, the same tokens at every evaluation. If the
+    held-out set has no more, all of it is scored; else parts of documents from all over the set,
+    cut at `data.context_tokens` as in training. A part begins and ends where the tokenizer cuts
+    neither a character nor a window, so up to one character or window per part is left out: of 10
+    tokens that are bytes, 8 are scored if the characters have 4 bytes. 0: none."""
     forgetting_alarm: float | None = None
-    """Nats per token by which the held-out loss of a source may rise above that at the start of a
-    run with `start.checkpoint` before a warning. None: no warning."""
+    """A run with `start.checkpoint` warns if the held-out loss of a source rises by more than this, in
+    nats per token, above its value at the start of the run. None: no warning."""
     sample_prompt: str | None = None
-    """Text that the trained model continues at the end of the run; None: no sample."""
+    """Text that the trained model continues at the end of the run. None: no sample."""
     sample_tokens: int = 200
     """Length of that sample."""
 
@@ -469,14 +473,14 @@ class CheckpointConfig:
     keep_last: int = 2
     """Most recent checkpoints that are kept."""
     keep_every_steps: int = 0
-    """Checkpoints at multiples of this step are kept for ever; 0: none."""
+    """Checkpoints at multiples of this step are kept for ever. 0: none."""
     async_save: bool = True
     """Copy to host memory, then write in the background while training goes on."""
     emergency_dir: str | None = None
     """Folder on the own disk of every node, or in its memory (/dev/shm/NAME), for a copy of the
-    latest state: that of the node's ranks, and that of a neighbour's, so that a lost node's is
-    not lost. A resume takes such a copy if it is whole and newer than the last checkpoint. Each
-    node keeps two, so it takes 4 times its share of a checkpoint. None: no copies."""
+    latest state of the node's ranks and of a neighbour's ranks. So the state of a lost node is not
+    lost. A resume takes such a copy if it is whole and newer than the last checkpoint. Each node
+    keeps two, so it needs 4 times its share of a checkpoint. None: no copies."""
     emergency_every_steps: int = 20
     """Steps between two such copies."""
 
@@ -486,21 +490,21 @@ class MonitorConfig:
     """What is recorded."""
 
     log_every_steps: int = 10
-    """Steps between console lines; `metrics.jsonl` gets every step."""
+    """Steps between console lines. `metrics.jsonl` gets every step."""
     compare_ranks_every_steps: int = 10
-    """Steps between two comparisons of how fast the ranks compute, of which stragglers are named
-    and `ranks.jsonl` keeps record; 0: none."""
+    """Steps between two comparisons of how fast the ranks compute. Slow ranks are named, and
+    `ranks.jsonl` records the comparisons. 0: none."""
     heartbeats: bool = True
-    """Each rank tells the driver that started it (`megascale launch`) how it is, so that a hang is
-    noticed; without a driver nobody listens."""
+    """Each rank reports its state to the launcher that started it (`megascale launch`), so that a
+    hang is noticed. Without a launcher nothing reads the reports."""
     tensorboard: bool = True
     """Write TensorBoard events beside `metrics.jsonl`."""
     trackers: tuple[Literal["wandb", "mlflow", "trackio"], ...] = ()
-    """Further trackers; each package must be installed (`megascale[trackers]`). They get rows from
-    threads of their own: what fails there is one warning. A resumed run continues its run there,
-    by the id in `trackers/` of the run folder; the config is its parameters."""
+    """Further trackers. Each package must be installed (`megascale[trackers]`). Threads of their own
+    send rows to them; a failure there is one warning. A resumed run continues its run in the
+    tracker, by the id in `trackers/` of the run folder. The config is sent as parameters."""
     profile_steps: tuple[int, int] | None = None
-    """First and last step recorded with torch.profiler, as a Chrome trace in the run folder;
+    """First and last step recorded with torch.profiler, as a Chrome trace in the run folder.
     None: no profile."""
     memory_snapshot: bool = False
     """Write a CUDA memory snapshot when the run ends or fails; CUDA only."""
@@ -508,18 +512,20 @@ class MonitorConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class StartConfig:
-    """What a new run begins with. A resumed one goes on from its own checkpoint instead."""
+    """What a new run begins with. A resumed run goes on from its own checkpoint instead."""
 
     checkpoint: str | None = None
     """A run_dir (its latest checkpoint) or the folder of one checkpoint, as `megascale grow`
     and `megascale import` write them. The run begins with its weights, in any layout and
-    precision, and where `model` leaves a value out, with its value. None: random weights."""
+    precision. Values that `model` leaves out are taken from it. None: random weights."""
     optimizer: Literal["reset", "keep"] = "reset"
-    """The state of the optimizer there: left behind, as continual pretraining does between data
-    sets (arXiv 2403.08763), or kept, where the same data and a smooth schedule go on."""
+    """What becomes of the checkpoint's optimizer state. `reset`: it is left behind, as in continual
+    pretraining between data sets (arXiv 2403.08763). `keep`: it is kept, for runs in which the
+    same data and a smooth schedule go on."""
     data: Literal["continue", "restart"] = "continue"
-    """Sources that the runs behind the checkpoint have read too go on where those stopped, so that
-    nothing is read twice before all has been read, or start anew."""
+    """Where sources begin that the runs before the checkpoint have read too. `continue`: where those
+    runs stopped, so that nothing is read twice before everything has been read. `restart`: at
+    their beginning."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -542,9 +548,10 @@ class GrowthConfig:
     noise: float = 0.0
     """Random part mixed into the matrices of a deepened model."""
     mask_tokens: int | None = None
-    """With `random`, tokens over which the new layers open; it has to be said."""
+    """Tokens over which the new layers open. `random` needs a number."""
     optimizer: Literal["drop", "grow"] = "drop"
-    """AdamW's moments: left behind, as in the paper, or grown with the weights and taken along."""
+    """AdamW's moments. `drop`: left behind, as in the paper. `grow`: grown with the weights and
+    kept."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -558,25 +565,25 @@ class RunConfig:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """`auto` takes CUDA where a device exists."""
     start: StartConfig = field(default_factory=StartConfig)
-    """What it begins with."""
+    """What the run begins with."""
     growth: GrowthConfig | None = None
-    """Begin with a smaller model and grow it. None: `model` from the first step."""
+    """Begin with a smaller model and grow it. None: `model` is trained from the first step."""
     model: ModelConfig = field(default_factory=ModelConfig)
     """The network."""
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
-    """How it is cut over ranks."""
+    """How the model is cut over ranks."""
     data: DataConfig = field(default_factory=DataConfig)
-    """What it reads."""
+    """The data that the run reads."""
     planner: PlannerConfig = field(default_factory=PlannerConfig)
     """How a step is laid out."""
     optim: OptimConfig = field(default_factory=OptimConfig)
-    """How it learns."""
+    """The optimizer and its learning rate."""
     train: TrainConfig = field(default_factory=TrainConfig)
-    """How long."""
+    """Length and precision of the run."""
     eval: EvalConfig = field(default_factory=EvalConfig)
-    """How it is judged."""
+    """Held-out loss during training."""
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
-    """What is kept."""
+    """What is saved, and for how long."""
     monitor: MonitorConfig = field(default_factory=MonitorConfig)
     """What is recorded."""
 
