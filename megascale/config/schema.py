@@ -203,7 +203,8 @@ class EarlierConfig:
     tokens: int
     """Loss tokens of these readings."""
     held: str
-    """The content of the source then. If it holds other text now, it is not continued or replayed."""
+    """The content of the source then. If it holds other text now, it is not continued or
+    replayed."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -220,11 +221,11 @@ class SourceConfig:
     eod_id: int | None = None
     """Id of the end-of-document token of a bare Megatron prefix; a prepared folder stores it."""
     bos_id: int | None = None
-    """Id that is the input before the first token of every document of a bare Megatron prefix. It is
-    not stored there and is no target. None: `eod_id`. A prepared folder stores its own."""
+    """Id that is the input before the first token of every document of a bare Megatron prefix. It
+    is not stored there and is no target. None: `eod_id`. A prepared folder stores its own."""
     earlier: EarlierConfig | None = None
-    """What the runs before `start.checkpoint` have read of the source. This run reads what they have
-    left, and then all of it again. Written by megascale, not by hand."""
+    """What the runs before `start.checkpoint` have read of the source. This run reads what they
+    have left, and then all of it again. Written by megascale, not by hand."""
     begin: int = 0
     """Pieces, in this run's order, that these earlier runs have read too. Written by megascale."""
     replay: bool = False
@@ -237,8 +238,8 @@ class StageConfig:
     """A stretch of training with one blend of sources."""
 
     tokens: int | None = None
-    """Loss tokens of this stage. It lasts to the end of the step that reaches them. None, allowed in
-    the last stage only: to the end of the run."""
+    """Loss tokens of this stage. It lasts to the end of the step that reaches them. None, allowed
+    in the last stage only: to the end of the run."""
     blend: dict[str, float] = field(default_factory=dict)
     """Share of the stage's tokens per source name; normalised to sum to 1."""
 
@@ -313,7 +314,8 @@ class PlannerConfig:
     """Steps that are planned ahead, in a process beside rank 0, while earlier steps train. The
     default is 2, so that training seldom waits for a plan that takes longer than a step."""
     timeout_s: float = 30.0
-    """Seconds that one plan may take. After that a faster planner makes the plan, with a warning."""
+    """Seconds that one plan may take. After that a faster planner makes the plan, with a
+    warning."""
     rank_speeds: Literal["equal", "measured"] = "equal"
     """`measured`: `hybrid` gives less work to a rank that is slow for its work (see
     `monitor.compare_ranks_every_steps`). Plans, and so the rounding of losses, then depend on
@@ -328,12 +330,13 @@ class SegmentConfig:
     shape: Literal["linear", "cosine", "inverse_sqrt", "exponential", "constant"] = "constant"
     """Shape of the curve from the rate at the previous segment's end (0 at first) to `lr`."""
     tokens: int | None = None
-    """Loss tokens of this segment. None, allowed in the last segment only: to the end of the run."""
+    """Loss tokens of this segment. None, allowed in the last segment only: to the end of the
+    run."""
     lr: float = 0.0
     """Rate at the end of the segment. A `constant` segment has this rate throughout."""
     timescale: float = 10.0
-    """The constant a of an `inverse_sqrt` segment, which moves as 1/sqrt(1 + a x) while x goes from 0
-    to 1. With a larger a the rate moves more early in the segment. The paper has 10."""
+    """The constant a of an `inverse_sqrt` segment, which moves as 1/sqrt(1 + a x) while x goes from
+    0 to 1. With a larger a the rate moves more early in the segment. The paper has 10."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -341,10 +344,10 @@ class OptimConfig:
     """The optimizer and its learning rate."""
 
     name: Literal["adamw", "soap"] = "adamw"
-    """`soap`: Adam in the eigenbasis of Shampoo's preconditioner. It takes fewer steps, and more time
-    and memory for each. Its matrices are the weights as one rank holds them: SwiGLU's two apart;
-    queries, keys and values as one. So `parallel.tensor` changes what is learned, and a resume
-    must keep it."""
+    """`soap`: Adam in the eigenbasis of Shampoo's preconditioner. It takes fewer steps, and more
+    time and memory for each. Its matrices are the weights as one rank holds them: SwiGLU's two
+    apart; queries, keys and values as one. So `parallel.tensor` changes what is learned, and a
+    resume must keep it."""
     curve: Literal["cosine", "infinite", "wsd", "constant", "anneal"] | None = None
     """The learning rate over tokens seen, by name. `cosine`, the default: warm-up, then half a wave
     to `min_lr`; in a new run that starts from trained weights this re-warms them. `infinite`:
@@ -406,11 +409,11 @@ class SpikeConfig:
     """What is done at a loss spike."""
 
     action: Literal["warn", "skip", "rollback"] = "warn"
-    """`warn`: print a warning. `skip`: leave out the update of such a step, so that its data does no
-    harm; after `patience_steps` spikes in a row the new losses count as usual. `rollback`: as
+    """`warn`: print a warning. `skip`: leave out the update of such a step, so that its data does
+    no harm; after `patience_steps` spikes in a row the new losses count as usual. `rollback`: as
     `skip` for single steps. After `patience_steps` spikes (or non-finite losses) in a row, weights,
-    optimizer and the record of usual losses go back to a checkpoint before the first of them. If
-    as many spikes come again before a newer checkpoint is written, they go back to the checkpoint
+    optimizer and the record of usual losses go back to a checkpoint before the first of them. If as
+    many spikes come again before a newer checkpoint is written, they go back to the checkpoint
     before that one, and so on. Where there is none, the run stops with an error. The data goes on,
     so that the data of the spikes is not read again. No regular checkpoint is written in a step
     with a spike, nor in the `patience_steps` after a rollback."""
@@ -437,8 +440,8 @@ class TrainConfig:
     threads: int | None = None
     """CPU threads per rank. Default: cores over ranks on the machine. Ignored on CUDA."""
     stop_after_steps: int | None = None
-    """Stop (with a checkpoint) after this step, without a change of the schedule; for smoke tests and
-    debugging. None: run to `tokens`."""
+    """Stop (with a checkpoint) after this step, without a change of the schedule; for smoke tests
+    and debugging. None: run to `tokens`."""
     spikes: SpikeConfig = field(default_factory=SpikeConfig)
     """What is done at a loss spike."""
 
@@ -456,8 +459,8 @@ class EvalConfig:
     neither a character nor a window, so up to one character or window per part is left out: of 10
     tokens that are bytes, 8 are scored if the characters have 4 bytes. 0: none."""
     forgetting_alarm: float | None = None
-    """A run with `start.checkpoint` warns if the held-out loss of a source rises by more than this, in
-    nats per token, above its value at the start of the run. None: no warning."""
+    """A run with `start.checkpoint` warns if the held-out loss of a source rises by more than this,
+    in nats per token, above its value at the start of the run. None: no warning."""
     sample_prompt: str | None = None
     """Text that the trained model continues at the end of the run. None: no sample."""
     sample_tokens: int = 200
@@ -500,8 +503,8 @@ class MonitorConfig:
     tensorboard: bool = True
     """Write TensorBoard events beside `metrics.jsonl`."""
     trackers: tuple[Literal["wandb", "mlflow", "trackio"], ...] = ()
-    """Further trackers. Each package must be installed (`megascale[trackers]`). Threads of their own
-    send rows to them; a failure there is one warning. A resumed run continues its run in the
+    """Further trackers. Each package must be installed (`megascale[trackers]`). Threads of their
+    own send rows to them; a failure there is one warning. A resumed run continues its run in the
     tracker, by the id in `trackers/` of the run folder. The config is sent as parameters."""
     profile_steps: tuple[int, int] | None = None
     """First and last step recorded with torch.profiler, as a Chrome trace in the run folder.
@@ -523,8 +526,8 @@ class StartConfig:
     pretraining between data sets (arXiv 2403.08763). `keep`: it is kept, for runs in which the
     same data and a smooth schedule go on."""
     data: Literal["continue", "restart"] = "continue"
-    """Where sources begin that the runs before the checkpoint have read too. `continue`: where those
-    runs stopped, so that nothing is read twice before everything has been read. `restart`: at
+    """Where sources begin that the runs before the checkpoint have read too. `continue`: where
+    those runs stopped, so that nothing is read twice before everything has been read. `restart`: at
     their beginning."""
 
 
