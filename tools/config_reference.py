@@ -45,19 +45,19 @@ def main(words: list[str]) -> int:
 
 def reference() -> str:
     """The reference as Markdown."""
-    sections = _sections(schema.RunConfig, "")
-    contents = [f"- [{_title(path)}](#{_anchor(_title(path))})" for path in sections]
-    blocks = [_section(path, kind, sections) for path, kind in sections.items()]
+    found = sections(schema.RunConfig)
+    contents = [f"- [{_title(path)}](#{anchor(_title(path))})" for path in found]
+    blocks = [_section(path, kind, found) for path, kind in found.items()]
     return "\n".join([HEAD, *contents, "", *blocks])
 
 
-def _sections(kind: type, path: str) -> dict[str, type]:
+def sections(kind: type, path: str = "") -> dict[str, type]:
     """The dataclass of every section by its dotted name, in the order of the schema."""
     found = {path: kind}
     for name, hint in _hints(kind).items():
         for inner, within in _dataclasses(hint):
             inner_path = (f"{path}.{name}" if path else name) + within
-            for key, section in _sections(inner, inner_path).items():
+            for key, section in sections(inner, inner_path).items():
                 if section not in found.values():
                     found[key] = section
     return found
@@ -71,39 +71,39 @@ def _dataclasses(hint: Any, within: str = "") -> list[tuple[type, str]]:
     return [found for inner in get_args(hint) for found in _dataclasses(inner, within)]
 
 
-def _section(path: str, kind: type, sections: dict[str, type]) -> str:
+def _section(path: str, kind: type, titles: dict[str, type]) -> str:
     docs, hints = _field_docs(kind), _hints(kind)
     prefix = f"{path}." if path else ""
-    rows = [_option(prefix, f, hints[f.name], docs[f.name], sections) for f in fields(kind)]
+    rows = [_option(prefix, f, hints[f.name], docs[f.name], titles) for f in fields(kind)]
     about = inspect.cleandoc(kind.__doc__ or "")
     return "\n".join([f"## {_title(path)}", about, "", *rows, ""])
 
 
-def _option(prefix: str, option: Field[Any], hint: Any, doc: str, sections: dict[str, type]) -> str:
+def _option(prefix: str, option: Field[Any], hint: Any, doc: str, titles: dict[str, type]) -> str:
     first, *more = inspect.cleandoc(doc).split("\n\n")
-    head = f"- **`{prefix}{option.name}`** ({_kind(hint, sections)}; {_default(option)}). "
+    head = f"- **`{prefix}{option.name}`** ({_kind(hint, titles)}; {_default(option)}). "
     paragraphs = [head + " ".join(first.split()), *(" ".join(p.split()) for p in more)]
     return "\n\n  ".join(paragraphs)
 
 
-def _kind(hint: Any, sections: dict[str, type]) -> str:
+def _kind(hint: Any, titles: dict[str, type]) -> str:
     """An annotation in words."""
     origin, args = get_origin(hint), get_args(hint)
     if origin in (Union, types.UnionType):
-        return _kind(next(arg for arg in args if arg is not type(None)), sections)
+        return _kind(next(arg for arg in args if arg is not type(None)), titles)
     if origin is Annotated:
-        return f"{_kind(args[0], sections)}, or `{args[1]}`"
+        return f"{_kind(args[0], titles)}, or `{args[1]}`"
     if origin is Literal:
         return "one of " + ", ".join(f"`{arg}`" for arg in args)
     if origin is tuple:
-        items = _kind(args[0], sections)
+        items = _kind(args[0], titles)
         length = "" if args[-1] is Ellipsis else f" of length {len(args)}"
         return f"list{length}, each: {items}"
     if origin is dict:
-        return f"mapping from names, to each: {_kind(args[1], sections)}"
+        return f"mapping from names, to each: {_kind(args[1], titles)}"
     if is_dataclass(hint):
-        title = _title(next(path for path, kind in sections.items() if kind is hint))
-        return f"section [{title}](#{_anchor(title)})"
+        title = _title(next(path for path, kind in titles.items() if kind is hint))
+        return f"section [{title}](#{anchor(title)})"
     return SCALARS[hint]
 
 
@@ -125,7 +125,7 @@ def _title(path: str) -> str:
     return f"`{path}`" if path else "The run"
 
 
-def _anchor(title: str) -> str:
+def anchor(title: str) -> str:
     """The anchor that a heading gets in rendered Markdown."""
     kept = "".join(c for c in title.lower() if c.isalnum() or c in " -_")
     return kept.replace(" ", "-")

@@ -1,0 +1,234 @@
+"""The guides: links, pictures, commands, options and paths in them are those of the project."""
+
+import importlib
+import re
+import shlex
+import subprocess
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import config_reference
+import picture
+import pytest
+import yaml
+
+from megascale import cli
+from megascale.config import RunConfig
+from megascale.config.load import options_called, parse_as, parse_config
+from megascale.corpus.recipe import Recipe
+from megascale.planner import PLANNERS
+
+ROOT = Path(__file__).parents[2]
+NO_GUIDES = ("CHANGELOG.md", "tests/data/README.md")
+"""Files that speak of earlier versions."""
+FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+COMMAND = re.compile(r"^(?:srun .*? )?megascale (.*)$", re.MULTILINE)
+LINK = re.compile(r"\]\(([^)\s]+)\)")
+SECTIONS = [field.name for field in fields(RunConfig)]
+DOTTED = re.compile(r"([a-z_]+(?:\.[a-z0-9_]+)+)(?:[=:] ?(.+))?", re.DOTALL)
+ANY_RECIPE = "{name: any, inputs: [{kind: python_stdlib}]}"
+FILES = (".py", ".json", ".sbatch")
+
+
+def tracked_markdown():
+    listed = subprocess.run(
+        ["git", "ls-files", "*.md"], capture_output=True, text=True, cwd=ROOT, check=False
+    )
+    if listed.returncode != 0:
+        return sorted(p.relative_to(ROOT).as_posix() for p in ROOT.rglob("README.md"))
+    return [name for name in listed.stdout.splitlines() if (ROOT / name).is_file()]
+
+
+MARKDOWN = tracked_markdown()
+GUIDES = [name for name in MARKDOWN if name not in NO_GUIDES]
+
+
+def text_of(name):
+    return (ROOT / name).read_text(encoding="utf-8")
+
+
+def blocks_of(name):
+    """(language, content) of the fenced code blocks."""
+    return FENCE.findall(text_of(name))
+
+
+def inline_code_of(name):
+    return re.findall(r"`([^`]+)`", FENCE.sub("", text_of(name)))
+
+
+def anchors_of(name):
+    headings = re.findall(r"^#+ (.*)$", FENCE.sub("", text_of(name)), re.MULTILINE)
+    return {config_reference.anchor(heading) for heading in headings}
+
+
+def commands_in(text):
+    """Words of the command lines of a block that begin with megascale, or with srun of it."""
+    for rest in COMMAND.findall(text.replace("\\\n", " ")):
+        yield shlex.split(rest, comments=True)
+
+
+class Parsed(NamedTuple):
+    verb: str
+    args: object
+
+
+def parsed(words, monkeypatch):
+    """A command line as the parser of its verb reads it; the verb itself does not run."""
+    verb = next((v for v in (" ".join(words[:2]), words[0]) if v in cli.VERBS), None)
+    assert verb is not None, words
+    taken = []
+    module, name = cli.VERBS[verb][0].split(":")
+    monkeypatch.setattr(
+        importlib.import_module(module), f"run_{name}", lambda args: taken.append(args) or 0
+    )
+    assert cli.main(words) == 0, " ".join(words)
+    return Parsed(verb, taken[0])
+
+
+def check_overrides(line):
+    """The options of a command line are those of the schema of the file that it names."""
+    is_recipe = line.verb == "prepare" or getattr(line.args, "job", None) == "prepare"
+    kind, example = (Recipe, ANY_RECIPE) if is_recipe else (RunConfig, "")
+    file = getattr(line.args, "recipe", None) or getattr(line.args, "config", None)
+    text = text_of(file) if file and (ROOT / file).is_file() else example
+    parse_as(kind, text, getattr(line.args, "overrides", None) or [])
+
+
+def test_the_front_page_is_short():
+    assert 150 <= len(text_of("README.md").splitlines()) <= 200
+
+
+def test_every_guide_of_the_tree_is_there():
+    rooms = "planner model growth optim run infowindow convert launch config".split()
+    expected = ["README.md", "megascale/README.md", ".github/CONTRIBUTING.md"]
+    expected += [f"megascale/{room}/README.md" for room in rooms]
+    expected += [f"{n}/README.md" for n in "data configs configs/results slurm tools tests".split()]
+    assert set(expected) <= set(MARKDOWN)
+
+
+@pytest.mark.parametrize("name", MARKDOWN)
+def test_links_and_pictures_lead_somewhere(name):
+    for target in LINK.findall(FENCE.sub("", text_of(name))):
+        if "://" in target:
+            continue
+        path, _, anchor = target.partition("#")
+        place = ((ROOT / name).parent / path).resolve() if path else ROOT / name
+        assert place.exists(), f"{name}: {target}"
+        if anchor:
+            inside = place.relative_to(ROOT).as_posix()
+            assert anchor in anchors_of(inside), f"{name}: {target}"
+
+
+@pytest.mark.parametrize("name", GUIDES)
+def test_commands_in_blocks_are_parsed(name, monkeypatch):
+    for _, block in blocks_of(name):
+        for words in commands_in(block):
+            check_overrides(parsed(words, monkeypatch))
+
+
+@pytest.mark.parametrize("name", GUIDES)
+def test_verbs_and_flags_in_the_text_exist(name):
+    for code in inline_code_of(name):
+        words = code.split()
+        if words[:1] != ["megascale"] or len(words) < 2 or words[1] == "VERB":
+            continue
+        verb = next((v for v in (" ".join(words[1:3]), words[1]) if v in cli.VERBS), None)
+        assert verb, f"{name}: {code}"
+        flags = options_of(verb)
+        for word in words:
+            if word.startswith("--"):
+                assert word.partition("=")[0] in flags, f"{name}: {code}"
+
+
+def options_of(verb):
+    """The flags of a verb."""
+    module, name = cli.VERBS[verb][0].split(":")
+    parser = cli._Parser()
+    getattr(importlib.import_module(module), f"add_{name}_arguments")(parser)
+    return parser._option_string_actions
+
+
+@pytest.mark.parametrize("name", GUIDES)
+def test_yaml_in_blocks_is_a_config(name):
+    for language, block in blocks_of(name):
+        if language == "yaml":
+            tree = yaml.safe_load(block)
+            kind = Recipe if "inputs" in tree else RunConfig
+            assert is_dataclass(parse_as(kind, block, where=name))
+
+
+@pytest.mark.parametrize("name", GUIDES)
+def test_dotted_options_in_the_text_exist(name):
+    for code in inline_code_of(name):
+        for word in [code] if ":" in code else code.split():
+            found = DOTTED.fullmatch(word)
+            if found is None:
+                continue
+            option, value = found.groups()
+            if option.split(".")[0] == "tokenizer":
+                assert option in options_called(Recipe, option), f"{name}: {code}"
+            elif option.split(".")[0] in SECTIONS and Path(option).suffix not in FILES:
+                first, last = option.split(".")[0], option.rsplit(".", 1)[1]
+                inside = option in options_called(RunConfig, last)
+                assert inside or first == "data" and ".NAME" in option, f"{name}: {code}"
+                if value is not None and name != "megascale/config/README.md":
+                    parse_config("", [f"{option}={value}"])
+
+
+def test_the_checks_refuse_what_does_not_exist(monkeypatch):
+    config = "configs/quickstart.yaml"
+    with pytest.raises(AssertionError):
+        parsed(["train", config, "--no-such-flag"], monkeypatch)
+    line = parsed(["train", config, "train.no_such_option=1"], monkeypatch)
+    with pytest.raises(cli.UserError, match=r"train\.no_such_option"):
+        check_overrides(line)
+    assert options_called(RunConfig, "no_such_option") == []
+    assert [*commands_in("megascale plan a # b\nls\nsrun -n 8 megascale doctor --nodes")] == [
+        ["plan", "a"],
+        ["doctor", "--nodes"],
+    ]
+
+
+@pytest.mark.parametrize("name", GUIDES)
+def test_paths_of_tools_and_tests_exist(name):
+    text = text_of(name)
+    for path in re.findall(r"(?<![\w/.-])((?:tools|tests|configs|data|slurm)/[\w/.-]*\w)", text):
+        around = (ROOT, (ROOT / name).parent)
+        assert any((folder / path).exists() for folder in around), f"{name}: {path}"
+    for bench in re.findall(r"tools/bench\.py (\w+)", text):
+        assert bench == "NAME" or bench in known_benchmarks(), f"{name}: {bench}"
+
+
+def known_benchmarks():
+    bench = importlib.import_module("bench")
+    return {**bench.BENCHMARKS, **bench.WITH_OPTIONS}
+
+
+def test_the_reference_is_that_of_the_schema():
+    path = config_reference.REFERENCE
+    assert path.read_text() == config_reference.reference(), "run python tools/config_reference.py"
+
+
+def test_the_reference_has_every_option():
+    text = text_of("megascale/config/README.md")
+    assert "**`model.moe.num_experts`** (whole number; default: `8`)" in text
+    assert "**`data.sources.NAME.path`** (text; required)" in text
+    assert text.count("\n- **`") == sum(
+        len(fields(kind)) for kind in config_reference.sections(RunConfig).values()
+    )
+
+
+def test_hooks_before_a_commit_fetch_nothing():
+    hooks = yaml.safe_load(text_of(".pre-commit-config.yaml"))
+    assert {repo["repo"] for repo in hooks["repos"]} == {"local"}
+    assert {hook["language"] for repo in hooks["repos"] for hook in repo["hooks"]} == {"system"}
+
+
+def test_the_ratio_of_the_front_page_is_that_of_its_picture():
+    problem = picture.front_page_batch()
+    ratio = picture.step_ratio({name: PLANNERS[name](problem) for name in picture.TITLES})
+    page = " ".join(text_of("README.md").split())
+    assert f"takes **{ratio:.2f}x** as long" in page
+    assert f"{len(problem.lengths)} sequences" in page
+    assert f"from {problem.lengths.min()} token to {problem.lengths.max():,}" in page
