@@ -11,6 +11,7 @@ from typing import NamedTuple
 import config_reference
 import picture
 import pytest
+import quick
 import yaml
 
 from megascale import cli
@@ -223,6 +224,15 @@ def test_hooks_before_a_commit_fetch_nothing():
     hooks = yaml.safe_load(text_of(".pre-commit-config.yaml"))
     assert {repo["repo"] for repo in hooks["repos"]} == {"local"}
     assert {hook["language"] for repo in hooks["repos"] for hook in repo["hooks"]} == {"system"}
+
+
+def test_the_quick_part_names_tests_that_exist():
+    for test in (*quick.SLOW_TESTS, *quick.MULTI, *(f"tests/unit/{n}" for n in quick.SLOW_FILES)):
+        path, _, name = test.partition("::")
+        function = name.partition("[")[0]
+        assert not name or f"def {function}(" in text_of(path), test
+        assert (ROOT / path).is_file(), test
+    assert "tests/unit/test_guides.py" in quick.arguments()
 
 
 def test_the_ratio_of_the_front_page_is_that_of_its_picture():
