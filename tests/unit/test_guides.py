@@ -16,7 +16,7 @@ import yaml
 
 from megascale import cli
 from megascale.config import RunConfig
-from megascale.config.load import options_called, parse_as, parse_config
+from megascale.config.load import build_as, options_called, parse_config, read_tree
 from megascale.corpus.recipe import Recipe
 from megascale.planner import PLANNERS
 
@@ -93,7 +93,7 @@ def check_overrides(line):
     kind, example = (Recipe, ANY_RECIPE) if is_recipe else (RunConfig, "")
     file = getattr(line.args, "recipe", None) or getattr(line.args, "config", None)
     text = text_of(file) if file and (ROOT / file).is_file() else example
-    parse_as(kind, text, getattr(line.args, "overrides", None) or [])
+    build_as(kind, read_tree(text, "guide"), getattr(line.args, "overrides", None) or [])
 
 
 def test_the_front_page_is_short():
@@ -156,7 +156,7 @@ def test_yaml_in_blocks_is_a_config(name):
         if language == "yaml":
             tree = yaml.safe_load(block)
             kind = Recipe if "inputs" in tree else RunConfig
-            assert is_dataclass(parse_as(kind, block, where=name))
+            assert is_dataclass(build_as(kind, read_tree(block, name), where=name))
 
 
 @pytest.mark.parametrize("name", GUIDES)
