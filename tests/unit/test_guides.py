@@ -36,9 +36,11 @@ def tracked_markdown():
     listed = subprocess.run(
         ["git", "ls-files", "*.md"], capture_output=True, text=True, cwd=ROOT, check=False
     )
-    if listed.returncode != 0:
-        return sorted(p.relative_to(ROOT).as_posix() for p in ROOT.rglob("README.md"))
-    return [name for name in listed.stdout.splitlines() if (ROOT / name).is_file()]
+    names = listed.stdout.splitlines()
+    if listed.returncode != 0:  # not a git checkout
+        found = [path.relative_to(ROOT) for path in ROOT.rglob("*.md")]
+        names = sorted(p.as_posix() for p in found if not p.parts[0].startswith((".venv", "runs")))
+    return [name for name in names if (ROOT / name).is_file()]
 
 
 MARKDOWN = tracked_markdown()
