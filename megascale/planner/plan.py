@@ -7,10 +7,10 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
-if TYPE_CHECKING:
-    from megascale.planner.shares import RankMicroBatch
+from megascale.planner.ring import Ring
+from megascale.planner.shares import RankMicroBatch
 
 Mode = Literal["free", "aligned", "lockstep"]
 """How ranks may differ in what they run (see `StepPlan.mode`)."""
@@ -27,22 +27,6 @@ def kept_share(offload: float, stage_layers: int) -> float:
     """
     layers = max(2, stage_layers)
     return (2 + (1 - offload) * (layers - 2)) / layers
-
-
-@dataclass(frozen=True)
-class Ring:
-    """One micro-batch: whole sequences computed together by a set of ranks."""
-
-    id: int
-    """Increasing in execution order; every rank runs its rings in this order."""
-    ranks: tuple[int, ...]
-    """Ranks of the HDP axis that share each of the sequences equally."""
-    sequences: tuple[int, ...]
-    """Indices into the step's lengths; none means a padding micro-batch."""
-    offload: float
-    """Part of the activations of all layers but two that is kept in host memory, 0 to 1."""
-    index: int
-    """Number of the micro-batch on its ranks."""
 
 
 @dataclass(frozen=True)
@@ -82,8 +66,6 @@ class StepPlan:
 
         Raises ValueError for a rank that is not of the plan, and where the lengths are missing.
         """
-        from megascale.planner.shares import RankMicroBatch
-
         if not 0 <= rank < self.num_ranks:
             raise ValueError(f"rank {rank} of {self.num_ranks}")
         if any(ring.sequences for ring in self.rings) and not self.lengths:

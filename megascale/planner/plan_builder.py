@@ -8,8 +8,9 @@ from dataclasses import replace
 from typing import NamedTuple
 
 from megascale.planner.bound import lower_bound_s
-from megascale.planner.plan import Ring, StepPlan
+from megascale.planner.plan import StepPlan
 from megascale.planner.problem import Problem
+from megascale.planner.ring import Ring
 from megascale.planner.timeline import step_s
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from megascale.planner.plan import Ring
+from megascale.planner.ring import Ring
 
 Integers = NDArray[np.int64]
 

@@ -18,7 +18,8 @@ from megascale.errors import UserError
 from megascale.mesh.reader import MicroBatchReader, TokenSource
 from megascale.model.build import build_model, pack_multiple
 from megascale.planner.fit import Measurement
-from megascale.planner.plan import Ring, StepPlan
+from megascale.planner.plan import StepPlan
+from megascale.planner.ring import Ring
 from megascale.runtime.distributed import Ranks
 from megascale.train.step import Learner, run_micro_batches
 
