@@ -337,7 +337,7 @@ def test_sequences_that_are_too_long_for_a_rank_are_shared(start):
     [
         ("ahead_steps=0", "planner.ahead_steps = 0 must be at least 1"),
         ("timeout_s=0", "planner.timeout_s = 0.0 must be a finite number above 0, such as 30"),
-        ("timeout_s=.inf", "planner.timeout_s = inf must be at most 1000000"),
+        ("timeout_s=1e7", "planner.timeout_s = 10000000.0 must be at most 1000000"),
     ],
 )
 def test_options_that_cannot_work(word, message):
