@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 from typing import cast
 
@@ -19,7 +18,7 @@ from megascale.planner.gantt import LEGEND, plot_gantt, text_gantt
 from megascale.planner.plan import Mode
 from megascale.run.describe import cost_model, describe_run, first_step, load_run, static_line
 from megascale.runtime.files import write_output
-from megascale.runtime.outputs import Output, json_of, picture, require_outputs
+from megascale.runtime.outputs import Output, json_of, picture, require_outputs, write_as_asked
 from megascale.simulate.cluster import MODELS
 from megascale.simulate.lengths import read_lengths
 
@@ -145,15 +144,6 @@ def _write_plan(
 ) -> None:
     if args.json:
         text = json.dumps(plan.to_json()) + "\n"
-        _write("--json", args.json, lambda path: write_output(path, text))
+        write_as_asked("--json", args.json, lambda path: write_output(path, text))
     if args.gantt:
-        _write("--gantt", args.gantt, lambda path: plot_gantt(plan, lengths, cost, path))
-
-
-def _write(option: str, name: str, write: Callable[[Path], object]) -> None:
-    try:
-        write(Path(name))
-    except (OSError, ValueError) as error:  # matplotlib: ValueError for an unknown ending
-        reason = getattr(error, "strerror", None) or " ".join(str(error).split())
-        raise UserError(f"{option} {name}: {reason}") from None
-    print(f"wrote {name}")
+        write_as_asked("--gantt", args.gantt, lambda path: plot_gantt(plan, lengths, cost, path))

@@ -6,7 +6,7 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, TextIO
@@ -22,7 +22,7 @@ from megascale.errors import UserError
 from megascale.planner import PLANNERS
 from megascale.planner.plan import Mode
 from megascale.runtime.files import write_output
-from megascale.runtime.outputs import Output, json_of, picture, require_outputs
+from megascale.runtime.outputs import Output, json_of, picture, require_outputs, write_as_asked
 from megascale.simulate.cluster import MODELS, Cluster, Offload
 from megascale.simulate.devices import DEVICES, device_of
 from megascale.simulate.lengths import DISTRIBUTIONS, draw_lengths, read_lengths, sample_lengths
@@ -224,11 +224,11 @@ def run_simulate(args: argparse.Namespace) -> int:
         value = {"cluster": cluster.to_json(), "lengths": args.lengths, "seed": seed}
         value["planners"] = rows
         text = json.dumps(value, indent=1) + "\n"
-        _write("--json", args.json, lambda path: write_output(path, text))
+        write_as_asked("--json", args.json, lambda path: write_output(path, text))
     if args.plot:
         title = f"{cluster.model_name} on {cluster.layout.world:,} x {cluster.device_name}, "
         title += f"{args.lengths}, context {cluster.context:,}"
-        _write("--plot", args.plot, lambda path: plot_rows(rows, title, path))
+        write_as_asked("--plot", args.plot, lambda path: plot_rows(rows, title, path))
     return 0
 
 
@@ -329,12 +329,3 @@ def plot_rows(rows: Sequence[dict[str, Any]], title: str, path: Path) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     figure.legend(loc="outside lower center", ncols=3, frameon=False)
     figure.savefig(path, dpi=150)
-
-
-def _write(option: str, name: str, write: Callable[[Path], object]) -> None:
-    try:
-        write(Path(name))
-    except (OSError, ValueError) as error:  # matplotlib: ValueError for an unknown ending
-        reason = getattr(error, "strerror", None) or " ".join(str(error).split())
-        raise UserError(f"{option} {name}: {reason}") from None
-    print(f"wrote {name}")

@@ -161,3 +161,16 @@ def _ends_of(path: Path) -> bytes:
         head = file.read(HEAD_BYTES)
         file.seek(max(HEAD_BYTES, os.fstat(file.fileno()).st_size - HEAD_BYTES))
         return head + file.read(HEAD_BYTES)
+
+
+def write_as_asked(option: str, name: str, write: Callable[[Path], object]) -> None:
+    """Write the file `name` that an option has asked for, and print that it is there.
+
+    Raises UserError where that fails.
+    """
+    try:
+        write(Path(name))
+    except (OSError, ValueError) as error:  # matplotlib: ValueError for an unknown ending
+        reason = getattr(error, "strerror", None) or " ".join(str(error).split())
+        raise UserError(f"{option} {name}: {reason}") from None
+    print(f"wrote {name}")
