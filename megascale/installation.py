@@ -40,6 +40,7 @@ MODULES = {
 }
 """The modules of the packages that each extra of `pyproject.toml` installs; "": without any."""
 NEEDED_BY_RANKS = ("megatron-core", "torch")
+"""Packages without which no rank can be started."""
 
 
 def shipped_dir(name: str) -> Path:
