@@ -717,7 +717,7 @@ def known_logits(folder, overrides=()):
     ids = np.arange(20)
     batch = pack([TokenSequence(ids, ids)], 0, run.ranks.layout.tensor, run.ranks.device)
     with torch.no_grad():
-        return run.model(
+        return run.model.chunks[0](
             input_ids=batch.tokens_T[None],
             position_ids=batch.segments.positions_T[None],
             attention_mask=None,
