@@ -194,7 +194,7 @@ def rows_of(run_dir, name="metrics.jsonl"):
 
 def train_slowly(*words):
     """`train_with` a slow planner and steps that last longer; which steps waited, and how long."""
-    from megascale.train import loop
+    from megascale.train import begin, loop
 
     honest = loop.train_step
 
@@ -202,7 +202,7 @@ def train_slowly(*words):
         WatchedFeed.last.train_until_all_is_planned()
         return honest(*args, **others)
 
-    with patch.object(loop, "train_step", slow_step), patch.object(loop, "Feed", WatchedFeed):
+    with patch.object(loop, "train_step", slow_step), patch.object(begin, "Feed", WatchedFeed):
         answer = train_with("plan_slowly", *words)
     feed = WatchedFeed.last
     return *answer, feed.waited, [planned.plan_wait_s for planned in feed.planned]
