@@ -53,7 +53,7 @@ from megascale.runtime.first_rank import on_first_rank
 from megascale.runtime.signals import StopRequest
 from megascale.train.evaluate import HeldoutSet, heldout_sets
 from megascale.train.feed import Feed
-from megascale.train.recorder import Report
+from megascale.train.recorder import Recorder
 from megascale.train.spikes import SpikeWatch
 from megascale.train.step import Learner
 
@@ -69,7 +69,7 @@ class Run:
     reader: MicroBatchReader
     heldout: Mapping[str, HeldoutSet]
     saver: Saver
-    report: Report
+    recorder: Recorder
     stop_request: StopRequest
     cursor: Cursor
     spikes: SpikeWatch
@@ -131,12 +131,12 @@ def begin(
     saver.prepare(model, learner.optimizer)
     length = run_length(batches, config.train.tokens, cursor)
     nodes, shared = node_names(ranks), cores_are_shared(ranks)
-    make_report = partial(Report, config, ranks, folder, sources, cursor, length, nodes, shared)
-    report = on_first_rank(ranks, make_report) or make_report()  # it writes on rank 0 only
+    make_recorder = partial(Recorder, config, ranks, folder, sources, cursor, length, nodes, shared)
+    recorder = on_first_rank(ranks, make_recorder) or make_recorder()  # it writes on rank 0 only
     description = on_first_rank(ranks, lambda: describe_run(config, ranks.layout, sources))
-    report.started(cursor, description or "", notes)
+    recorder.started(cursor, description or "", notes)
     heldout = heldout_sets(learner, sources, partial(plan_lengths, config, ranks.layout))
-    report.heldout({name: one.part for name, one in heldout.items()})
+    recorder.heldout({name: one.part for name, one in heldout.items()})
     return Run(
         config=config,
         sources=sources,
@@ -147,7 +147,7 @@ def begin(
         ),
         heldout=heldout,
         saver=saver,
-        report=report,
+        recorder=recorder,
         stop_request=stop,
         cursor=cursor,
         spikes=spikes,

@@ -99,12 +99,12 @@ def _train(
             if plans is not None:
                 leave.callback(plans.close)
             run = begin(config, sources, ranks, folder, plans, resume, stop)
-            leave.callback(run.report.close)
+            leave.callback(run.recorder.close)
             leave.callback(run.feed.close)
             _steps(run)
             if not run.stopped and config.eval.sample_prompt is not None:
                 _sample(run, config.eval.sample_prompt)
-            run.report.finished(run.cursor, run.stopped, command)
+            run.recorder.finished(run.cursor, run.stopped, command)
             return run.stopped
 
 
@@ -152,7 +152,7 @@ def _steps(run: Run) -> None:
     pulse.begin_at(run.cursor.step)
     if run.cursor.step == 0 and config.start.checkpoint is not None:
         _evaluate(run)  # what there is to forget
-    ranks, failed = run.learner.ranks, run.report.failed
+    ranks, failed = run.learner.ranks, run.recorder.failed
     with profiler(config.monitor, config.run_dir, ranks, failed) as profiled_step:
         while not run.is_over and not run.stopped:
             pulse.enter("planning")
@@ -165,7 +165,7 @@ def _steps(run: Run) -> None:
             pulse.enter("profiling")
             profiled_step()
             pulse.enter("reporting")
-            run.report.step(run.cursor, planned, result)
+            run.recorder.step(run.cursor, planned, result)
             if run.saver.pending and result.writes_done:
                 _saved(run, run.saver.finalize())
             _compare_ranks(run)
@@ -187,9 +187,9 @@ def _steps(run: Run) -> None:
 
 def _evaluate(run: Run) -> None:
     pulse.enter("evaluation")
-    with run.report.spending("evaluation"):
+    with run.recorder.spending("evaluation"):
         scores = {name: held.score(run.learner) for name, held in run.heldout.items()}
-    run.report.evaluation(run.cursor, scores)
+    run.recorder.evaluation(run.cursor, scores)
 
 
 def _compare_ranks(run: Run) -> None:
@@ -204,9 +204,9 @@ def _compare_ranks(run: Run) -> None:
     if everybody is None:
         return
     step, over_R = run.cursor.step, slowdown_R(everybody)
-    run.report.ranks(step, over_R)
+    run.recorder.ranks(step, over_R)
     if run.speeds is not None and (first := run.speeds.see(step, over_R)) is not None:
-        run.report.speeds(step, first, run.speeds.at(first))
+        run.recorder.speeds(step, first, run.speeds.at(first))
 
 
 def _step(run: Run, planned: PlannedBatch) -> StepResult:
@@ -234,7 +234,7 @@ def _guard_loss(run: Run, result: StepResult) -> None:
     limit, step = run.spikes.limit, run.cursor.step
     leapt = run.spikes.see(result.loss)
     if leapt and math.isfinite(result.loss):
-        run.report.spike(step, result.loss, limit)
+        run.recorder.spike(step, result.loss, limit)
     if leapt and run.spikes.persists:
         if run.config.train.spikes.action == "rollback":
             _roll_back(run)
@@ -254,7 +254,7 @@ def _roll_back(run: Run) -> None:
     restore(found, run.learner.model, run.learner.optimizer, run.learner.ranks)
     if run.saver.emergency is not None:
         run.saver.emergency.forget_after(position.step)
-    run.report.rolled_back(run.cursor.step, run.spikes.in_a_row, found)
+    run.recorder.rolled_back(run.cursor.step, run.spikes.in_a_row, found)
     same_stage = Cursor.from_json(position.cursor["data"]).stage == run.cursor.stage
     usual = position.cursor["spikes"] if same_stage else None
     run.spikes.roll_back(usual, to=position.step, at=run.cursor.step)
@@ -310,7 +310,7 @@ def _position(run: Run) -> Position:
 def _save(run: Run) -> None:
     pulse.enter("saving")
     run.save_waits = False
-    with run.report.spending("saving"):
+    with run.recorder.spending("saving"):
         outcomes = run.saver.save(_position(run), run.learner.model, run.learner.optimizer)
     for outcome in outcomes:
         _saved(run, outcome)
@@ -318,14 +318,14 @@ def _save(run: Run) -> None:
 
 def _copy(run: Run) -> None:
     pulse.enter("saving")
-    with run.report.spending("saving"):
+    with run.recorder.spending("saving"):
         copied = run.saver.copy(_position(run), run.learner.model, run.learner.optimizer)
     _saved(run, copied)
 
 
 def _saved(run: Run, outcome: SaveResult | None) -> None:
     """Record how a save ended; one that failed is tried again after 1, 2, 4, ... steps."""
-    run.report.saved(outcome)
+    run.recorder.saved(outcome)
     if outcome is None or outcome.emergency:
         return
     run.failed_saves = run.failed_saves + 1 if outcome.error is not None else 0
@@ -339,7 +339,7 @@ def _finish_save(run: Run) -> None:
     """
     pulse.enter("saving")
     for pause_s in (*LAST_SAVE_PAUSES_S, None):
-        with run.report.spending("saving"):
+        with run.recorder.spending("saving"):
             outcome = run.saver.wait()
         _saved(run, outcome)
         if not run.failed_saves:
@@ -366,7 +366,7 @@ def _sample(run: Run, prompt: str) -> None:
     try:
         text = sample_text(run.learner, prompt, info, count, stop)
     except Exception as error:
-        run.report.failed("sample", error)
+        run.recorder.failed("sample", error)
         return
     if text is not None:
-        run.report.sample(prompt, text)
+        run.recorder.sample(prompt, text)

@@ -48,21 +48,21 @@ P = ParamSpec("P")
 
 
 def _beside(
-    method: Callable[Concatenate[Report, P], None],
-) -> Callable[Concatenate[Report, P], None]:
+    method: Callable[Concatenate[Recorder, P], None],
+) -> Callable[Concatenate[Recorder, P], None]:
     """Make an error of a method a warning: a record that fails must not end the run."""
 
     @wraps(method)
-    def guarded(self: Report, /, *args: P.args, **kwargs: P.kwargs) -> None:
+    def guarded(self: Recorder, /, *args: P.args, **kwargs: P.kwargs) -> None:
         try:
             method(self, *args, **kwargs)
         except Exception as error:
-            self.failed(f"report ({method.__name__.lstrip('_')})", error)
+            self.failed(f"recorder ({method.__name__.lstrip('_')})", error)
 
     return guarded
 
 
-class Report:
+class Recorder:
     """Writes the run folder's records and talks to the user; on other ranks it does nothing."""
 
     def __init__(
@@ -363,7 +363,7 @@ class Report:
         self._say(f"sample after {prompt!r}:\n{prompt}{text}")
 
     def failed(self, what: str, error: Exception) -> None:
-        """Report that `what`, something beside the training, failed on this rank.
+        """Recorder that `what`, something beside the training, failed on this rank.
 
         The first failure of each is a warning, and its traceback is in the rank's log.
         """

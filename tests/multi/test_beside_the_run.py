@@ -104,10 +104,10 @@ def broken_comparison(patch):
         # whole documents are scored, so only the sample needs the tokenizer
         ("broken_tokenizer", "sample", ["eval.sample_prompt=text", "eval.tokens=1000000"]),
         ("broken_sampling", "sample", ["eval.sample_prompt=text"]),
-        ("broken_console", "report (step)", ["monitor.log_every_steps=1"]),
+        ("broken_console", "recorder (step)", ["monitor.log_every_steps=1"]),
         ("broken_profiler", "profile", ["monitor.profile_steps=[2,3]"]),
-        ("broken_experts", "report (experts)", ["model.moe.num_experts=4"]),
-        ("broken_comparison", "report (ranks)", ["monitor.compare_ranks_every_steps=2"]),
+        ("broken_experts", "recorder (experts)", ["model.moe.num_experts=4"]),
+        ("broken_comparison", "recorder (ranks)", ["monitor.compare_ranks_every_steps=2"]),
     ],
 )
 def test_a_helper_that_raises_is_one_warning(ranks, config, tmp_path, breakage, what, words):

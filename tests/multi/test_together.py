@@ -88,7 +88,7 @@ def test_other_ranks_are_not_to_blame():
 PLACES = {
     "plan of held-out text": "megascale.train.begin.plan_lengths",
     "description": "megascale.train.begin.describe_run",
-    "files of the report": "megascale.train.recorder.MetricsWriter",
+    "files of the recorder": "megascale.train.recorder.MetricsWriter",
     "folder of checkpoints": "megascale.checkpoint.folder.remove_leftovers",
     "choice of checkpoint": "megascale.checkpoint.load._candidates",
     "planner process": "megascale.train.feed.PlansAhead",
