@@ -14,9 +14,10 @@ from typing import Any
 
 from megascale.commands.status import LIVELY, show_step, start_rows
 from megascale.errors import UserError
-from megascale.monitor.console import show_count, show_duration
 from megascale.monitor.events import at
-from megascale.monitor.story import PARTS, Story, clock, read_story
+from megascale.monitor.fields import field_called
+from megascale.monitor.quantities import clock, show_duration
+from megascale.monitor.story import PARTS, Story, read_story
 from megascale.reading import MOST_TEXT_BYTES, read_whole
 from megascale.runtime.files import real_path, write_output
 from megascale.runtime.outputs import Output, begins_with, require_outputs
@@ -122,9 +123,9 @@ def _facts(story: Story, now: float) -> Iterator[tuple[str, str]]:
     yield "done", show_step(story)
     last = story.last
     if last:
-        yield "tokens", f"{last['tokens_seen']:,}"
-        yield "loss", "not finite" if last["loss"] is None else f"{last['loss']:.4f} nats per token"
-        yield "speed", f"{show_count(float(last['tokens_per_s']))} tokens/s"
+        for title, name in (("tokens", "tokens_seen"), ("loss", "loss"), ("speed", "tokens_per_s")):
+            value = last[name]
+            yield title, "not finite" if value is None else field_called(name).in_words(value)
     if story.eta_s and story.state(now).startswith(LIVELY):
         yield "time left", show_duration(story.eta_s)
     command = story.resume_command(now)

@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megascale.errors import UserError
-from megascale.monitor.console import show_count, show_duration
 from megascale.monitor.events import at
-from megascale.monitor.story import PARTS, Session, Story, clock, read_heartbeats, read_story
+from megascale.monitor.fields import field_called
+from megascale.monitor.quantities import clock, show_count, show_duration
+from megascale.monitor.story import PARTS, Session, Story, read_heartbeats, read_story
 from megascale.runtime.terminal import escape_controls, unescaped_stdout
 
 if TYPE_CHECKING:
@@ -183,9 +184,8 @@ def _where(story: Story, part: float, now: float) -> Iterator[str]:
     if not last:
         return
     yield f"{show_count(story.tokens_seen)} tokens"
-    if last["loss"] is not None:
-        yield f"loss {last['loss']:.4f}"
-    yield f"{show_count(float(last['tokens_per_s']))} tok/s"
+    shown = (field_called(name).on_console(last[name]) for name in ("loss", "tokens_per_s"))
+    yield from filter(None, shown)
     eta = story.eta_s
     if eta and story.state(now).startswith(LIVELY):
         yield f"ETA {show_duration(eta)}"

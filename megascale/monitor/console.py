@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import sys
 import time
+from collections import defaultdict
 from collections.abc import Callable, Mapping
+from statistics import fmean
 from typing import Any, TextIO
+
+from megascale.monitor.fields import shown_fields
+from megascale.monitor.quantities import show_duration
 
 MIN_SMOOTHED_STEPS = 100
 
@@ -33,6 +38,7 @@ class Console:
         self._last_s: float | None = None
         self._keep = 1 - 1 / max(MIN_SMOOTHED_STEPS, total_steps / 20)
         self._seconds = self._steps = 0.0
+        self._since_line: dict[str, list[float]] = defaultdict(list)
 
     def tick(self, step: int) -> None:
         """Take note that `step` is done now; a step that is noted already changes nothing."""
@@ -52,21 +58,24 @@ class Console:
             return 0.0
         return left * self._seconds / self._steps if self._steps else None
 
+    def take(self, row: Mapping[str, Any]) -> None:
+        """Take note of the row of a step that gets no line of its own."""
+        self.tick(int(row["step"]))
+        for field, shown in shown_fields():
+            if shown.is_mean and row.get(field.name) is not None:
+                self._since_line[field.name].append(row[field.name])
+
     def line(self, row: Mapping[str, Any]) -> str:
-        """One line of a row with step, loss, lr, tokens_per_s, mfu, plan_wait_s (a mean) and
-        maybe bits_per_byte."""
-        step, bits, mfu = int(row["step"]), row.get("bits_per_byte"), row.get("mfu")
-        self.tick(step)
-        eta = self.eta_s()
+        """One line of a row, with the fields of `monitor.fields` that the console shows."""
+        self.take(row)
+        step, eta = int(row["step"]), self.eta_s()
+        row = {**row, **{name: fmean(values) for name, values in self._since_line.items()}}
+        self._since_line.clear()
+        shown = [field.on_console(row.get(field.name)) for field, _ in shown_fields()]
         parts = [
             f"{100 * step / self.total_steps:5.1f} %",
             f"step {step:{len(str(self.total_steps))}d}/{self.total_steps}",
-            f"loss {row['loss']:.4f}",
-            *([] if bits is None else [f"bits/byte {bits:.3f}"]),
-            f"lr {row['lr']:.1e}",
-            f"{show_count(row['tokens_per_s'])} tok/s",
-            "MFU n/a" if mfu is None else f"MFU {100 * mfu:.1f} %",
-            f"plan wait {1000 * row['plan_wait_s']:.1f} ms",
+            *filter(None, shown),
             f"ETA {'n/a' if eta is None else show_duration(eta)}",
         ]
         return "  ".join(parts)
@@ -74,26 +83,3 @@ class Console:
     def print(self, row: Mapping[str, Any]) -> None:
         """Print `line(row)`."""
         print(self.line(row), file=self._stream or sys.stdout, flush=True)
-
-
-def show_count(count: float) -> str:
-    """A count in three or four digits: 987, 41.2K, 3.4M."""
-    if count < 999.5:
-        return f"{count:.0f}"
-    for unit in "KMG":
-        count /= 1000
-        if count < 999.95:
-            return f"{count:.1f}{unit}"
-    return f"{count / 1000:.1f}T"
-
-
-def show_duration(seconds: float) -> str:
-    """Whole seconds in the two largest units: 8s, 1m05s, 2h07m, 3d04h."""
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole}s"
-    if whole < 3600:
-        return f"{whole // 60}m{whole % 60:02d}s"
-    if whole < 86400:
-        return f"{whole // 3600}h{whole % 3600 // 60:02d}m"
-    return f"{whole // 86400}d{whole % 86400 // 3600:02d}h"

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from megascale.errors import UserError
 from megascale.monitor.experts import plot_shares, read_shares
+from megascale.monitor.fields import SCORES, Curve, Picture, drawn_fields, pictures
 from megascale.monitor.metrics import METRICS_FILE, has_numbers, read_rows
 from megascale.monitor.stragglers import plot_ranks, read_slowdowns
 from megascale.runtime.files import real_path
@@ -23,13 +24,10 @@ if TYPE_CHECKING:
 
 Floats = NDArray[np.float64]
 
-COLUMNS = (
-    *("loss", "lr", "grad_norm", "tokens_per_s", "skipped", "balance_loss", "max_violation"),
-    "replayed",
-)
 COLOURS = ("#2166ac", "#d6604d", "#1b9e77", "#7b3294", "#e08214", "#4d4d4d", "#c51b7d", "#35978f")
 MARKERS = "osD^vPX*"
 ALARM = "#c0392b"
+DASHES = (0, (4, 2))
 STYLE: Any = {
     "agg.path.chunksize": 10_000,
     "axes.axisbelow": True,
@@ -62,20 +60,19 @@ class Curves:
     step: Floats
     tokens: Floats
     columns: dict[str, Floats]
-    """COLUMNS; all NaN where the run does not have one."""
+    """The fields that pictures show; all NaN where the run does not have one."""
     heldout: dict[str, dict[str, Floats]]
-    """Source to arrays tokens, loss and bits_per_byte, one entry per evaluation."""
+    """Source to arrays: tokens, and the scores that pictures show; an entry per evaluation."""
 
 
 def plot_run(run_dirs: Sequence[Path], out: Path) -> list[Path]:
-    """Draw loss, bits per byte, learning rate, speed and gradient norm into the folder `out`.
+    """Draw the pictures of `monitor.fields` into the folder `out`, of one or more runs.
 
     And the use of experts and the speed of ranks, a picture for each run that has them. Several
-    runs share the axes of each other picture. Returns the files written; bits_per_byte.png is left
-    out where no held-out text was scored, balance.png where no run has experts, replay.png where
-    none replays. Raises UserError for a folder that holds no run, for a run with fewer than two
-    recorded steps, and where a picture would take the place of another file; OSError where `out`
-    cannot be written.
+    runs share the axes of each other picture. Returns the files written; a picture is left out
+    where no run has what it shows, such as bits per byte without held-out text. Raises UserError
+    for a folder that holds no run, for a run with fewer than two recorded steps, and where a
+    picture would take the place of another file; OSError where `out` cannot be written.
     """
     import matplotlib
 
@@ -85,27 +82,14 @@ def plot_run(run_dirs: Sequence[Path], out: Path) -> list[Path]:
         names = [str(path) for path in run_dirs]
     runs = [load_curves(path, name) for path, name in zip(run_dirs, names, strict=True)]
     out.mkdir(parents=True, exist_ok=True)
-    pictures: list[tuple[str, str, Callable[[Axes, list[Curves]], None]]] = [
-        ("loss", "Loss (nats per token)", _draw_loss),
-        ("bits_per_byte", "Held-out bits per byte", _draw_bits_per_byte),
-        ("learning_rate", "Learning rate", _draw_learning_rate),
-        ("speed", "Training speed (tokens per second)", _draw_speed),
-        ("grad_norm", "Gradient norm before clipping", _draw_grad_norm),
-        ("balance", "Balance of experts (0: even use)", _draw_balance),
-        ("replay", "Part of all tokens that earlier runs had read", _draw_replay),
-    ]
-    idle = {
-        "bits_per_byte": not any(_has_bits(run) for run in runs),
-        "balance": not any(_has(run, "balance_loss") for run in runs),
-        "replay": not any(_has(run, "replayed") for run in runs),
-    }
-    chosen = [(out / f"{one[0]}.png", *one[1:]) for one in pictures if not idle.get(one[0])]
+    chosen = [one for one in pictures() if one.is_always_drawn or _is_shown(one, runs)]
     of_runs = list(_of_runs(run_dirs, runs, out))
-    written = [path for path, *_ in chosen] + [path for path, _ in of_runs]
+    files = [out / f"{one.name}.png" for one in chosen]
+    written = files + [path for path, _ in of_runs]
     require_outputs([Output("--out", path, picture(".png")) for path in written])
     with matplotlib.rc_context(STYLE):
-        for path, title, draw in chosen:
-            _save(path, title, draw, runs)
+        for path, one in zip(files, chosen, strict=True):
+            _draw(path, one, runs)
     for path, draw_run in of_runs:
         draw_run(path)
     return written
@@ -144,7 +128,7 @@ def load_curves(run_dir: Path, name: str) -> Curves:
         name=name,
         step=_column(steps, "step"),
         tokens=_column(steps, "tokens_seen"),
-        columns={column: _column(steps, column) for column in COLUMNS},
+        columns={column: _column(steps, column) for column in drawn_fields()},
         heldout=_heldout([row for row in rows if _is_scored(row.get("eval"))]),
     )
 
@@ -188,29 +172,43 @@ def _heldout(rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, Floats]]:
     for source in sorted({source for row in rows for source in row["eval"]}):
         seen = [row for row in rows if source in row["eval"]]
         inner = [row["eval"][source] for row in seen]
-        scores[source] = {name: _column(inner, name) for name in ("loss", "bits_per_byte")}
+        scores[source] = {name: _column(inner, name) for name in _drawn_scores()}
         scores[source]["tokens"] = _column(seen, "tokens_seen")
     return scores
 
 
-def _has_bits(run: Curves) -> bool:
-    return any(np.isfinite(score["bits_per_byte"]).any() for score in run.heldout.values())
+def _drawn_scores() -> dict[str, Picture]:
+    return {score.name: score.picture for score in SCORES if score.picture is not None}
 
 
-def _has(run: Curves, column: str) -> bool:
-    return bool(np.isfinite(run.columns[column]).any())
+def _curves_of(picture: Picture) -> Iterator[tuple[str, Curve]]:
+    """(field, how it is shown) of a picture."""
+    return ((name, one) for name, one in drawn_fields().items() if one.picture == picture)
 
 
-def _save(
-    path: Path, title: str, draw: Callable[[Axes, list[Curves]], None], runs: list[Curves]
-) -> None:
+def _scores_of(picture: Picture) -> Iterator[str]:
+    return (name for name, one in _drawn_scores().items() if one == picture)
+
+
+def _is_shown(picture: Picture, runs: Sequence[Curves]) -> bool:
+    """Whether some run has what a picture shows."""
+    columns = [run.columns[name] for run in runs for name, _ in _curves_of(picture)]
+    scores = [score for run in runs for score in run.heldout.values()]
+    columns += [score[name] for score in scores for name in _scores_of(picture)]
+    return any(np.isfinite(column).any() for column in columns)
+
+
+def _draw(path: Path, picture: Picture, runs: list[Curves]) -> None:
     from matplotlib.figure import Figure
     from matplotlib.ticker import EngFormatter
 
     figure = Figure(layout="constrained")
     axes = figure.add_subplot()
-    draw(axes, runs)
-    axes.set_title(title if len(runs) > 1 else f"{title} - {runs[0].name}")
+    _draw_curves(axes, list(_curves_of(picture)), runs)
+    for name in _scores_of(picture):
+        _draw_scores(axes, runs, name)
+    _set_values_axis(axes, picture)
+    axes.set_title(picture.title if len(runs) > 1 else f"{picture.title} - {runs[0].name}")
     axes.set_xlim(0, max(run.tokens[-1] for run in runs) * 1.02)
     axes.set_xlabel("tokens seen")
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
@@ -219,6 +217,24 @@ def _save(
     if axes.get_legend_handles_labels()[1]:
         axes.legend(ncols=2 if len(axes.get_legend_handles_labels()[1]) > 6 else 1)
     figure.savefig(path)
+
+
+def _set_values_axis(axes: Axes, picture: Picture) -> None:
+    from matplotlib.ticker import EngFormatter, LogFormatter, PercentFormatter, StrMethodFormatter
+
+    if picture.scale == "log":
+        axes.set_yscale("log")
+        axes.yaxis.set_major_formatter(LogFormatter())
+        axes.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(1.5, 0.5)))
+    formatters = {
+        "scientific": StrMethodFormatter("{x:.1e}"),
+        "engineering": EngFormatter(sep=""),
+        "percent": PercentFormatter(xmax=1),
+    }
+    if picture.numbers in formatters:
+        axes.yaxis.set_major_formatter(formatters[picture.numbers])
+    if picture.from_zero:
+        axes.set_ylim(bottom=0)
 
 
 def _add_steps_axis(axes: Axes, runs: list[Curves]) -> None:
@@ -238,11 +254,42 @@ def _add_steps_axis(axes: Axes, runs: list[Curves]) -> None:
     top.tick_params(length=3, labelsize=9)
 
 
-def _draw_trend(axes: Axes, run: Curves, column: str, colour: str, label: str) -> None:
-    """Every step lightly, the smoothed curve boldly."""
-    values = run.columns[column]
-    axes.plot(run.tokens, values, color=colour, alpha=0.28, linewidth=0.9)
-    axes.plot(run.tokens, smooth(values), color=colour, linewidth=2.0, label=label)
+def _draw_curves(axes: Axes, curves: list[tuple[str, Curve]], runs: list[Curves]) -> None:
+    """The fields of a picture: of several runs the colour tells the run, else the field."""
+    marks = [(name, curve) for name, curve in curves if curve.style == "marks"]
+    lines = [(name, curve) for name, curve in curves if curve.style != "marks"]
+    several = len(runs) > 1
+    for position, run in enumerate(runs):
+        for order, (name, curve) in enumerate(lines):
+            values = run.columns[name] - curve.minus
+            if np.isfinite(values).any():
+                line = "solid" if order == 0 else DASHES
+                look = {"color": _colour(position if several else order), "linestyle": line}
+                label = _label(curve, values, run.name if several else "")
+                _draw_curve(axes, run.tokens, values, curve.style, label, look)
+    for name, curve in marks:
+        places = np.concatenate([run.tokens[run.columns[name] == 1] for run in runs])
+        for index, tokens in enumerate(places):
+            label = f"{len(places)} {curve.label}" if index == 0 else ""
+            axes.axvline(tokens, color=ALARM, linewidth=0.9, alpha=0.7, label=label or None)
+
+
+def _draw_curve(
+    axes: Axes, tokens: Floats, values: Floats, style: str, label: str, look: dict[str, Any]
+) -> None:
+    if style == "trend":
+        axes.plot(tokens, values, **look, alpha=0.28, linewidth=0.9)
+    shown = values if style == "line" else smooth(values)
+    axes.plot(tokens, shown, **look, linewidth=2.0, label=label or None)
+
+
+def _label(curve: Curve, values: Floats, run: str) -> str:
+    """What the legend calls a curve; `run` is empty where it is the only one."""
+    own = curve.label or ("smoothed" if curve.style == "trend" and not run else "")
+    parts = [": ".join(filter(None, (run, own)))]
+    if curve.summary is not None:
+        parts.append(curve.summary(values[np.isfinite(values)]))
+    return ", ".join(filter(None, parts))
 
 
 def _draw_scores(axes: Axes, runs: list[Curves], column: str) -> None:
@@ -263,7 +310,7 @@ def _draw_scores(axes: Axes, runs: list[Curves], column: str) -> None:
                 markeredgecolor="white",
                 markeredgewidth=0.8,
                 linewidth=1.1,
-                linestyle=(0, (4, 2)),
+                linestyle=DASHES,
                 zorder=4,
                 label=f"{run.name}: {label}" if several else label,
             )
@@ -272,90 +319,6 @@ def _draw_scores(axes: Axes, runs: list[Curves], column: str) -> None:
 def _last(values: Floats) -> str:
     finite = values[np.isfinite(values)]
     return f"{finite[-1]:.3f}" if len(finite) else "n/a"
-
-
-def _draw_loss(axes: Axes, runs: list[Curves]) -> None:
-    for position, run in enumerate(runs):
-        label = f"{run.name}: training" if len(runs) > 1 else "training"
-        _draw_trend(axes, run, "loss", _colour(position), label)
-    _draw_scores(axes, runs, "loss")
-
-
-def _draw_bits_per_byte(axes: Axes, runs: list[Curves]) -> None:
-    _draw_scores(axes, runs, "bits_per_byte")
-
-
-def _draw_learning_rate(axes: Axes, runs: list[Curves]) -> None:
-    from matplotlib.ticker import StrMethodFormatter
-
-    for position, run in enumerate(runs):
-        label = run.name if len(runs) > 1 else None
-        colour = _colour(position)
-        axes.plot(run.tokens, run.columns["lr"], color=colour, linewidth=2.0, label=label)
-    axes.yaxis.set_major_formatter(StrMethodFormatter("{x:.1e}"))
-    axes.set_ylim(bottom=0)
-
-
-def _draw_speed(axes: Axes, runs: list[Curves]) -> None:
-    from matplotlib.ticker import EngFormatter
-
-    for position, run in enumerate(runs):
-        median = np.nanmedian(run.columns["tokens_per_s"])
-        label = f"{run.name if len(runs) > 1 else 'smoothed'}, median {median:,.0f}"
-        _draw_trend(axes, run, "tokens_per_s", _colour(position), label)
-    axes.yaxis.set_major_formatter(EngFormatter(sep=""))
-    axes.set_ylim(bottom=0)
-
-
-def _draw_grad_norm(axes: Axes, runs: list[Curves]) -> None:
-    from matplotlib.ticker import LogFormatter
-
-    for position, run in enumerate(runs):
-        label = run.name if len(runs) > 1 else "smoothed"
-        _draw_trend(axes, run, "grad_norm", _colour(position), label)
-    axes.set_yscale("log")
-    axes.yaxis.set_major_formatter(LogFormatter())
-    axes.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(1.5, 0.5)))
-    skipped = np.concatenate([run.tokens[run.columns["skipped"] == 1] for run in runs])
-    for index, tokens in enumerate(skipped):
-        note = f"{len(skipped)} skipped step(s)" if index == 0 else None
-        axes.axvline(tokens, color=ALARM, linewidth=0.9, alpha=0.7, label=note)
-
-
-def _draw_balance(axes: Axes, runs: list[Curves]) -> None:
-    several = len(runs) > 1
-    for position, run in enumerate(runs):
-        if not _has(run, "balance_loss"):
-            continue
-        name = f"{run.name}: " * several
-        colour = _colour(position)
-        axes.plot(
-            run.tokens,
-            smooth(run.columns["balance_loss"] - 1),
-            color=colour,
-            linewidth=2.0,
-            label=f"{name}balance loss - 1",
-        )
-        axes.plot(
-            run.tokens,
-            smooth(run.columns["max_violation"]),
-            color=colour if several else _colour(position + 1),
-            linestyle=(0, (4, 2)),
-            label=f"{name}busiest expert over even use - 1",
-        )
-    axes.set_yscale("log")
-
-
-def _draw_replay(axes: Axes, runs: list[Curves]) -> None:
-    from matplotlib.ticker import PercentFormatter
-
-    for position, run in enumerate(runs):
-        if _has(run, "replayed"):
-            label = f"{run.name}: {_last(run.columns['replayed'])}"
-            colour = _colour(position)
-            axes.plot(run.tokens, run.columns["replayed"], color=colour, linewidth=2.0, label=label)
-    axes.yaxis.set_major_formatter(PercentFormatter(xmax=1))
-    axes.set_ylim(bottom=0)
 
 
 def _colour(position: int) -> str:

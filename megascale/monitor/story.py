@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import sys
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -14,14 +13,13 @@ from typing import Any
 
 from megascale.config import RunConfig, load_config
 from megascale.errors import UserError
-from megascale.monitor.console import show_duration
 from megascale.monitor.events import at, read_events
 from megascale.monitor.metrics import METRICS_FILE, MOST_STEPS, has_numbers, read_rows
+from megascale.monitor.quantities import show_duration
+from megascale.monitor.time_spent import SPENT
 from megascale.parsing import read_json
 from megascale.runtime.lock import JOB_LOCK, RUN_LOCK, Holding, ask
 
-SPENT = ("training", "planning", "evaluation", "saving")
-"""What a run keeps account of in its `progress` events, in seconds."""
 PARTS = {
     "training": "steps that count",
     "skipped": "steps whose update was left out",
@@ -405,8 +403,3 @@ def _until(one: Session, last_step: int, ended: float, step_s: float) -> Session
     spent = {**one.spent, "training": one.spent.get("training", 0.0) + more * step_s}
     ended = max(one.ended, ended)
     return replace(one, ended=ended, last_step=one.last_step + more, spent=spent)
-
-
-def clock(seconds: float) -> str:
-    """A moment as local date and time."""
-    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(seconds))

@@ -28,6 +28,7 @@ from megascale.corpus.sources import SourceInfo
 from megascale.errors import UserError
 from megascale.model.timing import SAMPLED
 from megascale.monitor.profile import profiler
+from megascale.monitor.step_record import StepResult
 from megascale.monitor.stragglers import slowdown_R
 from megascale.run.earlier_runs import with_earlier
 from megascale.run.folder import RunFolder, noting_errors
@@ -46,7 +47,7 @@ from megascale.train.begin import Run, begin, identities
 from megascale.train.feed import PlannedBatch, start_plans
 from megascale.train.grow_checkpoint import write_grown
 from megascale.train.sample import sample_text
-from megascale.train.step import StepResult, train_step
+from megascale.train.step import train_step
 
 COMPARED_STEPS = 10
 """Steps before a comparison of ranks in which they are timed."""

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import logging
-import math
-import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict
 from functools import wraps
 from statistics import fmean
@@ -18,18 +16,19 @@ from numpy.typing import NDArray
 from megascale.checkpoint.load import Found
 from megascale.checkpoint.save import SaveResult
 from megascale.config import RunConfig, dump_config
-from megascale.corpus.batches import Cursor, GlobalBatch, used_sources
+from megascale.corpus.batches import Cursor
 from megascale.corpus.heldout import HeldoutPart
 from megascale.corpus.run_length import RunLength, is_over
 from megascale.corpus.sources import SourceInfo
 from megascale.model.balance import ExpertUse
-from megascale.model.counts import batch_flops
 from megascale.monitor.console import Console
-from megascale.monitor.device import mfu, peak_flops
+from megascale.monitor.device import peak_flops
 from megascale.monitor.experts import CollapseWatch, ExpertLog
+from megascale.monitor.fields import for_console, row_of, score_row
 from megascale.monitor.metrics import FINISH_S, METRICS_FILE, MetricsWriter, read_rows
-from megascale.monitor.story import SPENT
+from megascale.monitor.step_record import StepRecord, StepResult, bytes_per_token, replayed_share
 from megascale.monitor.stragglers import IN_A_ROW, RankLog, StragglerWatch
+from megascale.monitor.time_spent import TimeSpent
 from megascale.optim.schedule import joints, lr_at
 from megascale.run.folder import RunFolder
 from megascale.run.heldout_sets import changed, evaluations_of, first_scores, in_words
@@ -37,10 +36,7 @@ from megascale.runtime.distributed import Ranks
 from megascale.runtime.logs import say, settle_console
 from megascale.train.evaluate import HeldoutScore
 from megascale.train.feed import PlannedBatch
-from megascale.train.step import StepResult
 
-PROGRESS_S = 30.0
-"""Seconds between two accounts of where the time goes, of which a crash loses the last."""
 HURRIED_S = 5.0
 """What trackers may take to send the last rows where the run did not reach its end."""
 
@@ -88,6 +84,7 @@ class Recorder:
         self._finish_s = HURRIED_S
         self._bytes_per_token = bytes_per_token(sources[name] for name in config.data.sources)
         self._peak = peak_flops(_device_name(ranks), config.train.precision)
+        self._spent = TimeSpent()
         if not self._speaks:
             return
         monitor, resolved = config.monitor, dump_config(config)
@@ -104,10 +101,7 @@ class Recorder:
             self._rank_log = RankLog(folder.path, cursor.step)
             self._stragglers = StragglerWatch(ranks.world)
         self._nodes, self._cores_are_shared = nodes, cores_are_shared
-        self._plan_waits_s: list[float] = []
         self._first_scores: dict[str, float] = {}
-        self._spent = dict.fromkeys(SPENT, 0.0)
-        self._told = time.monotonic()
         self._console = Console(self._total_steps(cursor), cursor.step)
 
     def _total_steps(self, cursor: Cursor) -> int:
@@ -172,35 +166,25 @@ class Recorder:
         """Record one step."""
         if not self._speaks:
             return
-        flops = batch_flops(self._config.model, planned.batch.length, self._config.parallel.tensor)
-        row = {
-            "step": cursor.step,
-            "tokens_seen": cursor.tokens_seen,
-            "num_tokens": result.num_tokens,
-            "loss": result.loss,
-            "lr": result.lr,
-            "grad_norm": result.grad_norm,
-            "step_s": result.seconds,
-            "tokens_per_s": result.num_tokens / result.seconds,
-            "mfu": mfu(flops, result.seconds, self._ranks.world, self._peak),
-            "plan_s": planned.plan.plan_s,
-            "plan_wait_s": planned.plan_wait_s,
-            "plan_over_bound": planned.plan.predicted_s / planned.plan.lower_bound_s,
-            "skipped": result.skipped,
-        }
-        if replays(self._config):
-            row["replayed"] = replayed_share(cursor, self._config)
-        if result.offload_gib:
-            row["offload_gib"] = result.offload_gib
-        if result.experts is not None:
-            self._experts(cursor, result.experts, row)
+        record = StepRecord(
+            config=self._config,
+            cursor=cursor,
+            batch=planned.batch,
+            plan=planned.plan,
+            plan_wait_s=planned.plan_wait_s,
+            result=result,
+            world=self._ranks.world,
+            peak_flops=self._peak,
+            bytes_per_token_S=self._bytes_per_token,
+        )
+        row = row_of(record)
         self._metrics.write(row)
+        if result.experts is not None:
+            self._experts(cursor, result.experts)
         self._pass_on_notices()
-        self._plan_waits_s.append(planned.plan_wait_s)
-        self._spent["training"] += result.seconds
-        self._spent["planning"] += planned.plan_wait_s
-        if time.monotonic() - self._told > PROGRESS_S:
-            self._told = time.monotonic()
+        self._spent.add("training", result.seconds)
+        self._spent.add("planning", planned.plan_wait_s)
+        if self._spent.is_due():
             self._event("progress", **self._progress(cursor))
         if planned.trouble is not None:
             self._event("planner", step=cursor.step, problem=planned.trouble)
@@ -210,15 +194,9 @@ class Recorder:
             self._say(f"step {cursor.step} skipped: loss {result.loss}, norm {result.grad_norm}")
         self._console.total_steps = self._total_steps(cursor)
         if self._is_logged(cursor):
-            num_bytes = bytes_of(planned.batch, self._bytes_per_token)
-            if num_bytes:
-                nats = result.loss * planned.batch.num_tokens
-                row["bits_per_byte"] = nats / math.log(2) / num_bytes
-            row["plan_wait_s"] = fmean(self._plan_waits_s)
-            self._plan_waits_s.clear()
-            self._say(self._console.line(row))
+            self._say(self._console.line(row | for_console(record)))
         else:
-            self._console.tick(cursor.step)
+            self._console.take(row)
 
     def _is_logged(self, cursor: Cursor) -> bool:
         """Whether the step before `cursor` is shown: one of every so many, and the last."""
@@ -226,12 +204,9 @@ class Recorder:
         return cursor.step % every == 0 or is_over(cursor, self._config.train)
 
     @_beside
-    def _experts(self, cursor: Cursor, use: ExpertUse, row: dict[str, Any]) -> None:
-        """Add how the experts were used to a row of metrics, and to the record of its own."""
+    def _experts(self, cursor: Cursor, use: ExpertUse) -> None:
+        """Record which source used which experts, and warn of a collapse."""
         step = cursor.step
-        row["balance_loss"] = float(use.loss_L.mean())
-        row["max_violation"] = float(use.max_violation_L.max())
-        row["dead_experts"] = int(use.dead_L.sum())
         warning = self._collapse.see(use.counts_SLE.sum(dim=0).numpy())
         if warning is not None:
             self._event("routing", step=step, problem=warning)
@@ -249,7 +224,7 @@ class Recorder:
             {
                 "step": cursor.step,
                 "tokens_seen": cursor.tokens_seen,
-                "eval": {name: asdict(score) for name, score in scores.items()},
+                "eval": {name: score_row(score) for name, score in scores.items()},
             }
         )
         self._watch_forgetting(cursor.step, scores)
@@ -275,19 +250,16 @@ class Recorder:
                 self._event("forgetting", step=step, source=name, rise=rise)
                 self._say(f"warning: step {step}: {problem}")
 
-    @contextmanager
-    def spending(self, part: str) -> Iterator[None]:
-        """Put the time of the block down to `part`, one of `monitor.story.SPENT`."""
-        began = time.monotonic()
-        try:
-            yield
-        finally:
-            if self._speaks:
-                self._spent[part] += time.monotonic() - began
+    def spending(self, part: str) -> AbstractContextManager[None]:
+        """Put the time of a block down to `part`, one of `monitor.time_spent.SPENT`."""
+        return self._spent.spending(part)
 
     def _progress(self, cursor: Cursor) -> dict[str, Any]:
-        spent = {part: round(seconds, 3) for part, seconds in self._spent.items()}
-        return {"step": cursor.step, "tokens_seen": cursor.tokens_seen, "spent": spent}
+        return {
+            "step": cursor.step,
+            "tokens_seen": cursor.tokens_seen,
+            "spent": self._spent.sums(),
+        }
 
     @_beside
     def ranks(self, step: int, over_R: NDArray[np.float64]) -> None:
@@ -401,18 +373,6 @@ class Recorder:
             self._events.write(kind, **fields)
 
 
-def replays(config: RunConfig) -> bool:
-    """Whether a run reads what earlier runs have read."""
-    return any(config.data.sources[name].replay for name in used_sources(config.data.stages))
-
-
-def replayed_share(cursor: Cursor, config: RunConfig) -> float:
-    """Part of the run's tokens so far that earlier runs had read already."""
-    old = [name for name, source in config.data.sources.items() if source.replay]
-    again = sum(cursor.sources[name].tokens for name in old if name in cursor.sources)
-    return again / max(1, cursor.tokens_seen)
-
-
 def _lr_outlook(config: RunConfig, cursor: Cursor) -> str:
     """The learning rate now and at the next joints of its schedule."""
     schedule = config.optim.schedule
@@ -420,22 +380,6 @@ def _lr_outlook(config: RunConfig, cursor: Cursor) -> str:
     parts = [f"learning rate {lr_at(cursor.tokens_seen, schedule):.3g} now"]
     parts += [f"{lr:.3g} at {tokens:,} tokens" for tokens, lr in ahead[:3]]
     return ", ".join(parts)
-
-
-def bytes_per_token(sources: Iterable[SourceInfo]) -> NDArray[np.float64]:
-    """Of the text of each source; NaN where it does not know its bytes."""
-    return np.array(
-        [
-            math.nan if one.train_bytes is None else one.train_bytes / max(one.train_tokens, 1)
-            for one in sources
-        ]
-    )
-
-
-def bytes_of(batch: GlobalBatch, per_token: NDArray[np.float64]) -> float | None:
-    """Bytes of text that a batch holds, by the means of its sources; None where one is unknown."""
-    num_bytes = float(per_token[batch.source] @ batch.length)
-    return None if math.isnan(num_bytes) else num_bytes
 
 
 def _device_name(ranks: Ranks) -> str:

@@ -19,36 +19,11 @@ from megascale.mesh.packing import MicroBatch
 from megascale.model.balance import ExpertUse
 from megascale.model.build import pack_multiple
 from megascale.model.model import Model
+from megascale.monitor.step_record import StepResult
 from megascale.optim.build import apply_gradients, set_rates
 from megascale.optim.schedule import lr_at
 from megascale.runtime.distributed import Ranks
 from megascale.runtime.heartbeat import pulse
-
-
-@dataclass(frozen=True)
-class StepResult:
-    """What one step did; the same on every rank."""
-
-    loss: float
-    """Mean loss per token, nats."""
-    num_tokens: int
-    """Loss tokens of the global batch."""
-    grad_norm: float
-    """Before clipping."""
-    lr: float
-    """Learning rate of this step."""
-    skipped: bool
-    """Loss or gradient norm was not finite, or the loss too high: the weights were left alone."""
-    stop: bool
-    """Some rank was asked to stop."""
-    writes_done: bool
-    """Every rank has finished its background checkpoint write, if one is pending."""
-    seconds: float
-    """Wall time of the step on this rank."""
-    offload_gib: float
-    """Activations that were copied to host memory, all ranks together."""
-    experts: ExpertUse | None
-    """What the routers chose; None without experts."""
 
 
 @dataclass

@@ -10,6 +10,7 @@ import signal
 import threading
 import time
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -216,6 +217,43 @@ def signalled_command(*words):
     if os.environ["RANK"] == "1":
         threading.Thread(target=interrupt, daemon=True).start()
     return command(*words)
+
+
+def test_a_new_record_of_the_table_is_recorded(ranks, config, tmp_path):
+    words = ["train", config, f"run_dir={tmp_path}", *TINY, "monitor.log_every_steps=1"]
+    words += ["monitor.tensorboard=true", "train.stop_after_steps=3"]
+    status, said, names = ranks(1, command_with_another_field, *words)[0]
+    assert status == 0, said
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    rows = [row for row in rows if "loss" in row]
+    assert len(rows) == 3 and list(rows[0])[-1] == "sequences"
+    for row in rows:
+        assert f"  {row['sequences']} sequences  " in said
+    assert "sequences" in names and (tmp_path / "plots" / "sequences.png").exists()
+
+
+def command_with_another_field(*words):
+    """Like `command`, then `megascale plot`, with a record more; and the names in TensorBoard."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    from megascale.monitor import fields
+
+    picture = fields.Picture("sequences", "Sequences of a batch")
+    new = fields.Field(
+        "sequences",
+        "sequences",
+        "Sequences of the global batch.",
+        lambda step: step.batch.num_sequences,
+        console=fields.Shown("{} sequences"),
+        curve=fields.Curve(picture, style="line"),
+    )
+    run_dir = str(words[2]).removeprefix("run_dir=")
+    with patch.object(fields, "FIELDS", (*fields.FIELDS, new)):
+        status, said = command(*words)
+        command("plot", run_dir)
+    events = EventAccumulator(f"{run_dir}/tensorboard")
+    events.Reload()
+    return status, said, events.Tags()["scalars"]
 
 
 @pytest.mark.parametrize("broken, status", [([2, 3], 0), ([2, 3, 4], 2)])

@@ -8,16 +8,17 @@ from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-import config_reference
 import picture
 import pytest
 import quick
+import write_guides
 import yaml
 
 from megascale import cli
 from megascale.config import RunConfig
 from megascale.config.load import build_as, options_called, parse_config, read_tree
 from megascale.corpus.recipe import Recipe
+from megascale.monitor.fields import FIELDS, SCORES
 from megascale.planner import PLANNERS
 
 ROOT = Path(__file__).parents[2]
@@ -62,7 +63,7 @@ def inline_code_of(name):
 
 def anchors_of(name):
     headings = re.findall(r"^#+ (.*)$", FENCE.sub("", text_of(name)), re.MULTILINE)
-    return {config_reference.anchor(heading) for heading in headings}
+    return {write_guides.anchor(heading) for heading in headings}
 
 
 def commands_in(text):
@@ -208,9 +209,15 @@ def known_benchmarks():
     return {**bench.BENCHMARKS, **bench.WITH_OPTIONS}
 
 
-def test_the_reference_is_that_of_the_schema():
-    path = config_reference.REFERENCE
-    assert path.read_text() == config_reference.reference(), "run python tools/config_reference.py"
+def test_generated_parts_are_those_of_the_code():
+    for path, text in write_guides.texts().items():
+        assert path.read_text() == text, "run python tools/write_guides.py"
+
+
+def test_the_guide_of_runs_has_every_field_of_metrics():
+    rows = re.findall(r"^\| `(\w+)` \| (.*?) \|", text_of("megascale/run/README.md"), re.MULTILINE)
+    assert ("tokens_per_s", "tokens/s") in rows and ("set_tokens", "tokens") in rows
+    assert {name for name, _ in rows} >= {one.name for one in (*FIELDS, *SCORES)}
 
 
 def test_the_reference_has_every_option():
@@ -218,7 +225,7 @@ def test_the_reference_has_every_option():
     assert "**`model.moe.num_experts`** (whole number; default: `8`)" in text
     assert "**`data.sources.NAME.path`** (text; required)" in text
     assert text.count("\n- **`") == sum(
-        len(fields(kind)) for kind in config_reference.sections(RunConfig).values()
+        len(fields(kind)) for kind in write_guides.sections(RunConfig).values()
     )
 
 

@@ -17,11 +17,12 @@ import torch
 from megascale.config.schema import MonitorConfig
 from megascale.corpus.batches import GlobalBatch
 from megascale.errors import UserError
-from megascale.monitor.console import Console, show_count, show_duration
+from megascale.monitor.console import Console
 from megascale.monitor.device import mfu, peak_flops
 from megascale.monitor.events import EventLog
 from megascale.monitor.metrics import MetricsWriter, flatten, read_rows
 from megascale.monitor.profile import profiler
+from megascale.monitor.quantities import show_count, show_duration
 from megascale.monitor.trackers import TRACKERS
 from megascale.runtime.logs import say, settle_console
 
@@ -224,7 +225,7 @@ def test_a_line_reads_as_documented() -> None:
 
 
 def test_bytes_are_those_of_the_sources_that_a_batch_reads() -> None:
-    from megascale.train.recorder import bytes_of, bytes_per_token
+    from megascale.monitor.step_record import bytes_of, bytes_per_token
 
     sizes = [(None, 100), (90_000_000, 20_000_000), (10_000_000, 4_000_000)]
     per_token = bytes_per_token(
