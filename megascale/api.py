@@ -112,7 +112,7 @@ def load_run(config: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     Its corpora and the checkpoint that it starts from are looked at, and what follows from them is
     filled in. Raises UserError for anything that a user must mend.
     """
-    from megascale.run.describe import load_run as load
+    from megascale.run.resolve import load_run as load
 
     return load(config, overrides)[0]
 
@@ -124,8 +124,8 @@ def train(config: str | Path, overrides: Sequence[str] = (), resume: str | None 
     "auto", "latest" or the number of a step. Signals ask the run to save and stop. Raises UserError
     for anything that a user must mend.
     """
-    from megascale.run.describe import load_run as load
     from megascale.run.preflight import check_resume
+    from megascale.run.resolve import load_run as load
     from megascale.train.entry import train_on_device
 
     world_from_environment()

@@ -90,7 +90,7 @@ class Bench:
         from megascale.mesh.reader import MicroBatchReader, TokenSource
         from megascale.model.build import build_model, pack_multiple
         from megascale.optim.build import build_optimizer
-        from megascale.run.describe import cost_model
+        from megascale.run.step_problem import cost_model
         from megascale.runtime import distributed
         from megascale.train.step import Learner
 

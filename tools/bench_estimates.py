@@ -84,7 +84,7 @@ class Trial:
         from megascale.model.balance import BalancedRouter
         from megascale.model.build import build_model, pack_multiple
         from megascale.optim.build import build_optimizer
-        from megascale.run.describe import cost_model
+        from megascale.run.step_problem import cost_model
         from megascale.runtime import distributed
         from megascale.train.step import Learner
 

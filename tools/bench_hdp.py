@@ -120,7 +120,7 @@ class Bench:
     def __init__(self, world: int) -> None:
         from megascale.mesh.reader import MicroBatchReader, TokenSource
         from megascale.model.build import pack_multiple
-        from megascale.run.describe import cost_model
+        from megascale.run.step_problem import cost_model
         from megascale.runtime import distributed
 
         self.capacity = CAPACITY[world]

@@ -34,7 +34,7 @@ from megascale.mesh.packing import MicroBatch
 from megascale.mesh.reader import MicroBatchReader, TokenSource
 from megascale.model.build import build_model, pack_multiple
 from megascale.optim.build import build_optimizer
-from megascale.run.describe import plan_lengths, step_problem
+from megascale.run.step_problem import plan_lengths, step_problem
 from megascale.runtime import distributed
 from megascale.runtime.distributed import Ranks
 from megascale.train.feed import Feed, start_plans

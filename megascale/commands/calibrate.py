@@ -108,7 +108,7 @@ def _load(path: str, overrides: Sequence[str]) -> RunConfig:
     """The finalized config; its corpora are looked at only where they give the vocabulary."""
     config = steplaw.resolve(load_config(path, overrides))
     if config.model.vocab_size is None:
-        from megascale.run.describe import load_run
+        from megascale.run.resolve import load_run
 
         try:
             return load_run(path, overrides)[0]

@@ -52,7 +52,7 @@ def run_experts(args: argparse.Namespace) -> int:
     distributed.prepare_device(config.device)
     from megascale.checkpoint.load import find, find_at, restore
     from megascale.model.build import build_model
-    from megascale.run.describe import plan_lengths
+    from megascale.run.step_problem import plan_lengths
     from megascale.train.evaluate import heldout_sets
     from megascale.train.step import Learner
 
@@ -77,7 +77,7 @@ def _load(
     run: Path, overrides: Sequence[str], is_one: bool
 ) -> tuple[RunConfig, dict[str, SourceInfo]]:
     """The config of a run, or the one in a checkpoint, with its sources. Raises UserError."""
-    from megascale.run.describe import load_run
+    from megascale.run.resolve import load_run
 
     words = ["planner.capacity_tokens=null", *overrides]  # any number of ranks will do
     if not is_one:

@@ -16,7 +16,9 @@ from megascale.errors import UserError
 from megascale.planner import PLANNERS, CostModel, Problem, StepPlan, find_planner, timeline
 from megascale.planner.gantt import LEGEND, plot_gantt, text_gantt
 from megascale.planner.plan import Mode
-from megascale.run.describe import cost_model, describe_run, first_step, load_run, static_line
+from megascale.run.describe import describe_run, static_line
+from megascale.run.resolve import load_run
+from megascale.run.step_problem import cost_model, first_step
 from megascale.runtime.files import write_output
 from megascale.runtime.outputs import Output, json_of, picture, require_outputs, write_as_asked
 from megascale.simulate.cluster import MODELS

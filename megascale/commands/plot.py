@@ -8,7 +8,7 @@ from pathlib import Path
 from megascale.config import RunConfig, StageConfig, finalize, load_config
 from megascale.errors import UserError
 from megascale.optim import steplaw
-from megascale.run.describe import load_run
+from megascale.run.resolve import load_run
 from megascale.runtime.outputs import Output, picture, require_outputs
 
 

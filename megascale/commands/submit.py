@@ -23,7 +23,7 @@ from megascale.launch.slurm import (
     time_limit_s,
 )
 from megascale.reading import MOST_TEXT_BYTES, read_whole
-from megascale.run.describe import load_run
+from megascale.run.resolve import load_run
 from megascale.runtime.files import real_path
 
 MOST_RANKS = 1024

@@ -85,8 +85,8 @@ def _start_ranks(args: argparse.Namespace, count: int) -> int:
 
 def _train(args: argparse.Namespace) -> int:
     world_from_environment()  # what is wrong there is said before anything is read
-    from megascale.run.describe import load_run
     from megascale.run.preflight import check_resume
+    from megascale.run.resolve import load_run
     from megascale.train.entry import train_on_device
 
     check_resume(args.resume)

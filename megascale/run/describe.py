@@ -5,96 +5,30 @@ Without torch: this answers in under a second.
 
 from __future__ import annotations
 
-import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import cache
+from collections.abc import Mapping
 from pathlib import Path
-from shlex import quote
 
 import numpy as np
-from numpy.typing import ArrayLike
 
-from megascale.config import Layout, MoeConfig, RunConfig, finalize, load_config, validate
-from megascale.corpus.batches import (
-    Cursor,
-    GlobalBatch,
-    GlobalBatches,
-    shares,
-    used_sources,
-)
+from megascale.config import Layout, MoeConfig, RunConfig
+from megascale.corpus.batches import Cursor, shares, used_sources
 from megascale.corpus.check import missing_ends
-from megascale.corpus.run_length import RunLength, begin_after, most_tokens, run_length
-from megascale.corpus.shards import Shard
-from megascale.corpus.sources import SourceInfo, describe_source
+from megascale.corpus.run_length import RunLength, begin_after, run_length
+from megascale.corpus.sources import SourceInfo
 from megascale.errors import UserError
 from megascale.model import counts
-from megascale.optim import steplaw
 from megascale.optim.schedule import joints, lr_at
-from megascale.planner import (
-    PLANNERS,
-    CostModel,
-    OffloadModel,
-    Problem,
-    StepPlan,
-    find_planner,
-    timeline,
-)
+from megascale.planner import PLANNERS, Problem, StepPlan, timeline
 from megascale.planner.gantt import LEGEND, text_gantt
-from megascale.run.earlier_runs import unwatched, with_earlier
+from megascale.run.earlier_runs import unwatched
 from megascale.run.growing import small_and_grown
 from megascale.run.heldout_sets import foreseen
-from megascale.run.replay import part_seen, with_replay_blend
-from megascale.run.same_tokenizer import require_same_tokenizer, warn_if_tokenizers_differ
-from megascale.run.start import (
-    model_of_start,
-    require_model,
-    start_of,
-    warn_if_rate_jumps,
-    with_rate_of_start,
-)
+from megascale.run.resolve import epochs_read, source_tokens
+from megascale.run.same_tokenizer import warn_if_tokenizers_differ
+from megascale.run.start import warn_if_rate_jumps
+from megascale.run.step_problem import FirstStep, batches_of, cost_model, first_step, step_problem
 from megascale.run.warnings import warnings_of
-
-
-def load_run(
-    config_path: str | Path, overrides: Sequence[str] = ()
-) -> tuple[RunConfig, dict[str, SourceInfo]]:
-    """Read a config, look at its corpora, and finalize it.
-
-    Raises UserError for everything that is wrong with either, among it a model vocabulary
-    smaller than a corpus's, sources of different tokenizers, and such that would be read more than
-    `data.max_epochs` times.
-    """
-    config = load_config(config_path, overrides)
-    of_start = None
-    if config.start.checkpoint is not None:
-        start = start_of(config)
-        of_start = model_of_start(replace(config, start=start))
-        config = load_config(config_path, overrides, under={"model": of_start})
-        config = replace(config, start=start)
-    config = with_earlier(steplaw.resolve(with_rate_of_start(config)))
-    sources = {
-        name: part_seen(describe_source(one), one) for name, one in config.data.sources.items()
-    }
-    tokens = source_tokens(sources)
-    new = {name: tokens[name] for name, one in config.data.sources.items() if not one.replay}
-    largest = max((info.vocab_size for info in sources.values()), default=1)
-    config = with_replay_blend(finalize(config, new, largest))
-    find_planner(config.planner.name)
-    _check_vocabulary(config, sources)
-    require_same_tokenizer(config, sources)
-    if of_start is not None:
-        require_model(config, of_start)
-    _check_epochs(config, tokens)
-    if config.growth is not None:
-        validate(small_and_grown(config)[1])
-    return config, sources
-
-
-def source_tokens(sources: Mapping[str, SourceInfo]) -> dict[str, int]:
-    """Training tokens of each source."""
-    return {name: info.train_tokens for name, info in sources.items()}
 
 
 def _missing_ends(sources: Mapping[str, SourceInfo]) -> list[str]:
@@ -106,137 +40,9 @@ def _missing_ends(sources: Mapping[str, SourceInfo]) -> list[str]:
     ]
 
 
-def _check_vocabulary(config: RunConfig, sources: Mapping[str, SourceInfo]) -> None:
-    known, start = config.model.vocab_size or 0, config.start.checkpoint
-    for name, info in sources.items():
-        if info.vocab_size > known and start is not None:
-            raise UserError(
-                f"source '{name}' has a vocabulary of {info.vocab_size} ids, the model of "
-                f"{start} knows {known}; prepare the source with its tokenizer, or give it rows "
-                f"for the new ids: megascale grow {quote(start)} --operator resize --vocab "
-                f"{info.vocab_size} --out DIR, then start from DIR"
-            )
-        if info.vocab_size > known:
-            raise UserError(
-                f"model.vocab_size = {known} is below the vocabulary of {info.vocab_size} of "
-                f"source '{name}'; set model.vocab_size={info.vocab_size} or leave it out"
-            )
-
-
-def _check_epochs(config: RunConfig, tokens: Mapping[str, int]) -> None:
-    limit = config.data.max_epochs
-    if limit is None:
-        return
-    most = most_tokens(config.data, config.train.tokens)
-    if config.growth is not None:  # where the small model stops, a piece may be begun
-        small = most_tokens(config.data, config.growth.at_tokens)
-        piece = config.data.context_tokens - 1
-        most = {name: count + small[name] + piece for name, count in most.items()}
-    for name, epochs in _epochs(config, most, tokens).items():
-        if epochs > limit:
-            earlier = config.data.sources[name].earlier
-            before = ", with what earlier runs read," * (earlier is not None)
-            raise UserError(
-                f"source '{name}'{before} would be read up to {epochs:.4g} times, but "
-                f"data.max_epochs = {limit}; set data.max_epochs={math.ceil(epochs)}, lower its "
-                "share or train.tokens"
-            )
-
-
-def _epochs(
-    config: RunConfig, read: Mapping[str, int], tokens: Mapping[str, int]
-) -> dict[str, float]:
-    """Passes over each source where so much of it is `read`, the runs behind this one included."""
-    epochs = {}
-    for name in used_sources(config.data.stages):
-        source, count = config.data.sources[name], read.get(name, 0)
-        if source.earlier is not None and not source.replay:
-            count += source.earlier.tokens
-        epochs[name] = count / max(1, tokens[name])
-    return epochs
-
-
-def cost_model(config: RunConfig) -> CostModel:
-    """The cost model that steps of this run are planned with.
-
-    Measured where `planner.cost` names a file (UserError where that cannot be used), else
-    uncalibrated. The allgather dispatcher of experts pads every micro-batch to the full
-    capacity, so there the part of the cost that grows with tokens is paid per micro-batch.
-    """
-    if config.planner.cost is not None:
-        return _measured_cost(config.planner.cost)
-    cost = counts.default_cost(config.model, config.parallel.tensor)
-    if config.model.moe is None or config.model.moe.dispatcher != "allgather":
-        return cost
-    padded_s = cost.b * (config.planner.capacity_tokens or 0)
-    return replace(cost, b=0.0, fixed=cost.fixed + padded_s)
-
-
-@cache
-def _measured_cost(path: str) -> CostModel:
-    """Read once: a run plans all its steps with the same costs."""
-    try:
-        return CostModel.load(path)
-    except UserError as error:
-        raise UserError(f"planner.cost: {error}; megascale calibrate writes one") from None
-
-
-def offload_model(config: RunConfig, layout: Layout) -> OffloadModel | None:
-    """What offload saves and costs a rank of this run; None where the config allows none."""
-    copy_bytes_per_s = config.planner.host_copy_bytes_per_s
-    if copy_bytes_per_s is None:
-        return None
-    return OffloadModel(
-        stage_layers=config.model.num_layers // layout.pipeline,
-        bytes_per_token=counts.layer_activation_bytes(config, layout),
-        copy_bytes_per_s=copy_bytes_per_s,
-    )
-
-
-def step_problem(config: RunConfig, layout: Layout, lengths: ArrayLike) -> Problem:
-    """What a planner is given for a step of this run with sequences of `lengths` tokens."""
-    capacity = config.planner.capacity_tokens
-    assert capacity is not None, "the config is not finalized"
-    return Problem.of(
-        lengths,
-        layout.hdp,
-        capacity,
-        layout.mode,
-        cost_model(config),
-        pipeline=layout.pipeline,
-        expert_group=layout.expert,
-        offload=offload_model(config, layout),
-        budget_s=config.planner.budget_s,
-    )
-
-
-def plan_lengths(config: RunConfig, layout: Layout, lengths: ArrayLike) -> StepPlan:
-    """Plan sequences of `lengths` tokens as a step of this run would."""
-    return find_planner(config.planner.name)(step_problem(config, layout, lengths))
-
-
-@dataclass(frozen=True)
-class FirstStep:
-    """The first step of a run and its plan."""
-
-    batch: GlobalBatch
-    plan: StepPlan
-
-
-def first_step(config: RunConfig, layout: Layout, sources: Mapping[str, SourceInfo]) -> FirstStep:
-    """Deal and plan step 0."""
-    batch, _ = _batches(config, sources).next(Cursor())
-    return FirstStep(batch, plan_lengths(config, layout, batch.length))
-
-
-def _batches(config: RunConfig, sources: Mapping[str, SourceInfo]) -> GlobalBatches:
-    shards = {name: Shard.open(info.train) for name, info in sources.items()}
-    return GlobalBatches(config.data, shards, config.seed)
-
-
 def expected_lengths(config: RunConfig, sources: Mapping[str, SourceInfo]) -> list[RunLength]:
     """How long a run will be; before it, where it grows, how long its small model's will be."""
-    batches, tokens = _batches(config, sources), config.train.tokens
+    batches, tokens = batches_of(config, sources), config.train.tokens
     if config.growth is None:
         return [run_length(batches, tokens, Cursor())]
     small = run_length(batches, config.growth.at_tokens, Cursor())
@@ -257,7 +63,7 @@ def describe_run(
     has_heldout = {name: info.heldout is not None for name, info in sources.items()}
     lengths = expected_lengths(config, sources)
     read = sum((Counter(one.read) for one in lengths), Counter())
-    epochs, length = _epochs(config, read, source_tokens(sources)), lengths[-1]
+    epochs, length = epochs_read(config, read, source_tokens(sources)), lengths[-1]
     warnings = warnings_of(config, layout, epochs, has_heldout, first.batch.num_sequences, length)
     warnings += warn_if_tokenizers_differ(config, sources)
     warnings += [*warn_if_rate_jumps(config), *unwatched(config)]

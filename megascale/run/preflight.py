@@ -10,7 +10,8 @@ from megascale.checkpoint.folder import make_copies_folder
 from megascale.config import Layout, RunConfig
 from megascale.errors import UserError
 from megascale.installation import require_training
-from megascale.run.describe import cost_model, load_run
+from megascale.run.resolve import load_run
+from megascale.run.step_problem import cost_model
 from megascale.runtime.files import broken_link
 from megascale.runtime.placement import node_name
 

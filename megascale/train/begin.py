@@ -31,7 +31,7 @@ from megascale.model.build import build_model, pack_multiple
 from megascale.monitor.speeds import RankSpeeds
 from megascale.optim.build import build_optimizer
 from megascale.planner.service.ahead import PlansAhead
-from megascale.run.describe import describe_run, plan_lengths, step_problem
+from megascale.run.describe import describe_run
 from megascale.run.earlier_runs import places_told
 from megascale.run.folder import RunFolder
 from megascale.run.resume import compare_configs, compare_sources, softmax_changes
@@ -43,6 +43,7 @@ from megascale.run.start import (
     keep_of_import,
     taken_over,
 )
+from megascale.run.step_problem import plan_lengths, step_problem
 from megascale.runtime.distributed import (
     Ranks,
     cores_are_shared,

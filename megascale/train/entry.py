@@ -13,8 +13,8 @@ def train_on_device(
     config: RunConfig, sources: Mapping[str, SourceInfo], resume: str | None, command: str
 ) -> bool:
     """Make the device ready and train as `loop.train` does; whether a signal stopped it."""
-    from megascale.run.describe import cost_model
     from megascale.run.preflight import check_emergency
+    from megascale.run.step_problem import cost_model
 
     cost_model(config)  # a bad cost file is found before there is a run folder
     if world_from_environment()[1] == 1:  # several ranks tell each other, so that one may speak

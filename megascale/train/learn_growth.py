@@ -20,9 +20,9 @@ from megascale.growth.learn import DepthMaps, Maps
 from megascale.mesh.packing import MicroBatch
 from megascale.mesh.reader import MicroBatchReader, TokenSource
 from megascale.model.build import build_model, pack_multiple
-from megascale.run.describe import plan_lengths
 from megascale.run.replay import part_seen
 from megascale.run.resume import compare_sources
+from megascale.run.step_problem import plan_lengths
 from megascale.runtime import distributed
 from megascale.runtime.distributed import Ranks
 from megascale.runtime.environment import world_from_environment

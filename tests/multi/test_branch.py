@@ -51,7 +51,7 @@ def batches_of(run, steps):
     """For every step of a run, (source, document, start, length) of its sequences."""
     from megascale.corpus.batches import Cursor, GlobalBatches
     from megascale.corpus.shards import Shard
-    from megascale.run.describe import load_run
+    from megascale.run.resolve import load_run
 
     config, sources = load_run(run / "config.yaml")
     shards = {name: Shard.open(info.train) for name, info in sources.items()}
@@ -222,7 +222,7 @@ def test_an_unreadable_checkpoint_of_the_parent_is_passed_over(old, tmp_path):
     """And a run that has begun does not take a later one."""
     from megascale.checkpoint.load import read_manifest
     from megascale.config import dump_config
-    from megascale.run.describe import load_run
+    from megascale.run.resolve import load_run
 
     parent, run = tmp_path / "parent", tmp_path / "run"
     shutil.copytree(old, parent)
@@ -439,7 +439,7 @@ def test_a_source_goes_on_under_another_name(ranks, old, new, tmp_path):
 
 
 def test_a_restart_forgets_nothing_that_was_read_before(ranks, old, tmp_path):
-    from megascale.run.describe import load_run
+    from megascale.run.resolve import load_run
 
     config, run = old.parent / "config.yaml", tmp_path / "run"
     status, said = branch(ranks, old, config, run, "start.data=restart", "train.tokens=2000")

@@ -7,7 +7,7 @@ import pytest
 
 from megascale.config import Layout, finalize, parse_config
 from megascale.planner import CostModel
-from megascale.run.describe import cost_model, plan_lengths
+from megascale.run.step_problem import cost_model, plan_lengths
 
 CONFIG = """
 run_dir: run

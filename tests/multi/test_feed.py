@@ -47,7 +47,8 @@ def open_feed(config, planner, *words, kind=Feed, steps=1000):
     from megascale.corpus.batches import GlobalBatches
     from megascale.corpus.shards import Shard
     from megascale.planner.service.ahead import PlansAhead
-    from megascale.run.describe import load_run, plan_lengths, step_problem
+    from megascale.run.resolve import load_run
+    from megascale.run.step_problem import plan_lengths, step_problem
     from megascale.runtime import distributed
 
     config, sources = load_run(config, [*VARIED, *words])

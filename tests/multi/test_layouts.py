@@ -29,7 +29,7 @@ def train_curve(overrides, steps=20):
     from megascale.model.build import build_model, pack_multiple
     from megascale.optim.build import build_optimizer
     from megascale.planner import Problem, plan_longest_first
-    from megascale.run.describe import cost_model
+    from megascale.run.step_problem import cost_model
     from megascale.runtime import distributed
     from megascale.train.step import Learner, train_step
 

@@ -32,7 +32,7 @@ def fail(kind):
 
 def ask(config, kind):
     """(what this rank got or met, whether rank 0's traceback is noted, the next collective)."""
-    from megascale.run.describe import load_run
+    from megascale.run.resolve import load_run
     from megascale.runtime import distributed
     from megascale.runtime.first_rank import from_first_rank, on_first_rank
 

@@ -376,7 +376,7 @@ def test_a_run_below_a_sequence_resumes_to_the_bit(ranks, config, tmp_path, stop
 def test_epochs_that_are_allowed_are_enough(ranks, config, tmp_path):
     """The largest number of tokens that the check lets pass is trained to its end."""
     words = (*BELOW_A_SEQUENCE, "data.max_epochs=1", "checkpoint.save_every_steps=0")
-    from megascale.run.describe import load_run
+    from megascale.run.resolve import load_run
 
     _, sources = load_run(config, [])
     most = sources["tiny"].train_tokens // 40 * 40

@@ -17,7 +17,7 @@ from megascale.corpus.sources import describe, describe_source, identity
 from megascale.corpus.tokenizers import load_hf, load_tokenizer
 from megascale.errors import UserError
 from megascale.mesh.reader import TokenSource
-from megascale.run.describe import load_run
+from megascale.run.resolve import load_run
 
 TEXTS = [f"the cat sat on {i} mats" for i in range(30)]
 

@@ -19,7 +19,7 @@ from megascale.mesh.packing import TokenSequence
 from megascale.mesh.reader import MicroBatchReader
 from megascale.model.counts import activation_bytes, layer_activation_bytes
 from megascale.planner import Ring, StepPlan
-from megascale.run.describe import offload_model, plan_lengths
+from megascale.run.step_problem import offload_model, plan_lengths
 
 CPU = torch.device("cpu")
 PLAN = """

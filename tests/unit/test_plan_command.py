@@ -23,7 +23,9 @@ from megascale.errors import UserError
 from megascale.model.counts import batch_flops, count_parameters, memory_per_rank
 from megascale.optim.schedule import lr_at
 from megascale.planner import StepPlan
-from megascale.run.describe import cost_model, describe_run, first_step, load_run
+from megascale.run.describe import describe_run
+from megascale.run.resolve import load_run
+from megascale.run.step_problem import cost_model, first_step
 from megascale.run.warnings import warnings_of
 
 EOD = 256

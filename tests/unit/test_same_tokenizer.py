@@ -15,7 +15,7 @@ from megascale.config import dump_config, finalize, parse_config
 from megascale.corpus.sources import describe, describe_source, identity
 from megascale.corpus.tokenizer_mark import mark_of, tokenizer_mark
 from megascale.errors import UserError
-from megascale.run.describe import load_run
+from megascale.run.resolve import load_run
 from megascale.run.same_tokenizer import require_same_tokenizer, warn_if_tokenizers_differ
 
 

@@ -1,0 +1,115 @@
+"""What a run is: its config and corpora, read once and completed, without any rank.
+
+Without torch: this answers in under a second.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from shlex import quote
+
+from megascale.config import RunConfig, finalize, load_config, validate
+from megascale.corpus.batches import used_sources
+from megascale.corpus.run_length import most_tokens
+from megascale.corpus.sources import SourceInfo, describe_source
+from megascale.errors import UserError
+from megascale.optim import steplaw
+from megascale.planner import find_planner
+from megascale.run.earlier_runs import with_earlier
+from megascale.run.growing import small_and_grown
+from megascale.run.replay import part_seen, with_replay_blend
+from megascale.run.same_tokenizer import require_same_tokenizer
+from megascale.run.start import model_of_start, require_model, start_of, with_rate_of_start
+
+
+def load_run(
+    config_path: str | Path, overrides: Sequence[str] = ()
+) -> tuple[RunConfig, dict[str, SourceInfo]]:
+    """Read a config, look at its corpora, and finalize it.
+
+    Raises UserError for everything that is wrong with either, among it a model vocabulary
+    smaller than a corpus's, sources of different tokenizers, and such that would be read more than
+    `data.max_epochs` times.
+    """
+    config = load_config(config_path, overrides)
+    of_start = None
+    if config.start.checkpoint is not None:
+        start = start_of(config)
+        of_start = model_of_start(replace(config, start=start))
+        config = load_config(config_path, overrides, under={"model": of_start})
+        config = replace(config, start=start)
+    config = with_earlier(steplaw.resolve(with_rate_of_start(config)))
+    sources = {
+        name: part_seen(describe_source(one), one) for name, one in config.data.sources.items()
+    }
+    tokens = source_tokens(sources)
+    new = {name: tokens[name] for name, one in config.data.sources.items() if not one.replay}
+    largest = max((info.vocab_size for info in sources.values()), default=1)
+    config = with_replay_blend(finalize(config, new, largest))
+    find_planner(config.planner.name)
+    _check_vocabulary(config, sources)
+    require_same_tokenizer(config, sources)
+    if of_start is not None:
+        require_model(config, of_start)
+    _check_epochs(config, tokens)
+    if config.growth is not None:
+        validate(small_and_grown(config)[1])
+    return config, sources
+
+
+def source_tokens(sources: Mapping[str, SourceInfo]) -> dict[str, int]:
+    """Training tokens of each source."""
+    return {name: info.train_tokens for name, info in sources.items()}
+
+
+def _check_vocabulary(config: RunConfig, sources: Mapping[str, SourceInfo]) -> None:
+    known, start = config.model.vocab_size or 0, config.start.checkpoint
+    for name, info in sources.items():
+        if info.vocab_size > known and start is not None:
+            raise UserError(
+                f"source '{name}' has a vocabulary of {info.vocab_size} ids, the model of "
+                f"{start} knows {known}; prepare the source with its tokenizer, or give it rows "
+                f"for the new ids: megascale grow {quote(start)} --operator resize --vocab "
+                f"{info.vocab_size} --out DIR, then start from DIR"
+            )
+        if info.vocab_size > known:
+            raise UserError(
+                f"model.vocab_size = {known} is below the vocabulary of {info.vocab_size} of "
+                f"source '{name}'; set model.vocab_size={info.vocab_size} or leave it out"
+            )
+
+
+def _check_epochs(config: RunConfig, tokens: Mapping[str, int]) -> None:
+    limit = config.data.max_epochs
+    if limit is None:
+        return
+    most = most_tokens(config.data, config.train.tokens)
+    if config.growth is not None:  # where the small model stops, a piece may be begun
+        small = most_tokens(config.data, config.growth.at_tokens)
+        piece = config.data.context_tokens - 1
+        most = {name: count + small[name] + piece for name, count in most.items()}
+    for name, epochs in epochs_read(config, most, tokens).items():
+        if epochs > limit:
+            earlier = config.data.sources[name].earlier
+            before = ", with what earlier runs read," * (earlier is not None)
+            raise UserError(
+                f"source '{name}'{before} would be read up to {epochs:.4g} times, but "
+                f"data.max_epochs = {limit}; set data.max_epochs={math.ceil(epochs)}, lower its "
+                "share or train.tokens"
+            )
+
+
+def epochs_read(
+    config: RunConfig, read: Mapping[str, int], tokens: Mapping[str, int]
+) -> dict[str, float]:
+    """Passes over each source where so much of it is `read`, the runs behind this one included."""
+    epochs = {}
+    for name in used_sources(config.data.stages):
+        source, count = config.data.sources[name], read.get(name, 0)
+        if source.earlier is not None and not source.replay:
+            count += source.earlier.tokens
+        epochs[name] = count / max(1, tokens[name])
+    return epochs

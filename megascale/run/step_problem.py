@@ -1,0 +1,96 @@
+"""What a planner is given for a step of a run, and the plan of the first one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import cache
+
+from numpy.typing import ArrayLike
+
+from megascale.config import Layout, RunConfig
+from megascale.corpus.batches import Cursor, GlobalBatch, GlobalBatches
+from megascale.corpus.shards import Shard
+from megascale.corpus.sources import SourceInfo
+from megascale.errors import UserError
+from megascale.model import counts
+from megascale.planner import CostModel, OffloadModel, Problem, StepPlan, find_planner
+
+
+def cost_model(config: RunConfig) -> CostModel:
+    """The cost model that steps of this run are planned with.
+
+    Measured where `planner.cost` names a file (UserError where that cannot be used), else
+    uncalibrated. The allgather dispatcher of experts pads every micro-batch to the full
+    capacity, so there the part of the cost that grows with tokens is paid per micro-batch.
+    """
+    if config.planner.cost is not None:
+        return _measured_cost(config.planner.cost)
+    cost = counts.default_cost(config.model, config.parallel.tensor)
+    if config.model.moe is None or config.model.moe.dispatcher != "allgather":
+        return cost
+    padded_s = cost.b * (config.planner.capacity_tokens or 0)
+    return replace(cost, b=0.0, fixed=cost.fixed + padded_s)
+
+
+@cache
+def _measured_cost(path: str) -> CostModel:
+    """Read once: a run plans all its steps with the same costs."""
+    try:
+        return CostModel.load(path)
+    except UserError as error:
+        raise UserError(f"planner.cost: {error}; megascale calibrate writes one") from None
+
+
+def offload_model(config: RunConfig, layout: Layout) -> OffloadModel | None:
+    """What offload saves and costs a rank of this run; None where the config allows none."""
+    copy_bytes_per_s = config.planner.host_copy_bytes_per_s
+    if copy_bytes_per_s is None:
+        return None
+    return OffloadModel(
+        stage_layers=config.model.num_layers // layout.pipeline,
+        bytes_per_token=counts.layer_activation_bytes(config, layout),
+        copy_bytes_per_s=copy_bytes_per_s,
+    )
+
+
+def step_problem(config: RunConfig, layout: Layout, lengths: ArrayLike) -> Problem:
+    """What a planner is given for a step of this run with sequences of `lengths` tokens."""
+    capacity = config.planner.capacity_tokens
+    assert capacity is not None, "the config is not finalized"
+    return Problem.of(
+        lengths,
+        layout.hdp,
+        capacity,
+        layout.mode,
+        cost_model(config),
+        pipeline=layout.pipeline,
+        expert_group=layout.expert,
+        offload=offload_model(config, layout),
+        budget_s=config.planner.budget_s,
+    )
+
+
+def plan_lengths(config: RunConfig, layout: Layout, lengths: ArrayLike) -> StepPlan:
+    """Plan sequences of `lengths` tokens as a step of this run would."""
+    return find_planner(config.planner.name)(step_problem(config, layout, lengths))
+
+
+@dataclass(frozen=True)
+class FirstStep:
+    """The first step of a run and its plan."""
+
+    batch: GlobalBatch
+    plan: StepPlan
+
+
+def first_step(config: RunConfig, layout: Layout, sources: Mapping[str, SourceInfo]) -> FirstStep:
+    """Deal and plan step 0."""
+    batch, _ = batches_of(config, sources).next(Cursor())
+    return FirstStep(batch, plan_lengths(config, layout, batch.length))
+
+
+def batches_of(config: RunConfig, sources: Mapping[str, SourceInfo]) -> GlobalBatches:
+    """All global batches of a run, as functions of the cursor."""
+    shards = {name: Shard.open(info.train) for name, info in sources.items()}
+    return GlobalBatches(config.data, shards, config.seed)
