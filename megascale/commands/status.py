@@ -13,7 +13,9 @@ from megascale.errors import UserError
 from megascale.monitor.events import at
 from megascale.monitor.fields import field_called
 from megascale.monitor.quantities import clock, show_count, show_duration
-from megascale.monitor.story import PARTS, Session, Story, read_heartbeats, read_story
+from megascale.monitor.rank_states import read_heartbeats
+from megascale.monitor.sessions import Session
+from megascale.monitor.story import PARTS, Story, read_story
 from megascale.runtime.terminal import escape_controls, unescaped_stdout
 
 if TYPE_CHECKING:

@@ -28,7 +28,7 @@ from megascale.checkpoint.folder import checkpoints_dir, read_latest
 from megascale.errors import UserError
 from megascale.monitor.events import EventLog, at, read_events
 from megascale.monitor.metrics import METRICS_FILE, last_step
-from megascale.monitor.story import HEARTBEATS_FILE
+from megascale.monitor.rank_states import HEARTBEATS_FILE
 from megascale.runtime.files import write_file
 
 SAME_FAILURES = 3

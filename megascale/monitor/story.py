@@ -7,17 +7,23 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from megascale.config import RunConfig, load_config
 from megascale.errors import UserError
 from megascale.monitor.events import at, read_events
-from megascale.monitor.metrics import METRICS_FILE, MOST_STEPS, has_numbers, read_rows
+from megascale.monitor.metrics import METRICS_FILE, has_numbers, read_rows
 from megascale.monitor.quantities import show_duration
+from megascale.monitor.sessions import (
+    Session,
+    end_of,
+    is_failed_start,
+    is_whole,
+    sessions_of,
+    went_on,
+)
 from megascale.monitor.time_spent import SPENT
-from megascale.parsing import read_json
 from megascale.runtime.lock import JOB_LOCK, RUN_LOCK, Holding, ask
 
 PARTS = {
@@ -33,20 +39,8 @@ PARTS = {
     "other": "not accounted for",
 }
 """What the wall time of a run is made of."""
-HEARTBEATS_FILE = "heartbeats.json"
-"""How the ranks were a moment ago, as the driver that leads them keeps it."""
 TURNS = ("launch", "attempt", "start", "stop", "error", "failure", "gave_up", "leave")
 """Events after which a run is in another state than before."""
-NUMBERS = {
-    "start": ("began", "step", "world"),
-    "progress": ("step",),
-    "stop": ("step",),
-    "error": ("step",),
-    "skip": ("step",),
-    "rollback": ("step", "to_step"),
-    "rewind": ("last_step", "step_s", "written"),
-}
-"""What of an event is counted with; one that lacks it is left out."""
 OF_LAUNCHER = ("launch", "attempt", "failure")
 """TURNS after which a launcher is about to start ranks."""
 SILENT = "silent: dead or hung"
@@ -55,31 +49,6 @@ GOES_ON = ("done", "training", "starting", "silent for", "ended; the launcher", 
 UNKNOWN_COMMAND = "the command that started it, with --resume auto"
 QUIET_S, QUIET_STEPS = 120.0, 10
 """A run that says nothing for so long, and for so many of its steps, is thought dead or hung."""
-
-
-@dataclass(frozen=True)
-class Session:
-    """One start of a run, until it ended or another began. Times are seconds since the epoch."""
-
-    began: float
-    started: float
-    """When it was ready to train."""
-    ended: float
-    """Its last word."""
-    world: int
-    first_step: int
-    """Steps that were done when it started."""
-    total_steps: int | None
-    """Steps at its end, as it expected; None where an earlier version wrote it."""
-    last_step: int
-    spent: Mapping[str, float]
-    """Seconds by SPENT."""
-    skipped: frozenset[int]
-    """Steps that were skipped."""
-    undone: tuple[range, ...]
-    """Steps that each of its rollbacks took back, also steps of earlier starts."""
-    end: str | None
-    """How it ended: 'done', 'stopped', or what failed; None where it left no word."""
 
 
 @dataclass(frozen=True)
@@ -211,7 +180,7 @@ class Story:
         """What a launcher seems to be doing that has no ranks which train."""
         ends = (one for one in reversed(turns) if one["event"] not in ("launch", "attempt"))
         end = next(ends, turns[-1])
-        after = f" after: {_end((end,))}" if end["event"] == "failure" else ""
+        after = f" after: {end_of((end,))}" if end["event"] == "failure" else ""
         if not self.run.held and not self.job.held:
             if self.job.held is False:
                 return f"killed with its launcher{after}"
@@ -245,7 +214,7 @@ class Story:
         trains = False
         for event in self.events:
             kind = event["event"]
-            if (kind == "failure" and not trains) or _is_failed_start(event):
+            if (kind == "failure" and not trains) or is_failed_start(event):
                 yield event
             trains = kind == "start" or (trains and kind not in ("failure", "error"))
 
@@ -254,16 +223,16 @@ def read_story(run_dir: Path) -> Story:
     """The story of a run so far. Raises UserError for a folder that holds no run, and OSError."""
     path, locks = run_dir / "config.yaml", _ask(run_dir)
     try:
-        events = [event for event in read_events(run_dir) if _is_whole(event)]
+        events = [event for event in read_events(run_dir) if is_whole(event)]
         config = load_config(path) if path.exists() or not events else None
     except UserError as error:
         raise UserError(f"{run_dir} holds no run: {error}; give a run_dir") from None
     path = run_dir / METRICS_FILE
     rows = [row for row in read_rows(path) if _is_step(row)] if path.exists() else []
-    sessions = tuple(_sessions(events))
+    sessions = tuple(sessions_of(events))
     if rows and sessions and sessions[-1].end is None:
         last_step, step_s = int(rows[-1]["step"]), rows[-1]["step_s"]
-        now = _until(sessions[-1], last_step, path.stat().st_mtime, step_s)
+        now = went_on(sessions[-1], last_step, path.stat().st_mtime, step_s)
         sessions = (*sessions[:-1], now)
     run, job = map(_lasting, locks, _ask(run_dir))
     return Story(config, sessions, rows[-1] if rows else {}, events, run, job)
@@ -281,81 +250,9 @@ def _lasting(before: Holding, after: Holding) -> Holding:
     return after if before == after else replace(after, held=before.held or after.held or None)
 
 
-def _is_whole(event: Mapping[str, Any]) -> bool:
-    kind = event["event"]
-    if kind in ("progress", "stop") and not _is_spent(event.get("spent")):
-        return False
-    names = NUMBERS.get(kind, ())
-    return has_numbers(event, *names) and all(0 <= event[name] <= MOST_STEPS for name in names)
-
-
-def _is_spent(spent: Any) -> bool:
-    return isinstance(spent, dict) and has_numbers(spent, *spent)
-
-
 def _is_step(row: Mapping[str, Any]) -> bool:
     finite = row.get("loss") is None or has_numbers(row, "loss")
     return "loss" in row and finite and has_numbers(row, "tokens_seen", "tokens_per_s", "step_s")
-
-
-def read_heartbeats(run_dir: Path, now: float) -> Mapping[str, Any] | None:
-    """How the ranks were a moment before `now`: `told_s` ago, and `ranks`, each as
-    `launch.hangs.RankPulse` with the name of its `node`. None where nobody has told lately,
-    as without `megascale launch`."""
-    try:
-        told = read_json(run_dir / HEARTBEATS_FILE)
-        told_s, ranks = now - told["time"], [one for one in told["ranks"] if _is_pulse(one)]
-    except (OSError, ValueError, TypeError, KeyError):
-        return None
-    return {"told_s": told_s, "ranks": ranks} if abs(told_s) < QUIET_S else None
-
-
-def _is_pulse(rank: Any) -> bool:
-    """Whether it has all that is shown of a rank."""
-    return (
-        isinstance(rank, dict)
-        and has_numbers(rank, "rank", "step", "calls", "quiet_s", "memory_mib", "device_mib")
-        and all(isinstance(rank.get(name), str) for name in ("node", "state", "phase", "last"))
-        and "waits" in rank
-    )
-
-
-def _sessions(events: Sequence[Mapping[str, Any]]) -> Iterator[Session]:
-    """The starts that `events` tell of, oldest first."""
-    starts = [index for index, event in enumerate(events) if event["event"] == "start"]
-    for begin, end in pairwise([*starts, len(events)]):
-        start, rest = events[begin], events[begin + 1 : end]
-        rest = [event for event in rest if not _is_failed_start(event)]
-        progress = [event for event in rest if event["event"] in ("progress", "stop")]
-        spoken = [event for event in (start, *rest) if event["event"] not in OF_OTHERS]
-        one = Session(
-            began=float(start["began"]),
-            started=at(start),
-            ended=at(spoken[-1]),
-            world=int(start["world"]),
-            first_step=int(start["step"]),
-            total_steps=int(start["total_steps"]) if has_numbers(start, "total_steps") else None,
-            last_step=int(progress[-1]["step"]) if progress else int(start["step"]),
-            spent=progress[-1]["spent"] if progress else {},
-            skipped=frozenset(event["step"] for event in rest if event["event"] == "skip"),
-            undone=tuple(
-                range(int(event["to_step"]) + 1, int(event["step"]) + 1)
-                for event in rest
-                if event["event"] == "rollback"
-            ),
-            end=_end(rest),
-        )
-        for event in rest:
-            if event["event"] == "rewind":
-                last_step, seconds = int(event["last_step"]), float(event["written"])
-                one = _until(one, last_step, seconds, float(event["step_s"]))
-        yield one
-
-
-OF_OTHERS = ("launch", "attempt", "failure", "gave_up", "leave", "slow", "hang", "rewind")
-"""Events that are not the word of the run which was started last, but of a driver, or of the next
-start. `rewind`: that one found metrics up to `last_step`, the last of them `written` then, and
-went back before them."""
 
 
 def _overlap(parts: Sequence[range], whole: range) -> int:
@@ -369,37 +266,13 @@ def _overlap(parts: Sequence[range], whole: range) -> int:
     return count
 
 
-def _is_failed_start(event: Mapping[str, Any]) -> bool:
-    """Whether a run without a launcher failed before it had written that it starts."""
-    return event["event"] == "error" and bool(event.get("starting"))
-
-
-def _end(rest: Sequence[Mapping[str, Any]]) -> str | None:
-    for event in rest:
-        if event["event"] in ("failure", "error"):
-            return str(event.get("error", "failed"))
-        if event["event"] == "stop":
-            return "stopped" if event.get("asked") else "done"
-        if event["event"] == "leave":
-            return f"left: {event.get('why')}"
-    return None
-
-
 def _over(turns: Sequence[Mapping[str, Any]]) -> str:
     """The state of a run that has said that it ended: the last of its turns says how."""
     last, before = turns[-1], turns[-2] if len(turns) > 1 else turns[-1]
     if last["event"] == "gave_up":
         return f"given up: {last.get('why')}"
     if last["event"] == "error":
-        return f"{'could not start' if _is_failed_start(last) else 'failed'}: {_end((last,))}"
+        return f"{'could not start' if is_failed_start(last) else 'failed'}: {end_of((last,))}"
     if last["event"] == "leave" and before["event"] == "stop":
         last = before
-    return str(_end((last,)))
-
-
-def _until(one: Session, last_step: int, ended: float, step_s: float) -> Session:
-    """A start that went on after its last account of itself, in steps of so many seconds."""
-    more = max(0, last_step - one.last_step)
-    spent = {**one.spent, "training": one.spent.get("training", 0.0) + more * step_s}
-    ended = max(one.ended, ended)
-    return replace(one, ended=ended, last_step=one.last_step + more, spent=spent)
+    return str(end_of((last,)))

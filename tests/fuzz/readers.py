@@ -293,7 +293,7 @@ def heartbeats(rng: Rng, scene: Scene) -> None:
     from rich.console import Group
 
     from megascale.commands.status import _ranks
-    from megascale.monitor.story import read_heartbeats
+    from megascale.monitor.rank_states import read_heartbeats
 
     value = {"time": 1796022955.0, "ranks": [PULSE, {**PULSE, "rank": 1, "waits": True}]}
     written(scene, "run/heartbeats.json", mutate.json_bytes(rng, value))

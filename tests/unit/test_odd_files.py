@@ -21,7 +21,9 @@ from megascale.monitor.events import read_events
 from megascale.monitor.experts import read_shares
 from megascale.monitor.metrics import read_rows
 from megascale.monitor.plots import load_curves
-from megascale.monitor.story import Session, Story, _overlap, read_heartbeats, read_story
+from megascale.monitor.rank_states import read_heartbeats
+from megascale.monitor.sessions import Session
+from megascale.monitor.story import Story, _overlap, read_story
 from megascale.monitor.stragglers import read_slowdowns
 from megascale.run.start import origin_of
 from megascale.simulate.lengths import read_lengths

@@ -15,7 +15,8 @@ from megascale.commands.report import COLOURS
 from megascale.commands.status import shown, start_rows
 from megascale.errors import UserError
 from megascale.monitor import story as stories
-from megascale.monitor.story import PARTS, read_heartbeats, read_story
+from megascale.monitor.rank_states import read_heartbeats
+from megascale.monitor.story import PARTS, read_story
 from megascale.runtime.lock import JOB_LOCK, RUN_LOCK, hold
 
 BEGAN = 1_790_000_000.0
