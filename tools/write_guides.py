@@ -12,6 +12,7 @@ import inspect
 import sys
 import types
 import typing
+from collections.abc import Iterable
 from dataclasses import MISSING, fields, is_dataclass
 from dataclasses import Field as Option
 from pathlib import Path
@@ -135,10 +136,12 @@ def _kind(hint: Any, titles: dict[str, type]) -> str:
     origin, args = get_origin(hint), get_args(hint)
     if origin in (Union, types.UnionType):
         return _kind(next(arg for arg in args if arg is not type(None)), titles)
+    if origin is Annotated and isinstance(args[1], schema.NameOf):
+        return _one_of(args[1].table)
     if origin is Annotated:
         return f"{_kind(args[0], titles)}, or `{args[1]}`"
     if origin is Literal:
-        return "one of " + ", ".join(f"`{arg}`" for arg in args)
+        return _one_of(args)
     if origin is tuple:
         items = _kind(args[0], titles)
         length = "" if args[-1] is Ellipsis else f" of length {len(args)}"
@@ -149,6 +152,10 @@ def _kind(hint: Any, titles: dict[str, type]) -> str:
         title = _title(next(path for path, kind in titles.items() if kind is hint))
         return f"section [{title}](#{anchor(title)})"
     return SCALARS[hint]
+
+
+def _one_of(names: Iterable[object]) -> str:
+    return "one of " + ", ".join(f"`{name}`" for name in names)
 
 
 def _default(option: Option[Any]) -> str:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from megascale.config.lr_curves import expand
+from megascale.config.optimizers import OPTIMIZERS, own_options, titles_of_growable
 from megascale.config.schema import (
     PLANNERS,
     ModelConfig,
@@ -29,7 +30,7 @@ AT_LEAST_ONE = {
     "data": "context_tokens global_batch_tokens max_epochs",
     "train": "tokens threads stop_after_steps",
     "train.spikes": "patience_steps",
-    "optim": "max_skipped_steps soap_refresh_steps",
+    "optim": f"max_skipped_steps {own_options(least=1)}",
     "checkpoint": "keep_last emergency_every_steps",
     "monitor": "log_every_steps",
     "eval": "sample_tokens",
@@ -37,7 +38,7 @@ AT_LEAST_ONE = {
 }
 NOT_NEGATIVE = {
     "": "seed",
-    "optim": "eps weight_decay clip_grad_norm soap_max_dim",
+    "optim": f"eps weight_decay clip_grad_norm {own_options(least=0)}",
     "train.spikes": "window_steps deviations",
     "eval": "every_steps tokens",
     "monitor": "compare_ranks_every_steps",
@@ -196,7 +197,7 @@ def _finalize_model(model: ModelConfig, vocab_size: int) -> ModelConfig:
 def _finalize_optim(optim: OptimConfig, tokens: int) -> OptimConfig:
     beta1 = optim.beta1
     if beta1 is None:
-        beta1 = 0.95 if optim.name == "soap" else 0.9
+        beta1 = OPTIMIZERS[optim.name].beta1
     return expand(replace(optim, beta1=beta1), tokens)
 
 
@@ -244,10 +245,10 @@ def _validate_growth(config: RunConfig) -> None:
             f"growth.noise = {growth.noise} would undo that growth.operator = {growth.operator} "
             "keeps the function; set it to 0"
         )
-    if growth.optimizer == "grow" and config.optim.name != "adamw":
+    if growth.optimizer == "grow" and not OPTIMIZERS[config.optim.name].means:
         raise UserError(
-            f"growth.optimizer = grow grows AdamW's moments; optim.name = {config.optim.name} has "
-            "others, so leave it out"
+            f"growth.optimizer = grow grows {titles_of_growable()}'s moments; optim.name = "
+            f"{config.optim.name} has others, so leave it out"
         )
     if config.train.stop_after_steps is not None:
         raise UserError("train.stop_after_steps and growth are both set; remove one")

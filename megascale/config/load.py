@@ -12,7 +12,7 @@ from dataclasses import MISSING, asdict, fields, is_dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
-from megascale.config.schema import RunConfig
+from megascale.config.schema import NameOf, RunConfig
 from megascale.errors import UserError
 from megascale.installation import given_or_example
 from megascale.parsing import dump_yaml, is_plain_name, parse_yaml, read_yaml_text
@@ -170,6 +170,8 @@ def _build(kind: Any, value: Any, where: str) -> Any:
             return None
         (kind,) = (arg for arg in args if arg is not type(None))
         return _build(kind, value, where)
+    if origin is Annotated and isinstance(args[1], NameOf):
+        return _choice(tuple(args[1].table), value, where)
     if origin is Annotated:
         return value if value in args[1:] else _build(args[0], value, where)
     if origin is Literal:

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, Literal, TypeVar, get_args
 
+from megascale.config.optimizers import OPTIMIZERS
 from megascale.config.schema import OptimConfig, SegmentConfig
 from megascale.errors import UserError
 
@@ -169,7 +170,7 @@ CURVES: dict[str, Callable[[OptimConfig, int], Segments]] = {
 
 def _rates(optim: OptimConfig) -> tuple[float, float]:
     """Peak and last rate."""
-    lr = _or(optim.lr, 3e-3 if optim.name == "soap" else 3e-4)
+    lr = _or(optim.lr, OPTIMIZERS[optim.name].lr)
     return lr, _or(optim.min_lr, lr / 10)
 
 

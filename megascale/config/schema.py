@@ -7,12 +7,22 @@ that None switches something off.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
+
+from megascale.config.optimizers import OPTIMIZERS
 
 ByLawFloat = Annotated[float, "steplaw"]
 ByLawInt = Annotated[int, "steplaw"]
 """A number, or the word `steplaw` for it until `optim.steplaw.resolve` has put the number there."""
+
+
+class NameOf:
+    """In an annotation of text: it must be a name of this table."""
+
+    def __init__(self, table: Mapping[str, object]) -> None:
+        self.table = table
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -343,7 +353,7 @@ class SegmentConfig:
 class OptimConfig:
     """The optimizer and its learning rate."""
 
-    name: Literal["adamw", "soap"] = "adamw"
+    name: Annotated[str, NameOf(OPTIMIZERS)] = "adamw"
     """`soap`: Adam in the eigenbasis of Shampoo's preconditioner. It takes fewer steps, and more
     time and memory for each. Its matrices are the weights as one rank holds them: SwiGLU's two
     apart; queries, keys and values as one. So `parallel.tensor` changes what is learned, and a

@@ -17,6 +17,7 @@ from megatron.core.transformer.transformer_block import (
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megascale.config import MoeConfig, RunConfig
+from megascale.config.optimizers import OPTIMIZERS
 from megascale.mesh.offload import Offloader
 from megascale.model.balance import Balance
 from megascale.model.counts import padded_vocab_size
@@ -184,7 +185,7 @@ def _reduction(config: RunConfig, ranks: Ranks) -> DistributedDataParallelConfig
     whole = config.model.moe is None or use_transformer_engine(config.model)
     rings = config.planner.name != "longest_first"
     overlap = ranks.device.type == "cuda" and whole and not rings
-    flat = config.optim.distributed_optimizer and config.optim.name == "adamw"
+    flat = config.optim.distributed_optimizer and OPTIMIZERS[config.optim.name].is_flat
     return DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
         overlap_grad_reduce=overlap,

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 
 from megascale.config import Layout, OptimConfig, RunConfig
 from megascale.config.lr_curves import options_of
+from megascale.config.optimizers import OPTIMIZERS
 from megascale.corpus.batches import used_sources
 from megascale.corpus.run_length import RunLength
 from megascale.model.counts import count_parameters
@@ -93,9 +94,9 @@ def _model(config: RunConfig, layout: Layout, num_sequences: int) -> Iterator[st
         yield "train.threads has no effect on CUDA"
     if config.device == "cpu" and config.monitor.memory_snapshot:
         yield "monitor.memory_snapshot has no effect without CUDA"
-    for name in ("soap_refresh_steps", "soap_max_dim"):
+    for name in (name for one in OPTIMIZERS.values() for name in one.options):
         changed = getattr(config.optim, name) != getattr(OptimConfig, name)
-        if changed and config.optim.name != "soap":
+        if changed and name not in OPTIMIZERS[config.optim.name].options:
             yield f"optim.{name} has no effect with optim.name = {config.optim.name}"
 
 

@@ -112,7 +112,7 @@ def _config(found: Found, grown: ModelConfig) -> RunConfig:
         model=_unbalanced(for_one_rank(grown)),
         parallel=replace(ParallelConfig(), sequence_parallel=False),
         planner=replace(was.planner, name="longest_first", capacity_tokens=capacity, cost=None),
-        optim=replace(was.optim, name="adamw", distributed_optimizer=False),
+        optim=replace(was.optim, distributed_optimizer=False),
         train=replace(was.train, precision="fp32", recompute="none"),
     )
 
