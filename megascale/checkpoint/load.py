@@ -15,6 +15,7 @@ from megascale.errors import UserError
 
 if TYPE_CHECKING:
     from megascale.model.model import Model
+    from megascale.optim.build import Optimizer
     from megascale.runtime.distributed import Ranks
 
 
@@ -176,26 +177,26 @@ def _inspect(
     return manifest, told
 
 
-def restore(found: Found, model: Model, optimizer: Any | None, ranks: Ranks) -> Manifest:
+def restore(found: Found, model: Model, optimizer: Optimizer | None, ranks: Ranks) -> Manifest:
     """Load weights and, with `optimizer`, its state in place; the layout may be any.
 
     `optimizer=None` loads the weights alone: an optimizer that is to train them afterwards must be
-    told so by its `reload_model_params`. Loading into the layout that wrote them restores every
-    bit. No pickled code is executed. Raises UserError, the same on every rank, when the model
-    differs from the saved one in any tensor, or when a file is refused.
+    told so by the `reload_model_params` of its `core`. Loading into the layout that wrote them
+    restores every bit. No pickled code is executed. Raises UserError, the same on every rank, when
+    the model differs from the saved one in any tensor, or when a file is refused.
     """
     from megascale.checkpoint.read import load_boxes
-    from megascale.checkpoint.shards import boxes, set_optimizer_steps
+    from megascale.checkpoint.shards import boxes
 
     if optimizer is not None:
-        set_optimizer_steps(optimizer, found.manifest.optimizer_steps)
-    wanted = boxes(model, optimizer)
-    load_boxes(found.folder, wanted, optimizer is not None, ranks, found.bring)
+        optimizer.set_steps(found.manifest.optimizer_steps)
+    state = optimizer.state if optimizer is not None else None
+    load_boxes(found.folder, boxes(model, optimizer), state, ranks, found.bring)
     return found.manifest
 
 
 def begin_from(
-    found: Found, model: Model, optimizer: Any | None, keep_state: bool, ranks: Ranks
+    found: Found, model: Model, optimizer: Optimizer | None, keep_state: bool, ranks: Ranks
 ) -> None:
     """Let a new run begin with the weights of another one's checkpoint, of any layout or precision.
 
@@ -203,14 +204,17 @@ def begin_from(
     UserError, the same on every rank, when the weights or the moments asked for are not there.
     """
     from megascale.checkpoint.read import load_other
-    from megascale.checkpoint.shards import boxes, set_optimizer_steps
+    from megascale.checkpoint.shards import boxes
 
     if keep_state and not found.manifest.optimizer_steps:
         raise UserError(
             f"checkpoint {found.folder} holds no state of an optimizer; set start.optimizer=reset"
         )
-    set_optimizer_steps(optimizer, found.manifest.optimizer_steps if keep_state else 0)
-    load_other(found.folder, boxes(model, optimizer), keep_state, ranks)
+    state = None
+    if optimizer is not None:
+        optimizer.set_steps(found.manifest.optimizer_steps if keep_state else 0)
+        state = optimizer.state if keep_state else None
+    load_other(found.folder, boxes(model, optimizer), state, ranks)
 
 
 def _on_rank_0(ranks: Ranks | None, ask: Callable[[], list[int]]) -> list[int]:

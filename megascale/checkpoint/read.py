@@ -21,7 +21,9 @@ from megascale.checkpoint.ranges import Shape
 from megascale.checkpoint.repad import MASTER_PREFIX, fits, repadded
 from megascale.checkpoint.shards import OPTIMIZER_PREFIX, Box
 from megascale.checkpoint.storage import Index, one_line, read_index
+from megascale.config.optimizers import OPTIMIZERS
 from megascale.errors import UserError
+from megascale.optim.optimizers import StateTensors
 from megascale.runtime.distributed import Ranks
 
 Description = tuple[tuple[int, ...], torch.dtype | None]
@@ -32,12 +34,13 @@ ROUTER_STATE = ("router.load_E", "router.earlier_E", "router.bias_E")
 def load_boxes(
     folder: Path,
     wanted: list[Box],
-    with_optimizer: bool,
+    state: StateTensors | None,
     ranks: Ranks,
     bring: Callable[[set[str]], None] | None = None,
 ) -> None:
     """Fill the live memory of `wanted` from a checkpoint of any layout.
 
+    `state` is what the optimizer keeps; None where weights alone are wanted.
     `bring` is called, on all ranks, with the files of the folder that a rank is to read.
     Raises UserError on every rank when a tensor is missing, left over, of another shape or dtype,
     or when a file on any rank is refused.
@@ -46,40 +49,41 @@ def load_boxes(
     stored = {
         key: tensor
         for key, tensor in _described(index).items()
-        if with_optimizer or not key.startswith(OPTIMIZER_PREFIX)
+        if state is not None or not key.startswith(OPTIMIZER_PREFIX)
     }
     asked = {box.key: (box.global_shape, box.holder().dtype) for box in wanted}
-    _check_same_tensors(folder, stored, asked, ranks)
-    _fill(folder, index, wanted, ranks, bring)
+    _check_same_tensors(folder, stored, asked, state, ranks)
+    _fill(folder, index, wanted, state, ranks, bring)
 
 
-def load_other(folder: Path, wanted: list[Box], with_state: bool, ranks: Ranks) -> None:
+def load_other(folder: Path, wanted: list[Box], state: StateTensors | None, ranks: Ranks) -> None:
     """Fill the live memory of `wanted` from a checkpoint of another run.
 
     Unlike `load_boxes` it converts between precisions, takes master weights from the weights
     where there are none, leaves the state of routers as it is where the checkpoint has none, and
-    without `with_state` leaves the optimizer's state in `wanted` alone. Raises UserError likewise.
+    without `state` leaves the optimizer's state in `wanted` alone. Raises UserError likewise.
     """
     index = _read_index_together(folder, ranks)
-    wanted = [box for box in wanted if with_state or not _is_state(box.key)]
+    wanted = [box for box in wanted if state is not None or not _is_state(box.key)]
     asked = {box.key: (box.global_shape, None) for box in wanted}
     stored = {key: (shape, None) for key, (shape, _) in _described(index).items()}
 
     def matters(key: str) -> bool:
         weight = not key.startswith(OPTIMIZER_PREFIX) and not key.endswith(ROUTER_STATE)
-        return weight or (with_state and _is_state(key))
+        return weight or (state is not None and _is_state(key))
 
     _check_same_tensors(
         folder,
         {key: stored[key] for key in stored if matters(key)},
         {key: asked[key] for key in asked if matters(key)},
+        state,
         ranks,
     )
     masters = [box for box in wanted if box.key.startswith(MASTER_PREFIX)]
     others = [box for box in wanted if not box.key.startswith(MASTER_PREFIX)]
     for boxes in (others, masters):  # apart, because both may be read from the same tensor
         moved = [replace(box, key=_origin(box, index)) for box in boxes]
-        _fill(folder, index, [box for box in moved if box.key in index.tensors], ranks)
+        _fill(folder, index, [box for box in moved if box.key in index.tensors], state, ranks)
 
 
 def _is_state(key: str) -> bool:
@@ -111,11 +115,12 @@ def _fill(
     folder: Path,
     index: Index,
     wanted: list[Box],
+    state: StateTensors | None,
     ranks: Ranks,
     bring: Callable[[set[str]], None] | None = None,
 ) -> None:
     """Read boxes; one that all ranks of a group hold is read by one of them, who sends it on."""
-    moved = repadded(index, wanted)
+    moved = repadded(index, wanted, state)
     apart = {id(box) for one in moved for box in one.live.values()}
     wanted = [box for box in wanted if id(box) not in apart]
     wanted += [box for one in moved for box in one.read.values()]
@@ -133,8 +138,8 @@ def _fill(
     _raise_together(error, ranks)
     for one in shared:
         dist.broadcast(one.box.live(), one.reader, group=one.group)
-    for state in moved:
-        state.write()
+    for repadding in moved:
+        repadding.write()
 
 
 @dataclass(frozen=True)
@@ -250,7 +255,11 @@ def _described(index: Index) -> dict[str, Description]:
 
 
 def _check_same_tensors(
-    folder: Path, stored: Mapping[str, Description], mine: Mapping[str, Description], ranks: Ranks
+    folder: Path,
+    stored: Mapping[str, Description],
+    mine: Mapping[str, Description],
+    state: StateTensors | None,
+    ranks: Ranks,
 ) -> None:
     """Raise UserError, naming the first tensor that the run and the checkpoint differ in."""
     asked: dict[str, Description] = {}
@@ -258,20 +267,30 @@ def _check_same_tensors(
         asked |= of_rank
     keys = asked.keys() | stored.keys()
     for key in sorted(keys, key=lambda key: (key.startswith(OPTIMIZER_PREFIX), key)):
-        if not _same(key, stored.get(key), asked.get(key)):
+        if not _same(key, stored.get(key), asked.get(key), state):
             raise UserError(
                 f"checkpoint {folder} does not fit this run: tensor {key} is "
                 f"{_describe(stored.get(key))} there and {_describe(asked.get(key))} here; "
-                "take the model, train.precision and optim (with SOAP, parallel.tensor and "
-                "model.vocab_multiple too) that it was written with (its config is in "
-                "manifest.json)"
+                f"take the model, train.precision and optim ({_kept_by_some()}) that it was "
+                "written with (its config is in manifest.json)"
             )
 
 
-def _same(key: str, stored: Description | None, asked: Description | None) -> bool:
+def _kept_by_some() -> str:
+    """The options that the state of some optimizers depends on."""
+    return "; ".join(
+        f"with {one.title}, {' and '.join(one.resume_keeps)} too"
+        for one in OPTIMIZERS.values()
+        if one.resume_keeps
+    )
+
+
+def _same(
+    key: str, stored: Description | None, asked: Description | None, state: StateTensors | None
+) -> bool:
     if stored is None or asked is None:
         return stored is asked
-    return stored[1] == asked[1] and fits(key, stored[0], asked[0])
+    return stored[1] == asked[1] and fits(key, stored[0], asked[0], state)
 
 
 def _describe(tensor: Description | None) -> str:

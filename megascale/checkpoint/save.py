@@ -19,7 +19,7 @@ import torch.distributed as dist
 from megascale.checkpoint import folder as folders
 from megascale.checkpoint.emergency import Emergency
 from megascale.checkpoint.manifest import FileSum, Manifest, Position, current_versions
-from megascale.checkpoint.shards import Box, boxes, optimizer_steps, set_optimizer_steps
+from megascale.checkpoint.shards import Box, boxes
 from megascale.checkpoint.storage import (
     Entry,
     Written,
@@ -30,6 +30,7 @@ from megascale.checkpoint.storage import (
 )
 from megascale.config import CheckpointConfig
 from megascale.model.model import Model
+from megascale.optim.build import Optimizer
 from megascale.runtime.distributed import Ranks, broadcast_bytes
 from megascale.runtime.files import UNFINISHED, discard, sync_folder
 from megascale.runtime.first_rank import from_first_rank, on_first_rank
@@ -104,7 +105,7 @@ class Saver:
         self._job: _Job | None = None
         self._background = ThreadPoolExecutor(1, "checkpoint", initializer=_give_way)
         self._versions = current_versions()
-        self._prepared_for: tuple[Any, Any] | None = None
+        self._prepared_for: tuple[Model, Optimizer] | None = None
         self._boxes: list[Box] = []
         self._host: list[torch.Tensor] = []
         self._entries: list[list[Entry]] = []
@@ -121,12 +122,12 @@ class Saver:
         """A save is on its way; the same on every rank."""
         return self._job is not None
 
-    def prepare(self, model: Model, optimizer: Any) -> None:
+    def prepare(self, model: Model, optimizer: Optimizer) -> None:
         """Plan what each rank writes and get the host memory for it.
 
         The first `save` does it if nobody did; done ahead, the first save is as quick as others.
         """
-        set_optimizer_steps(optimizer, optimizer_steps(optimizer))
+        optimizer.set_steps(optimizer.steps)  # its state is made
         self._boxes = boxes(model, optimizer, to_write=True)
         on_cuda = self.ranks.device.type == "cuda"
         lives = [box.live() for box in self._boxes]
@@ -144,7 +145,7 @@ class Saver:
         check_cover(self._entries)
         return str(max((len(of_rank) for of_rank in self._entries), default=0)).encode()
 
-    def save(self, position: Position, model: Model, optimizer: Any) -> list[SaveResult]:
+    def save(self, position: Position, model: Model, optimizer: Optimizer) -> list[SaveResult]:
         """Save the state after `position.step`, once an earlier save is done.
 
         Returns the results of the saves that ended in the call: with `async_save` none, or the
@@ -158,7 +159,7 @@ class Saver:
         results = [earlier, None if self.config.async_save else self.wait()]
         return [result for result in results if result is not None]
 
-    def copy(self, position: Position, model: Model, optimizer: Any) -> SaveResult | None:
+    def copy(self, position: Position, model: Model, optimizer: Optimizer) -> SaveResult | None:
         """Begin an emergency copy of the state; none while an earlier save is on its way.
 
         Returns its result where it ends in the call, without `async_save`.
@@ -171,7 +172,7 @@ class Saver:
         self._job = job
         return None if self.config.async_save else self.wait()
 
-    def _stage(self, position: Position, model: Model, optimizer: Any) -> _Job:
+    def _stage(self, position: Position, model: Model, optimizer: Optimizer) -> _Job:
         """Copy the state to host memory; the save to be done with it."""
         began = time.perf_counter()
         if self._prepared_for is None or any(
@@ -182,7 +183,7 @@ class Saver:
         self._copy_to_host()
         manifest = Manifest(  # the cursor goes on changing, so take it as it is now
             position=replace(position, cursor=json.loads(json.dumps(position.cursor))),
-            optimizer_steps=optimizer_steps(optimizer),
+            optimizer_steps=optimizer.steps,
             layout=asdict(self.ranks.layout),
             versions=self._versions,
             files={},

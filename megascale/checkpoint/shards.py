@@ -6,12 +6,13 @@ ranks. A range of a flattened tensor is a few boxes of it, so each rank's state 
 the global tensors, and any layout can be loaded into any other, with no gathering over ranks.
 (megatron-core's own resharding format gathers the state on one rank of each group to save it.)
 
-SOAP's averages and bases belong to a matrix as its tensor rank holds it, so their global tensors
-have the matrix's place in the weight, in matrices, as two axes before their own; resuming with
-another number of tensor ranks is refused, because then they have other shapes.
+The factors of an optimizer (`optim.optimizers.Factors`) belong to a matrix as its tensor rank holds
+it, so their global tensors have the matrix's place in the weight, in matrices, as two axes before
+their own; resuming with another number of tensor ranks is refused, because then they have other
+shapes.
 
 Padded rows of the vocabulary are left out, so a checkpoint does not depend on the padding. Only
-what SOAP keeps in a basis over the rows has them: it is not a row for each id.
+what an optimizer keeps in a basis over the rows has them: it is not a row for each id.
 """
 
 from __future__ import annotations
@@ -30,10 +31,10 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megascale.checkpoint.ranges import Shape, boxes_of_range
 from megascale.model.model import Model
 from megascale.model.vocabulary import ids_among
-from megascale.optim.soap import SIDES, Soap
+from megascale.optim.build import Optimizer
+from megascale.optim.optimizers import StateTensors
 
 OPTIMIZER_PREFIX = "optimizer.state."
-MOMENTS = ("exp_avg", "exp_avg_sq")
 MASTER = "fp32_param"
 
 
@@ -84,10 +85,10 @@ class _Held:
     replicas: int
     """Data-parallel ranks that hold the same elements."""
     in_row_basis: bool = False
-    """SOAP's state in a basis over the rows of the weight, the padded ones included."""
+    """State in a basis over the rows of the weight, the padded ones included."""
 
 
-def boxes(model: Model, optimizer: Any | None, to_write: bool = False) -> list[Box]:
+def boxes(model: Model, optimizer: Optimizer | None, to_write: bool = False) -> list[Box]:
     """Boxes of the weights and, with `optimizer`, of its state, that this rank holds.
 
     With `to_write` only those that this rank writes: over all ranks they cover each global tensor
@@ -101,13 +102,15 @@ def boxes(model: Model, optimizer: Any | None, to_write: bool = False) -> list[B
         parts_of[id(weight)] = parts
         held = _Held("", partial(_itself, weight), 0, weight.numel(), _replicas(weight))
         found += _boxes([_without_padding(part, weight) for part in parts], held, to_write)
-    for inner in inner_optimizers(optimizer):
-        for weight, held in _held_state(inner, model):
+    if optimizer is None:
+        return found
+    for inner in optimizer.inner:
+        for weight, held in _held_state(inner, model, optimizer.state):
             parts = parts_of[id(weight)]
             if not held.in_row_basis:
                 parts = [_without_padding(part, weight) for part in parts]
             found += _boxes(parts, held, to_write)
-        for weight, dim, held in _held_factors(inner, model):
+        for weight, dim, held in _held_factors(inner, model, optimizer.state):
             parts = [_factor_part(part, dim) for part in parts_of[id(weight)]]
             found += _boxes(parts, held, to_write)
     return found
@@ -119,39 +122,6 @@ def _network(chunk: torch.nn.Module) -> Any:
     while hasattr(network, "module"):
         network = network.module
     return network
-
-
-def inner_optimizers(optimizer: Any | None) -> list[Any]:
-    """megatron-core's optimizers that hold parameters on this rank."""
-    if optimizer is None:
-        return []
-    chained = getattr(optimizer, "chained_optimizers", [optimizer])
-    return [inner for inner in chained if not getattr(inner, "is_stub_optimizer", False)]
-
-
-def optimizer_steps(optimizer: Any) -> int:
-    """Steps that Adam took; 0 before the first."""
-    counts = [0]
-    for inner in inner_optimizers(optimizer):
-        for group in inner.optimizer.param_groups:
-            counts.append(int(group.get("step", 0)))
-            states = [inner.optimizer.state.get(p, {}) for p in group["params"]]
-            counts += [int(state.get("step", 0)) for state in states]
-    return max(counts)
-
-
-def set_optimizer_steps(optimizer: Any, steps: int) -> None:
-    """Make the state where there is none (Adam makes it in its first step), and set the count
-    that bias correction goes by. torch counts per parameter, fused Adams and SOAP per group."""
-    for inner in inner_optimizers(optimizer):
-        inner.init_state_fn(inner.optimizer, inner.config)
-        per_parameter = isinstance(inner.optimizer, (torch.optim.Adam, torch.optim.AdamW))
-        for group in inner.optimizer.param_groups:
-            if not per_parameter:
-                group["step"] = steps
-                continue
-            for parameter in group["params"]:
-                inner.optimizer.state[parameter]["step"] = torch.tensor(float(steps))
 
 
 def _itself(weight: torch.Tensor) -> torch.Tensor:
@@ -204,32 +174,36 @@ def _without_padding(part: _Part, weight: torch.Tensor) -> _Part:
     )
 
 
-def _held_state(inner: Any, model: Model) -> Iterator[tuple[torch.Tensor, _Held]]:
+def _held_state(
+    inner: Any, model: Model, state: StateTensors
+) -> Iterator[tuple[torch.Tensor, _Held]]:
     """(parameter, state) for the master weight, where it is a copy, and each moment."""
+    row_basis = state.factors.row_basis if state.factors is not None else None
     for weight, main, start, stop in _main_parameters(inner, model):
         replicas = _state_replicas(inner, weight)
-        holders = {name: partial(_state, inner.optimizer, main, name) for name in MOMENTS}
+        holders = {name: partial(_state, inner.optimizer, main, name) for name in state.moments}
         if main.dtype != weight.dtype:
             holders[MASTER] = partial(_itself, main)
-        turned = "left_basis" in inner.optimizer.state.get(main, {})
+        turned = row_basis in inner.optimizer.state.get(main, {})
         for name, holder in holders.items():
             prefix, in_basis = f"{OPTIMIZER_PREFIX}{name}.", turned and name != MASTER
             yield weight, _Held(prefix, holder, start, stop, replicas, in_basis)
 
 
-def _held_factors(inner: Any, model: Model) -> Iterator[tuple[torch.Tensor, int, _Held]]:
-    """(parameter, the dimension they are of, state) for SOAP's averages and bases."""
-    if not isinstance(inner.optimizer, Soap):
+def _held_factors(
+    inner: Any, model: Model, state: StateTensors
+) -> Iterator[tuple[torch.Tensor, int, _Held]]:
+    """(parameter, the dimension that they belong to, state) for each factor that a weight has."""
+    if state.factors is None:
         return
     for weight, main, _, _ in _main_parameters(inner, model):
-        for side, dim in SIDES.items():
-            for name in (f"{side}_average", f"{side}_basis"):
-                factor = inner.optimizer.state[main].get(name)
-                if factor is not None:
-                    holder = partial(_state, inner.optimizer, main, name)
-                    replicas = _state_replicas(inner, weight)
-                    prefix = f"{OPTIMIZER_PREFIX}{name}."
-                    yield weight, dim, _Held(prefix, holder, 0, factor.numel(), replicas)
+        for name, dim in state.factors.dimensions.items():
+            factor = inner.optimizer.state[main].get(name)
+            if factor is not None:
+                holder = partial(_state, inner.optimizer, main, name)
+                replicas = _state_replicas(inner, weight)
+                prefix = f"{OPTIMIZER_PREFIX}{name}."
+                yield weight, dim, _Held(prefix, holder, 0, factor.numel(), replicas)
 
 
 def _factor_part(part: _Part, dim: int) -> _Part:

@@ -92,6 +92,12 @@ class Tensors:
             return {k[len(prefix) :]: size for k, size in stored.items() if k.startswith(prefix)}
         return {key: size for key, size in stored.items() if not key.startswith(OPTIMIZER_PREFIX)}
 
+    @property
+    def state_names(self) -> set[str]:
+        """Names of the tensors that the optimizer keeps of weights, without master weights."""
+        keys = [key for key in self._index.tensors if key.startswith(OPTIMIZER_PREFIX)]
+        return {key[len(OPTIMIZER_PREFIX) :].partition(".")[0] for key in keys} - {MASTER}
+
     def read(self, key: str, offset: Shape = (), shape: Shape | None = None) -> torch.Tensor:
         """A box of a tensor, all of it by default; leading axes suffice: `read(key, (3,), (1,))`
         is layer 3 alone, with that axis.

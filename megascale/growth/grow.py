@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
 from megascale.checkpoint.read import ROUTER_STATE
-from megascale.checkpoint.shards import MOMENTS
 from megascale.checkpoint.tensors import Piece, Tensors, moment_key
 from megascale.config import ModelConfig
+from megascale.config.optimizers import OPTIMIZERS, titles_of_growable
 from megascale.errors import UserError
 from megascale.growth.learn import Maps
 from megascale.growth.operators import OPERATORS, Growth, Parents
 from megascale.model.initialise import CLOSED_TOKENS
-from megascale.optim.soap import SIDES
 
 
 def grow(
@@ -39,7 +38,7 @@ def grow(
 
 
 def grow_moments(model: ModelConfig, checkpoint: Tensors, growth: Growth) -> Iterator[Piece]:
-    """AdamW's moments for the grown model, which begins with more of them than zeros.
+    """The optimizer's moments for the grown model, which begins with more of them than zeros.
 
     A copied layer has the moments of the layer that it copies, a new one that adds nothing at first
     has zeros. A wider model has those that its own gradients would have given, were no noise added
@@ -51,16 +50,22 @@ def grow_moments(model: ModelConfig, checkpoint: Tensors, growth: Growth) -> Ite
             f"--optimizer grow: there is no rule for moments under --operator {growth.operator}; "
             "leave them behind with --optimizer drop"
         )
-    of_soap = any(Tensors(checkpoint.found, f"{side}_average").shapes for side in SIDES)
-    for power, name in enumerate(MOMENTS, start=1):
+    for name, power in _means(checkpoint).items():
         moment = Tensors(checkpoint.found, name)
-        if of_soap or moment.shapes.keys() != _trained(checkpoint):
-            raise UserError(
-                f"checkpoint {checkpoint.found.folder} holds no moments of AdamW that could grow; "
-                "leave them behind with --optimizer drop"
-            )
         for piece in moments(model, moment, growth, power):
             yield replace(piece, key=moment_key(name, piece.key))
+
+
+def _means(checkpoint: Tensors) -> Mapping[str, int]:
+    """The moments that can grow, each the mean of the gradients to this power."""
+    names, trained = checkpoint.state_names, _trained(checkpoint)
+    means = next((one.means for one in OPTIMIZERS.values() if one.means.keys() == names), {})
+    if not means or any(Tensors(checkpoint.found, n).shapes.keys() != trained for n in means):
+        raise UserError(
+            f"checkpoint {checkpoint.found.folder} holds no moments of {titles_of_growable()} that "
+            "could grow; leave them behind with --optimizer drop"
+        )
+    return means
 
 
 def _trained(checkpoint: Tensors) -> set[str]:

@@ -38,7 +38,7 @@ class Growth:
     steps: int = 100
     """For `learn`: steps of learning, each with a global batch."""
     optimizer: Literal["drop", "grow"] = "drop"
-    """What becomes of AdamW's moments: they are left behind, as in the paper, or grow too."""
+    """What becomes of the optimizer's moments: left behind, as in the paper, or grown too."""
     seed: int = 1234
     """Of what is drawn."""
 
@@ -63,8 +63,8 @@ class Parents:
 Pieces = Callable[[Parents, ModelConfig, Growth], "Iterator[Piece]"]
 """The tensors of the grown model, of which the config is given, read as they are taken."""
 Moments = Callable[[ModelConfig, "Tensors", Growth, int], "Iterator[Piece]"]
-"""AdamW's mean of gradients to a power (1 or 2), for the grown model: of the old model, that moment
-of it, and the power."""
+"""A moment of the optimizer, the mean of gradients to a power, for the grown model: of the old
+model, that moment of it, and the power."""
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ def resize(base: Tensors, old: int, new: int, noise: float = 0.0, seed: int = 0)
 
 
 def resize_moment(moment: Tensors, old: int, new: int) -> Iterator[Piece]:
-    """AdamW's moments of those: zeros for new rows."""
+    """The optimizer's moments of those: zeros for new rows."""
     for key, shape in moment.shapes.items():
         if key in VOCABULARY:
             kept = moment.read(key)[:old]

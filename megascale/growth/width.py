@@ -47,7 +47,7 @@ def widen(base: Tensors, factor: int, tied: bool, seed: int = 0) -> Iterator[Pie
 
 
 def widen_moment(moment: Tensors, factor: int, tied: bool, power: int) -> Iterator[Piece]:
-    """AdamW's mean of gradients to a `power` for the tensors that `widen` gives.
+    """The mean of gradients to a `power`, a moment, for the tensors that `widen` gives.
 
     The copies of a unit share the old gradient, so what writes to copies has 1 / factor of the old
     one; what writes to units that stay as they were (router, output head) has all of it.

@@ -13,7 +13,6 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from megascale.config import Layout, ModelConfig, RunConfig
-from megascale.model.matrices import soap_bytes_per_rank
 from megascale.planner.cost import CostModel
 
 BACKWARD_AND_FORWARD = 3
@@ -151,58 +150,6 @@ def default_cost(model: ModelConfig, tensor: int = 1) -> CostModel:
     return CostModel.from_flops(
         BACKWARD_AND_FORWARD * per_token, BACKWARD_AND_FORWARD * per_token_squared, passed / tensor
     )
-
-
-@dataclass(frozen=True)
-class MemoryEstimate:
-    """Bytes on the rank that needs most."""
-
-    weights: int
-    gradients: int
-    optimizer: int
-    activations: int
-
-    @property
-    def total(self) -> int:
-        """All four together; a process needs some more for the framework and for buffers."""
-        return self.weights + self.gradients + self.optimizer + self.activations
-
-
-def memory_per_rank(config: RunConfig, layout: Layout) -> MemoryEstimate:
-    """Memory of the fullest pipeline stage while it holds micro-batches of full capacity.
-
-    Exact: weights of 2 bytes in bf16 or 4 in fp32; gradients of 4 bytes; Adam's two moments of
-    4 bytes each, plus a master copy of 4 in bf16. With the distributed optimizer the last two
-    are split over the HDP axis (for experts, over every `expert`-th rank of it). SOAP's are those
-    of the weights that are dealt to the fullest rank.
-    An estimate: activations, see `activation_bytes`.
-    """
-    stages = [_stage_memory(config, layout, stage) for stage in range(layout.pipeline)]
-    return max(stages, key=lambda estimate: estimate.total)
-
-
-def _stage_memory(config: RunConfig, layout: Layout, stage: int) -> MemoryEstimate:
-    held = count_rank_parameters(config.model, layout, stage)
-    is_bf16 = config.train.precision == "bf16"
-    parameters = held.dense + held.expert
-    return MemoryEstimate(
-        weights=parameters * (2 if is_bf16 else 4),
-        gradients=parameters * 4,
-        optimizer=_optimizer_bytes(config, layout, stage),
-        activations=activation_bytes(config, layout, stage),
-    )
-
-
-def _optimizer_bytes(config: RunConfig, layout: Layout, stage: int) -> int:
-    """On the fullest rank of a stage."""
-    if config.optim.name == "soap":
-        vocab_rows = padded_vocab_size(config.model, layout.tensor)
-        return soap_bytes_per_rank(config, layout, stage, vocab_rows)
-    held = count_rank_parameters(config.model, layout, stage)
-    dense_shards = layout.hdp if config.optim.distributed_optimizer else 1
-    expert_shards = layout.hdp // layout.expert if config.optim.distributed_optimizer else 1
-    state = -(-held.dense // dense_shards) + -(-held.expert // expert_shards)
-    return state * (12 if config.train.precision == "bf16" else 8)
 
 
 def activation_bytes(config: RunConfig, layout: Layout, stage: int) -> int:

@@ -1,17 +1,11 @@
-"""The weights of a rank one by one, and which rank of the HDP axis keeps SOAP's state of each.
-
-SOAP needs whole matrices, so its state is not cut into ranges but dealt out, a weight to a rank.
-Without torch: the plan of a run counts with the same functions that the optimizer is built by.
-"""
+"""The weights of a rank one by one, as shapes, without torch."""
 
 from __future__ import annotations
 
-import heapq
-import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 
-from megascale.config import Layout, ModelConfig, RunConfig
+from megascale.config import Layout, ModelConfig
 
 FUSED_NAME = "linear_fc1"
 """Weights of this name hold SwiGLU's two matrices, gate on top of up."""
@@ -26,46 +20,6 @@ class Weight:
     """Matrices on top of each other in it."""
     is_expert: bool = False
     """Held by every `expert`-th rank of the HDP axis, not by all."""
-
-    def soap_bytes(self, max_dim: int, has_master: bool) -> int:
-        """Bytes of SOAP's state and of the master copy, if any: 4 per element.
-
-        Two moments, and for each side of a matrix, up to `max_dim`, an average and a basis.
-        """
-        elements = (3 if has_master else 2) * math.prod(self.shape)
-        if len(self.shape) == 2:
-            sides = (self.shape[0] // self.fused, self.shape[1])
-            elements += self.fused * sum(2 * side * side for side in sides if side <= max_dim)
-        return 4 * elements
-
-
-def deal(sizes: Sequence[int], num_ranks: int) -> list[int]:
-    """The rank that keeps each of `sizes`: the largest first, each to the rank with the least."""
-    held = [(0, rank) for rank in range(num_ranks)]
-    owners = [0] * len(sizes)
-    for index in sorted(range(len(sizes)), key=lambda index: -sizes[index]):
-        load, owners[index] = held[0]
-        heapq.heapreplace(held, (load + sizes[index], owners[index]))
-    return owners
-
-
-def soap_bytes_per_rank(config: RunConfig, layout: Layout, stage: int, vocab_rows: int) -> int:
-    """Bytes of SOAP's state and master weights on the fullest rank of a pipeline stage.
-
-    `vocab_rows` are those of the padded embedding, all tensor ranks together.
-    """
-    is_dealt, has_master = config.optim.distributed_optimizer, config.train.precision == "bf16"
-    held = list(weights(config.model, layout, stage, vocab_rows))
-    loads = [0] * layout.hdp
-    for is_expert, every in ((False, 1), (True, layout.expert)):
-        mine = [weight for weight in held if weight.is_expert == is_expert]
-        sizes = [weight.soap_bytes(config.optim.soap_max_dim, has_master) for weight in mine]
-        shares = [0 if is_dealt else sum(sizes)] * (layout.hdp // every)
-        if is_dealt:
-            for owner, size in zip(deal(sizes, len(shares)), sizes, strict=True):
-                shares[owner] += size
-        loads = [load + shares[rank // every] for rank, load in enumerate(loads)]
-    return max(loads)
 
 
 def weights(model: ModelConfig, layout: Layout, stage: int, vocab_rows: int) -> Iterator[Weight]:

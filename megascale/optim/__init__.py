@@ -1,1 +1,1 @@
-"""AdamW and SOAP, and their learning rate as a pure function of the tokens seen."""
+"""Optimizers, and their learning rate as a pure function of the tokens seen."""

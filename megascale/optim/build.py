@@ -1,23 +1,64 @@
-"""AdamW or SOAP through megatron-core's optimizers, with the learning rate set from outside."""
+"""The optimizer of a run: megatron-core's, with the learning rate set from outside."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from megascale.config import RunConfig
 from megascale.model.model import Model
+from megascale.optim.optimizers import StateTensors, find_optimizer
 
 
-def build_optimizer(config: RunConfig, model: Model) -> Any:
-    """megatron-core's optimizer for the weights of `model`.
+@dataclass(frozen=True, eq=False)
+class Optimizer:
+    """An optimizer on this rank."""
+
+    core: Any
+    """megatron-core's; it may be a chain of others."""
+    state: StateTensors
+    """What it keeps."""
+
+    @property
+    def inner(self) -> list[Any]:
+        """megatron-core's optimizers that hold parameters on this rank."""
+        chained = getattr(self.core, "chained_optimizers", [self.core])
+        return [inner for inner in chained if not getattr(inner, "is_stub_optimizer", False)]
+
+    @property
+    def steps(self) -> int:
+        """Steps that it took; 0 before the first."""
+        counts = [0]
+        for inner in self.inner:
+            for group in inner.optimizer.param_groups:
+                counts.append(int(group.get("step", 0)))
+                states = [inner.optimizer.state.get(p, {}) for p in group["params"]]
+                counts += [int(state.get("step", 0)) for state in states]
+        return max(counts)
+
+    def set_steps(self, steps: int) -> None:
+        """Make the state where there is none (Adam makes it in its first step), and set the count
+        that bias correction goes by. torch's Adam counts per parameter, all others per group."""
+        for inner in self.inner:
+            inner.init_state_fn(inner.optimizer, inner.config)
+            per_parameter = isinstance(inner.optimizer, (torch.optim.Adam, torch.optim.AdamW))
+            for group in inner.optimizer.param_groups:
+                if not per_parameter:
+                    group["step"] = steps
+                    continue
+                for parameter in group["params"]:
+                    inner.optimizer.state[parameter]["step"] = torch.tensor(float(steps))
+
+
+def build_optimizer(config: RunConfig, model: Model) -> Optimizer:
+    """The optimizer that `optim.name` names, for the weights of `model`.
 
     Clipping is left to `apply_gradients`, which folds it into the one scaling of gradients.
     """
-    from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+    from megatron.core.optimizer import OptimizerConfig
 
     optim, bf16 = config.optim, config.train.precision == "bf16"
     reduction = model.chunks[0].ddp_config
@@ -34,27 +75,20 @@ def build_optimizer(config: RunConfig, model: Model) -> Any:
         use_distributed_optimizer=reduction.use_distributed_optimizer,
         overlap_param_gather=reduction.overlap_param_gather,
     )
-    if optim.name == "adamw":
-        return get_megatron_optimizer(options, model.chunks, use_gloo_process_groups=False)
-    from megascale.optim.whole import whole_weights
-
-    # without bf16 it makes neither state nor master weights: its parameter groups are wanted
-    grouped = get_megatron_optimizer(
-        replace(options, bf16=False), model.chunks, use_gloo_process_groups=False
-    )
-    return whole_weights(config, options, model, grouped)
+    kind = find_optimizer(optim.name)
+    return Optimizer(kind.build(config, options, model), kind.state)
 
 
-def set_rates(optimizer: Any, lr: float, weight_decay: float) -> None:
+def set_rates(optimizer: Optimizer, lr: float, weight_decay: float) -> None:
     """Give every parameter group its rate and decay; norms carry a decay factor of 0."""
-    for group in optimizer.param_groups:
+    for group in optimizer.core.param_groups:
         group["lr"] = lr * group.get("lr_mult", 1.0)
         group["weight_decay"] = weight_decay * group.get("wd_mult", 1.0)
 
 
 @torch.no_grad()
 def apply_gradients(
-    model: Model, optimizer: Any, loss_tokens: int, clip_grad_norm: float, good_loss: bool
+    model: Model, optimizer: Optimizer, loss_tokens: int, clip_grad_norm: float, good_loss: bool
 ) -> tuple[float, bool]:
     """Divide the summed gradients by the loss tokens of the global batch, clip, and step.
 
@@ -62,11 +96,12 @@ def apply_gradients(
     or with a norm that is not finite, nothing is changed. Every rank reaches the same verdict,
     because the norm is reduced over all of them.
     """
-    optimizer.prepare_grads()
-    norm = float(optimizer.get_grad_norm()) / loss_tokens
+    core = optimizer.core
+    core.prepare_grads()
+    norm = float(core.get_grad_norm()) / loss_tokens
     if not good_loss or not math.isfinite(norm):
         return norm, False
     clip = min(1.0, clip_grad_norm / (norm + 1e-6)) if clip_grad_norm else 1.0
     model.scale_gradients(clip / loss_tokens)
-    optimizer.step_with_ready_grads()
+    core.step_with_ready_grads()
     return norm, True

@@ -18,6 +18,7 @@ from megascale.corpus.run_length import RunLength, begin_after, run_length
 from megascale.corpus.sources import SourceInfo
 from megascale.errors import UserError
 from megascale.model import counts
+from megascale.optim.rank_memory import memory_per_rank
 from megascale.optim.schedule import joints, lr_at
 from megascale.planner import PLANNERS, Problem, StepPlan, timeline
 from megascale.planner.gantt import LEGEND, text_gantt
@@ -130,7 +131,7 @@ def _grown(config: RunConfig, layout: Layout, first: FirstStep) -> list[str]:
         return []
     _, grown, growth = small_and_grown(config)
     title = f"grown model             {growth.operator} x {growth.factor}"
-    memory = counts.memory_per_rank(grown, layout)
+    memory = memory_per_rank(grown, layout)
     room = f"  memory per rank       {_bytes(memory.total)} on the fullest pipeline stage"
     return [title, *_model(grown, first)[1:], room]
 
@@ -165,7 +166,7 @@ def _layout(config: RunConfig, layout: Layout) -> list[str]:
 
 
 def _memory(config: RunConfig, layout: Layout) -> list[str]:
-    memory = counts.memory_per_rank(config, layout)
+    memory = memory_per_rank(config, layout)
     return [
         f"memory per rank         {_bytes(memory.total)} on the fullest pipeline stage",
         f"  weights               {_bytes(memory.weights)}",

@@ -20,6 +20,7 @@ from megascale.config import (
     TrainConfig,
 )
 from megascale.model import counts
+from megascale.optim.rank_memory import memory_per_rank
 from megascale.planner import OffloadModel, Problem
 from megascale.planner.plan import Mode
 from megascale.simulate.devices import Device, Shape, cost_of, offload_of, paying_offload, sync_s
@@ -138,7 +139,7 @@ class Cluster:
     def peak_bytes(self, kept_tokens: int) -> int:
         """Estimate of the memory of a device whose HDP rank keeps activations of so many tokens."""
         config = self._config(self.layout, kept_tokens)
-        return counts.memory_per_rank(config, self.layout).total
+        return memory_per_rank(config, self.layout).total
 
     def _config(self, layout: Layout, tokens: int = 1) -> RunConfig:
         return RunConfig(

@@ -34,6 +34,7 @@ class Learner:
     ranks: Ranks
     model: Model
     optimizer: Any
+    """An `optim.build.Optimizer`; None where nothing is trained."""
 
 
 def train_step(
@@ -59,7 +60,7 @@ def train_step(
     for layer in model.masked_layers:
         layer.open_by(loss_tokens)
     model.zero_grad_buffer()
-    optimizer.zero_grad()
+    optimizer.core.zero_grad()
     balance = model.balance
     if balance is not None:
         if balance.looks_first:

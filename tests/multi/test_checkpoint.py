@@ -96,9 +96,9 @@ class Run:
         import torch
         import torch.distributed as dist
 
-        from megascale.checkpoint.shards import boxes, optimizer_steps, set_optimizer_steps
+        from megascale.checkpoint.shards import boxes
 
-        set_optimizer_steps(self.optimizer, optimizer_steps(self.optimizer))
+        self.optimizer.set_steps(self.optimizer.steps)
         mine = [
             (box.key, box.global_shape, box.offset, box.live().clone())
             for box in boxes(self.model, self.optimizer)
@@ -298,7 +298,7 @@ def weights_only(folder: str) -> Any:
     before = run.state()
     run.load(folder, with_optimizer=False)
     after = run.state()
-    run.optimizer.reload_model_params()
+    run.optimizer.core.reload_model_params()
     reloaded = run.state()
     return before, after, reloaded
 
@@ -318,7 +318,7 @@ def bytes_read(folder: str, overrides: list[str]) -> tuple[int, dict[str, int]]:
     import math
 
     from megascale.checkpoint import read
-    from megascale.checkpoint.shards import boxes, optimizer_steps, set_optimizer_steps
+    from megascale.checkpoint.shards import boxes
 
     run = Run(overrides, seed=2)
     honest, taken = read._read, []
@@ -332,7 +332,7 @@ def bytes_read(folder: str, overrides: list[str]) -> tuple[int, dict[str, int]]:
         run.load(folder)
     finally:
         read._read = honest
-    set_optimizer_steps(run.optimizer, optimizer_steps(run.optimizer))
+    run.optimizer.set_steps(run.optimizer.steps)
     mine = boxes(run.model, run.optimizer)
     whole = {box.key: math.prod(box.global_shape) * box.live().element_size() for box in mine}
     return sum(taken), whole

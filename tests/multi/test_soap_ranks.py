@@ -69,22 +69,20 @@ def test_options_change_it(ranks: Any) -> None:
 def state_bytes(overrides: list[str]) -> tuple[int, int, int]:
     """(pipeline stage, bytes of state and master weights on this rank, what the plan says of the
     fullest of the stage)."""
-    from megascale.checkpoint.shards import inner_optimizers
     from megascale.config import Layout
-    from megascale.model.counts import padded_vocab_size
-    from megascale.model.matrices import soap_bytes_per_rank
+    from megascale.optim.optimizers import find_optimizer
 
     run = Run([*SOAP, *overrides])
     held = 0
-    for inner in inner_optimizers(run.optimizer):
+    for inner in run.optimizer.inner:
         inner.init_state_fn(inner.optimizer, inner.config)
         for weight, state in inner.optimizer.state.items():
             tensors = [*state.values(), *([weight] if inner.config.bf16 else [])]
             held += sum(tensor.numel() * tensor.element_size() for tensor in tensors)
     layout = Layout.of(run.config, run.ranks.world)
     stage = layout.pipeline - 1 if run.ranks.is_last_stage else 0
-    rows = padded_vocab_size(run.config.model, layout.tensor)
-    return stage, held, soap_bytes_per_rank(run.config, layout, stage, rows)
+    said = find_optimizer(run.config.optim.name).state_bytes(run.config, layout, stage)
+    return stage, held, said
 
 
 @pytest.mark.parametrize(

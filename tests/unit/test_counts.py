@@ -30,10 +30,10 @@ from megascale.model.counts import (
     count_rank_parameters,
     default_cost,
     flops_per_token,
-    memory_per_rank,
     padded_vocab_size,
     visible_pairs,
 )
+from megascale.optim.rank_memory import memory_per_rank
 
 DENSE = ModelConfig(num_layers=2, hidden_size=8, num_heads=4, ffn_hidden_size=12, vocab_multiple=8)
 MOE = replace(DENSE, moe=MoeConfig(num_experts=4, top_k=2, ffn_hidden_size=6))

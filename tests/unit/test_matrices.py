@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
 from dataclasses import replace
+from functools import partial
 
 import pytest
 from hypothesis import given
@@ -11,13 +14,16 @@ from hypothesis import strategies as st
 from test_counts import DENSE, EVERY_MODEL, final, run_config
 
 from megascale.config import Layout, TrainConfig
+from megascale.config.optimizers import OPTIMIZERS
 from megascale.model.counts import (
     RankParameters,
     count_rank_parameters,
-    memory_per_rank,
     padded_vocab_size,
 )
-from megascale.model.matrices import Weight, deal, weights
+from megascale.model.matrices import Weight, weights
+from megascale.optim.dealing import deal, kept_bytes
+from megascale.optim.rank_memory import memory_per_rank
+from megascale.optim.soap import weight_bytes
 
 LAYOUTS = [
     Layout(world=1, tensor=1, pipeline=1, expert=1, hdp=1),
@@ -47,10 +53,11 @@ def test_dealing_is_within_the_greedy_bound(sizes: list[int], num_ranks: int) ->
 
 
 def test_bytes_of_a_weight() -> None:
-    assert Weight((3, 5)).soap_bytes(9, has_master=False) == 4 * (2 * 15 + 2 * 9 + 2 * 25)
-    assert Weight((3, 5)).soap_bytes(4, has_master=True) == 4 * (3 * 15 + 2 * 9)
-    assert Weight((6, 5), fused=2).soap_bytes(9, False) == 4 * (2 * 30 + 2 * (2 * 9 + 2 * 25))
-    assert Weight((7,)).soap_bytes(9, has_master=False) == 4 * 2 * 7
+    assert weight_bytes(9, Weight((3, 5))) == 4 * (2 * 15 + 2 * 9 + 2 * 25)
+    assert weight_bytes(9, Weight((6, 5), fused=2)) == 4 * (2 * 30 + 2 * (2 * 9 + 2 * 25))
+    assert weight_bytes(9, Weight((7,))) == 4 * 2 * 7
+    bf16 = run_config(DENSE, train=TrainConfig(precision="bf16"))
+    assert kept_bytes(bf16, Weight((3, 5)), partial(weight_bytes, 4)) == 4 * (3 * 15 + 2 * 9)
 
 
 def test_memory_of_soap() -> None:
@@ -66,3 +73,16 @@ def test_memory_of_soap() -> None:
     assert expected / 4 <= dealt < expected / 4 + 4 * max(layer)
     whole = replace(config, optim=replace(soap, distributed_optimizer=False))
     assert memory_per_rank(whole, four).optimizer == expected
+
+
+def test_bytes_are_counted_without_torch() -> None:
+    """Of every optimizer, since `megascale plan` runs without torch."""
+    script = """
+import sys
+sys.modules["torch"] = None
+from megascale.config.optimizers import OPTIMIZERS
+from megascale.optim.optimizers import find_optimizer
+print(*(name for name in OPTIMIZERS if find_optimizer(name).state.moments))
+"""
+    told = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert told.stdout.split() == list(OPTIMIZERS), told.stderr

@@ -20,7 +20,8 @@ from megascale.corpus.run_length import run_length
 from megascale.corpus.shards import Shard, writing
 from megascale.corpus.sources import SourceInfo
 from megascale.errors import UserError
-from megascale.model.counts import batch_flops, count_parameters, memory_per_rank
+from megascale.model.counts import batch_flops, count_parameters
+from megascale.optim.rank_memory import memory_per_rank
 from megascale.optim.schedule import lr_at
 from megascale.planner import StepPlan
 from megascale.run.describe import describe_run

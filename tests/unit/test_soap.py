@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from megascale.optim.soap import Soap, matrices, with_rows
+from megascale.optim.soap_algorithm import Soap, matrices, with_rows
 
 OPTIONS = {"betas": (0.9, 0.95), "lr": 0.02, "weight_decay": 0.1, "refresh_steps": 3}
 SQUARE, WIDE, TALL, VECTOR = (5, 5), (4, 9), (9, 4), (6,)
