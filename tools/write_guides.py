@@ -40,12 +40,12 @@ switches something off, as its text says. `megascale plan CONFIG` prints what is
 
 def main(words: list[str]) -> int:
     """Write the files, or with --check compare them; returns the exit status."""
-    differing = [path for path, text in texts().items() if path.read_text() != text]
-    for path in differing:
+    differing = {path: text for path, text in texts().items() if path.read_text() != text}
+    for path, text in differing.items():
         if "--check" in words:
             print(f"{path}: run python tools/write_guides.py", file=sys.stderr)
         else:
-            path.write_text(texts()[path])
+            path.write_text(text)
     return int(bool(differing) and "--check" in words)
 
 

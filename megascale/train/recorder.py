@@ -335,7 +335,7 @@ class Recorder:
         self._say(f"sample after {prompt!r}:\n{prompt}{text}")
 
     def failed(self, what: str, error: Exception) -> None:
-        """Recorder that `what`, something beside the training, failed on this rank.
+        """Report that `what`, something beside the training, failed on this rank.
 
         The first failure of each is a warning, and its traceback is in the rank's log.
         """
