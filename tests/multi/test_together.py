@@ -59,7 +59,10 @@ def test_results_of_rank_0_reach_every_rank(ranks, config, world):
     "kind, expected",
     [
         ("user", "UserError: set x=1"),
-        ("full", "StorageError: [Errno 28] No space left on device: 'plan.txt'"),
+        (
+            "full",
+            "StorageError: plan.txt: No space left on device; make room there, or give another path",
+        ),
     ],
 )
 def test_what_a_user_can_mend_is_the_same_line_everywhere(ranks, config, world, kind, expected):

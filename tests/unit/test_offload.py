@@ -53,7 +53,7 @@ def test_the_offload_model_follows_the_config(overrides):
 
 @pytest.mark.parametrize("rate", ["0", "-1", ".inf"])
 def test_a_copy_bandwidth_is_a_rate(rate):
-    with pytest.raises(UserError, match="planner.host_copy_bytes_per_s .* such as 25e9"):
+    with pytest.raises(UserError, match="planner.host_copy_bytes_per_s .* finite .* such as "):
         planned(f"planner.host_copy_bytes_per_s={rate}")
 
 
