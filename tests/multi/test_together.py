@@ -61,7 +61,8 @@ def test_results_of_rank_0_reach_every_rank(ranks, config, world):
         ("user", "UserError: set x=1"),
         (
             "full",
-            "StorageError: plan.txt: No space left on device; make room there, or give another path",
+            "StorageError: plan.txt: No space left on device; make room there, or give another "
+            "path",
         ),
     ],
 )
