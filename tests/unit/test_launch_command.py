@@ -42,7 +42,7 @@ def config(tmp_path, monkeypatch):
         (["--nodes=3-2"], "write 8, or 6-8"),
         (["--ranks-per-node=0"], "--ranks-per-node must be at least 1"),
         (["--leave-s=-1"], "times are 0 seconds or more"),
-        (["--hang-s=nan"], "times are 0 seconds or more"),
+        (["--hang-s=nan"], "argument --hang-s: nan is no finite number"),
         (["--hang-s=2"], "--hang-s 2: give 5 or more, or 0"),
         (["--lost-s=1"], "nodes speak every 1 s; give 3"),
         (["parallel.tensor=2"], "must divide the 1 ranks started"),
