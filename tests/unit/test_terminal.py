@@ -104,8 +104,9 @@ def test_status_and_report_of_a_hostile_run(tmp_path, capsys):
 
 
 def test_rich_still_draws_on_a_terminal(tmp_path, monkeypatch, capsys):
-    monkeypatch.setenv("FORCE_COLOR", "1")
-    monkeypatch.setenv("TERM", "xterm-256color")
+    # rich asks the variables of its first import, which need not be those of this test
+    monkeypatch.setattr("rich.console.Console.is_terminal", True)
+    monkeypatch.setattr("rich.console.Console.is_dumb_terminal", False)
     run = run_folder(tmp_path / "run")
     status, said = main(capsys, "status", run)
     assert status == 0 and "\x1b[1m" in said
