@@ -182,7 +182,7 @@ def test_places_that_will_not_do_are_named(texts, tmp_path):
     (out / "pieces-256").write_text("x")
     with pytest.raises(UserError, match="pieces-256.*; choose another --out"):
         write_config([texts], out, "small")
-    with pytest.raises(UserError, match="none/corpus.json: no such file or directory; give the folder"):
+    with pytest.raises(UserError, match="none/corpus.json: no such file or directory"):
         write_config([tmp_path / "none"], out, "small")
 
 
