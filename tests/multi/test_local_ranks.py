@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import psutil
@@ -128,7 +129,8 @@ def test_a_closed_terminal_saves_and_stops(config, tmp_path):
     run = tmp_path / "run"
     ours, theirs = pty.openpty()
     streams = {"stdin": theirs, "stdout": theirs, "stderr": theirs}
-    with train(tmp_path, config, run, **streams) as started:
+    heeded = partial(signal.signal, signal.SIGHUP, signal.SIG_DFL)  # also if the tests have nohup
+    with train(tmp_path, config, run, **streams, preexec_fn=heeded) as started:
         os.close(theirs)
         started.wait_for(lambda: steps(run) >= 2)
         os.close(ours)
@@ -140,6 +142,7 @@ def test_a_closed_terminal_saves_and_stops(config, tmp_path):
 
 RANK = """
 import os, signal, sys, threading
+from functools import partial
 from pathlib import Path
 from megascale.errors import RankError, UserError
 from megascale.launch.local_ranks import as_rank
@@ -174,6 +177,7 @@ except UserError as error:
 """
 STARTER = """
 import sys
+from functools import partial
 from pathlib import Path
 from megascale.launch.local_ranks import RankJob, run_ranks
 from megascale.runtime.signals import TWIN_S, StopRequest
