@@ -4,26 +4,13 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from megascale.commands.export_model import SPECIAL_IDS
 from megascale.errors import UserError
 from megascale.runtime.files import write_output
 from megascale.runtime.outputs import Output, json_of, require_outputs
 
-if TYPE_CHECKING:
-    from megascale.checkpoint.load import Found
-    from megascale.convert.huggingface.kept import Kept
-    from megascale.convert.score_text import TextScorer, TextTokens
-
-MOST_TOKENS = 256
-"""Of a continuation whose task says nothing, as lm-eval has it."""
-LENGTH_OPTIONS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
-"""Names under which a task may say it; lm-eval takes the first that is there."""
-NO_SETTINGS = (*SPECIAL_IDS, "transformers_version", "_from_model_config")
-"""What a generation_config.json says besides how text is generated."""
 RESULTS = json_of("a file of megascale eval --out", "checkpoint", "results")
 
 
@@ -48,15 +35,14 @@ def run_eval(args: argparse.Namespace) -> int:
 
     distributed.prepare_device("auto")
     from megascale.checkpoint.load import find_at
-    from megascale.convert.huggingface.kept import Kept
+    from megascale.convert.lm_eval_model import lm_eval_model
     from megascale.convert.one_rank import open_model, run_config
     from megascale.convert.score_text import TextScorer
-    from megascale.run.start import home_of
+    from megascale.run.checkpoint_tokenizer import settings_without_effect, text_tokens
 
     if args.limit is not None and args.limit < 1:
         raise UserError(f"--limit {args.limit} must be at least 1; leave it out for all questions")
     found = find_at(args.checkpoint)
-    kept = Kept.of(home_of(found.folder.resolve()))
     tokens = text_tokens(found, run_config(found), args.tokenizer)
     names, manager = _load_tasks(args.tasks, args.include)
     import lm_eval
@@ -74,75 +60,10 @@ def run_eval(args: argparse.Namespace) -> int:
     print(f"{found.folder}, step {found.manifest.position.step}")
     print(make_table(results))
     if any(task["output_type"] == "generate_until" for task in results["configs"].values()):
-        print("".join(f"note: {note}\n" for note in _notes_on_generation(kept)), end="")
+        print("".join(f"note: {note}\n" for note in settings_without_effect(found)), end="")
     if args.out is not None:
         _write(Path(args.out), str(found.folder), results)
     return 0
-
-
-def text_tokens(found: Found, config: Any, given: str | None) -> TextTokens:
-    """The tokenizer of a checkpoint; see `tokenizer_folder`.
-
-    A text begins with the token that stood before documents in training. With a Hugging Face
-    tokenizer that is what it puts before a text itself, else its beginning of sequence, or its end
-    where it has none. It ends with the id that ends documents, or with an `eos_token_id` that an
-    import has kept. Raises UserError.
-    """
-    from megascale.commands.export_model import load_theirs, require_known, tokenizer_folder
-    from megascale.convert.score_text import TextTokens
-    from megascale.corpus.sources import CORPUS_FILE
-    from megascale.corpus.tokenizers import load_hf, load_tokenizer
-    from megascale.infowindow.tokenizer import InfoWindowTokenizer
-
-    folder = tokenizer_folder(found, config, given)
-    if folder is None:
-        raise UserError(f"{found.folder} names no tokenizer; give --tokenizer FOLDER")
-    if (folder / CORPUS_FILE).is_file():
-        ours = load_tokenizer(folder)
-        first_id, end_id = ours.bos_id, ours.eod_id
-    else:
-        ours = load_hf(str(folder))
-        theirs, end_id = load_theirs(folder), ours.eod_id
-        first_id = theirs.bos_token_id if ours.bos_id is None else ours.bos_id
-    require_known(ours.vocab_size, config.model.vocab_size, folder)
-    return TextTokens(
-        lambda text: ours.encode(text).tolist(),
-        ours.decode,
-        end_id if first_id is None else first_id,
-        frozenset({end_id, *_kept_ends(found, folder, config.model.vocab_size)}),
-        unsettled=ours.window_tokens if isinstance(ours, InfoWindowTokenizer) else 0,
-    )
-
-
-def _kept_ends(found: Found, folder: Path, vocab_size: int) -> Iterator[int]:
-    """The ids that end a text by what an import has kept, unless `folder` has another tokenizer."""
-    from megascale.convert.huggingface.kept import Kept
-    from megascale.convert.huggingface.tokenizer import relation
-    from megascale.run.start import home_of
-
-    kept = Kept.of(home_of(found.folder.resolve()))
-    if kept is None or relation(folder, kept.folder) == "other":
-        return
-    for document in (kept.config, kept.generation or {}):
-        ends = document.get("eos_token_id")
-        for token_id in ends if isinstance(ends, list) else [ends]:
-            if isinstance(token_id, int) and token_id < vocab_size:
-                yield token_id
-
-
-def _notes_on_generation(kept: Kept | None) -> Iterator[str]:
-    """Which settings of an import's generation_config.json have no effect here."""
-    settings = {} if kept is None else kept.generation or {}
-    unused = [
-        f"{name} = {value}"
-        for name, value in settings.items()
-        if value is not None and name not in NO_SETTINGS
-    ]
-    if unused:
-        yield (
-            "generation is greedy; of the generation_config.json of the import these settings "
-            f"have no effect here: {', '.join(unused)}"
-        )
 
 
 def _load_tasks(tasks: str, include: str | None) -> tuple[list[str], Any]:
@@ -165,34 +86,6 @@ def _load_tasks(tasks: str, include: str | None) -> tuple[list[str], Any]:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"--tasks {tasks}: the data cannot be read: {reason}") from None
     return names, manager
-
-
-def lm_eval_model(scorer: TextScorer) -> Any:
-    """`scorer` as a model of lm-eval."""
-    from lm_eval.api.model import LM
-
-    class CheckpointModel(LM):  # type: ignore[misc]
-        def loglikelihood(self, requests: Any, disable_tqdm: bool = False) -> Any:
-            judged = scorer.continuations([request.args for request in requests])
-            return [(one.log_likelihood, one.is_greedy) for one in judged]
-
-        def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = False) -> Any:
-            return [scorer.whole(request.args[0]) for request in requests]
-
-        def generate_until(self, requests: Any, disable_tqdm: bool = False) -> Any:
-            return [_generate(scorer, *request.args) for request in requests]
-
-    return CheckpointModel()
-
-
-def _generate(scorer: TextScorer, prompt: str, options: dict[str, Any]) -> str:
-    sampled = options.get("do_sample")
-    if options.get("temperature") if sampled is None else sampled:
-        raise UserError("a task asks for sampled text; megascale eval continues greedily only")
-    stops = options.get("until") or []
-    given = (options[name] for name in LENGTH_OPTIONS if options.get(name) is not None)
-    most = int(next(given, MOST_TOKENS))
-    return scorer.generate(prompt, [stops] if isinstance(stops, str) else stops, most)
 
 
 def _write(path: Path, checkpoint: str, results: Any) -> None:

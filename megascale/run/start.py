@@ -14,7 +14,7 @@ from megascale.checkpoint.folder import EMERGENCY, checkpoints_dir, copies_name,
 from megascale.checkpoint.load import Found, find_at, find_before, folder_at, read_manifest
 from megascale.checkpoint.manifest import MANIFEST, Position
 from megascale.config import RunConfig, StartConfig, dump_config, load_config, parse_config
-from megascale.convert.huggingface.kept import pass_on
+from megascale.convert.huggingface.kept import Kept, pass_on
 from megascale.errors import UserError
 from megascale.optim.schedule import lr_at
 from megascale.parsing import is_path, parse_yaml, read_json
@@ -115,6 +115,11 @@ def _run_of_copy(folder: Path) -> Path | None:
         return None
     run = real_path(Path(position.cursor.get("cwd", ""), run_dir))
     return run if copies_name(run) == folder.parents[2].name else None
+
+
+def kept_of(found: Found) -> Kept | None:
+    """What the run of a checkpoint has kept of an import; None where it kept nothing."""
+    return Kept.of(home_of(found.folder.resolve()))
 
 
 def keep_of_import(parent: Found, home: Path) -> None:

@@ -44,8 +44,8 @@ def their_loss(model_folder, corpus, first_id):
 def eval_tokens(folder):
     """What `megascale eval` puts before a text: by the run's corpus, and by --tokenizer."""
     from megascale.checkpoint.load import find_at
-    from megascale.commands.eval import text_tokens
     from megascale.convert.one_rank import run_config
+    from megascale.run.checkpoint_tokenizer import text_tokens
 
     found = find_at(folder / "run")
     config = run_config(found)

@@ -45,9 +45,10 @@ def ask(folder, kind, arguments, batch_size=1, add_bos_token=None, context=CONTE
     from lm_eval.models.huggingface import HFLM
 
     from megascale.checkpoint.load import find_at
-    from megascale.commands.eval import lm_eval_model, text_tokens
+    from megascale.convert.lm_eval_model import lm_eval_model
     from megascale.convert.one_rank import open_model, run_config
     from megascale.convert.score_text import TextScorer
+    from megascale.run.checkpoint_tokenizer import text_tokens
 
     requests = [Instance(kind, {}, words, i) for i, words in enumerate(arguments)]
     found = find_at(folder / "ours")
@@ -120,9 +121,9 @@ def judge_windows(folder, context, choice):
 
 def ask_us(folder, pairs):
     from megascale.checkpoint.load import find_at
-    from megascale.commands.eval import text_tokens
     from megascale.convert.one_rank import open_model, run_config
     from megascale.convert.score_text import TextScorer
+    from megascale.run.checkpoint_tokenizer import text_tokens
 
     found = find_at(folder / "ours")
     tokens = text_tokens(found, run_config(found), None)
@@ -162,8 +163,8 @@ def make_ending(folder):
 
 def end_ids(folder, tokenizer=None):
     from megascale.checkpoint.load import find_at
-    from megascale.commands.eval import text_tokens
     from megascale.convert.one_rank import run_config
+    from megascale.run.checkpoint_tokenizer import text_tokens
 
     found = find_at(folder)
     return text_tokens(found, run_config(found), tokenizer).end_ids

@@ -39,17 +39,17 @@ def test_every_load_says_that_no_code_may_run():
     for file, words in calls_of("from_pretrained"):
         assert "trust_remote_code" in words, file
         said[file] = ast.unparse(words["trust_remote_code"])
-    assert said.pop("export_command.py") == "runs_code"
+    assert said.pop("model_folder.py") == "runs_code"
     assert set(said.values()) == {"False"} and len(said) >= 2
 
 
 def test_only_what_export_has_just_written_may_run():
-    tree = ast.parse((PACKAGE / "commands/export_model.py").read_text())
+    tree = ast.parse((PACKAGE / "convert/huggingface/model_folder.py").read_text())
     texts = [ast.unparse(node) for node in ast.walk(tree) if isinstance(node, ast.keyword)]
     runs = [text for text in texts if text.startswith("runs_code=")]
     assert runs == ["runs_code=(out / INFOWINDOW_CLASS.name).is_file()"]
     for path in PACKAGE.rglob("*.py"):
-        if path.name != "export_command.py":
+        if path.name != "model_folder.py":
             assert "runs_code" not in path.read_text(), path
 
 
@@ -77,7 +77,7 @@ def test_a_tokenizer_of_a_recipe(hostile):
 
 
 def test_a_tokenizer_of_an_export_or_an_evaluation(hostile):
-    from megascale.commands.export_model import load_theirs
+    from megascale.convert.huggingface.model_folder import load_theirs
 
     with pytest.raises(UserError, match="transformers cannot load it"):
         load_theirs(hostile)

@@ -9,12 +9,12 @@ import pytest
 import yaml
 
 from megascale.cli import main
-from megascale.commands.eval import text_tokens
-from megascale.commands.export_model import tokenizer_folder, write_configs
 from megascale.config import dump_config, finalize, parse_config
+from megascale.convert.huggingface.model_folder import write_configs
 from megascale.corpus.sources import describe, describe_source, identity
 from megascale.corpus.tokenizer_mark import mark_of, tokenizer_mark
 from megascale.errors import UserError
+from megascale.run.checkpoint_tokenizer import text_tokens, tokenizer_folder
 from megascale.run.resolve import load_run
 from megascale.run.same_tokenizer import require_same_tokenizer, warn_if_tokenizers_differ
 
