@@ -7,12 +7,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from numpy.typing import ArrayLike
 
 from megascale.config import RunConfig
 from megascale.errors import UserError
-from megascale.parsing import dump_yaml
 from megascale.planner import CostModel, OffloadModel, Problem, StepPlan, find_planner
 from megascale.planner.plan import Mode
 from megascale.runtime.environment import world_from_environment
@@ -39,8 +37,9 @@ def plan(
     model of 7B. `planner` is "hybrid", a peer such as "static_best", or "module:function".
     `slowdown` has, for each rank, how many times as long as a fast one it takes.
 
-    The same arguments give the same plan on every machine, so each rank may plan for itself.
-    Raises UserError (a ValueError) for input from which no plan can be made.
+    The same arguments give the same plan, so each rank may plan for itself; only "flexsp" is an
+    exception, because its solver has a time limit. Raises UserError (a ValueError) for input from
+    which no plan can be made.
 
     >>> step = plan([900, 300, 200, 200], num_ranks=2, capacity_tokens=512)
     >>> [(batch.sequences, batch.ranks) for batch in step.micro_batches(0)]
@@ -50,23 +49,17 @@ def plan(
     >>> next(step.micro_batches(0)).token_ranges
     (((0, 225), (675, 900)),)
     """
-    from megascale.model.counts import default_cost
-    from megascale.simulate.cluster import MODELS
+    from megascale.simulate.cluster import assumed_cost
 
-    tokens = np.atleast_1d(np.asarray(lengths))
-    if tokens.ndim != 1 or not (tokens.size == 0 or np.issubdtype(tokens.dtype, np.integer)):
-        raise UserError("lengths: give whole numbers of tokens, one for each sequence")
-    if mode not in ("free", "aligned", "lockstep"):
-        raise UserError(f"mode {mode!r}: give free, aligned or lockstep")
     if pipeline > 1 and mode == "free":
-        raise UserError(f"pipeline={pipeline} needs mode='aligned' or 'lockstep'")
+        raise UserError(f"pipeline={pipeline} needs mode aligned or lockstep")
     if cost is None:
-        cost = default_cost(MODELS["7b"].model)
+        cost = assumed_cost()
     elif not isinstance(cost, CostModel):
         cost = CostModel.load(cost)
     try:
         problem = Problem.of(
-            tokens.astype(np.int64),
+            lengths,
             num_ranks,
             capacity_tokens,
             mode,
@@ -75,8 +68,6 @@ def plan(
             offload=offload,
             slowdown=tuple(slowdown),
         )
-    except UserError:
-        raise
     except ValueError as error:
         raise UserError(str(error)) from None
     made = find_planner(planner)(problem)
@@ -97,13 +88,13 @@ def model_cost(*, tensor: int = 1, **model: Any) -> CostModel:
     >>> cost.ring_s([100], [0]) < cost.ring_s([200], [0])
     True
     """
-    from megascale.config import parse_config
     from megascale.config.complete import complete
+    from megascale.config.load import build_as
     from megascale.model.counts import default_cost
 
-    sources = {"none": {"path": "none"}}
-    text = dump_yaml({"model": model, "data": {"sources": sources}})
-    return default_cost(complete(parse_config(text, where="model_cost")).model, tensor)
+    tree = {"model": dict(model), "data": {"sources": {"none": {"path": "none"}}}}
+    config = complete(build_as(RunConfig, tree, where="model_cost"))
+    return default_cost(config.model, tensor)
 
 
 def load_run(config: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
@@ -126,7 +117,7 @@ def train(config: str | Path, overrides: Sequence[str] = (), resume: str | None 
     """
     from megascale.run.preflight import check_resume
     from megascale.run.resolve import load_run as load
-    from megascale.train.entry import train_on_device
+    from megascale.training.entry import train_on_device
 
     world_from_environment()
     check_resume(resume)
@@ -138,9 +129,9 @@ def train(config: str | Path, overrides: Sequence[str] = (), resume: str | None 
 def read_metrics(run_dir: str | Path) -> list[dict[str, Any]]:
     """What a run has measured, a row for each step and evaluation, in the order of writing.
 
-    Nested values become columns such as `eval/NAME/loss`, so `pandas.DataFrame(read_metrics(run))`
-    is a table. Lines that a crash left half-written are left out. Raises UserError where the folder
-    has no metrics.
+    A row has the numbers of a line of `metrics.jsonl`, as floats. Nested ones have names such as
+    `eval/SOURCE/loss`, so `pandas.DataFrame(read_metrics(run))` is a table. Texts, nulls and lines
+    that a crash left half-written are left out. Raises UserError if the folder has no metrics.
     """
     from megascale.monitor.metrics import METRICS_FILE, flatten, read_rows
 

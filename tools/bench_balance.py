@@ -92,7 +92,7 @@ class Bench:
         from megascale.optim.build import build_optimizer
         from megascale.run.step_problem import cost_model
         from megascale.runtime import distributed
-        from megascale.train.step import Learner
+        from megascale.training.step import Learner
 
         tokens = {"code": 10**6, "text": 10**6}
         configs = {
@@ -139,7 +139,7 @@ class Bench:
         import torch
         import torch.distributed as dist
 
-        from megascale.train.step import train_step
+        from megascale.training.step import train_step
 
         micro_batches, tokens = self.batch(step)
         dist.barrier()
@@ -154,7 +154,7 @@ class Bench:
         import torch
         from megatron.core.distributed import finalize_model_grads
 
-        from megascale.train.step import look, run_micro_batches
+        from megascale.training.step import look, run_micro_batches
 
         learner, (micro_batches, tokens) = self.learners[way], self.batch(step)
         model = learner.model

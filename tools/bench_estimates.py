@@ -86,7 +86,7 @@ class Trial:
         from megascale.optim.build import build_optimizer
         from megascale.run.step_problem import cost_model
         from megascale.runtime import distributed
-        from megascale.train.step import Learner
+        from megascale.training.step import Learner
 
         self.domains = list(corpora(folder, DOMAINS))
         raw = yaml.safe_load(CONFIG)
@@ -115,7 +115,7 @@ class Trial:
 
     def step(self) -> float:
         """Train one step; the balance loss of its batch, mean over layers."""
-        from megascale.train.step import train_step
+        from megascale.training.step import train_step
 
         batch, self.cursor = self.batches.next(self.cursor)
         micro_batches = list(self.reader.read(self._plan(batch), batch))
@@ -128,7 +128,7 @@ class Trial:
         """What the routers do with the next large batch, its sequences in random order."""
         import torch
 
-        from megascale.train.step import evaluate
+        from megascale.training.step import evaluate
 
         batch, self.large_cursor = self.large_batches.next(self.large_cursor)
         plan = self._plan(batch)

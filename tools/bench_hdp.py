@@ -137,7 +137,7 @@ class Bench:
     def _learner(self, config: RunConfig) -> Any:
         from megascale.model.build import build_model
         from megascale.optim.build import build_optimizer
-        from megascale.train.step import Learner
+        from megascale.training.step import Learner
 
         model = build_model(config, self.ranks)
         return Learner(config, self.ranks, model, build_optimizer(config, model))
@@ -151,7 +151,7 @@ class Bench:
         import torch
         import torch.distributed as dist
 
-        from megascale.train.step import train_step
+        from megascale.training.step import train_step
 
         self.tokens_seen[name] += sum(lengths)
         micro_batches = self.reader.read(plan, batch_of(lengths))
@@ -173,7 +173,7 @@ class Bench:
         import torch
         import torch.distributed as dist
 
-        from megascale.train.step import run_micro_batches
+        from megascale.training.step import run_micro_batches
 
         world = self.ranks.world
         rings = [range(first, first + size) for first in range(0, world, size)]

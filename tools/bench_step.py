@@ -37,8 +37,8 @@ from megascale.optim.build import build_optimizer
 from megascale.run.step_problem import plan_lengths, step_problem
 from megascale.runtime import distributed
 from megascale.runtime.distributed import Ranks
-from megascale.train.feed import Feed, start_plans
-from megascale.train.step import Learner, train_step
+from megascale.training.feed import Feed, start_plans
+from megascale.training.step import Learner, train_step
 
 CONFIG = """
 model: {num_layers: 4, hidden_size: 128, num_heads: 4, num_kv_heads: 2}

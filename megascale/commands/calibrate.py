@@ -28,7 +28,7 @@ from megascale.runtime.signals import TWIN_S, StopRequest
 
 if TYPE_CHECKING:
     from megascale.runtime.distributed import Ranks
-    from megascale.train.calibrate import Calibration
+    from megascale.training.calibrate import Calibration
 
 COST = json_of("a cost model of megascale calibrate", "a", "b", "node_size")
 REPORT = json_of("a report of megascale calibrate", "machine", "cost", "measurements")
@@ -121,7 +121,7 @@ def _run(
     args: argparse.Namespace, config: RunConfig, ranks: Ranks, lengths: list[int] | None
 ) -> None:
     from megascale.runtime.first_rank import on_first_rank
-    from megascale.train.calibrate import calibrate
+    from megascale.training.calibrate import calibrate
 
     def say(line: str) -> None:
         if ranks.rank == 0:

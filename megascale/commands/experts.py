@@ -53,8 +53,8 @@ def run_experts(args: argparse.Namespace) -> int:
     from megascale.checkpoint.load import find, find_at, restore
     from megascale.model.build import build_model
     from megascale.run.step_problem import plan_lengths
-    from megascale.train.evaluate import heldout_sets
-    from megascale.train.step import Learner
+    from megascale.training.evaluate import heldout_sets
+    from megascale.training.step import Learner
 
     ranks = distributed.start(config)
     try:

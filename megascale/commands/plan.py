@@ -21,10 +21,9 @@ from megascale.run.resolve import load_run
 from megascale.run.step_problem import cost_model, first_step
 from megascale.runtime.files import write_output
 from megascale.runtime.outputs import Output, json_of, picture, require_outputs, write_as_asked
-from megascale.simulate.cluster import MODELS
+from megascale.simulate.cluster import ASSUMED_MODEL, assumed_cost
 from megascale.simulate.lengths import read_lengths
 
-DEFAULT_MODEL = "7b"
 MOST_RANKS, MOST_STAGES = 131_072, 1024
 """More than any cluster has, and as much as is planned in seconds."""
 PLAN_JSON = json_of("a plan of megascale plan --json", "num_ranks", "capacity", "rings")
@@ -46,7 +45,7 @@ def add_plan_arguments(parser: argparse.ArgumentParser) -> None:
     add("--capacity", metavar="TOKENS", help="tokens that a rank holds in a micro-batch")
     add("--mode", choices=("free", "aligned", "lockstep"), help="default: free")
     add("--pp", metavar="P", help="pipeline stages, in aligned or lockstep mode; default: 1")
-    add("--cost", metavar="COST.json", help=f"default: that of a {DEFAULT_MODEL} model, assumed")
+    add("--cost", metavar="COST.json", help=f"default: that of a {ASSUMED_MODEL} model, assumed")
     names = f"{', '.join(PLANNERS)}, or module:function; default: hybrid"
     add("--planner", metavar="NAME", help=names)
     improve = "seconds to spend on improving the plan; default: a fixed number of tries"
@@ -115,7 +114,7 @@ def _problem(args: argparse.Namespace) -> Problem:
         raise UserError(f"--pp {pipeline}: needs --mode aligned, or lockstep")
     if args.budget_s is not None and not 0 <= args.budget_s < float("inf"):
         raise UserError(f"--budget-s {args.budget_s:g}: must be at least 0, such as 0.5")
-    cost = CostModel.load(args.cost) if args.cost else _default_cost()
+    cost = CostModel.load(args.cost) if args.cost else assumed_cost()
     return Problem.of(
         read_lengths(args.lengths, "--lengths "),
         whole_number(args.ranks, "--ranks", 1, MOST_RANKS),
@@ -125,12 +124,6 @@ def _problem(args: argparse.Namespace) -> Problem:
         pipeline=pipeline,
         budget_s=args.budget_s,
     )
-
-
-def _default_cost() -> CostModel:
-    from megascale.model.counts import default_cost
-
-    return default_cost(MODELS[DEFAULT_MODEL].model)
 
 
 def _require_outputs(args: argparse.Namespace, *reads: str | None) -> None:

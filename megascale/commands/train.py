@@ -87,7 +87,7 @@ def _train(args: argparse.Namespace) -> int:
     world_from_environment()  # what is wrong there is said before anything is read
     from megascale.run.preflight import check_resume
     from megascale.run.resolve import load_run
-    from megascale.train.entry import train_on_device
+    from megascale.training.entry import train_on_device
 
     check_resume(args.resume)
     config, sources = load_run(args.config, args.overrides)

@@ -76,7 +76,7 @@ def run_train_m1(args: argparse.Namespace) -> int:
     A run that a signal stopped is not frozen, and the status is 1: there is no M1 of it yet.
     """
     from megascale.run.resolve import load_run
-    from megascale.train.entry import train_on_device
+    from megascale.training.entry import train_on_device
 
     out = Path(args.out)
     if os.environ.get("WORLD_SIZE", "1") != "1":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import get_args
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -68,10 +69,16 @@ class Problem:
     ) -> Problem:
         """Check and complete the description of a step.
 
-        In lockstep mode `expert_group` is all ranks unless given. Raises ValueError for a length
-        below 1, groups that do not divide the ranks, or slowdowns that are not one for each rank.
+        In lockstep mode `expert_group` is all ranks unless given. Raises ValueError for lengths
+        that are no whole numbers of at least 1, an unknown mode, groups that do not divide the
+        ranks, or slowdowns that are not one for each rank.
         """
-        tokens = np.asarray(lengths, dtype=np.int64)
+        given = np.asarray(lengths)
+        if given.ndim != 1 or (given.size and not np.issubdtype(given.dtype, np.integer)):
+            raise ValueError("lengths must be whole numbers of tokens, one for each sequence")
+        if mode not in get_args(Mode):
+            raise ValueError(f"mode {mode!r} must be one of {', '.join(get_args(Mode))}")
+        tokens = given.astype(np.int64)
         if mode == "lockstep":
             others.setdefault("expert_group", num_ranks)
         else:

@@ -21,7 +21,7 @@ from megascale.config import (
 )
 from megascale.model import counts
 from megascale.optim.rank_memory import memory_per_rank
-from megascale.planner import OffloadModel, Problem
+from megascale.planner import CostModel, OffloadModel, Problem
 from megascale.planner.plan import Mode
 from megascale.simulate.devices import Device, Shape, cost_of, offload_of, paying_offload, sync_s
 
@@ -71,6 +71,13 @@ MODELS = {
     "8x22b": _preset((56, 6144, 48, 16384), 8, 4, experts=8),
 }
 MODELS["141b"] = MODELS["8x22b"]
+ASSUMED_MODEL = "7b"
+"""Whose costs a batch of lengths is planned with if nothing else is given."""
+
+
+def assumed_cost() -> CostModel:
+    """The uncalibrated costs of `ASSUMED_MODEL`."""
+    return counts.default_cost(MODELS[ASSUMED_MODEL].model)
 
 
 @dataclass(frozen=True)

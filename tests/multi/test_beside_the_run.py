@@ -78,7 +78,7 @@ def broken_tokenizer(patch):
 
 
 def broken_sampling(patch):
-    patch.setattr("megascale.train.sample._next_logits", raises)
+    patch.setattr("megascale.training.sample._next_logits", raises)
 
 
 def broken_console(patch):
@@ -137,7 +137,7 @@ def test_a_place_that_cannot_be_written_is_a_warning(ranks, config, tmp_path, na
 
 def interrupted_sampling(patch):
     """Rank 0, which draws no tokens where there are two, is asked to stop at the third."""
-    from megascale.train import sample
+    from megascale.training import sample
 
     next_logits, calls = sample._next_logits, []
 

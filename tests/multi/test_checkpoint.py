@@ -37,7 +37,7 @@ class Run:
         from megascale.model.build import build_model
         from megascale.optim.build import build_optimizer
         from megascale.runtime import distributed
-        from megascale.train.step import Learner
+        from megascale.training.step import Learner
 
         config = parse_config(MODEL, [f"seed={seed}", *overrides])
         self.config = finalize(config, {"a": 1000}, 100)
@@ -51,7 +51,7 @@ class Run:
         import numpy as np
 
         from megascale.mesh.packing import TokenSequence, pack
-        from megascale.train.step import train_step
+        from megascale.training.step import train_step
 
         losses = []
         for step in steps:

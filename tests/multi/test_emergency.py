@@ -24,7 +24,7 @@ WORDS = (
 
 def on_nodes(after, *words):
     """`command` with each rank as a node, all of which fail in this step; 0: none does."""
-    from megascale.train import loop
+    from megascale.training import loop
 
     honest, calls = loop.train_step, []
     node = "abb"[int(os.environ["RANK"])]

@@ -106,7 +106,7 @@ def test_a_refused_resume_is_told(ranks, config, tmp_path, capsys):
 
 FAILING = """
 import os, sys
-from megascale.train import step
+from megascale.training import step
 honest, calls = step.run_micro_batches, []
 def failing(*words, **more):
     calls.append(1)

@@ -158,7 +158,7 @@ def command_with_broken_routers(broken, *words):
     import torch
 
     from megascale.model.balance import BalancedRouter
-    from megascale.train import loop
+    from megascale.training import loop
 
     honest_gating, honest_step = BalancedRouter.gating, loop.train_step
     calls, states = [], []

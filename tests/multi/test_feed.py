@@ -19,7 +19,7 @@ from test_train import command
 from tiny_corpus import tiny_config, write_tiny_corpus
 
 from megascale.planner import PlanError, Ring, StepPlan
-from megascale.train.feed import Feed, check_own
+from megascale.training.feed import Feed, check_own
 
 PINNED = "planner.name=longest_first"
 """The planners of these tests go by this name, and it is what stands in for them."""
@@ -81,7 +81,7 @@ def digests(config, steps, room, words):
     """Digests of the plans taken, and of those made in this process; batches must agree."""
     from megascale.corpus.batches import Cursor
     from megascale.planner import plan_longest_first
-    from megascale.train import feed as feeds
+    from megascale.training import feed as feeds
 
     before, feeds.FIRST_ROOM_BYTES = feeds.FIRST_ROOM_BYTES, room
     feed, plans, _, batches, plan_here = open_feed(config, plan_longest_first, *words, steps=steps)
@@ -195,7 +195,7 @@ def rows_of(run_dir, name="metrics.jsonl"):
 
 def train_slowly(*words):
     """`train_with` a slow planner and steps that last longer; which steps waited, and how long."""
-    from megascale.train import begin, loop
+    from megascale.training import begin, loop
 
     honest = loop.train_step
 
@@ -268,7 +268,7 @@ def test_the_mistake_of_a_user_ends_all_ranks_with_2(ranks, config, tmp_path, wo
 def fail_on_the_way(config, how):
     """What a rank says where rank 0 has no plan, or where rank 1 gets damaged bytes."""
     from megascale.corpus.batches import Cursor
-    from megascale.train import feed as feeds
+    from megascale.training import feed as feeds
 
     feed, plans, ranks, *_ = open_feed(config, planners.plan_slowly, steps=1)
 

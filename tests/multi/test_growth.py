@@ -59,7 +59,7 @@ def token_losses(folder, overrides=()):
     import torch
 
     from megascale.mesh.packing import TokenSequence, pack
-    from megascale.train.step import run_micro_batches
+    from megascale.training.step import run_micro_batches
 
     run = begun(folder, overrides)
     rows = np.random.default_rng(0).integers(0, 100, (8, 25))
@@ -348,7 +348,7 @@ def growing_patiently(*words):
 
     from megascale.run import folder
     from megascale.runtime.heartbeat import MARKS, pulse
-    from megascale.train import loop
+    from megascale.training import loop
 
     seen = []
 

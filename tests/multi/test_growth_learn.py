@@ -49,7 +49,7 @@ def gradients_and_differences(folder, model):
     from megascale.checkpoint.tensors import Tensors
     from megascale.growth.learn import DepthMaps
     from megascale.mesh.packing import TokenSequence, pack
-    from megascale.train.step import run_micro_batches
+    from megascale.training.step import run_micro_batches
 
     run = Run(["model.num_layers=4", *model])
     maps = DepthMaps(Tensors(find_at(folder)), run.model, 2)

@@ -89,7 +89,7 @@ def gradients(overrides, plans, exact=False, loads=None):
     from megascale.mesh.reader import MicroBatchReader, TokenSource
     from megascale.model import build
     from megascale.runtime import distributed
-    from megascale.train.step import Learner, look, run_micro_batches
+    from megascale.training.step import Learner, look, run_micro_batches
 
     config = finalize(parse_config(BASE, overrides), {"random": 10000}, VOCAB)
     ranks = distributed.start(config)

@@ -113,7 +113,7 @@ def losses_from(folder, overrides):
     from megascale.mesh.packing import TokenSequence, pack
     from megascale.model.build import build_model, pack_multiple
     from megascale.runtime import distributed
-    from megascale.train.step import Learner, evaluate
+    from megascale.training.step import Learner, evaluate
 
     found = find_at(folder)
     config = complete(run_config(found))

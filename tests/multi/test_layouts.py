@@ -31,7 +31,7 @@ def train_curve(overrides, steps=20):
     from megascale.planner import Problem, plan_longest_first
     from megascale.run.step_problem import cost_model
     from megascale.runtime import distributed
-    from megascale.train.step import Learner, train_step
+    from megascale.training.step import Learner, train_step
 
     config = finalize(parse_config(BASE, overrides), {"random": 10000}, VOCAB)
     ranks = distributed.start(config)

@@ -22,7 +22,7 @@ def config(tmp_path_factory):
 
 def command_while_gone(between, folder, *words):
     """Like `command`; `folder` is away from the first of two steps until before the second."""
-    from megascale.train import loop
+    from megascale.training import loop
 
     honest, calls = loop.train_step, []
     folder, away = Path(folder), Path(f"{folder}.away")
@@ -69,7 +69,7 @@ def test_a_disk_that_stays_away_is_said_at_the_end(ranks, config, tmp_path, monk
 
 def quick_command_while_gone(*words):
     """Like `command_while_gone`, with short pauses at the end."""
-    from megascale.train import loop
+    from megascale.training import loop
 
     usual, loop.LAST_SAVE_PAUSES_S = loop.LAST_SAVE_PAUSES_S, (0.1, 0.1)
     try:

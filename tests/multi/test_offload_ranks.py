@@ -25,7 +25,7 @@ def start(overrides):
     from megascale.model.build import build_model, pack_multiple
     from megascale.optim.build import build_optimizer
     from megascale.runtime import distributed
-    from megascale.train.step import Learner
+    from megascale.training.step import Learner
 
     config = finalize(parse_config(BASE, overrides), {"random": 10000}, 257)
     ranks = distributed.start(config)
@@ -42,7 +42,7 @@ def start(overrides):
 def gradients_by_ratio(overrides):
     """For each row of RATIOS: (largest difference from no offload, moved and saved bytes, host
     blocks there are, host blocks in use after the step)."""
-    from megascale.train.step import run_micro_batches
+    from megascale.training.step import run_micro_batches
 
     learner, micro_batches = start(overrides)
     model, expected, found = learner.model, None, []
@@ -91,7 +91,7 @@ def test_gradients_are_bit_equal_at_every_ratio(ranks, world, overrides):
 
 def step_and_evaluate(overrides):
     """GiB reported by a step with offload, by one without, and bytes of an evaluation with."""
-    from megascale.train.step import evaluate, train_step
+    from megascale.training.step import evaluate, train_step
 
     learner, micro_batches = start(overrides)
     count = len(micro_batches)

@@ -30,7 +30,7 @@ def command_with_secrets(*words):
 
 def command_that_breaks(*words):
     """`command_with_secrets`, of which the fifth step raises, with its locals at hand."""
-    from megascale.train import loop
+    from megascale.training import loop
 
     honest, calls = loop.train_step, []
 

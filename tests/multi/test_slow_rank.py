@@ -86,7 +86,7 @@ def test_a_slow_rank_is_given_less_and_a_resume_knows_it(ranks, config, tmp_path
 
 def seconds_of_steps(*words):
     """(exit status, what it said, seconds of each step) of `command_on_a_slow_rank`."""
-    from megascale.train import loop
+    from megascale.training import loop
 
     spent_s, honest = [], loop.train_step
 

@@ -90,14 +90,14 @@ def test_other_ranks_are_not_to_blame():
 # --------------------------------------------------------------------------------- inside of runs
 
 PLACES = {
-    "plan of held-out text": "megascale.train.begin.plan_lengths",
-    "description": "megascale.train.begin.describe_run",
-    "files of the recorder": "megascale.train.recorder.MetricsWriter",
+    "plan of held-out text": "megascale.training.begin.plan_lengths",
+    "description": "megascale.training.begin.describe_run",
+    "files of the recorder": "megascale.training.recorder.MetricsWriter",
     "folder of checkpoints": "megascale.checkpoint.folder.remove_leftovers",
     "choice of checkpoint": "megascale.checkpoint.load._candidates",
-    "planner process": "megascale.train.feed.PlansAhead",
+    "planner process": "megascale.training.feed.PlansAhead",
     "cover of checkpoints": "megascale.checkpoint.save.check_cover",
-    "problem of a plan": "megascale.train.begin.step_problem",
+    "problem of a plan": "megascale.training.begin.step_problem",
     "identity of copies": "megascale.checkpoint.emergency.secrets.token_hex",
 }
 

@@ -272,7 +272,7 @@ def test_steps_that_are_not_finite_are_skipped(ranks, config, tmp_path, broken, 
 
 def command_with_broken_steps(broken, *words, factor=math.nan):
     """Like `command`, with a loss times `factor` (not a number) in some steps of rank 1."""
-    from megascale.train import step as steps
+    from megascale.training import step as steps
 
     honest, calls = steps.run_micro_batches, []
 

@@ -30,7 +30,7 @@ class Model:
         from megascale.mesh.packing import TokenSequence, pack
         from megascale.model.build import build_model, pack_multiple
         from megascale.runtime import distributed
-        from megascale.train.step import Learner
+        from megascale.training.step import Learner
 
         self.config = finalize(parse_config(MODEL, overrides), {"a": 1000}, VOCAB)
         self.ranks = distributed.start(self.config)
@@ -119,7 +119,7 @@ def trained(overrides: tuple[str, ...]) -> Any:
     from megatron.core.distributed import finalize_model_grads
 
     from megascale.checkpoint.shards import boxes
-    from megascale.train.step import evaluate, run_micro_batches
+    from megascale.training.step import evaluate, run_micro_batches
 
     model = Model(overrides)
     model.spoil()

@@ -66,13 +66,13 @@ def test_a_plan_keeps_its_lengths_in_json_and_needs_them():
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        ({"lengths": [1.5]}, "whole numbers"),
+        ({"lengths": [1.5]}, "lengths must be whole numbers"),
         ({"lengths": [[1, 2]]}, "one for each sequence"),
         ({"lengths": [0]}, "at least 1"),
         ({"lengths": [10_000]}, "does not fit 2 ranks"),
         ({"num_ranks": 0}, "0 ranks"),
-        ({"mode": "fast"}, "free, aligned or lockstep"),
-        ({"pipeline": 2}, "aligned"),
+        ({"mode": "fast"}, "'fast' must be one of free, aligned, lockstep"),
+        ({"pipeline": 2}, "pipeline=2 needs mode aligned"),
         ({"planner": "hybird"}, "did you mean hybrid?"),
         ({"planner": "no_such_module:f"}, "ModuleNotFoundError"),
         ({"planner": "math:pi"}, "is no function"),

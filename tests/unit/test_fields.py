@@ -21,7 +21,7 @@ from megascale.monitor.fields import Curve, Field, Picture, Shown
 from megascale.monitor.metrics import MetricsWriter
 from megascale.monitor.plots import load_curves, plot_run
 from megascale.monitor.step_record import StepRecord, StepResult
-from megascale.train.evaluate import HeldoutScore
+from megascale.training.evaluate import HeldoutScore
 
 CONFIG = """
 model: {num_layers: 2, hidden_size: 32, num_heads: 2}

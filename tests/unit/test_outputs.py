@@ -230,7 +230,7 @@ def test_a_simulation_is_not_written_over_its_lengths(tmp_path, lengths, capsys,
 def test_a_calibration_is_not_written_over_its_config(tmp_path, capsys, monkeypatch, ranks):
     """Nor over anything else but another calibration; found before any rank measures."""
     monkeypatch.setattr(calibrate_command, "run_ranks", lambda job, asked: 7)
-    monkeypatch.setattr("megascale.train.calibrate.calibrate", None)
+    monkeypatch.setattr("megascale.training.calibrate.calibrate", None)
     config, script = tmp_path / "run.yaml", tmp_path / "script.py"
     config.write_text("model: {vocab_size: 64}\ndata: {sources: {web: {path: x}}}\n")
     script.write_text("print(1)\n")

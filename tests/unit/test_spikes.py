@@ -8,7 +8,7 @@ import pytest
 
 from megascale.config import SpikeConfig
 from megascale.errors import UserError
-from megascale.train.spikes import SpikeWatch
+from megascale.training.spikes import SpikeWatch
 
 
 def falling(seed, steps=3000):

@@ -87,5 +87,5 @@ if "DRILL_CONTROL" in os.environ:
     time.time = lambda: _honest() + _control[0]
     _functions["megascale.monitor.events"] = _shift_stamps
     if "RANK" in os.environ:
-        _functions["megascale.train.step"] = _change_step
+        _functions["megascale.training.step"] = _change_step
 sys.meta_path.insert(0, _AfterImport(_functions))

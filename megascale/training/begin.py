@@ -52,11 +52,11 @@ from megascale.runtime.distributed import (
 )
 from megascale.runtime.first_rank import on_first_rank
 from megascale.runtime.signals import StopRequest
-from megascale.train.evaluate import HeldoutSet, heldout_sets
-from megascale.train.feed import Feed
-from megascale.train.recorder import Recorder
-from megascale.train.spikes import SpikeWatch
-from megascale.train.step import Learner
+from megascale.training.evaluate import HeldoutSet, heldout_sets
+from megascale.training.feed import Feed
+from megascale.training.recorder import Recorder
+from megascale.training.spikes import SpikeWatch
+from megascale.training.step import Learner
 
 
 @dataclass

@@ -26,7 +26,7 @@ from megascale.run.step_problem import plan_lengths
 from megascale.runtime import distributed
 from megascale.runtime.distributed import Ranks
 from megascale.runtime.environment import world_from_environment
-from megascale.train.step import Learner, run_micro_batches
+from megascale.training.step import Learner, run_micro_batches
 
 LEARNING_RATE = 1e-2
 """Adam's, for the parts of layers, which begin as 0 and 1."""

@@ -21,7 +21,7 @@ from megascale.planner.fit import Measurement
 from megascale.planner.plan import StepPlan
 from megascale.planner.ring import Ring
 from megascale.runtime.distributed import Ranks
-from megascale.train.step import Learner, run_micro_batches
+from megascale.training.step import Learner, run_micro_batches
 
 FEWEST_CELLS = 6
 """A grid is not thinned below this many cells of each ring size."""

@@ -16,7 +16,7 @@ from megascale.mesh.packing import MicroBatch, TokenSequence, pack
 from megascale.model.build import pack_multiple
 from megascale.runtime.distributed import all_agree, broadcast_bytes
 from megascale.runtime.first_rank import from_first_rank, on_first_rank
-from megascale.train.step import Learner
+from megascale.training.step import Learner
 
 if TYPE_CHECKING:
     from megascale.corpus.tokenizers import Tokenizer

@@ -34,8 +34,8 @@ from megascale.run.folder import RunFolder
 from megascale.run.heldout_sets import changed, evaluations_of, first_scores, in_words
 from megascale.runtime.distributed import Ranks
 from megascale.runtime.logs import say, settle_console
-from megascale.train.evaluate import HeldoutScore
-from megascale.train.feed import PlannedBatch
+from megascale.training.evaluate import HeldoutScore
+from megascale.training.feed import PlannedBatch
 
 HURRIED_S = 5.0
 """What trackers may take to send the last rows where the run did not reach its end."""

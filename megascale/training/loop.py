@@ -43,11 +43,11 @@ from megascale.runtime.first_rank import from_first_rank, on_first_rank
 from megascale.runtime.heartbeat import begin_pulse, pulse
 from megascale.runtime.logs import STARTER_VARIABLE, log_to, say
 from megascale.runtime.signals import ECHO_S, TWIN_S, StopRequest
-from megascale.train.begin import Run, begin, identities
-from megascale.train.feed import PlannedBatch, start_plans
-from megascale.train.grow_checkpoint import write_grown
-from megascale.train.sample import sample_text
-from megascale.train.step import train_step
+from megascale.training.begin import Run, begin, identities
+from megascale.training.feed import PlannedBatch, start_plans
+from megascale.training.grow_checkpoint import write_grown
+from megascale.training.sample import sample_text
+from megascale.training.step import train_step
 
 COMPARED_STEPS = 10
 """Steps before a comparison of ranks in which they are timed."""

@@ -21,7 +21,7 @@ from megascale.planner.plan import StepPlan
 from megascale.run.heldout_sets import scored_sources
 from megascale.runtime.distributed import Ranks
 from megascale.runtime.first_rank import from_first_rank
-from megascale.train.step import Learner, evaluate, look
+from megascale.training.step import Learner, evaluate, look
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,6 @@ def train_on_device(
     from megascale.runtime import distributed
 
     distributed.prepare_device(config.device)
-    from megascale.train.loop import train
+    from megascale.training.loop import train
 
     return train(config, sources, resume, command)

@@ -37,7 +37,7 @@ from megascale.run.start import (
     require_relatives,
 )
 from megascale.runtime.heartbeat import pulse
-from megascale.train.learn_growth import Learned, learn_maps
+from megascale.training.learn_growth import Learned, learn_maps
 
 
 def write_grown(found: Sequence[Found], growth: Growth, out: Path) -> str:
