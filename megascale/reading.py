@@ -41,7 +41,13 @@ def open_regular(path: str | Path, or_stream: bool = False) -> BufferedReader:
 def regular_handle(path: str | Path) -> int:
     """The descriptor of a regular file that is open to read; raises OSError as `open_regular`."""
     require_regular(path)  # first, since to open a device may already do something
-    handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY)
+    return regular_opener(str(path), os.O_RDONLY | os.O_NOCTTY)
+
+
+def regular_opener(path: str, flags: int) -> int:
+    """An `opener` for `open`: never waits for another process, and raises OSError, with the path,
+    for what is not a regular file."""
+    handle = os.open(path, flags | os.O_NONBLOCK, 0o666)
     try:
         require_regular(path, handle)
     except OSError:

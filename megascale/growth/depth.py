@@ -13,23 +13,6 @@ from megascale.growth.tensors import CLOSED, is_layered
 from megascale.model.initialise import OUTPUT_PROJECTIONS, initial, named_generator
 
 
-def stacked(num_layers: int, factor: int) -> list[int]:
-    """G_stack: the layer of the base that each layer of the target copies, i mod `num_layers`."""
-    return [target % num_layers for target in range(num_layers * factor)]
-
-
-def interpolated(num_layers: int, factor: int) -> list[int]:
-    """Each layer of the base, `factor` times in a row."""
-    return [target // factor for target in range(num_layers * factor)]
-
-
-def connection_rate(sources: Sequence[int]) -> float:
-    """Share of neighbouring layers that were neighbours, in this order, in the base."""
-    pairs = zip(sources, sources[1:], strict=False)
-    kept = sum(after == before + 1 for before, after in pairs)
-    return kept / max(1, len(sources) - 1)
-
-
 def deepen(
     base: Tensors,
     sources: Sequence[int],

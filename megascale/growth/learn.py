@@ -13,7 +13,7 @@ import torch
 
 from megascale.checkpoint.shards import Box, boxes
 from megascale.checkpoint.tensors import Piece, Tensors
-from megascale.growth.depth import stacked
+from megascale.growth.layer_orders import stacked
 from megascale.growth.tensors import is_layered
 from megascale.model.model import Model
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Literal
 
 from megascale.config import ModelConfig, MoeConfig
 from megascale.errors import UserError
+from megascale.growth.layer_orders import interpolated, stacked
 
 if TYPE_CHECKING:
     from megascale.checkpoint.tensors import Piece, Tensors
@@ -62,6 +63,8 @@ class Parents:
 
 Pieces = Callable[[Parents, ModelConfig, Growth], "Iterator[Piece]"]
 """The tensors of the grown model, of which the config is given, read as they are taken."""
+LayerOrder = Callable[[int, int], list[int]]
+"""Of a number of layers and a factor, the old layer that each new one copies."""
 Moments = Callable[[ModelConfig, "Tensors", Growth, int], "Iterator[Piece]"]
 """A moment of the optimizer, the mean of gradients to a power, for the grown model: of the old
 model, that moment of it, and the power."""
@@ -96,53 +99,31 @@ def _deeper(model: ModelConfig, growth: Growth) -> ModelConfig:
     return replace(deeper, moe=replace(model.moe, balance_weights=weights))
 
 
-def _stacked_pieces(parents: Parents, grown: ModelConfig, growth: Growth) -> Iterator[Piece]:
-    from megascale.growth.depth import deepen, stacked
+def _copies(order: LayerOrder, silent: bool = False) -> Pieces:
+    """Layers in an order; with `silent` the new ones add nothing at first."""
 
-    sources = stacked(parents.model.num_layers, growth.factor)
-    return deepen(parents.base, sources, noise=growth.noise, seed=growth.seed)
+    def pieces(parents: Parents, grown: ModelConfig, growth: Growth) -> Iterator[Piece]:
+        from megascale.growth.depth import deepen
 
+        old = parents.model.num_layers
+        new = range(old, grown.num_layers) if silent else ()
+        sources = order(old, growth.factor)
+        return deepen(parents.base, sources, new, noise=growth.noise, seed=growth.seed)
 
-def _stacked_moments(
-    model: ModelConfig, moment: Tensors, growth: Growth, power: int
-) -> Iterator[Piece]:
-    from megascale.growth.depth import deepen, stacked
-
-    return deepen(moment, stacked(model.num_layers, growth.factor))
-
-
-def _interpolated_pieces(parents: Parents, grown: ModelConfig, growth: Growth) -> Iterator[Piece]:
-    from megascale.growth.depth import deepen, interpolated
-
-    sources = interpolated(parents.model.num_layers, growth.factor)
-    return deepen(parents.base, sources, noise=growth.noise, seed=growth.seed)
+    return pieces
 
 
-def _interpolated_moments(
-    model: ModelConfig, moment: Tensors, growth: Growth, power: int
-) -> Iterator[Piece]:
-    from megascale.growth.depth import deepen, interpolated
+def _copied_moments(order: LayerOrder, silent: bool = False) -> Moments:
+    """Moments of those layers; zeros for new ones that add nothing at first."""
 
-    return deepen(moment, interpolated(model.num_layers, growth.factor))
+    def moments(model: ModelConfig, moment: Tensors, growth: Growth, power: int) -> Iterator[Piece]:
+        from megascale.growth.depth import deepen
 
+        old = model.num_layers
+        new = range(old, old * growth.factor) if silent else ()
+        return deepen(moment, order(old, growth.factor), new, silenced=("",))
 
-def _silent_pieces(parents: Parents, grown: ModelConfig, growth: Growth) -> Iterator[Piece]:
-    from megascale.growth.depth import deepen, stacked
-
-    old = parents.model.num_layers
-    new = range(old, old * growth.factor)
-    return deepen(parents.base, stacked(old, growth.factor), new)
-
-
-def _moments_of_new_layers(
-    model: ModelConfig, moment: Tensors, growth: Growth, power: int
-) -> Iterator[Piece]:
-    """Zeros for the layers that add nothing at first."""
-    from megascale.growth.depth import deepen, stacked
-
-    old = model.num_layers
-    new = range(old, old * growth.factor)
-    return deepen(moment, stacked(old, growth.factor), new, silenced=("",))
+    return moments
 
 
 def _masked(model: ModelConfig, growth: Growth) -> ModelConfig:
@@ -243,29 +224,29 @@ OPERATORS: Mapping[str, Operator] = {
         meaning="all layers again and again (G_stack)",
         options=("factor", "noise"),
         model=_deeper,
-        pieces=_stacked_pieces,
-        moments=_stacked_moments,
+        pieces=_copies(stacked),
+        moments=_copied_moments(stacked),
     ),
     "interpolate": Operator(
         meaning="each layer several times in a row",
         options=("factor", "noise"),
         model=_deeper,
-        pieces=_interpolated_pieces,
-        moments=_interpolated_moments,
+        pieces=_copies(interpolated),
+        moments=_copied_moments(interpolated),
     ),
     "zero": Operator(
         meaning="as stack, but new layers add nothing at first",
         options=("factor",),
         model=_deeper,
-        pieces=_silent_pieces,
-        moments=_moments_of_new_layers,
+        pieces=_copies(stacked, silent=True),
+        moments=_copied_moments(stacked, silent=True),
     ),
     "random": Operator(
         meaning="new layers with initial weights behind a mask that opens in training",
         options=("factor", "mask_tokens"),
         model=_masked,
         pieces=_random_pieces,
-        moments=_moments_of_new_layers,
+        moments=_copied_moments(stacked, silent=True),
         needs={"mask_tokens": "such as 1B"},
         detail=lambda growth: f"--factor {growth.factor} --mask-tokens {growth.mask_tokens}",
     ),

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 from megascale.exports import lazily
 
 if TYPE_CHECKING:
-    from megascale.mesh.attend import attend as attend
-    from megascale.mesh.memory import micro_batches as micro_batches
+    from megascale.mesh.in_memory import micro_batches as micro_batches
+    from megascale.mesh.packed_attention import attend as attend
     from megascale.mesh.packing import MicroBatch as MicroBatch
     from megascale.mesh.packing import Segments as Segments
     from megascale.mesh.packing import TokenSequence as TokenSequence
@@ -24,8 +24,8 @@ _MODULES = {
     "MicroBatch": "megascale.mesh.packing",
     "Segments": "megascale.mesh.packing",
     "TokenSequence": "megascale.mesh.packing",
-    "attend": "megascale.mesh.attend",
-    "micro_batches": "megascale.mesh.memory",
+    "attend": "megascale.mesh.packed_attention",
+    "micro_batches": "megascale.mesh.in_memory",
     "pack": "megascale.mesh.packing",
     "use_in_transformers": "megascale.mesh.transformers",
 }

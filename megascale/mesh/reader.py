@@ -12,7 +12,7 @@ import torch
 from megascale.corpus.batches import GlobalBatch
 from megascale.corpus.shards import Shard
 from megascale.errors import RankError
-from megascale.mesh.memory import packed_part
+from megascale.mesh.in_memory import packed_part
 from megascale.mesh.packing import MicroBatch, TokenSequence
 from megascale.planner.plan import StepPlan
 from megascale.planner.shares import RankMicroBatch

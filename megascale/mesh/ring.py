@@ -34,7 +34,7 @@ def ring_attend(
 
     All ranks of the ring must call it, also one that holds no token. Rows after the share are
     padding: their output is 0 and their log-sum-exp minus infinity. Returns what
-    `mesh.attend.attend` does. Gradients flow through the output only.
+    `mesh.packed_attention.attend` does. Gradients flow through the output only.
     """
     out, lse = _RingAttention.apply(q_THD, k_TGD, v_TGD, share, window)
     return out, lse

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from megascale.config import RopeScalingConfig
-from megascale.mesh.attend import attend
+from megascale.mesh.packed_attention import attend
 from megascale.mesh.packing import Segments
 
 

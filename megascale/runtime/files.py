@@ -18,7 +18,7 @@ from io import FileIO
 from pathlib import Path
 from typing import IO, BinaryIO
 
-from megascale.reading import require_regular
+from megascale.reading import regular_opener
 
 UNFINISHED = ".tmp-"
 """Begins the name of a file or folder that is being written."""
@@ -128,21 +128,11 @@ def open_to_append(path: Path) -> FileIO:
 
     Raises OSError, also for a pipe, which might let the writer wait.
     """
-    return open(path, "ab", buffering=0, opener=_open_waiting_for_nobody)
+    return open(path, "ab", buffering=0, opener=regular_opener)
 
 
 def _open_no_link(path: str, flags: int) -> int:
-    return _open_waiting_for_nobody(path, flags | os.O_NOFOLLOW)
-
-
-def _open_waiting_for_nobody(path: str, flags: int) -> int:
-    handle = os.open(path, flags | os.O_NONBLOCK, 0o666)
-    try:
-        require_regular(path, handle)
-    except OSError:
-        os.close(handle)
-        raise
-    return handle
+    return regular_opener(path, flags | os.O_NOFOLLOW)
 
 
 def discard(path: Path) -> None:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from megascale.mesh.attend import attend
+from megascale.mesh.packed_attention import attend
 from megascale.mesh.packing import Segments
 
 pytestmark = [

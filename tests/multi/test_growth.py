@@ -325,7 +325,7 @@ def test_the_paper_connects_most_layers():
     from megascale.runtime import distributed
 
     distributed.prepare_device("cpu")
-    from megascale.growth.depth import connection_rate, interpolated, stacked
+    from megascale.growth.layer_orders import connection_rate, interpolated, stacked
 
     assert connection_rate(stacked(8, 3)) == 21 / 23
     assert connection_rate(interpolated(8, 3)) == 7 / 23

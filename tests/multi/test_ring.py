@@ -30,7 +30,7 @@ def differences(ring, place, lengths, window, kv_heads, dtype, group=None):
     an fp64 oracle. The pack ends with padding, of noise, whose gradient is noise too."""
     import torch
 
-    from megascale.mesh.attend import attend
+    from megascale.mesh.packed_attention import attend
     from megascale.mesh.packing import Segments
     from megascale.mesh.ring_share import RingShare
     from megascale.planner.shares import chunk_bounds

@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
-from megascale.mesh.attend import attend
 from megascale.mesh.kernels import DENSE, FLASH_CPU, Call
+from megascale.mesh.packed_attention import attend
 from megascale.mesh.packing import Segments
 from megascale.mesh.ring_share import RingShare
 from megascale.planner.shares import chunk_bounds

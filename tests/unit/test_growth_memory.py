@@ -14,7 +14,8 @@ import torch
 from megascale.checkpoint.load import find_at
 from megascale.checkpoint.manifest import Position
 from megascale.checkpoint.tensors import Piece, Tensors, write_checkpoint
-from megascale.growth.depth import deepen, stacked
+from megascale.growth.depth import deepen
+from megascale.growth.layer_orders import stacked
 from megascale.growth.width import widen
 
 SIZE, folder = 512, Path(sys.argv[1])

@@ -1,6 +1,7 @@
 """The rules of the house that a machine can check."""
 
 import ast
+import importlib
 import importlib.util
 import re
 import subprocess
@@ -69,6 +70,16 @@ def test_a_package_imports_only_from_those_above_it(path):
             parts = name.split(".")
             if parts[0] == "megascale" and len(parts) > 1:
                 assert ORDER.index(parts[1]) <= ORDER.index(own), f"line {node.lineno}: {name}"
+
+
+@pytest.mark.parametrize("package", ["megascale", "megascale.mesh", "megascale.model"])
+def test_an_exported_name_is_no_module(package):
+    """Importing a module sets its name in the package, in the place of an exported function."""
+    exported = importlib.import_module(package)
+    folder = Path(exported.__path__[0])
+    for name in exported.__all__:
+        assert not (folder / name).exists() and not (folder / f"{name}.py").exists(), name
+        assert callable(getattr(exported, name))
 
 
 def test_sources_are_ascii():
