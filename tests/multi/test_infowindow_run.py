@@ -17,11 +17,11 @@ from tiny_corpus import tiny_config
 from toy_m1 import small_book
 
 from megascale.cli import main
-from megascale.commands.train_m1 import write_config
 from megascale.config import load_config
 from megascale.corpus.shards import Shard
 from megascale.errors import UserError
 from megascale.infowindow.m1 import M1
+from megascale.training.byte_model import write_config
 
 TINY = ("train.tokens=6000", "eval.tokens=1M", "checkpoint.save_every_steps=2")
 SMALL = ("train.tokens=20K", "data.global_batch_tokens=4Ki", "train.threads=1")

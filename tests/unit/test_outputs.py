@@ -11,13 +11,13 @@ from megascale.cli import main
 from megascale.commands import calibrate as calibrate_command
 from megascale.commands import eval as eval_command
 from megascale.commands import experts as experts_command
-from megascale.commands import train_m1
 from megascale.commands.report import PAGE
 from megascale.errors import UserError
 from megascale.infowindow.files import files_of, write_file
 from megascale.planner.cost import CostModel
 from megascale.planner.fit import write_cost
 from megascale.runtime.outputs import Output, begins_with, json_of, picture, require_outputs
+from megascale.training import byte_model
 
 START = {"time": "2026-11-30T07:15:00+00:00", "event": "start", "began": 1796022900.0}
 LENGTHS = ["--ranks", "2", "--capacity", "4096"]
@@ -273,6 +273,6 @@ def _json(path, value):
 
 def test_train_m1_keeps_configs_of_others(tmp_path):
     (tmp_path / "m1.yaml").write_text("run_dir: runs/mine\n")
-    assert not train_m1.OWN_CONFIG.fits(tmp_path / "m1.yaml")
+    assert not byte_model.OWN_CONFIG.fits(tmp_path / "m1.yaml")
     (tmp_path / "m1.yaml").write_text(f"run_dir: {tmp_path}/run\n")
-    assert train_m1.OWN_CONFIG.fits(tmp_path / "m1.yaml")
+    assert byte_model.OWN_CONFIG.fits(tmp_path / "m1.yaml")
