@@ -1,7 +1,7 @@
 """What guides say of options and of metrics, from the code: `python tools/write_guides.py`.
 
 Writes `megascale/config/README.md` from `config/schema.py`, and the fields of metrics.jsonl in
-`megascale/run/README.md` from `monitor/fields.py`. With --check nothing is written, and the exit
+`megascale/run/README.md` from `monitor/metric_fields.py`. With --check nothing is written, and the exit
 status is 1 if a file is not what would be written.
 """
 
@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from megascale.config import schema
-from megascale.monitor.fields import FIELDS, SCORES, Field, Picture
+from megascale.monitor.metric_fields import FIELDS, SCORES, Field, Picture
 
 REFERENCE = Path(schema.__file__).with_name("README.md")
 GUIDE = Path(schema.__file__).parents[1] / "run" / "README.md"

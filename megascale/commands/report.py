@@ -15,7 +15,7 @@ from typing import Any
 from megascale.commands.status import LIVELY, show_step, start_rows
 from megascale.errors import UserError
 from megascale.monitor.events import at
-from megascale.monitor.fields import field_called
+from megascale.monitor.metric_fields import field_called
 from megascale.monitor.quantities import clock, show_duration
 from megascale.monitor.story import PARTS, Story, read_story
 from megascale.reading import MOST_TEXT_BYTES, read_whole

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from megascale.errors import UserError
 from megascale.monitor.events import at
-from megascale.monitor.fields import field_called
+from megascale.monitor.metric_fields import field_called
 from megascale.monitor.quantities import clock, show_count, show_duration
 from megascale.monitor.rank_states import read_heartbeats
 from megascale.monitor.sessions import Session

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from statistics import fmean
 from typing import Any, TextIO
 
-from megascale.monitor.fields import shown_fields
+from megascale.monitor.metric_fields import shown_fields
 from megascale.monitor.quantities import show_duration
 
 MIN_SMOOTHED_STEPS = 100
@@ -66,7 +66,7 @@ class Console:
                 self._since_line[field.name].append(row[field.name])
 
     def line(self, row: Mapping[str, Any]) -> str:
-        """One line of a row, with the fields of `monitor.fields` that the console shows."""
+        """One line of a row, with the fields of `monitor.metric_fields` that the console shows."""
         self.take(row)
         step, eta = int(row["step"]), self.eta_s()
         row = {**row, **{name: fmean(values) for name, values in self._since_line.items()}}

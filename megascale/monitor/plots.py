@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from megascale.errors import UserError
 from megascale.monitor.experts import plot_shares, read_shares
-from megascale.monitor.fields import SCORES, Curve, Picture, drawn_fields, pictures
+from megascale.monitor.metric_fields import SCORES, Curve, Picture, drawn_fields, pictures
 from megascale.monitor.metrics import METRICS_FILE, has_numbers, read_rows
 from megascale.monitor.stragglers import plot_ranks, read_slowdowns
 from megascale.runtime.files import real_path
@@ -66,7 +66,7 @@ class Curves:
 
 
 def plot_run(run_dirs: Sequence[Path], out: Path) -> list[Path]:
-    """Draw the pictures of `monitor.fields` into the folder `out`, of one or more runs.
+    """Draw the pictures of `monitor.metric_fields` into the folder `out`, of one or more runs.
 
     And the use of experts and the speed of ranks, a picture for each run that has them. Several
     runs share the axes of each other picture. Returns the files written; a picture is left out

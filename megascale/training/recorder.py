@@ -24,7 +24,7 @@ from megascale.model.balance import ExpertUse
 from megascale.monitor.console import Console
 from megascale.monitor.device import peak_flops
 from megascale.monitor.experts import CollapseWatch, ExpertLog
-from megascale.monitor.fields import for_console, row_of, score_row
+from megascale.monitor.metric_fields import for_console, row_of, score_row
 from megascale.monitor.metrics import FINISH_S, METRICS_FILE, MetricsWriter, read_rows
 from megascale.monitor.step_record import StepRecord, StepResult, bytes_per_token, replayed_share
 from megascale.monitor.stragglers import IN_A_ROW, RankLog, StragglerWatch

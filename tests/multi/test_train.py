@@ -236,7 +236,7 @@ def command_with_another_field(*words):
     """Like `command`, then `megascale plot`, with a record more; and the names in TensorBoard."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    from megascale.monitor import fields
+    from megascale.monitor import metric_fields as fields
 
     picture = fields.Picture("sequences", "Sequences of a batch")
     new = fields.Field(

@@ -15,9 +15,9 @@ from megascale.config.load import parse_config
 from megascale.corpus.batches import Cursor, GlobalBatch, SourceCursor
 from megascale.model.balance import ExpertUse
 from megascale.model.counts import batch_flops
-from megascale.monitor import fields
+from megascale.monitor import metric_fields as fields
 from megascale.monitor.console import Console
-from megascale.monitor.fields import Curve, Field, Picture, Shown
+from megascale.monitor.metric_fields import Curve, Field, Picture, Shown
 from megascale.monitor.metrics import MetricsWriter
 from megascale.monitor.plots import load_curves, plot_run
 from megascale.monitor.step_record import StepRecord, StepResult

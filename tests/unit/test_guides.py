@@ -18,7 +18,7 @@ from megascale import cli
 from megascale.config import RunConfig
 from megascale.config.load import build_as, options_called, parse_config, read_tree
 from megascale.corpus.recipe import Recipe
-from megascale.monitor.fields import FIELDS, SCORES
+from megascale.monitor.metric_fields import FIELDS, SCORES
 from megascale.planner import PLANNERS
 
 ROOT = Path(__file__).parents[2]
