@@ -1,8 +1,8 @@
 """What guides say of options and of metrics, from the code: `python tools/write_guides.py`.
 
 Writes `megascale/config/README.md` from `config/schema.py`, and the fields of metrics.jsonl in
-`megascale/run/README.md` from `monitor/metric_fields.py`. With --check nothing is written, and the exit
-status is 1 if a file is not what would be written.
+`megascale/run/README.md` from `monitor/metric_fields.py`. With --check nothing is written, and the
+exit status is 1 if a file is not what would be written.
 """
 
 from __future__ import annotations
