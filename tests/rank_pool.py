@@ -142,6 +142,8 @@ def _serve(pipe: Any, path: list[str], dump: str) -> None:
 def _call(module: str, name: str, args: tuple[Any, ...]) -> tuple[bool, Any]:
     from importlib import import_module
 
+    import torch.distributed as dist
+
     from megascale.runtime import distributed
 
     try:
@@ -152,4 +154,6 @@ def _call(module: str, name: str, args: tuple[Any, ...]) -> tuple[bool, Any]:
     finally:
         with contextlib.suppress(Exception):
             distributed.stop()
+            if dist.is_initialized():  # what the function has made itself
+                dist.destroy_process_group()
         gc.collect()  # models are cycles, and hold the groups: three threads each that stay awake

@@ -135,13 +135,18 @@ def device_bytes(device: torch.device) -> int:
 
 
 def stop() -> None:
-    """Leave the groups; safe to call when they were never made."""
+    """Leave the groups; safe to call when they were never made.
+
+    A default process group that the caller had made before `start` stays.
+    """
     if not dist.is_initialized():
         return
     from megatron.core import parallel_state
 
     parallel_state.destroy_model_parallel()
-    dist.destroy_process_group()
+    if _joined.open:
+        _joined.open = False
+        dist.destroy_process_group()
 
 
 def seed_everything(seed: int) -> None:
@@ -248,17 +253,44 @@ def patient(ranks: Ranks) -> Ranks:
     return replace(ranks, control=dist.new_group(backend="gloo", timeout=PATIENCE))
 
 
+class _Joined:
+    """How often this process has joined the others of its meeting point, and through what.
+
+    The store of a meeting point stays for the whole process, and each time has its own names in
+    it: the addresses of the last time must not be taken for those of this one by a rank that
+    comes back while others still leave, nor under torchrun, whose store outlives all of them.
+    """
+
+    def __init__(self) -> None:
+        self.open = False
+        self._where: tuple[object, ...] | None = None
+        self._store: dist.Store | None = None
+        self._times = 0
+
+    def store(self, rank: int, world: int) -> dist.Store:
+        """The store to join the others by now; for every rank to call as often as the others."""
+        if world == 1 and "MASTER_ADDR" not in os.environ:
+            return dist.HashStore()
+        where = (meeting_point(), rank, world)
+        if self._store is None or where != self._where:
+            self._where, self._store, self._times = where, None, 0
+            self._store, _, _ = next(dist.rendezvous("env://", rank, world, timeout=TIMEOUT))
+        self._times += 1
+        return dist.PrefixStore(f"megascale-{self._times}", self._store)
+
+
+_joined = _Joined()
+
+
 def _join(rank: int, world: int, backend: str) -> None:
     if dist.is_initialized():
         return
     # n ranks of a gloo group then ask the store for all addresses n times, not n^2 times
     os.environ.setdefault("GLOO_ENABLE_STORE_V2_API", "1")
-    if world == 1 and "MASTER_ADDR" not in os.environ:
-        store = dist.HashStore()
-        dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=TIMEOUT)
-        return
     try:
-        dist.init_process_group(backend, rank=rank, world_size=world, timeout=TIMEOUT)
+        store = _joined.store(rank, world)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=TIMEOUT)
+        _joined.open = True
     except (dist.DistNetworkError, dist.DistStoreError) as error:
         reason = " ".join(str(error).split())[:200]
         raise RankError(

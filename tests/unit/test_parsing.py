@@ -38,7 +38,7 @@ MAY_PARSE = {
     "runtime/nodes.py": "the same",
     "checkpoint/save.py": "the same",
     "checkpoint/load.py": "the same",
-    "train/sample.py": "the same",
+    "training/sample.py": "the same",
     "installation.py": "what pip wrote, also where PyYAML is missing",
     "launch/channel.py": "signed messages with a limit of their own",
 }
