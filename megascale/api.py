@@ -105,7 +105,7 @@ def load_run(config: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     """
     from megascale.run.resolve import load_run as load
 
-    return load(config, overrides)[0]
+    return load(config, overrides).config
 
 
 def train(config: str | Path, overrides: Sequence[str] = (), resume: str | None = None) -> bool:
@@ -121,9 +121,9 @@ def train(config: str | Path, overrides: Sequence[str] = (), resume: str | None 
 
     world_from_environment()
     check_resume(resume)
-    run, sources = load(config, overrides)
+    run = load(config, overrides)
     command = f"megascale.train({str(config)!r}, {list(overrides)!r}, resume='auto')"
-    return train_on_device(run, sources, resume, command)
+    return train_on_device(run, resume, command)
 
 
 def read_metrics(run_dir: str | Path) -> list[dict[str, Any]]:

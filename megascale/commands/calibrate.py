@@ -111,7 +111,7 @@ def _load(path: str, overrides: Sequence[str]) -> RunConfig:
         from megascale.run.resolve import load_run
 
         try:
-            return load_run(path, overrides)[0]
+            return load_run(path, overrides).config
         except UserError as error:
             raise UserError(f"{error} (or set model.vocab_size, which needs no corpus)") from None
     return finalize(config, dict.fromkeys(config.data.sources, 1), config.model.vocab_size)

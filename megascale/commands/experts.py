@@ -18,9 +18,8 @@ from megascale.runtime.files import write_output
 from megascale.runtime.outputs import Output, json_of, picture, require_outputs
 
 if TYPE_CHECKING:
-    from megascale.config import RunConfig
-    from megascale.corpus.sources import SourceInfo
     from megascale.model.balance import ExpertUse
+    from megascale.run.resolve import ResolvedRun
 
 RESULT = "experts_heldout.json", json_of("a file of megascale experts", "step", "share")
 PICTURE = "experts_heldout.png", picture(".png")
@@ -44,7 +43,7 @@ def run_experts(args: argparse.Namespace) -> int:
         raise UserError(f"--step {step}: {why}")
     out = Path(args.out) if args.out else run / "plots"
     require_outputs([Output("--out", out / name, kind, True) for name, kind in (RESULT, PICTURE)])
-    config, sources = _load(run, args.overrides, is_one)
+    config, sources, _ = _load(run, args.overrides, is_one)
     if config.model.moe is None:
         raise UserError(f"{run}: its model has no experts (model.moe)")
     from megascale.runtime import distributed
@@ -73,10 +72,8 @@ def run_experts(args: argparse.Namespace) -> int:
     return 0
 
 
-def _load(
-    run: Path, overrides: Sequence[str], is_one: bool
-) -> tuple[RunConfig, dict[str, SourceInfo]]:
-    """The config of a run, or the one in a checkpoint, with its sources. Raises UserError."""
+def _load(run: Path, overrides: Sequence[str], is_one: bool) -> ResolvedRun:
+    """A run by its config, or by the one in a checkpoint. Raises UserError."""
     from megascale.run.resolve import load_run
 
     words = ["planner.capacity_tokens=null", *overrides]  # any number of ranks will do

@@ -61,7 +61,7 @@ def _convert(found: Found, out: Path, shard_bytes: int, args: argparse.Namespace
     from megascale.convert.huggingface.weights import export_shapes, export_tensors
     from megascale.convert.one_rank import run_config
     from megascale.run.checkpoint_tokenizer import tokenizer_folder
-    from megascale.run.start import kept_of
+    from megascale.run.origin import kept_of
 
     config, stored = run_config(found), Tensors(found)
     shapes = export_shapes(config.model)

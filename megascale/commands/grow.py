@@ -50,7 +50,7 @@ def run_grow(args: argparse.Namespace) -> int:
 
     distributed.prepare_device("auto" if args.operator == "learn" else "cpu")
     from megascale.checkpoint.load import find_at
-    from megascale.run.start import home_of
+    from megascale.run.origin import home_of
     from megascale.training.grow_checkpoint import write_grown
 
     growth, out = growth_of(args), Path(args.out)

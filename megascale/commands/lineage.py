@@ -8,7 +8,7 @@ from pathlib import Path
 from megascale.checkpoint.manifest import MANIFEST
 from megascale.errors import UserError
 from megascale.run.lineage import family_of, tree
-from megascale.run.start import LINEAGE
+from megascale.run.origin import LINEAGE
 from megascale.runtime.files import real_path
 
 

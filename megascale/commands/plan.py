@@ -63,14 +63,15 @@ def run_plan(args: argparse.Namespace) -> int:
             raise UserError(f"--{option} goes with --lengths FILE; a config sets planner.* itself")
     if args.config is None:
         raise UserError("plan: give CONFIG, or --lengths FILE --ranks N --capacity TOKENS")
-    config, sources = load_run(args.config, args.overrides)
+    run = load_run(args.config, args.overrides)
+    config = run.config
     _require_outputs(args, args.config, config.planner.cost)
     cut = config.parallel
     fewest = cut.tensor * cut.pipeline * cut.expert
     ranks = fewest if args.ranks is None else whole_number(args.ranks, "--ranks", 1, MOST_RANKS)
     layout = Layout.of(config, ranks)
-    first = first_step(config, layout, sources)
-    print(describe_run(config, layout, sources, first), end="")
+    first = first_step(config, layout, run.sources)
+    print(describe_run(run, layout, first), end="")
     _write_plan(args, first.plan, first.batch.length, cost_model(config))
     return 0
 

@@ -73,7 +73,7 @@ def _resolved(path: str, overrides: list[str]) -> tuple[RunConfig, tuple[StageCo
     """
     config = load_config(path, overrides)
     if config.start.checkpoint is not None:
-        config, _ = load_run(path, overrides)
+        config = load_run(path, overrides).config
         return config, config.data.stages
     config = steplaw.resolve(config)
     tokens = _source_tokens(config)

@@ -221,7 +221,7 @@ def _given(text: str | None, default: str, option: str, least: int, most: int) -
 
 def _checked(config_path: str, overrides: Sequence[str], worlds: Iterable[int]) -> RunConfig:
     """The config, which must fit worlds of these sizes. Raises UserError."""
-    config, _ = load_run(config_path, overrides)
+    config = load_run(config_path, overrides).config
     for world in worlds:
         Layout.of(config, world)
     return config

@@ -90,8 +90,8 @@ def _train(args: argparse.Namespace) -> int:
     from megascale.training.entry import train_on_device
 
     check_resume(args.resume)
-    config, sources = load_run(args.config, args.overrides)
-    train_on_device(config, sources, args.resume, resume_command(args.config, args.overrides))
+    run = load_run(args.config, args.overrides)
+    train_on_device(run, args.resume, resume_command(args.config, args.overrides))
     return 0
 
 

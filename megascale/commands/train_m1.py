@@ -48,9 +48,9 @@ def run_train_m1(args: argparse.Namespace) -> int:
         )
     corpora = [Path(one) for one in args.corpus.split(",")]
     write_config(corpora, out, args.shape, args.overrides)
-    config, sources = load_run(config_of(out), args.overrides)
-    require_freezable(config)
-    if train_on_device(config, sources, "auto", again_command(args)):
+    run = load_run(config_of(out), args.overrides)
+    require_freezable(run.config)
+    if train_on_device(run, "auto", again_command(args)):
         return 1
     model = freeze(out / "run")
     model.save(out / M1_FILE)

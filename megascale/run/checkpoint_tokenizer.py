@@ -16,8 +16,8 @@ from megascale.corpus.sources import CORPUS_FILE, TOKENIZER_FOLDER, describe, id
 from megascale.corpus.tokenizers import load_hf, load_tokenizer
 from megascale.errors import UserError
 from megascale.infowindow.tokenizer import InfoWindowTokenizer
+from megascale.run.origin import home_of, kept_of
 from megascale.run.replay import part_seen
-from megascale.run.start import home_of, kept_of
 
 NO_SETTINGS = (*SPECIAL_IDS, "transformers_version", "_from_model_config")
 """What a generation_config.json says besides how text is generated."""

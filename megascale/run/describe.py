@@ -25,7 +25,7 @@ from megascale.planner.gantt import LEGEND, text_gantt
 from megascale.run.earlier_runs import unwatched
 from megascale.run.growing import small_and_grown
 from megascale.run.heldout_sets import foreseen
-from megascale.run.resolve import epochs_read, source_tokens
+from megascale.run.resolve import ResolvedRun, epochs_read, source_tokens
 from megascale.run.same_tokenizer import warn_if_tokenizers_differ
 from megascale.run.start import warn_if_rate_jumps
 from megascale.run.step_problem import FirstStep, batches_of, cost_model, first_step, step_problem
@@ -51,15 +51,15 @@ def expected_lengths(config: RunConfig, sources: Mapping[str, SourceInfo]) -> li
 
 
 def describe_run(
-    config: RunConfig,
+    run: ResolvedRun,
     layout: Layout,
-    sources: Mapping[str, SourceInfo],
     first: FirstStep | None = None,
 ) -> str:
-    """Everything that follows from a finalized config, as text of many lines.
+    """Everything that follows from a run's config, as text of many lines.
 
     `first` saves dealing step 0 again where it is at hand.
     """
+    config, sources, start = run
     first = first or first_step(config, layout, sources)
     has_heldout = {name: info.heldout is not None for name, info in sources.items()}
     lengths = expected_lengths(config, sources)
@@ -67,7 +67,7 @@ def describe_run(
     epochs, length = epochs_read(config, read, source_tokens(sources)), lengths[-1]
     warnings = warnings_of(config, layout, epochs, has_heldout, first.batch.num_sequences, length)
     warnings += warn_if_tokenizers_differ(config, sources)
-    warnings += [*warn_if_rate_jumps(config), *unwatched(config)]
+    warnings += [*warn_if_rate_jumps(config, start), *unwatched(config)]
     warnings += _missing_ends(sources)
     sections = [
         _title(config, length),

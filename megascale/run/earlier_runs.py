@@ -4,69 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from pathlib import Path
 
-from megascale.checkpoint.load import read_manifest
-from megascale.checkpoint.manifest import Position
-from megascale.config import EarlierConfig, ReadConfig, RunConfig, SourceConfig, parse_config
-from megascale.config.schema import ORDER_VERSION
-from megascale.corpus.batches import Cursor, SourceCursor
+from megascale.config import EarlierConfig, RunConfig, SourceConfig
 from megascale.corpus.sources import describe_source, identity
 from megascale.errors import UserError
-from megascale.run.start import begun_run
+from megascale.run.start import Start
 
 PREFIX = "replay/"
 
 
-def read_by(position: Position, where: str = "") -> dict[str, SourceConfig]:
-    """All sources that the run of a checkpoint and those behind it have read, and how far.
-
-    `where` names the checkpoint. Raises UserError where its config cannot be understood.
-    """
-    if "data" not in position.cursor:
-        return {}
-    config = parse_config(position.config, where=where)
-    cursor = Cursor.from_json(position.cursor["data"])
-    found = _read(config, cursor, position.cursor["sources"])
-    folder = Path(position.cursor.get("cwd", ""))
-    return {name: _seen_from_here(source, folder) for name, source in found.items()}
-
-
-def _seen_from_here(source: SourceConfig, folder: Path) -> SourceConfig:
-    """A source whose path, where it leads nowhere, is relative to the `folder` of its run."""
-    if Path(source.path).exists() or Path(f"{source.path}.idx").exists():
-        return source
-    heldout = source.heldout and str(folder / source.heldout)
-    return replace(source, path=str(folder / source.path), heldout=heldout)
-
-
-def _read(config: RunConfig, cursor: Cursor, held: Mapping[str, str]) -> dict[str, SourceConfig]:
-    """The same of a run with a resolved config; `held` says what its sources hold."""
-    found = dict(config.data.earlier)
-    for name, source in config.data.sources.items():
-        place = cursor.sources.get(name) or SourceCursor(source.begin)
-        if source.replay:
-            continue
-        if not place.pieces:
-            if source.earlier is not None:
-                reads = source.earlier.reads
-                known = replace(source.earlier, reads=reads if reads[-1].pieces else reads[:-1])
-                found[name] = replace(source, earlier=known)
-            continue
-        before = source.earlier or EarlierConfig(reads=(), tokens=0, held=held.get(name, ""))
-        own = ReadConfig(
-            name=name,
-            seed=config.seed,
-            context_tokens=config.data.context_tokens,
-            pieces=place.pieces,
-            order=ORDER_VERSION,
-        )
-        earlier = replace(before, reads=(*before.reads, own), tokens=before.tokens + place.tokens)
-        found[name] = replace(source, earlier=earlier, begin=0)
-    return found
-
-
-def with_earlier(config: RunConfig) -> RunConfig:
+def with_earlier(config: RunConfig, start: Start | None) -> RunConfig:
     """`config` with what the runs behind it have read of its sources, and what else they read.
 
     A source `replay/NAME` is added for everything that they have read. Without a replay fraction
@@ -74,16 +21,11 @@ def with_earlier(config: RunConfig) -> RunConfig:
     out. Raises UserError where data to replay, or of which `eval.forgetting_alarm` is to warn, is
     gone or has changed.
     """
-    if config.start.checkpoint is None:
+    if start is None:
         _refuse_written(config)
         return config
-    begun = begun_run(config)
-    if begun is None:
-        position = read_manifest(config.start.checkpoint).position
-        known, places = read_by(position, config.start.checkpoint), _places(position)
-        fixed: Mapping[str, SourceConfig] = {}
-    else:
-        known, places, fixed = _read(begun, Cursor(), {}), {}, begun.data.sources
+    known = start.read
+    fixed = start.begun.data.sources if start.begun is not None else {}
     plain = {name: one for name, one in config.data.sources.items() if not one.replay}
     held = {name: _held(source) for name, source in plain.items()}
     sources = {}
@@ -96,10 +38,14 @@ def with_earlier(config: RunConfig) -> RunConfig:
     gone_on = {one.earlier.held for one in sources.values() if one.earlier is not None}
     others = {n: one for n, one in known.items() if _earlier(one).held not in gone_on}
     replays = {name: one for name, one in fixed.items() if one.replay}
-    if begun is None or config.data.replay_fraction or config.eval.forgetting_alarm is not None:
+    if (
+        start.begun is None
+        or config.data.replay_fraction
+        or config.eval.forgetting_alarm is not None
+    ):
         unread = {n: one for n, one in known.items() if _earlier(one).held not in held.values()}
         wanted = known if config.data.replay_fraction else unread
-        replays |= _replays(wanted, places | replays, config)
+        replays |= _replays(wanted, {**start.replayed, **replays}, config)
     data = replace(config.data, sources=sources | replays, earlier=others)
     return replace(config, data=data)
 
@@ -163,18 +109,6 @@ def trouble(source: SourceConfig, earlier: EarlierConfig) -> str | None:
     if now != earlier.held:
         return f"it held {earlier.held} when it was read and holds {now} now"
     return None
-
-
-def _places(parent: Position) -> dict[str, SourceConfig]:
-    """The parent's sources of replay, with `begin` where it came to in them."""
-    if "data" not in parent.cursor:
-        return {}
-    config, cursor = parse_config(parent.config), Cursor.from_json(parent.cursor["data"])
-    return {
-        name: replace(one, begin=cursor.sources[name].pieces)
-        for name, one in config.data.sources.items()
-        if one.replay and name in cursor.sources
-    }
 
 
 def _replays(

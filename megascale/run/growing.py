@@ -9,7 +9,7 @@ from megascale.checkpoint.load import read_manifest
 from megascale.config import RunConfig, StartConfig, parse_config
 from megascale.errors import UserError
 from megascale.growth.operators import OPERATORS, Growth, grown_model
-from megascale.run.start import origin_of
+from megascale.run.origin import origin_of
 
 
 def small_and_grown(config: RunConfig) -> tuple[RunConfig, RunConfig, Growth]:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from megascale.checkpoint.folder import copies_name
 from megascale.checkpoint.manifest import MANIFEST
-from megascale.run.start import LINEAGE, Origin, Parent, home_of, origin_of
+from megascale.run.origin import LINEAGE, Origin, Parent, home_of, origin_of
 
 RECORDS = (LINEAGE, f"*/{LINEAGE}", f"*/{MANIFEST}", f"*/*/{MANIFEST}")
 """Files, in a folder, that may say where something comes from. A run that grows keeps the grown

@@ -25,7 +25,7 @@ def check_run(config_path: str, overrides: Sequence[str]) -> RunConfig:
 
     Raises UserError for the first of them that cannot.
     """
-    config, _ = load_run(config_path, overrides)
+    config = load_run(config_path, overrides).config
     refuse_lost_folder(Path(config.run_dir))
     cost_model(config)
     check_emergency(config)

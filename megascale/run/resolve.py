@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from shlex import quote
+from typing import NamedTuple
 
 from megascale.config import RunConfig, finalize, load_config, validate
 from megascale.corpus.batches import used_sources
@@ -22,26 +23,33 @@ from megascale.run.earlier_runs import with_earlier
 from megascale.run.growing import small_and_grown
 from megascale.run.replay import part_seen, with_replay_blend
 from megascale.run.same_tokenizer import require_same_tokenizer
-from megascale.run.start import model_of_start, require_model, start_of, with_rate_of_start
+from megascale.run.start import Start, require_model, start_of, with_rate_of_start
 
 
-def load_run(
-    config_path: str | Path, overrides: Sequence[str] = ()
-) -> tuple[RunConfig, dict[str, SourceInfo]]:
-    """Read a config, look at its corpora, and finalize it.
+class ResolvedRun(NamedTuple):
+    """What a run is made of: read once, and passed on."""
+
+    config: RunConfig
+    """Finalized."""
+    sources: Mapping[str, SourceInfo]
+    """The corpora of the config's sources."""
+    start: Start | None
+    """The checkpoint that it starts from, with what follows from it; None for new weights."""
+
+
+def load_run(config_path: str | Path, overrides: Sequence[str] = ()) -> ResolvedRun:
+    """Read a config, its corpora and the checkpoint that it starts from, and finalize it.
 
     Raises UserError for everything that is wrong with either, among it a model vocabulary
     smaller than a corpus's, sources of different tokenizers, and such that would be read more than
     `data.max_epochs` times.
     """
     config = load_config(config_path, overrides)
-    of_start = None
-    if config.start.checkpoint is not None:
-        start = start_of(config)
-        of_start = model_of_start(replace(config, start=start))
-        config = load_config(config_path, overrides, under={"model": of_start})
-        config = replace(config, start=start)
-    config = with_earlier(steplaw.resolve(with_rate_of_start(config)))
+    start = start_of(config)
+    if start is not None:
+        config = load_config(config_path, overrides, under={"model": start.model})
+        config = replace(config, start=start.section)
+    config = with_earlier(steplaw.resolve(with_rate_of_start(config, start)), start)
     sources = {
         name: part_seen(describe_source(one), one) for name, one in config.data.sources.items()
     }
@@ -52,12 +60,12 @@ def load_run(
     find_planner(config.planner.name)
     _check_vocabulary(config, sources)
     require_same_tokenizer(config, sources)
-    if of_start is not None:
-        require_model(config, of_start)
+    if start is not None:
+        require_model(config, start)
     _check_epochs(config, tokens)
     if config.growth is not None:
         validate(small_and_grown(config)[1])
-    return config, sources
+    return ResolvedRun(config, sources, start)
 
 
 def source_tokens(sources: Mapping[str, SourceInfo]) -> dict[str, int]:

@@ -1,33 +1,37 @@
-"""How a new run begins with what another one has learned, and where it goes on in the data."""
+"""What a run starts from: read once, before the run's own config is complete, and passed on."""
 
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from shlex import quote
 from typing import TYPE_CHECKING, Any
 
-from megascale.checkpoint.folder import EMERGENCY, checkpoints_dir, copies_name, steps_in
+from megascale.checkpoint.folder import EMERGENCY, checkpoints_dir, steps_in
 from megascale.checkpoint.load import Found, find_at, find_before, folder_at, read_manifest
 from megascale.checkpoint.manifest import MANIFEST, Position
-from megascale.config import RunConfig, StartConfig, dump_config, load_config, parse_config
-from megascale.convert.huggingface.kept import Kept, pass_on
+from megascale.config import (
+    RunConfig,
+    SourceConfig,
+    StartConfig,
+    dump_config,
+    load_config,
+    parse_config,
+)
+from megascale.corpus.batches import Cursor
 from megascale.errors import UserError
 from megascale.optim.schedule import lr_at
-from megascale.parsing import is_path, parse_yaml, read_json
+from megascale.parsing import parse_yaml
+from megascale.run.origin import Origin, Parent, home_of
+from megascale.run.readings import places_of_replay, read_by, read_until
 from megascale.run.resume import changes, same_start
 from megascale.runtime.files import real_path
 
 if TYPE_CHECKING:
     from megascale.runtime.distributed import Ranks
 
-COPY_ID = re.compile("[0-9a-f]{32}")
-"""Name of the folder that holds the emergency copies of a start."""
-LINEAGE = "lineage.json"
-"""File of a run_dir: the origin of the run."""
 DECIDES_WEIGHTS = frozenset(
     "num_layers hidden_size num_heads num_kv_heads head_dim ffn_hidden_size tied_embeddings "
     "qk_norm qkv_bias parallel_block mask_tokens moe moe.num_experts moe.ffn_hidden_size "
@@ -42,136 +46,76 @@ SAME_RATE = 0.01
 
 
 @dataclass(frozen=True)
-class Parent:
-    """A checkpoint that something was made from."""
+class Start:
+    """The checkpoint that a run starts from, and what the run takes from it.
 
-    checkpoint: str
-    """Its folder, absolute."""
-    step: int
-    tokens_seen: int
+    A run that has begun keeps all of it in its own folder, so it can be resumed when the
+    checkpoint is gone.
+    """
 
-    @staticmethod
-    def of(found: Found) -> Parent:
-        """A found checkpoint as a parent."""
-        position = found.manifest.position
-        return Parent(str(found.folder.resolve()), position.step, position.tokens_seen)
+    section: StartConfig
+    """The `start` section of the run's config, with the very checkpoint."""
+    model: Mapping[str, Any]
+    """The `model` section of the checkpoint's config, as nested mappings."""
+    rate: float | None
+    """The learning rate at which the checkpoint's run stood; None where it has trained nothing,
+    or where that is not known."""
+    peak: float | None
+    """The highest learning rate of its schedule; None as `rate`."""
+    parent: Parent | None
+    """None where the checkpoint is gone."""
+    read: Mapping[str, SourceConfig]
+    """The sources that the runs behind the checkpoint have read, and how far."""
+    replayed: Mapping[str, SourceConfig]
+    """The sources that the checkpoint's run has replayed, with their places."""
+    begun: RunConfig | None
+    """The config that the run keeps in its folder; None before there is a checkpoint to resume."""
 
-    def is_sound(self) -> bool:
-        """Whether there could be such a checkpoint."""
-        numbers = (self.step, self.tokens_seen)
-        return is_path(self.checkpoint) and all(type(n) is int and n >= 0 for n in numbers)
+    @property
+    def checkpoint(self) -> str:
+        """The folder of the checkpoint."""
+        assert self.section.checkpoint is not None
+        return self.section.checkpoint
 
-
-@dataclass(frozen=True)
-class Origin:
-    """Where a run, or a checkpoint that no run wrote, comes from."""
-
-    made_by: str
-    """What made it, in words that a user can type."""
-    parents: tuple[Parent, ...]
-
-    def to_json(self) -> dict[str, Any]:
-        """As plain values for `json.dump`."""
-        return asdict(self)
-
-    @staticmethod
-    def from_json(value: Any) -> Origin:
-        """Inverse of `to_json`. Raises KeyError, TypeError or ValueError for anything else."""
-        origin = Origin(value["made_by"], tuple(Parent(**one) for one in value["parents"]))
-        if not isinstance(origin.made_by, str) or not all(map(Parent.is_sound, origin.parents)):
-            raise ValueError("parents that cannot be")
-        return origin
+    @property
+    def origin(self) -> Origin:
+        """What the run says of where it comes from."""
+        assert self.parent is not None, "a run begins with a checkpoint that is there"
+        return Origin("start.checkpoint", (self.parent,))
 
 
-def origin_of(folder: Path) -> Origin | None:
-    """Where a run or a checkpoint that is no run's own comes from; None where nothing says."""
-    try:
-        if (folder / LINEAGE).exists():
-            return Origin.from_json(read_json(folder / LINEAGE))
-        document = read_json(folder / MANIFEST)
-        return Origin.from_json(document["position"]["cursor"]["origin"])
-    except (OSError, ValueError, KeyError, TypeError):
+def start_of(config: RunConfig) -> Start | None:
+    """What `config` starts from; None where it starts with new weights.
+
+    Where it names a run, its newest checkpoint. A run that has begun keeps its checkpoint,
+    whatever its parent has saved since. The weights are not read. Raises UserError where there is
+    no checkpoint.
+    """
+    if config.start.checkpoint is None:
         return None
-
-
-def home_of(checkpoint: str | Path) -> Path:
-    """The run that a checkpoint belongs to, or its own folder where it belongs to none.
-
-    An emergency copy belongs to the run that made it, as long as the copy is there to say so.
-    """
-    path = Path(checkpoint)
-    if path.parent.name != "checkpoints":
-        return path
-    home = path.parents[1]
-    return _run_of_copy(path) or home if COPY_ID.fullmatch(home.name) else home
-
-
-def _run_of_copy(folder: Path) -> Path | None:
-    """The run that made an emergency copy; None where the copy does not say."""
+    named = _named(config)
+    begun = _begun_run(replace(config, start=named))
+    if begun is not None:
+        return _start_of_begun(begun)
     try:
+        folder = folder_at(real_path(named.checkpoint or ""))
         position = read_manifest(folder).position
-        run_dir = parse_config(position.config).run_dir
-    except UserError:
-        return None
-    run = real_path(Path(position.cursor.get("cwd", ""), run_dir))
-    return run if copies_name(run) == folder.parents[2].name else None
+    except UserError as error:
+        raise UserError(f"start.checkpoint: {error}") from None
+    return Start(
+        section=replace(named, checkpoint=str(folder)),
+        model=_model(position.config),
+        rate=rate_of(position),
+        peak=_peak_of(position),
+        parent=Parent.at(folder, position),
+        read=read_by(position, str(folder)),
+        replayed=places_of_replay(position),
+        begun=None,
+    )
 
 
-def kept_of(found: Found) -> Kept | None:
-    """What the run of a checkpoint has kept of an import; None where it kept nothing."""
-    return Kept.of(home_of(found.folder.resolve()))
-
-
-def keep_of_import(parent: Found, home: Path) -> None:
-    """Let a run, or a checkpoint that no run wrote, keep what its parent has kept of an import.
-
-    Raises UserError where that cannot be read, OSError.
-    """
-    config = parse_config(parent.manifest.position.config, where=str(parent.folder))
-    pass_on(home_of(parent.folder.resolve()), home, config.data.context_tokens)
-
-
-def require_relatives(branches: Sequence[Found]) -> None:
-    """Raise UserError where two of these come from different initial weights, as far as known."""
-    first, *others = branches
-    for other in others:
-        if not _ancestry(other) & _ancestry(first):
-            raise UserError(
-                f"{other.folder} and {first.folder} do not come from one model (megascale lineage "
-                "shows from which they come); experts need branches of one"
-            )
-
-
-def _ancestry(found: Found) -> set[str]:
-    """The folders that a checkpoint comes from, and the initial weights where it is known."""
-    folders = [home_of(found.folder.resolve())]
-    known: set[str] = set()
-    while folders:
-        folder = folders.pop()
-        origin = origin_of(folder)
-        parents = origin.parents if origin is not None else ()
-        folders += [home for one in parents if str(home := home_of(one.checkpoint)) not in known]
-        known |= {str(folder)} if parents else {str(folder), *_seed_of(folder)}
-    return known
-
-
-def _seed_of(folder: Path) -> list[str]:
-    """The seed that a run without parents drew its weights by; equal runs have equal ones."""
-    try:
-        position = read_manifest(folder).position
-    except UserError:
-        return []
-    if not position.step:
-        return []  # an import has drawn nothing
-    return [f"seed {parse_config(position.config).seed}"]
-
-
-def start_of(config: RunConfig) -> StartConfig:
-    """Where `config` starts, with the very checkpoint where that names a run.
-
-    Its files are not read. A run that has begun keeps its checkpoint, whatever its parent has
-    saved since. Raises UserError where there is none.
-    """
+def _named(config: RunConfig) -> StartConfig:
+    """The `start` section with an absolute path, which may be that of a run."""
     start = real_path(config.start.checkpoint or "")
     own, home = real_path(config.run_dir), home_of(start)
     is_run = checkpoints_dir(home).is_dir() or (home / MANIFEST).exists()
@@ -180,14 +124,27 @@ def start_of(config: RunConfig) -> StartConfig:
             f"start.checkpoint = {start} and run_dir {config.run_dir} lie in one another; a run "
             "that starts from another needs a run_dir of its own"
         )
-    named = replace(config.start, checkpoint=str(start))
-    begun = begun_run(replace(config, start=named))
-    if begun is not None:
-        return begun.start
+    return replace(config.start, checkpoint=str(start))
+
+
+def _start_of_begun(begun: RunConfig) -> Start:
+    """The same of a run that has begun, by the config that it keeps."""
     try:
-        return replace(named, checkpoint=str(folder_at(start)))
-    except UserError as error:
-        raise UserError(f"start.checkpoint: {error}") from None
+        folder = Path(begun.start.checkpoint or "")
+        position = read_manifest(folder).position
+        rate, peak = rate_of(position), _peak_of(position)
+    except UserError:  # it is gone
+        position, rate, peak = None, None, None
+    return Start(
+        section=begun.start,
+        model=_model(dump_config(begun)),
+        rate=rate,
+        peak=peak,
+        parent=None if position is None else Parent.at(folder, position),
+        read=read_until(begun, Cursor(), {}),
+        replayed={},
+        begun=begun,
+    )
 
 
 def find_start(checkpoint: str, ranks: Ranks) -> Found:
@@ -216,46 +173,36 @@ def find_start(checkpoint: str, ranks: Ranks) -> Found:
         raise UserError(f"{error}; start from {before.folder} instead") from None
 
 
-def model_of_start(config: RunConfig) -> dict[str, Any]:
-    """The model section, as nested mappings, of the checkpoint that `config` starts from.
-
-    A run that has begun keeps it in its own folder, so it can be resumed when its parent is gone.
-    Raises UserError where there is no checkpoint.
-    """
-    begun = begun_run(config)
-    return _model(dump_config(begun) if begun is not None else _parent(config).config)
-
-
-def require_model(config: RunConfig, of_start: Mapping[str, Any]) -> None:
-    """Raise UserError where a finalized config asks for other weights than `model_of_start`."""
-    start = config.start.checkpoint
-    for key, (was, now) in changes(dict(of_start), _model(dump_config(config))).items():
+def require_model(config: RunConfig, start: Start) -> None:
+    """Raise UserError where a finalized config asks for other weights than its start has."""
+    checkpoint = start.checkpoint
+    for key, (was, now) in changes(dict(start.model), _model(dump_config(config))).items():
         if key == "vocab_size":
-            grow = f", or: megascale grow {quote(start or '')} --operator resize --vocab {now}"
+            grow = f", or: megascale grow {quote(checkpoint)} --operator resize --vocab {now}"
             raise UserError(
-                f"model.vocab_size = {now}, but the model of {start} knows {was} ids; leave it "
-                f"out{f'{grow} --out DIR' * (now > was)}"
+                f"model.vocab_size = {now}, but the model of {checkpoint} knows {was} ids; leave "
+                f"it out{f'{grow} --out DIR' * (now > was)}"
             )
         if key in DECIDES_WEIGHTS:
             raise UserError(
-                f"model.{key} = {json.dumps(now)}, but the model of {start} has {json.dumps(was)}; "
-                f"leave model.{key} out, or make another model of it with megascale grow"
+                f"model.{key} = {json.dumps(now)}, but the model of {checkpoint} has "
+                f"{json.dumps(was)}; leave model.{key} out, or make another model of it with "
+                "megascale grow"
             )
 
 
-def with_rate_of_start(config: RunConfig) -> RunConfig:
+def with_rate_of_start(config: RunConfig, start: Start | None) -> RunConfig:
     """With `optim.lr` of an anneal that leaves it out: the rate where the checkpoint stands.
 
     Raises UserError where that is not known, or no rate to go down from.
     """
     optim = config.optim
-    if config.start.checkpoint is None or optim.curve != "anneal" or optim.lr is not None:
+    if start is None or optim.curve != "anneal" or optim.lr is not None:
         return config
-    begun = begun_run(config)
-    rate = begun.optim.schedule[0].lr if begun is not None else rate_of(_parent(config))
+    rate = start.begun.optim.schedule[0].lr if start.begun is not None else start.rate
     if not rate:
         raise UserError(
-            f"optim.curve=anneal needs optim.lr: {config.start.checkpoint} does not say at which "
+            f"optim.curve=anneal needs optim.lr: {start.checkpoint} does not say at which "
             "rate it was trained, e.g. optim.lr=1.65e-4"
         )
     return replace(config, optim=replace(optim, lr=rate))
@@ -268,33 +215,33 @@ def rate_of(parent: Position) -> float | None:
     return lr_at(tokens, schedule) if tokens and schedule else None
 
 
-def warn_if_rate_jumps(config: RunConfig) -> Iterator[str]:
+def _peak_of(parent: Position) -> float | None:
+    schedule = parse_config(parent.config).optim.schedule
+    return max((segment.lr for segment in schedule), default=None)
+
+
+def warn_if_rate_jumps(config: RunConfig, start: Start | None) -> Iterator[str]:
     """Warnings, where a finalized config goes on from its checkpoint at another rate at once, or
     re-warms it above its peak (arXiv 2403.08763, section 5.1: that adapts, and forgets, more).
     """
-    start, (first, *_) = config.start.checkpoint, config.optim.schedule
-    try:
-        parent = read_manifest(start).position if start is not None else None
-    except UserError:
-        return  # a run that has begun does without its parent
-    rate = rate_of(parent) if parent is not None else None
-    if parent is None or rate is None:
+    if start is None or start.rate is None or start.peak is None:
         return
-    if first.shape == "constant" and abs(first.lr - rate) > SAME_RATE * rate:
+    first, *_ = config.optim.schedule
+    if first.shape == "constant" and abs(first.lr - start.rate) > SAME_RATE * start.rate:
         yield (
-            f"the learning rate begins at {first.lr:.4g}, and that of {start} was {rate:.4g} "
-            f"there; optim.lr={rate:.6g} goes on from it (an anneal without optim.lr does)"
+            f"the learning rate begins at {first.lr:.4g}, and that of {start.checkpoint} was "
+            f"{start.rate:.4g} there; optim.lr={start.rate:.6g} goes on from it (an anneal without "
+            "optim.lr does)"
         )
-    before = max(segment.lr for segment in parse_config(parent.config).optim.schedule)
     peak = max(segment.lr for segment in config.optim.schedule)
-    if peak > (1 + SAME_RATE) * before:
+    if peak > (1 + SAME_RATE) * start.peak:
         yield (
-            f"the learning rate rises to {peak:.4g}, above the peak of {before:.4g} of {start}; "
-            "the same peak is usual, and a higher one forgets more"
+            f"the learning rate rises to {peak:.4g}, above the peak of {start.peak:.4g} of "
+            f"{start.checkpoint}; the same peak is usual, and a higher one forgets more"
         )
 
 
-def begun_run(config: RunConfig) -> RunConfig | None:
+def _begun_run(config: RunConfig) -> RunConfig | None:
     """The resolved config that a run keeps in its folder, once it has something to resume from.
 
     What it says of the data holds for its seed and context; of a run that may have nothing but
@@ -310,13 +257,6 @@ def begun_run(config: RunConfig) -> RunConfig | None:
         config.data.context_tokens,
     )
     return begun if same_start(begun, config) and (has_saved or same_order) else None
-
-
-def _parent(config: RunConfig) -> Position:
-    try:
-        return read_manifest(config.start.checkpoint or "").position
-    except UserError as error:
-        raise UserError(f"start.checkpoint: {error}") from None
 
 
 def taken_over(parent: Position, config: RunConfig) -> list[str]:

@@ -34,15 +34,10 @@ from megascale.planner.service.ahead import PlansAhead
 from megascale.run.describe import describe_run
 from megascale.run.earlier_runs import places_told
 from megascale.run.folder import RunFolder
+from megascale.run.origin import LINEAGE, keep_of_import
+from megascale.run.resolve import ResolvedRun
 from megascale.run.resume import compare_configs, compare_sources, softmax_changes
-from megascale.run.start import (
-    LINEAGE,
-    Origin,
-    Parent,
-    find_start,
-    keep_of_import,
-    taken_over,
-)
+from megascale.run.start import Start, find_start, taken_over
 from megascale.run.step_problem import plan_lengths, step_problem
 from megascale.runtime.distributed import (
     Ranks,
@@ -98,8 +93,7 @@ def identities(sources: Mapping[str, SourceInfo]) -> dict[str, str]:
 
 
 def begin(
-    config: RunConfig,
-    sources: Mapping[str, SourceInfo],
+    resolved: ResolvedRun,
     ranks: Ranks,
     folder: RunFolder,
     plans: PlansAhead | None,
@@ -107,13 +101,14 @@ def begin(
     stop: StopRequest,
 ) -> Run:
     """Build everything a run needs, and put it where its checkpoint left it."""
+    config, sources, start = resolved
     model = build_model(config, ranks)
     learner = Learner(config, ranks, model, build_optimizer(config, model))
     spikes, speeds = SpikeWatch(config.train.spikes), _rank_speeds(config, ranks)
     saver = Saver(
         folder.path, config.checkpoint, ranks, _emergency(folder.path, config, ranks, resume)
     )
-    cursor, notes = _restore(learner, sources, folder, resume, spikes, speeds, saver.emergency)
+    cursor, notes = _restore(learner, resolved, folder, resume, spikes, speeds, saver.emergency)
     shards = {name: Shard.open(info.train) for name, info in sources.items()}
     batches = GlobalBatches(config.data, shards, config.seed)
     feed = Feed(
@@ -134,7 +129,7 @@ def begin(
     nodes, shared = node_names(ranks), cores_are_shared(ranks)
     make_recorder = partial(Recorder, config, ranks, folder, sources, cursor, length, nodes, shared)
     recorder = on_first_rank(ranks, make_recorder) or make_recorder()  # it writes on rank 0 only
-    description = on_first_rank(ranks, lambda: describe_run(config, ranks.layout, sources))
+    description = on_first_rank(ranks, lambda: describe_run(resolved, ranks.layout))
     recorder.started(cursor, description or "", notes)
     heldout = heldout_sets(learner, sources, partial(plan_lengths, config, ranks.layout))
     recorder.heldout({name: one.part for name, one in heldout.items()})
@@ -176,7 +171,7 @@ def _rank_speeds(config: RunConfig, ranks: Ranks) -> RankSpeeds | None:
 
 def _restore(
     learner: Learner,
-    sources: Mapping[str, SourceInfo],
+    run: ResolvedRun,
     folder: RunFolder,
     resume: str | None,
     spikes: SpikeWatch,
@@ -185,18 +180,18 @@ def _restore(
 ) -> tuple[Cursor, list[str]]:
     """Load the checkpoint to continue from; (its cursor, what the user should know)."""
     if resume is None:
-        return _start(learner, sources, folder)
+        return _start(learner, run.start, folder)
     found, warnings = _find(folder.path, resume, learner.ranks, emergency)
     if emergency is not None:
         emergency.forget_after(-1 if found is None else found.manifest.position.step)
     if found is None:
-        return _start(learner, sources, folder)
+        return _start(learner, run.start, folder)
     position = found.manifest.position
     cursor = Cursor.from_json(position.cursor["data"])
     changed = compare_configs(position.config, learner.config, position.tokens_seen)
     was = parse_config(position.config).data.stages
     cursor, left = with_stages(cursor, was, learner.config.data.stages), cursor
-    compare_sources(position.cursor["sources"], identities(sources))
+    compare_sources(position.cursor["sources"], identities(run.sources))
     restore(found, learner.model, learner.optimizer, learner.ranks)
     spikes.go_on(position.cursor["spikes"])
     if cursor is not left:
@@ -237,18 +232,16 @@ def _find(
     return found, [*warnings, *(found.warnings if found is not None else ())]
 
 
-def _start(
-    learner: Learner, sources: Mapping[str, SourceInfo], folder: RunFolder
-) -> tuple[Cursor, list[str]]:
+def _start(learner: Learner, start: Start | None, folder: RunFolder) -> tuple[Cursor, list[str]]:
     """Begin with initial weights, or with those of another run."""
     config = learner.config
-    if config.start.checkpoint is None:
+    if start is None:
         return Cursor(), []
-    found = find_start(config.start.checkpoint, learner.ranks)
+    found = find_start(start.checkpoint, learner.ranks)
     keep = config.start.optimizer == "keep"
     begin_from(found, learner.model, learner.optimizer, keep, learner.ranks)
     parent = found.manifest.position
-    origin = json.dumps(Origin("start.checkpoint", (Parent.of(found),)).to_json(), indent=1)
+    origin = json.dumps(start.origin.to_json(), indent=1)
     on_first_rank(learner.ranks, lambda: folder.write(LINEAGE, f"{origin}\n"))
     on_first_rank(learner.ranks, lambda: keep_of_import(found, folder.path))
     notes = [*taken_over(parent, config), *places_told(config), *softmax_changes(found, config)]

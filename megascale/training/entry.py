@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
-from megascale.config import RunConfig
-from megascale.corpus.sources import SourceInfo
+from megascale.run.resolve import ResolvedRun
 from megascale.runtime.environment import world_from_environment
 
 
-def train_on_device(
-    config: RunConfig, sources: Mapping[str, SourceInfo], resume: str | None, command: str
-) -> bool:
+def train_on_device(run: ResolvedRun, resume: str | None, command: str) -> bool:
     """Make the device ready and train as `loop.train` does; whether a signal stopped it."""
     from megascale.run.preflight import check_emergency
     from megascale.run.step_problem import cost_model
 
+    config = run.config
     cost_model(config)  # a bad cost file is found before there is a run folder
     if world_from_environment()[1] == 1:  # several ranks tell each other, so that one may speak
         check_emergency(config)
@@ -24,4 +20,4 @@ def train_on_device(
     distributed.prepare_device(config.device)
     from megascale.training.loop import train
 
-    return train(config, sources, resume, command)
+    return train(run, resume, command)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -22,9 +22,8 @@ from megascale.checkpoint.load import (
 )
 from megascale.checkpoint.manifest import Position
 from megascale.checkpoint.save import SaveResult
-from megascale.config import RunConfig, dump_config, validate
+from megascale.config import dump_config, validate
 from megascale.corpus.batches import Cursor
-from megascale.corpus.sources import SourceInfo
 from megascale.errors import UserError
 from megascale.model.timing import SAMPLED
 from megascale.monitor.profile import profiler
@@ -33,6 +32,8 @@ from megascale.monitor.stragglers import slowdown_R
 from megascale.run.earlier_runs import with_earlier
 from megascale.run.folder import RunFolder, noting_errors
 from megascale.run.growing import require_growth, small_and_grown
+from megascale.run.resolve import ResolvedRun
+from megascale.run.start import start_of
 from megascale.runtime import distributed
 from megascale.runtime.distributed import (
     Ranks,
@@ -55,14 +56,13 @@ LAST_SAVE_PAUSES_S = (1, 2, 4, 8, 16, 32)
 """Pauses between the tries to save at the end of a run."""
 
 
-def train(
-    config: RunConfig, sources: Mapping[str, SourceInfo], resume: str | None, command: str
-) -> bool:
+def train(run: ResolvedRun, resume: str | None, command: str) -> bool:
     """Train from start or checkpoint to the end; whether a signal stopped it before.
 
-    `config` is finalized; `resume` is None, 'auto', 'latest' or a step; `command` is what a
+    `resume` is None, 'auto', 'latest' or a step; `command` is what a
     user types to continue the run. Raises UserError for everything that a user can mend.
     """
+    config = run.config
     with ExitStack() as leave:
         if config.monitor.heartbeats:
             _begin_heartbeat()
@@ -71,17 +71,16 @@ def train(
         leave.callback(distributed.stop)
         stop = StopRequest(echo_s=TWIN_S if STARTER_VARIABLE in os.environ else ECHO_S)
         leave.callback(stop.restore)
-        run = partial(_train, sources=sources, command=command, ranks=ranks, stop=stop)
+        train_one = partial(_train, command=command, ranks=ranks, stop=stop)
         if config.growth is None:
-            return run(config, resume, psutil.Process().create_time())
-        return _train_growing(config, resume, ranks, run)
+            return train_one(run, resume, psutil.Process().create_time())
+        return _train_growing(run, resume, ranks, train_one)
 
 
 def _train(
-    config: RunConfig,
+    resolved: ResolvedRun,
     resume: str | None,
     entered: float,
-    sources: Mapping[str, SourceInfo],
     command: str,
     ranks: Ranks,
     stop: StopRequest,
@@ -91,6 +90,7 @@ def _train(
     `entered` is when the run began to make itself ready.
     """
     pulse.restart()
+    config = resolved.config
     with ExitStack() as leave:
         folder = RunFolder.open(config.run_dir, resume, ranks, entered, command)
         leave.callback(folder.close)
@@ -99,7 +99,7 @@ def _train(
             plans = start_plans(config.planner, ranks, folder.logs)  # it starts beside what follows
             if plans is not None:
                 leave.callback(plans.close)
-            run = begin(config, sources, ranks, folder, plans, resume, stop)
+            run = begin(resolved, ranks, folder, plans, resume, stop)
             leave.callback(run.recorder.close)
             leave.callback(run.feed.close)
             _steps(run)
@@ -110,16 +110,16 @@ def _train(
 
 
 def _train_growing(
-    config: RunConfig,
+    run: ResolvedRun,
     resume: str | None,
     ranks: Ranks,
-    run: Callable[[RunConfig, str | None, float], bool],
+    train_one: Callable[[ResolvedRun, str | None, float], bool],
 ) -> bool:
     """Train the small model, grow it, and train the grown one; each where that is not yet done.
 
     Whether a signal stopped one of them.
     """
-    small, grown, growth = small_and_grown(config)
+    small, grown, growth = small_and_grown(run.config)
     validate(grown)
     folder = Path(grown.start.checkpoint or "")
 
@@ -127,7 +127,8 @@ def _train_growing(
         return b"1" * (folder.exists() or checkpoints_dir(grown.run_dir).exists())
 
     if not from_first_rank(ranks, is_grown):
-        if run(small, None if resume is None else "auto", psutil.Process().create_time()):
+        first = run._replace(config=small)
+        if train_one(first, None if resume is None else "auto", psutil.Process().create_time()):
             return True
         pulse.restart()
         with noting_errors(Path(grown.run_dir), ranks):
@@ -136,7 +137,9 @@ def _train_growing(
             on_first_rank(waiting, lambda: say(write_grown(found, growth, folder)))
     tokens = small.train.tokens
     on_first_rank(ranks, lambda: require_growth(grown, growth, tokens))
-    return run(with_earlier(grown), resume, time.time())
+    start = start_of(grown)
+    second = run._replace(config=with_earlier(grown, start), start=start)
+    return train_one(second, resume, time.time())
 
 
 def _begin_heartbeat() -> None:

@@ -173,7 +173,7 @@ def manifest(rng: Rng, scene: Scene) -> None:
     """manifest.json, and where the checkpoint comes from."""
     from megascale.checkpoint.manifest import Manifest, verify
     from megascale.config import parse_config
-    from megascale.run.start import origin_of
+    from megascale.run.origin import origin_of
 
     value = scene.manifest
     if rng.random() < 0.3:
@@ -217,7 +217,7 @@ def checkpoint_names(rng: Rng, scene: Scene) -> None:
 @reader(4)
 def lineage(rng: Rng, scene: Scene) -> None:
     """lineage.json."""
-    from megascale.run.start import home_of, origin_of
+    from megascale.run.origin import home_of, origin_of
 
     origin = origin_of(written(scene, "child/lineage.json", mutate.json_bytes(rng, LINEAGE)).parent)
     for parent in origin.parents if origin else ():

@@ -53,7 +53,7 @@ def batches_of(run, steps):
     from megascale.corpus.shards import Shard
     from megascale.run.resolve import load_run
 
-    config, sources = load_run(run / "config.yaml")
+    config, sources, _ = load_run(run / "config.yaml")
     shards = {name: Shard.open(info.train) for name, info in sources.items()}
     batches, found = GlobalBatches(config.data, shards, config.seed), []
     cursor = Cursor()
@@ -230,7 +230,7 @@ def test_an_unreadable_checkpoint_of_the_parent_is_passed_over(old, tmp_path):
     text = manifest.read_text()
     manifest.write_text(text[:99])
     words = (old.parent / "config.yaml", [f"start.checkpoint={parent}", f"run_dir={run}"])
-    config, _ = load_run(*words)
+    config = load_run(*words).config
     before = parent / "checkpoints/00000006"
     place = read_manifest(before).position.cursor["data"]["sources"]["tiny"]
     assert config.start.checkpoint == str(before)

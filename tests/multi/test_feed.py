@@ -51,7 +51,7 @@ def open_feed(config, planner, *words, kind=Feed, steps=1000):
     from megascale.run.step_problem import plan_lengths, step_problem
     from megascale.runtime import distributed
 
-    config, sources = load_run(config, [*VARIED, *words])
+    config, sources, _ = load_run(config, [*VARIED, *words])
     ranks = distributed.start(config)
     shards = {name: Shard.open(info.train) for name, info in sources.items()}
     batches = GlobalBatches(config.data, shards, config.seed)

@@ -378,7 +378,7 @@ def test_epochs_that_are_allowed_are_enough(ranks, config, tmp_path):
     words = (*BELOW_A_SEQUENCE, "data.max_epochs=1", "checkpoint.save_every_steps=0")
     from megascale.run.resolve import load_run
 
-    _, sources = load_run(config, [])
+    sources = load_run(config, []).sources
     most = sources["tiny"].train_tokens // 40 * 40
     status, said = ranks(1, command, "plan", config, *words, f"train.tokens={most + 1}")[0]
     assert status == 2 and "would be read up to 1" in said and "max_epochs=2" in said

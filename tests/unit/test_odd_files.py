@@ -25,7 +25,7 @@ from megascale.monitor.rank_states import read_heartbeats
 from megascale.monitor.sessions import Session
 from megascale.monitor.story import Story, _overlap, read_story
 from megascale.monitor.stragglers import read_slowdowns
-from megascale.run.start import origin_of
+from megascale.run.origin import origin_of
 from megascale.simulate.lengths import read_lengths
 
 TIME = "2026-11-30T07:15:00+00:00"

@@ -102,7 +102,7 @@ def dealt(run: RunConfig, sources: Mapping[str, SourceInfo]) -> list[Cursor]:
 def test_prints_the_numbers_of_the_run(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert plan(config, "optim.lr=1e-3", "--ranks", "4") == 0
     text = capsys.readouterr().out
-    run, sources = load_run(config, ["optim.lr=1e-3"])
+    run, sources, _ = load_run(config, ["optim.lr=1e-3"])
     layout = Layout.of(run, 4)
     sizes, memory = count_parameters(run.model), memory_per_rank(run, layout)
     assert printed("parameters", text) == [f"{sizes.total:,}"]
@@ -122,8 +122,9 @@ def test_prints_the_numbers_of_the_run(config: Path, capsys: pytest.CaptureFixtu
 
 
 def test_learning_rates_are_those_of_the_steps(config: Path) -> None:
-    run, sources = load_run(config, ["optim.warmup_tokens=8000"])
-    text = describe_run(run, Layout.of(run, 1), sources)
+    resolved = load_run(config, ["optim.warmup_tokens=8000"])
+    run, sources, _ = resolved
+    text = describe_run(resolved, Layout.of(run, 1))
     rows = re.findall(r"^ +([\d,]+) tokens (\S+) in step (\d+)$", text, re.MULTILINE)
     ends = [cursor.tokens_seen for cursor in dealt(run, sources)]
     assert [row[0] for row in rows] == [f"{ends[0]:,}", "8,000", "50,000"]
@@ -134,8 +135,9 @@ def test_learning_rates_are_those_of_the_steps(config: Path) -> None:
 
 
 def test_epochs_and_stages_are_those_of_the_batches(config: Path) -> None:
-    run, sources = load_run(config)
-    text = describe_run(run, Layout.of(run, 1), sources)
+    resolved = load_run(config)
+    run, sources, _ = resolved
+    text = describe_run(resolved, Layout.of(run, 1))
     *_, cursor = dealt(run, sources)
     for name, info in sources.items():
         epochs = cursor.sources[name].tokens / info.train_tokens
@@ -151,7 +153,7 @@ def test_default_ranks_are_the_fewest_that_fit(
     text = capsys.readouterr().out
     assert "4 ranks = tensor 2 x pipeline 2 x HDP 1" in text
     assert printed("mode", text) == ["aligned"]
-    run, sources = load_run(config)
+    run, sources, _ = load_run(config)
     fewest = len(first_step(run, Layout.of(run, 1), sources).plan.rings)
     assert printed("pipeline bubble", text)[0] == f"{1 / (fewest + 1):.1%}"
 
@@ -159,7 +161,7 @@ def test_default_ranks_are_the_fewest_that_fit(
 def test_experts_show_active_parameters(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
     plan(config, "model.moe={num_experts: 4, top_k: 1}", "parallel.expert=2")
     text = capsys.readouterr().out
-    run, _ = load_run(config, ["model.moe={num_experts: 4, top_k: 1}"])
+    run = load_run(config, ["model.moe={num_experts: 4, top_k: 1}"]).config
     assert printed("active per token", text) == [f"{count_parameters(run.model).active:,}"]
     assert printed("mode", text) == ["lockstep"]
 
@@ -179,7 +181,7 @@ def test_writes_the_plan_and_the_picture(
 ) -> None:
     out, picture = tmp_path / "plan.json", tmp_path / "plan.png"
     plan(config, "--ranks", "3", "--json", str(out), "--gantt", str(picture))
-    run, sources = load_run(config)
+    run, sources, _ = load_run(config)
     first = first_step(run, Layout.of(run, 3), sources)
     written = StepPlan.from_json(json.loads(out.read_text()))
     written.check(first.batch.length)
@@ -250,15 +252,16 @@ def test_mistakes_are_one_clear_line(config: Path, arguments: list[str], problem
     ],
 )
 def test_oddities_are_warnings(config: Path, overrides: list[str], warning: str) -> None:
-    run, sources = load_run(config, overrides)
-    text = describe_run(run, Layout.of(run, 64), sources)
+    resolved = load_run(config, overrides)
+    run, sources, _ = resolved
+    text = describe_run(resolved, Layout.of(run, 64))
     assert re.search(f"^warning: .*{warning}", text, re.MULTILINE)
-    usual, usual_sources = load_run(config)
-    assert not re.search(warning, describe_run(usual, Layout.of(usual, 2), usual_sources))
+    usual = load_run(config)
+    assert not re.search(warning, describe_run(usual, Layout.of(usual.config, 2)))
 
 
 def test_an_ordinary_run_has_no_warnings(config: Path) -> None:
-    run, sources = load_run(config)
+    run, sources, _ = load_run(config)
     heldout = {"web": True, "code": True}
     length = run_length(batches_of(run, sources), run.train.tokens, Cursor())
     epochs = {"web": 1.0, "code": 4.0}
@@ -289,8 +292,9 @@ def test_documents_without_an_end_are_a_warning(config: Path, tmp_path: Path) ->
     with writing(tmp_path / "endless", np.uint16) as writer:
         for _ in range(100):
             writer.add(np.full(600, 3))
-    run, sources = load_run(config, [f"data.sources.code.path={tmp_path / 'endless'}"])
-    text = describe_run(run, Layout.of(run, 2), sources)
+    resolved = load_run(config, [f"data.sources.code.path={tmp_path / 'endless'}"])
+    run, sources, _ = resolved
+    text = describe_run(resolved, Layout.of(run, 2))
     assert re.search(
         "^warning: source 'code': 100 of 100 documents of train .* do not end", text, re.MULTILINE
     )

@@ -68,7 +68,7 @@ def test_sources_of_two_tokenizers_are_an_error(corpora, tmp_path):
     with pytest.raises(UserError, match=f"{said}.*data.allow_different_tokenizers=true"):
         load_run(mixed)
     meant = load_run(mixed, ["data.allow_different_tokenizers=true"])
-    [warning] = warn_if_tokenizers_differ(*meant)
+    [warning] = warn_if_tokenizers_differ(meant.config, meant.sources)
     assert "sources 'bpe' and 'bytes'" in warning and "the same ids mean other text" in warning
 
 
