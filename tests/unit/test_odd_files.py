@@ -224,7 +224,7 @@ def test_a_model_of_impossible_numbers_is_refused(tmp_path, change):
     began = time.process_time()
     with pytest.raises(UserError):
         model_of(read_config(tmp_path), path)
-    assert time.process_time() - began < 10
+    assert time.process_time() - began < 40
 
 
 @pytest.mark.parametrize("checkpoint", ["a" * 300, "a\0b", "\ud800", 3, "", "a/" * 4000])

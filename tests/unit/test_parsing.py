@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+from processor_time import processor_s
 
 from megascale.config import dump_config, finalize, load_config, parse_config
 from megascale.config.derive import AT_MOST
@@ -188,17 +189,19 @@ def test_yaml_within_the_limits_is_read(text, value):
     assert parse_yaml(text, "x") == value
 
 
-def test_fifty_thousand_keys_are_refused_in_two_seconds(tmp_path):
-    """Of this process, on a machine of these days; they took 18 on one."""
+def test_fifty_thousand_keys_are_refused_in_seconds(tmp_path):
+    """They take one on a machine of these days, two where its threads share cores; once 18."""
     keys = "".join(f"key{i}: {i}\n" for i in range(50_000))
     nested = "".join(f"    s{i}: {{path: x{i}, paht: 1}}\n" for i in range(15_000))
-    config, began = tmp_path / "run.yaml", time.process_time()
-    for text in (keys, f"data:\n  sources:\n{nested}"):
-        config.write_text(text)
+    config = tmp_path / "run.yaml"
+
+    def refused():
         with pytest.raises(UserError, match="more than 100,000 values|unknown key"):
             load_config(config)
-        assert time.process_time() - began < 2
-        began = time.process_time()
+
+    for text in (keys, f"data:\n  sources:\n{nested}"):
+        config.write_text(text)
+        assert processor_s(refused, 2) < 6
 
 
 def test_yaml_is_read_without_libyaml_too():
