@@ -104,17 +104,25 @@ class CostModel:
             raise UserError(f"cost file {path}: unknown key {unknown[0]}; keys: {', '.join(names)}")
         if missing:
             raise UserError(f"cost file {path}: {', '.join(missing)} missing")
-        for name, number in value.items():
+        cost = CostModel(**value)
+        try:
+            cost.require_sound()
+        except ValueError as error:
+            raise UserError(f"cost file {path}: {error}") from None
+        return cost
+
+    def require_sound(self) -> None:
+        """Raise ValueError for a value that is no number from 0 to 1e6 (of `node_size`: no whole
+        number from 1 to 1e6)."""
+        for name, number in vars(self).items():
+            if name == "calibrated":
+                continue
             whole = name == "node_size"
-            if (
-                type(number) not in ((int,) if whole else (int, float))
-                or not 0 <= number <= LARGEST
-            ):
-                kind = "whole number from 1 to" if whole else "number from 0 to"
-                raise UserError(f"cost file {path}: {name} = {number!r:.40} must be a {kind} 1e6")
-        if value["node_size"] < 1:
-            raise UserError(f"cost file {path}: node_size must be at least 1")
-        return CostModel(**value)
+            kinds: tuple[type, ...] = (int, np.integer) if whole else (int, float, np.number)
+            fits = isinstance(number, kinds) and not isinstance(number, bool)
+            if not (fits and int(whole) <= number <= LARGEST):
+                kind = "whole number from 1" if whole else "number from 0"
+                raise ValueError(f"{name} = {number!r:.40} must be a {kind} to {LARGEST:,}")
 
     def compute_s(self, lengths: ArrayLike) -> NDArray[np.float64]:
         """Seconds of each sequence alone on one rank, without the fixed part; same shape."""

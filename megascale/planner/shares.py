@@ -85,7 +85,7 @@ class Share:
         return [(int(start), int(tokens)) for start, tokens in parts if tokens]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class RankMicroBatch:
     """One micro-batch of a plan, as one of its ranks runs it.
 

@@ -52,8 +52,9 @@ def check_ranks(config: RunConfig, count: int) -> None:
 
 def check_resume(resume: str | None) -> None:
     """Raise UserError for a `--resume` that is no word or step."""
-    if resume not in (None, "auto", "latest") and not resume.isdigit():
-        raise UserError(f"--resume {resume}: give auto, latest or the number of a step")
+    is_step = isinstance(resume, str) and resume.isascii() and resume.isdigit()
+    if resume not in (None, "auto", "latest") and not is_step:
+        raise UserError(f"resume {resume}: give auto, latest or the number of a step")
 
 
 def refuse_used_folder(folder: Path, resume: str | None) -> None:

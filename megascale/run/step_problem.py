@@ -14,7 +14,7 @@ from megascale.corpus.shards import Shard
 from megascale.corpus.sources import SourceInfo
 from megascale.errors import UserError
 from megascale.model import counts
-from megascale.planner import CostModel, OffloadModel, Problem, StepPlan, find_planner
+from megascale.planner import CostModel, OffloadModel, Problem, StepPlan, plan_with
 
 
 def cost_model(config: RunConfig) -> CostModel:
@@ -73,7 +73,7 @@ def step_problem(config: RunConfig, layout: Layout, lengths: ArrayLike) -> Probl
 
 def plan_lengths(config: RunConfig, layout: Layout, lengths: ArrayLike) -> StepPlan:
     """Plan sequences of `lengths` tokens as a step of this run would."""
-    return find_planner(config.planner.name)(step_problem(config, layout, lengths))
+    return plan_with(config.planner.name, step_problem(config, layout, lengths))
 
 
 @dataclass(frozen=True)
