@@ -54,7 +54,14 @@ from megascale.corpus.tokenizers import (
 )
 from megascale.errors import UserError
 from megascale.infowindow.tokenizer import InfoWindowTokenizer
-from megascale.runtime.files import discard, make_fresh_folder, open_lock, unfinished_file
+from megascale.runtime.files import (
+    discard,
+    make_fresh_folder,
+    open_lock,
+    unfinished_file,
+    whole_file,
+    write_file,
+)
 from megascale.runtime.progress import progress
 
 WORK = "work"
@@ -282,7 +289,7 @@ def _finish(
     if tokenizer.kind == "bytes":
         (partial / TOKENIZER_FOLDER).rmdir()
     facts = _facts(recipe, partial, tokenizer, fates, trip, identity)
-    (partial / CORPUS_FILE).write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+    write_file(partial / CORPUS_FILE, json.dumps(facts, indent=1) + "\n")
     _give_name(partial, out)
     return facts
 
@@ -300,7 +307,8 @@ def _write_shards(folder: Path, files: Sequence[str], fates: Fates, dtype: np.dt
                 writer.add(np.frombuffer(tokens, dtype=dtype))
             document += 1
             bar.update()
-    np.save(folder / "heldout.bytes.npy", fates.returned[fates.heldout])
+    with whole_file(folder / "heldout.bytes.npy") as file:
+        np.save(file, fates.returned[fates.heldout])
 
 
 def _token_bytes(files: Sequence[str]) -> Iterator[bytes]:

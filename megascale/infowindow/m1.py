@@ -32,7 +32,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megascale.errors import UserError
-from megascale.infowindow.files import Arrays, digest_of, read_file, write_file
+from megascale.infowindow.files import Arrays, digest_of, read_arrays, write_arrays
 from megascale.infowindow.tables import END, Ints
 
 KIND = "megascale.infowindow.m1"
@@ -130,12 +130,12 @@ class M1:
 
     def save(self, path: Path) -> None:
         """Write it. Raises UserError where that is impossible."""
-        write_file(path, KIND, self.arrays, asdict(self.shape))
+        write_arrays(path, KIND, self.arrays, asdict(self.shape))
 
     @staticmethod
     def open(path: Path) -> M1:
         """Read it. Raises UserError for what is not a whole M1 file of this version."""
-        content = read_file(path, KIND, MADE_BY)
+        content = read_arrays(path, KIND, MADE_BY)
         return M1.of(content.arrays, content.facts, path)
 
     @staticmethod
