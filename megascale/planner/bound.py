@@ -134,11 +134,14 @@ def sizes_within(problem: Problem, lengths: Integers, limit_s: float) -> Integer
     return np.where(sizes == 0, fastest_sizes(problem, lengths, fewest), sizes)
 
 
-def nested_sizes(problem: Problem, sizes: Integers) -> Integers:
-    """Sizes within a node rounded up to powers of two: these fill nodes without rest."""
+def nested_sizes(problem: Problem, sizes: Integers, whole_nodes: bool = False) -> Integers:
+    """Sizes within a node rounded up to powers of two: these fill nodes without rest.
+
+    `whole_nodes`: larger sizes are rounded up to whole nodes, else they stay.
+    """
     node = min(problem.cost.node_size, problem.num_ranks)
-    rounded = np.minimum(node, 2 ** np.ceil(np.log2(sizes))).astype(np.int64)
-    return np.where(sizes <= node, rounded, sizes)
+    within = np.minimum(node, 2 ** np.ceil(np.log2(sizes))).astype(np.int64)
+    return np.where(sizes <= node, within, -(-sizes // node) * node if whole_nodes else sizes)
 
 
 def lower_bound_s(problem: Problem) -> float:
