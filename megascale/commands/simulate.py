@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any, TextIO
 
 import numpy as np
-from numpy.typing import NDArray
 
+from megascale.arrays import Integers
 from megascale.config import Layout, ModelConfig
 from megascale.config.load import whole_number
 from megascale.corpus.shards import Shard
@@ -150,7 +150,7 @@ def _entrants(text: str | None, context: int) -> list[Entrant]:
     return [Entrant(BASELINE, partial(plan_static_mesh, context=context)), *chosen]
 
 
-def _batches(spec: str, cluster: Cluster, steps: int, seed: int) -> list[NDArray[np.int64]]:
+def _batches(spec: str, cluster: Cluster, steps: int, seed: int) -> list[Integers]:
     """Lengths of each step's sequences."""
     kind, _, path = spec.partition(":")
     tokens, context = cluster.batch_tokens, cluster.context
@@ -160,7 +160,7 @@ def _batches(spec: str, cluster: Cluster, steps: int, seed: int) -> list[NDArray
         draw = partial(sample_lengths, read_lengths(path, "--lengths file:"))
     else:
         draw = partial(draw_lengths, spec)
-    batches: list[NDArray[np.int64]] = []
+    batches: list[Integers] = []
     for step in range(steps):
         batches.append(draw(tokens, context, seed * 1_000_003 + step))
         if sum(map(len, batches)) > MOST_SEQUENCES:
@@ -171,7 +171,7 @@ def _batches(spec: str, cluster: Cluster, steps: int, seed: int) -> list[NDArray
     return batches
 
 
-def _corpus_lengths(path: str) -> NDArray[np.int64]:
+def _corpus_lengths(path: str) -> Integers:
     lengths = Shard.open(describe(path).train).lengths
     return np.asarray(lengths, dtype=np.int64)
 
@@ -232,7 +232,7 @@ def run_simulate(args: argparse.Namespace) -> int:
     return 0
 
 
-def _title(lengths: str, cluster: Cluster, batches: Sequence[NDArray[np.int64]]) -> str:
+def _title(lengths: str, cluster: Cluster, batches: Sequence[Integers]) -> str:
     layout = cluster.layout
     longest = max(int(batch.max()) for batch in batches)
     sequences = sum(map(len, batches)) / len(batches)

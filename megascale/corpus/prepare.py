@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
+from megascale.arrays import Integers
 from megascale.corpus.encode import GOOD, Encoder, encode_rows, hash_of, text_of
 from megascale.corpus.inputs import Table, input_files, read_document, read_table
 from megascale.corpus.mpi_processes import Team
@@ -380,7 +380,7 @@ def _tokenizer_facts(tokenizer: Tokenizer) -> dict[str, Any]:
     }
 
 
-def _token_counts(prefix: Path, vocab_size: int) -> NDArray[np.int64]:
+def _token_counts(prefix: Path, vocab_size: int) -> Integers:
     counts = np.zeros(vocab_size, dtype=np.int64)
     tokens = np.memmap(f"{prefix}.bin", dtype=token_dtype(vocab_size), mode="r")
     for begin in range(0, len(tokens), _COUNT_TOKENS):
@@ -388,7 +388,7 @@ def _token_counts(prefix: Path, vocab_size: int) -> NDArray[np.int64]:
     return counts
 
 
-def unigram_bits(counts: NDArray[np.int64]) -> float:
+def unigram_bits(counts: Integers) -> float:
     """Bits that all tokens take under their own unigram distribution: n * entropy(counts / n)."""
     met = counts[counts > 0].astype(np.float64)
     return float((met * np.log2(met.sum() / met)).sum())

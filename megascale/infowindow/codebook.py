@@ -17,6 +17,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from megascale.arrays import Bytes
 from megascale.errors import UserError
 from megascale.infowindow.direct import PlainCoder, WindowCoder
 from megascale.infowindow.expand import CODE_BITS, NUM_CODES, Progress, expand
@@ -24,7 +25,7 @@ from megascale.infowindow.files import Arrays, digest_of, read_arrays, write_arr
 from megascale.infowindow.m1 import M1
 from megascale.infowindow.reference import WINDOW_BITS, require_whole
 from megascale.infowindow.tables import BYTES
-from megascale.infowindow.walk import Bytes, Tree
+from megascale.infowindow.walk import Tree
 
 KIND = "megascale.infowindow.codebook"
 MADE_BY = "megascale infowindow compile"

@@ -6,14 +6,11 @@ import math
 from dataclasses import replace
 
 import numpy as np
-from numpy.typing import NDArray
 
+from megascale.arrays import Integers, Seconds
 from megascale.planner.cost import FORWARD_SHARE, CostModel
 from megascale.planner.plan import kept_share
 from megascale.planner.problem import Problem
-
-Integers = NDArray[np.int64]
-Seconds = NDArray[np.float64]
 
 
 def memory_sizes(problem: Problem, lengths: Integers, gain: float = 1.0) -> Integers:

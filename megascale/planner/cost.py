@@ -7,8 +7,9 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
+from megascale.arrays import Floats
 from megascale.errors import UserError
 from megascale.installation import given_or_example
 from megascale.parsing import read_json
@@ -124,10 +125,10 @@ class CostModel:
                 kind = "whole number from 1" if whole else "number from 0"
                 raise ValueError(f"{name} = {number!r:.40} must be a {kind} to {LARGEST:,}")
 
-    def compute_s(self, lengths: ArrayLike) -> NDArray[np.float64]:
+    def compute_s(self, lengths: ArrayLike) -> Floats:
         """Seconds of each sequence alone on one rank, without the fixed part; same shape."""
         tokens = np.asarray(lengths, dtype=np.float64)
-        seconds: NDArray[np.float64] = tokens * (self.a * tokens + self.b)
+        seconds: Floats = tokens * (self.a * tokens + self.b)
         return seconds
 
     def ring_s(self, lengths: ArrayLike, ranks: Sequence[int]) -> float:
@@ -138,7 +139,7 @@ class CostModel:
 
     def seconds(
         self, squares: ArrayLike, tokens: ArrayLike, size: ArrayLike, one_node: ArrayLike
-    ) -> NDArray[np.float64]:
+    ) -> Floats:
         """Seconds of micro-batches on rings of `size` ranks; the arguments broadcast.
 
         `squares` is the sum of squared lengths, `tokens` the sum of lengths, and `one_node` says
@@ -152,5 +153,5 @@ class CostModel:
         attention = self.a * squares
         exposed = np.maximum(0.0, passing - attention) * shared
         work = attention + (self.b + transfer) * tokens + exposed
-        seconds: NDArray[np.float64] = self.fixed + self.latency * np.log2(size) + work / size
+        seconds: Floats = self.fixed + self.latency * np.log2(size) + work / size
         return seconds

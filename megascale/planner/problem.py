@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from typing import Any, get_args
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
+from megascale.arrays import Integers
 from megascale.errors import UserError
 from megascale.planner.cost import CostModel
 from megascale.planner.plan import Mode, StepPlan, kept_share
@@ -41,7 +42,7 @@ class OffloadModel:
 class Problem:
     """One step to plan."""
 
-    lengths: NDArray[np.int64]
+    lengths: Integers
     """Tokens of each sequence."""
     num_ranks: int
     """Ranks of the HDP axis."""

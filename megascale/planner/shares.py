@@ -8,9 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from megascale.arrays import Integers
 from megascale.planner.ring import Ring
-
-Integers = NDArray[np.int64]
 
 
 def chunk_bounds(lengths: Sequence[int], size: int) -> Integers:

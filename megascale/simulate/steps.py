@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
-from numpy.typing import NDArray
 
+from megascale.arrays import Floats
 from megascale.errors import UserError
 from megascale.planner.peers.static import plan_static_rings
 from megascale.planner.plan import PlanError, StepPlan, kept_share
@@ -124,10 +124,10 @@ class Replay:
         return self.mean("num_tokens") / self.mean("step_s")
 
     @property
-    def tokens_by_size(self) -> NDArray[np.float64]:
+    def tokens_by_size(self) -> Floats:
         """Mean part of the tokens in rings of each class of `SIZE_CLASSES`."""
         shares = np.array([outcome.tokens_by_size for outcome in self.outcomes])
-        mean: NDArray[np.float64] = shares.mean(axis=0)
+        mean: Floats = shares.mean(axis=0)
         return mean
 
     def speedup_over(self, other: Replay) -> float:

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
+from megascale.arrays import Integers
 from megascale.planner.bound import (
     alone_s,
     fastest_sizes,
@@ -18,8 +18,6 @@ from megascale.planner.bound import (
 )
 from megascale.planner.hybrid.waves import LongWave, even_level, long_waves
 from megascale.planner.problem import Problem
-
-Integers = NDArray[np.int64]
 
 LONG_WAVES = (1, 2, 4, 7, 11, 16, 24, 36)
 """How many waves are given to the longest sequences."""
