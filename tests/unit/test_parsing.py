@@ -12,7 +12,7 @@ import pytest
 from processor_time import processor_s
 
 from megascale.config import dump_config, finalize, load_config, parse_config
-from megascale.config.derive import AT_MOST
+from megascale.config.limits import AT_MOST
 from megascale.errors import MOST_MESSAGE, UserError
 from megascale.parsing import (
     MOST_BYTES,
