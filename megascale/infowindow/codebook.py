@@ -19,9 +19,9 @@ from numpy.typing import NDArray
 
 from megascale.arrays import Bytes
 from megascale.errors import UserError
+from megascale.infowindow.checked_files import Arrays, digest_of, read_arrays, write_arrays
 from megascale.infowindow.direct import PlainCoder, WindowCoder
 from megascale.infowindow.expand import CODE_BITS, NUM_CODES, Progress, expand
-from megascale.infowindow.files import Arrays, digest_of, read_arrays, write_arrays
 from megascale.infowindow.m1 import M1
 from megascale.infowindow.reference import WINDOW_BITS, require_whole
 from megascale.infowindow.tables import BYTES

@@ -33,7 +33,7 @@ from numpy.typing import NDArray
 
 from megascale.arrays import Floats, Integers
 from megascale.errors import UserError
-from megascale.infowindow.files import Arrays, digest_of, read_arrays, write_arrays
+from megascale.infowindow.checked_files import Arrays, digest_of, read_arrays, write_arrays
 from megascale.infowindow.tables import END
 
 KIND = "megascale.infowindow.m1"

@@ -18,8 +18,8 @@ from typing import BinaryIO
 import numpy as np
 
 from megascale.errors import UserError
+from megascale.infowindow.checked_files import output_file
 from megascale.infowindow.codebook import Codebook, PartCoder
-from megascale.infowindow.files import output_file
 from megascale.runtime.outputs import begins_with
 
 MAGIC = b"EQINFOWN"

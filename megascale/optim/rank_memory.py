@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from megascale.config import Layout, RunConfig
 from megascale.model.counts import activation_bytes, count_rank_parameters
-from megascale.optim.optimizers import find_optimizer
+from megascale.optim.optimizer_kind import find_optimizer
 
 
 @dataclass(frozen=True)

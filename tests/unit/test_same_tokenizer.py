@@ -198,7 +198,7 @@ def found_with(folder, **sources):
 def test_a_tokenizer_has_no_ids_that_the_model_lacks(corpora, tmp_path, model_ids, fits):
     from transformers import LlamaConfig
 
-    from megascale.convert.huggingface.tokenizer import write_tokenizer
+    from megascale.convert.huggingface.tokenizer_folder import write_tokenizer
 
     bpe, theirs = corpora["bpe"], LlamaConfig(vocab_size=model_ids)
     config = replace(run_of(), model=replace(run_of().model, vocab_size=model_ids))
