@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from megascale.checkpoint.folder import make_copies_folder
@@ -48,6 +48,14 @@ def check_ranks(config: RunConfig, count: int) -> None:
     Layout.of(config, count)
     if config.device == "cuda" or any(Path(name).exists() for name in GPU_FILES):
         _check_devices(config.device, count)
+
+
+def fitting_config(path: str, overrides: Sequence[str], worlds: Iterable[int]) -> RunConfig:
+    """The config of a run, which must fit worlds of these sizes. Raises UserError."""
+    config = load_run(path, overrides).config
+    for world in worlds:
+        Layout.of(config, world)
+    return config
 
 
 def check_resume(resume: str | None) -> None:

@@ -409,7 +409,7 @@ def document_line(rng: Rng, scene: Scene) -> None:
 @reader(2)
 def sweep_line(rng: Rng, scene: Scene) -> None:
     """A line of a sweep."""
-    from megascale.commands.submit import sweep_words
+    from megascale.launch.sweep import sweep_words
 
     line = " ".join(mutate.words(rng, ["optim.lr=1e-3", "run_dir='a b'", "seed=2"]))
     sweep_words(line, "--sweep x, line 1")
