@@ -19,7 +19,8 @@ import numpy as np
 
 from megascale.config import Layout
 from megascale.planner import PLANNERS, Problem
-from megascale.planner.peers.bytescale import plan_bytescale, plan_bytescale_naive, smallest_ring
+from megascale.planner.peers.bytescale import plan_bytescale, plan_bytescale_naive
+from megascale.planner.peers.ring_sizes import smallest_ring
 from megascale.planner.peers.static import plan_static_best
 from megascale.simulate.cluster import MODELS, Cluster
 from megascale.simulate.devices import device_of, passing_share, paying_offload

@@ -1,10 +1,12 @@
 """The planner process: same plans as in this process, and every way in which it can fail."""
 
+import dataclasses
 import os
 import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import CancelledError
 
 import numpy as np
 import planners
@@ -13,7 +15,7 @@ import pytest
 
 from megascale.config import finalize, parse_config
 from megascale.errors import UserError
-from megascale.planner import PLANNERS, CostModel, Problem, plan_longest_first
+from megascale.planner import PLANNERS, CostModel, OffloadModel, Problem, plan_longest_first
 from megascale.planner.service import ahead as ahead_module
 from megascale.planner.service import process as process_module
 from megascale.planner.service.ahead import MAX_RESTARTS, PlansAhead
@@ -71,6 +73,29 @@ def test_a_planner_is_found_by_its_path():
 # --------------------------------------------------------------------------- what it is there for
 
 
+def test_a_problem_reaches_the_planner_whole(start, tmp_path):
+    offload = OffloadModel(stage_layers=12, bytes_per_token=34.5, copy_bytes_per_s=2.5e10)
+    cost = CostModel(**{field.name: 2 + i for i, field in enumerate(dataclasses.fields(CostModel))})
+    whole = Problem.of(
+        [3, 4_000_000_000, 1],
+        8,
+        2**33,
+        "lockstep",
+        cost,
+        pipeline=3,
+        expert_group=4,
+        offload=offload,
+        budget_s=1 / 3,
+        slowdown=(1.0, 1.5) * 4,
+    )
+    for field in dataclasses.fields(Problem):
+        if field.default is not dataclasses.MISSING:
+            assert getattr(whole, field.name) != field.default, f"{field.name} is not tested"
+    plans = start(planners.plan_aloud, log=tmp_path / "planner.log")
+    assert plans.result(plans.request(whole)).trouble is None
+    assert (tmp_path / "planner.log").read_text() == f"{whole} {whole.lengths.dtype}\n"
+
+
 def test_plans_are_those_of_this_process_in_order(start):
     plans = start(plan_longest_first)
     problems = [problem(n % 40 + 1, seed=n) for n in range(60)]
@@ -90,10 +115,10 @@ def test_plans_are_made_while_others_work(start):
     assert plans.result(request).trouble is None
 
 
-def test_a_large_problem_does_not_wait_for_the_pipe(start):
+def test_a_large_problem_is_sent_in_the_background(start):
     plans = start(planners.plan_on_and_on)
     large = Problem.of(np.ones(1_000_000, np.int64), 2, 100, "free", COST)
-    requests = [plans.request(large) for _ in range(3)]  # more than a pipe holds
+    requests = [plans.request(large) for _ in range(3)]  # more than a socket holds
     wait_until(lambda: process_of(plans).cpu_times().user > 0.5)
     assert not any(map(plans.ready, requests))  # it still plans the first, and has read no other
 
@@ -174,6 +199,16 @@ def test_no_orphan_stays_when_the_parent_is_killed(how):
         os.killpg(parent.pid, signal.SIGKILL)
 
 
+def test_it_ends_at_once_in_the_midst_of_a_plan(start):
+    plans = start(planners.plan_on_and_on)
+    request, process = plans.request(problem()), process_of(plans)
+    wait_until(lambda: process.cpu_times().user > 0.5)
+    plans.close()
+    assert is_gone(process)
+    with pytest.raises(CancelledError):  # nor is another process started for it
+        plans.result(request)
+
+
 # ------------------------------------------------------------------------------------ failures
 
 
@@ -210,6 +245,37 @@ def test_a_process_that_is_killed_between_plans_is_started_again(start):
     assert "killed by SIGKILL" in plans.result(plans.request(problem(4))).trouble
     assert plans.result(plans.request(problem(5))).trouble is None
     assert process_of(plans).pid != first.pid and is_gone(first)
+
+
+@pytest.mark.parametrize("num_sequences", [4, 1_000_000])
+def test_a_process_that_is_stopped_is_late(start, num_sequences):
+    """Whether it is to read or to answer."""
+    plans = start(plan_longest_first, timeout_s=3.0)
+    plans.result(plans.request(problem()))
+    process_of(plans).suspend()
+    lengths = np.ones(num_sequences, np.int64)
+    planned = plans.result(plans.request(Problem.of(lengths, 2, num_sequences, "free", COST)))
+    assert planned.trouble.startswith("the planner took longer than planner.timeout_s = 3;")
+    assert plans.result(plans.request(problem())).trouble is None
+
+
+def test_a_death_that_a_fork_hides_is_noticed_in_time(start, monkeypatch):
+    """A process that the run forked at the wrong moment holds the other end of the socket open."""
+    honest, held = process_module._start, []
+
+    def start_and_hold(path, descriptor, log):
+        held.append(os.dup(descriptor))
+        return honest(path, descriptor, log)
+
+    monkeypatch.setattr(process_module, "_start", start_and_hold)
+    plans = start(plan_longest_first, timeout_s=3.0)
+    plans.result(plans.request(problem()))
+    process_of(plans).kill()
+    planned = plans.result(plans.request(problem()))
+    assert planned.trouble.startswith("the planner took longer than planner.timeout_s = 3;")
+    assert plans.result(plans.request(problem())).trouble is None
+    for descriptor in held:
+        os.close(descriptor)
 
 
 def test_after_enough_restarts_the_fast_planner_stays(start):

@@ -34,10 +34,9 @@ class Planned:
 class PlansAhead:
     """Plans problems in a process of its own, in the order in which they are requested.
 
-    Where that process dies, takes longer than `timeout_s` for one plan, or answers with anything
-    but a plan that passes its checks, the plan in question is made by `fast_plan` instead, and a
-    new process makes those that follow; after MAX_RESTARTS, `fast_plan` makes all of them.
-    Threads may share an object.
+    `fast_planner` makes a plan instead where the process dies, takes longer than `timeout_s` for
+    it, or answers with anything but a plan that passes its checks. A new process makes the plans
+    that follow; after MAX_RESTARTS, `fast_planner` makes them all. Threads may share an object.
     """
 
     def __init__(self, planner: Planner, timeout_s: float, log: Path | None = None) -> None:
@@ -50,7 +49,7 @@ class PlansAhead:
         self._numbers = count(1)
         self._failures: list[int] = []
         self._lock = threading.Lock()
-        """Held while the process is replaced, and to close."""
+        """Held to replace the process, and to close."""
         self._is_closed = False
 
     def request(self, problem: Problem) -> int:
@@ -86,8 +85,7 @@ class PlansAhead:
         if self._process is None:
             return _plan_fast(problem)
         try:
-            payload = self._process.plan(problem)
-            return _read_plan(payload, problem)
+            return _read_plan(self._process.plan(problem), problem)
         except PlannerFailure as failure:
             outlook = self._replace_process(number, failure)
             name, _ = fast_planner(problem)

@@ -1,4 +1,8 @@
-"""The planner process, seen from the run: started, asked for one plan at a time, ended."""
+"""The planner process, seen from the run: started, asked for one plan at a time, ended.
+
+A `ProcessPoolExecutor` is not enough: its worker outlives a run that is killed, imports the script
+of the run (and torch with it), and cannot be ended by public means when it hangs.
+"""
 
 from __future__ import annotations
 
@@ -15,12 +19,7 @@ from pathlib import Path
 
 from megascale.errors import UserError
 from megascale.planner.problem import Planner, Problem
-from megascale.planner.service.worker import (
-    FAILURE,
-    IGNORED_SIGNALS,
-    USER_ERROR,
-    planner_path,
-)
+from megascale.planner.service.worker import FAILURE, IGNORED_SIGNALS, USER_ERROR, planner_path
 
 START_TIMEOUT_S = 120.0
 """To start Python and import NumPy, on the slowest of file systems."""
@@ -45,20 +44,21 @@ class PlannerProcess:
         self._is_ready = False
         self._is_late = False
         self._process: subprocess.Popen[bytes] | None = None
+        self._start_error: OSError | None = None
+        path = planner_path(planner)
         self._socket, theirs = socket.socketpair()
         self._stream = self._socket.makefile("rwb")
-        self._start_error: OSError | None = None
         with theirs:
             try:
-                self._process = _start(planner, theirs.fileno(), log)
+                self._process = _start(path, theirs.fileno(), log)
             except OSError as error:
                 self._start_error = error
 
     def plan(self, problem: Problem) -> bytes:
-        """The bytes that the planner answers for `problem`; they are not checked.
+        """The bytes of the plan for `problem`; they are not checked. One thread may call this.
 
-        Raises UserError where the planner does, and PlannerFailure where the process does not
-        start, ends, or takes longer than its time; then it is of no further use.
+        Raises UserError where the planner does. Raises PlannerFailure where the planner raises
+        anything else, and where the process does not start, ends, is late or sends something else.
         """
         if self._process is None:
             raise PlannerFailure(f"the planner does not start ({self._start_error})")
@@ -70,7 +70,8 @@ class PlannerProcess:
         with self._within(self._timeout_s, limit):
             pickle.dump(problem, self._stream)
             self._stream.flush()
-            kind, content = pickle.load(self._stream)
+            answer: tuple[str, bytes] = pickle.load(self._stream)
+            kind, content = answer
         if kind == USER_ERROR:
             raise UserError(content.decode())
         if kind == FAILURE:
@@ -121,11 +122,11 @@ class PlannerProcess:
         return f"the planner ended with status {status}; logs/planner.log may say why"
 
 
-def _start(planner: Planner, descriptor: int, log: Path | None) -> subprocess.Popen[bytes]:
+def _start(path: str, descriptor: int, log: Path | None) -> subprocess.Popen[bytes]:
     """Start the process; by exec, because a mere fork of threads that communicate is not safe."""
     paths = os.pathsep.join(path or os.getcwd() for path in sys.path)
     command = [sys.executable, "-P", "-m", "megascale.planner.service.worker"]
-    command += [planner_path(planner), str(descriptor), str(os.getpid())]
+    command += [path, str(descriptor), str(os.getpid())]
     # blocked here, they are blocked in the process from its first instruction on
     before = signal.pthread_sigmask(signal.SIG_BLOCK, IGNORED_SIGNALS)
     try:
