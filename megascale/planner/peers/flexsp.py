@@ -1,7 +1,7 @@
 """FlexSP's planner: micro-batches of like lengths, each split into groups by integer programming.
 
-Source: FlexSP (arXiv 2412.01523): the sequence blaster, sequence bucketing, and the program of its
-section on the formulation. What differs, and why, is said where it does.
+Source: FlexSP (arXiv 2412.01523): the sequence blaster and sequence bucketing. The program is in
+`flexsp_program`. What differs, and why, is said where it does.
 """
 
 from __future__ import annotations

@@ -37,6 +37,7 @@ class PlansAhead:
     `fast_planner` makes a plan instead where the process dies, takes longer than `timeout_s` for
     it, or answers with anything but a plan that passes its checks. A new process makes the plans
     that follow; after MAX_RESTARTS, `fast_planner` makes them all. Threads may share an object.
+    Call `close` at the end: without it, Python waits at its end for what is requested.
     """
 
     def __init__(self, planner: Planner, timeout_s: float, log: Path | None = None) -> None:
