@@ -144,7 +144,7 @@ def _whole(name: str, value: Any, most: int) -> int:
     return number
 
 
-def _checked_lengths(lengths: ArrayLike) -> NDArray[np.int64]:
+def _checked_lengths(lengths: ArrayLike) -> Integers:
     """int64[N]. Raises ValueError for what is no list of whole numbers from 1 to MOST_TOKENS."""
     try:
         given = np.asarray(lengths)

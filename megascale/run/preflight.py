@@ -67,7 +67,7 @@ def config_for_calibration(path: str, overrides: Sequence[str]) -> RunConfig:
     config = steplaw.resolve(load_config(path, overrides))
     if config.model.vocab_size is None:
         try:
-            return load_run(path, overrides)[0]
+            return load_run(path, overrides).config
         except UserError as error:
             raise UserError(f"{error} (or set model.vocab_size, which needs no corpus)") from None
     return finalize(config, dict.fromkeys(config.data.sources, 1), config.model.vocab_size)

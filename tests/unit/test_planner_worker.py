@@ -218,8 +218,14 @@ def test_it_ends_at_once_in_the_midst_of_a_plan(start):
         (planners.plan_or_die, "the planner was killed by SIGKILL"),
         (planners.plan_or_hang, "the planner took longer than planner.timeout_s = 3"),
         (planners.plan_or_raise, "the planner failed (ZeroDivisionError: a mistake)"),
-        (planners.plan_or_lose, "the planner made a plan that is none (6 sequences are placed"),
-        (planners.plan_or_mistake, "the planner made a plan that is none (a plan for (3, 'free'"),
+        (
+            planners.plan_or_lose,
+            "the planner made no plan of this batch (6 sequences are",
+        ),
+        (
+            planners.plan_or_mistake,
+            "the planner made no plan of this batch (a plan for (3, 'free'",
+        ),
         (planners.plan_or_babble, "the planner sent what is no plan (invalid load key, '\\x00'"),
     ],
     ids=lambda value: getattr(value, "__name__", ""),

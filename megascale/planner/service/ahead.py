@@ -131,7 +131,7 @@ def _read_plan(payload: bytes, problem: Problem) -> Planned:
         plan = StepPlan.from_bytes(payload)
         check_answer(plan, problem)
     except Exception as error:  # it may be anything at all
-        raise PlannerFailure(f"the planner made a plan that is none ({error})") from None
+        raise PlannerFailure(f"the planner made no plan of this batch ({error})") from None
     return Planned(plan, payload)
 
 
