@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.2.0"
 
-__all__ = ["load_run", "mesh", "model_cost", "plan", "planner", "read_metrics", "train"]
+__all__ = ["load_run", "model_cost", "plan", "read_metrics", "train"]
 
 _PACKAGES = {name: f"{__name__}.{name}" for name in ("mesh", "planner")}
 

@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "megascale"
 FILES = sorted(PACKAGE.rglob("*.py"))
 ORDER = (
-    "errors exports arrays reading installation parsing config runtime planner infowindow corpus "
+    "errors arrays reading installation exports parsing config runtime planner infowindow corpus "
     "mesh model optim checkpoint convert growth simulate monitor run training launch api commands "
     "cli"
 ).split()
