@@ -32,12 +32,18 @@ def micro_batches(
     `sequences` are those of the whole batch, in the order of the lengths that were planned. A ring
     of two ranks or more needs `axis`, whose position `rank` this process is. Each micro-batch is
     padded to a multiple of `multiple` tokens by `pad_id`; padding counts in no loss. Raises
-    ValueError where sequences and plan do not fit, or an axis is missing.
+    ValueError, at once, for sequences that are no ids or do not fit the plan, a rank that is not of
+    the plan, and where an axis is missing.
     """
-    lengths = tuple(len(sequence.targets) for sequence in sequences)
+    lengths = tuple(_length(index, sequence) for index, sequence in enumerate(sequences))
     planned = sum(len(ring.sequences) for ring in plan.rings)
     if planned != len(lengths) or plan.lengths not in ((), lengths):
         raise ValueError("the plan is for other sequences than these")
+    if multiple < 1:
+        raise ValueError(f"multiple = {multiple} must be at least 1")
+    mine = list(replace(plan, lengths=lengths).micro_batches(rank))
+    for batch in mine:
+        _require_axis(batch, axis)
 
     def part(index: int, spans: Sequence[tuple[int, int]]) -> TokenSequence:
         whole = sequences[index]
@@ -45,9 +51,24 @@ def micro_batches(
         kept = np.concatenate([np.empty(0, np.int64), *places])
         return TokenSequence(np.asarray(whole.inputs)[kept], np.asarray(whole.targets)[kept])
 
-    for planned_batch in replace(plan, lengths=lengths).micro_batches(rank):
-        packed = packed_part(planned_batch, part, torch.device(device), axis, multiple, pad_id)
-        yield packed
+    place = torch.device(device)
+    return (packed_part(batch, part, place, axis, multiple, pad_id) for batch in mine)
+
+
+def _length(index: int, sequence: object) -> int:
+    """Tokens of a sequence. Raises ValueError for what is no TokenSequence of ids."""
+    if not isinstance(sequence, TokenSequence):
+        kind = type(sequence).__name__
+        raise ValueError(f"sequence {index} is {kind}; give TokenSequence(inputs, targets)")
+    inputs, targets = (np.asarray(part) for part in (sequence.inputs, sequence.targets))
+    if inputs.ndim != 1 or inputs.shape != targets.shape:
+        raise ValueError(
+            f"sequence {index} has inputs of shape {inputs.shape} and targets of {targets.shape}; "
+            "both must be one list of ids, and equally long"
+        )
+    if not all(np.issubdtype(part.dtype, np.integer) for part in (inputs, targets)):
+        raise ValueError(f"sequence {index} has ids of {inputs.dtype}; ids are whole numbers")
+    return len(targets)
 
 
 def packed_part(
@@ -65,11 +86,16 @@ def packed_part(
     ranks or more without an axis.
     """
     ring: RingShare | None = None
+    _require_axis(mine, axis)
     if len(mine.ranks) > 1:
-        if axis is None:
-            raise ValueError(f"ring {mine.ring.id} has {len(mine.ranks)} ranks; give an axis")
+        assert axis is not None, "it is required"
         ranks = tuple(axis.ranks[position] for position in mine.ranks)
         ring = RingShare(mine.share.place, mine.share.bounds, ranks, axis.group)
     parts = [part(index, mine.share.spans(place)) for place, index in enumerate(mine.sequences)]
     packed = pack(parts, pad_id, multiple, device, ring, sources)
     return replace(packed, offload=mine.offload)
+
+
+def _require_axis(mine: RankMicroBatch, axis: HdpAxis | None) -> None:
+    if len(mine.ranks) > 1 and axis is None:
+        raise ValueError(f"ring {mine.ring.id} has {len(mine.ranks)} ranks; give an axis")

@@ -19,12 +19,21 @@ def use_in_transformers() -> str:
     A model that is made with it takes `segments` of a micro-batch beside its inputs:
     `model(input_ids=batch.tokens_T[None], position_ids=batch.segments.positions_T[None],
     segments=batch.segments, use_cache=False)`. Attention is causal within each sequence. Models
-    with dropout in attention, or that add anything to the scores, are not for it.
+    with dropout in attention, or that add anything to the scores, are not for it: ValueError then,
+    and for an attention mask that leaves tokens out.
     """
     from transformers import AttentionInterface
+    from transformers.masking_utils import AttentionMaskInterface
 
     AttentionInterface.register(NAME, _attention)
+    AttentionMaskInterface.register(NAME, _no_mask)
     return NAME
+
+
+def _no_mask(*_: Any, attention_mask: torch.Tensor | None = None, **__: Any) -> None:
+    """The mask of a model's layers: none, since segments say what attends to what."""
+    if attention_mask is not None and not bool(attention_mask.all()):
+        raise ValueError("attention over packed sequences takes no mask and no padding; see pack")
 
 
 def _attention(

@@ -66,8 +66,8 @@ class StepPlan:
 
         Raises ValueError for a rank that is not of the plan, and where the lengths are missing.
         """
-        if not 0 <= rank < self.num_ranks:
-            raise ValueError(f"rank {rank} of {self.num_ranks}")
+        if not (hasattr(rank, "__index__") and 0 <= rank < self.num_ranks):
+            raise ValueError(f"rank {rank!r:.40} must be one of 0 to {self.num_ranks - 1}")
         if any(ring.sequences for ring in self.rings) and not self.lengths:
             raise ValueError("the plan has no lengths; dataclasses.replace(plan, lengths=...)")
         return (RankMicroBatch.of(ring, rank, self.lengths) for ring in self.rings_of(rank))

@@ -78,7 +78,7 @@ def test_a_plan_keeps_its_lengths_in_json_and_needs_them():
     assert StepPlan.from_bytes(bare.to_bytes()) == bare
     with pytest.raises(ValueError, match="no lengths"):
         bare.micro_batches(0)
-    with pytest.raises(ValueError, match="rank 4 of 4"):
+    with pytest.raises(ValueError, match="rank 4 must be one of 0 to 3"):
         step.micro_batches(4)
 
 

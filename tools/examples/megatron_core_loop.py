@@ -33,9 +33,10 @@ VOCABULARY, CAPACITY_TOKENS = 1024, 512
 
 
 def documents(step: int) -> list[np.ndarray]:
-    """Token ids of the documents of one step: a long one, and many short ones."""
+    """Ids of the documents of a step, one long and many short; low ids are frequent."""
     draw = np.random.default_rng(step)
-    return [draw.integers(0, VOCABULARY, n + 1) for n in (900, *draw.integers(8, 200, size=9))]
+    lengths = (900, *draw.integers(8, 200, size=9))
+    return [np.minimum(draw.zipf(1.5, n + 1), VOCABULARY) - 1 for n in lengths]
 
 
 def make_model() -> DistributedDataParallel:
@@ -54,6 +55,7 @@ def make_model() -> DistributedDataParallel:
         masked_softmax_fusion=False,
     )
     torch.manual_seed(0)
+    # this attention rotates queries and keys itself, by each token's place in its document
     spec = with_packed_attention(get_gpt_layer_local_spec())
     model = GPTModel(config, spec, VOCABULARY, 1024, position_embedding_type="none")
     reduction = DistributedDataParallelConfig(grad_reduce_in_fp32=True)

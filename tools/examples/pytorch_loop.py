@@ -18,9 +18,10 @@ VOCABULARY, CAPACITY_TOKENS = 1000, 512
 
 
 def documents(step: int) -> list[np.ndarray]:
-    """Token ids of the documents of one step: a long one, and many short ones."""
+    """Ids of the documents of a step, one long and many short; low ids are frequent."""
     draw = np.random.default_rng(step)
-    return [draw.integers(0, VOCABULARY, n + 1) for n in (900, *draw.integers(8, 200, size=9))]
+    lengths = (900, *draw.integers(8, 200, size=9))
+    return [np.minimum(draw.zipf(1.5, n + 1), VOCABULARY) - 1 for n in lengths]
 
 
 def make_model(attention: str) -> LlamaForCausalLM:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from megascale.planner.plan import PlanError, StepPlan
 from megascale.planner.problem import Planner, Problem
-from megascale.planner.registry import PLANNERS
+from megascale.planner.registry import PLANNERS, find_planner
 from megascale.planner.service.process import PlannerFailure, PlannerProcess
 
 MAX_RESTARTS = 3
@@ -40,7 +40,9 @@ class PlansAhead:
     Call `close` at the end: without it, Python waits at its end for what is requested.
     """
 
-    def __init__(self, planner: Planner, timeout_s: float, log: Path | None = None) -> None:
+    def __init__(self, planner: Planner | str, timeout_s: float, log: Path | None = None) -> None:
+        """`planner`: a function, or a name as for `find_planner`; the process writes to `log`."""
+        planner = find_planner(planner) if isinstance(planner, str) else planner
         self._start: Callable[[], PlannerProcess] = lambda: PlannerProcess(planner, timeout_s, log)
         self._process: PlannerProcess | None = self._start()
         """None once the fast planner makes all plans."""
