@@ -304,8 +304,8 @@ class PlannerConfig:
     bound. `longest_first`: whole sequences to the least busy rank. The others are baselines:
     `bytescale`, `bytescale_naive` and `flexsp` are ByteScale's and FlexSP's planners; `static`,
     `static_balanced` and `static_best` are static context parallelism. `module:function` is a
-    planner of your own, in a module on the Python path: a function at its top that takes a
-    `megascale.planner.Problem` and returns a `StepPlan`."""
+    planner of your own, in a module of the working directory or on the Python path: a function at
+    its top that takes a `megascale.planner.Problem` and returns a `StepPlan`."""
     capacity_tokens: int | None = None
     """Most tokens one rank holds in one micro-batch; longer sequences are spread over ranks.
     Default: `context_tokens`."""

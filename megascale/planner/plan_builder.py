@@ -22,8 +22,10 @@ class Placed(NamedTuple):
     offload: float = 0.0
 
 
-def complete(problem: Problem, placed: Sequence[Placed], began: float) -> StepPlan:
-    """A plan of micro-batches given in execution order; `began` is when planning did.
+def complete(problem: Problem, placed: Sequence[Placed], began: float | None = None) -> StepPlan:
+    """A plan of micro-batches given in execution order.
+
+    `began` is the `time.perf_counter()` at which planning began; without it `plan_s` is 0.
 
     A micro-batch stands at the first index that is free on all its ranks. Empty micro-batches
     are added for ranks without any, in aligned and lockstep mode where a rank of a ring is behind
@@ -56,7 +58,8 @@ def complete(problem: Problem, placed: Sequence[Placed], began: float) -> StepPl
         stage_layers=problem.stage_layers,
     )
     predicted_s = step_s(plan, problem.lengths, problem.cost, problem.pipeline, problem.slowdown)
-    return replace(plan, predicted_s=predicted_s, plan_s=time.perf_counter() - began)
+    plan_s = 0.0 if began is None else time.perf_counter() - began
+    return replace(plan, predicted_s=predicted_s, plan_s=plan_s)
 
 
 Indexed = tuple[int, Placed]

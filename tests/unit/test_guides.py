@@ -4,6 +4,7 @@ import importlib
 import re
 import shlex
 import subprocess
+import sys
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -13,6 +14,7 @@ import pytest
 import quick
 import write_guides
 import yaml
+from tiny_corpus import tiny_config
 
 from megascale import cli
 from megascale.config import RunConfig
@@ -251,3 +253,38 @@ def test_the_ratio_of_the_front_page_is_that_of_its_picture():
     assert f"takes **{ratio:.2f}x** as long" in page
     assert f"{len(problem.lengths)} sequences" in page
     assert f"from {problem.lengths.min()} token to {problem.lengths.max():,}" in page
+
+
+def run_python_of(name, folder, *more):
+    """What the Python blocks of a guide print, one after the other, in a process of their own."""
+    blocks = [content for language, content in blocks_of(name) if language == "python"]
+    assert blocks
+    script = "\n".join([*blocks, *more]).replace("train.tokens=20M", "train.tokens=2000")
+    (folder / "mine.py").write_text(script)
+    done = subprocess.run(
+        [sys.executable, "mine.py"], cwd=folder, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_the_python_of_the_front_page_runs(tmp_path):
+    assert "on ranks (0, 1)" in run_python_of("README.md", tmp_path)
+
+
+def test_the_python_of_the_planner_runs(tmp_path):
+    own = [
+        "if __name__ == '__main__':",
+        "    own = dict(num_ranks=4, capacity_tokens=8, planner='mine:first_ranks')",
+        "    plan = megascale.plan([5, 20, 3], **own)",
+        "    print(sorted(len(ring.ranks) for ring in plan.rings if ring.sequences))",
+    ]
+    said = run_python_of("megascale/planner/README.md", tmp_path, *own)
+    assert said.splitlines()[-1] == "[1, 1, 3]"
+
+
+def test_the_python_of_runs_runs(tmp_path):
+    tiny_config(tmp_path).rename(tmp_path / "run.yaml")
+    own = "print(stopped, rows[-1]['step'], config.train.tokens)"
+    said = run_python_of("megascale/run/README.md", tmp_path, own)
+    assert said.splitlines()[-1] == "False 2.0 2000"
