@@ -2,8 +2,8 @@
 
 `plan` lays one batch of sequences out on ranks; `model_cost` says what they take. `load_run` reads
 what a config describes, `train` runs it, `read_metrics` reads what a run has measured. What a
-training loop of your own needs beside a plan is in `megascale.mesh`, parts of planners are in
-`megascale.planner`.
+training loop of your own needs beside a plan is in `megascale.mesh` and `megascale.corpus`, parts
+of planners are in `megascale.planner`.
 """
 
 from typing import TYPE_CHECKING
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from megascale.exports import lazily
 
 if TYPE_CHECKING:
+    from megascale import corpus as corpus
     from megascale import mesh as mesh
     from megascale import planner as planner
     from megascale.api import load_run as load_run
@@ -23,6 +24,6 @@ __version__ = "0.2.0"
 
 __all__ = ["load_run", "model_cost", "plan", "read_metrics", "train"]
 
-_PACKAGES = {name: f"{__name__}.{name}" for name in ("mesh", "planner")}
+_PACKAGES = {name: f"{__name__}.{name}" for name in ("corpus", "mesh", "planner")}
 
 __getattr__, __dir__ = lazily(__name__, {**dict.fromkeys(__all__, "megascale.api"), **_PACKAGES})

@@ -1,6 +1,7 @@
 """How a plan runs on the ranks: packing, and attention over packed sequences on any ranks.
 
-`micro_batches` makes tensors of a plan and sequences in memory; `attend` is the attention that they
+`micro_batches` makes tensors of a plan and sequences in memory, `MicroBatchReader` of a plan and
+corpora on disk; `attend` is the attention that they
 need. `HdpAxis` says how the ranks that share sequences reach one another. `use_in_transformers`
 gives models of `transformers` that attention.
 """
@@ -16,14 +17,18 @@ if TYPE_CHECKING:
     from megascale.mesh.packing import Segments as Segments
     from megascale.mesh.packing import TokenSequence as TokenSequence
     from megascale.mesh.packing import pack as pack
+    from megascale.mesh.reader import MicroBatchReader as MicroBatchReader
+    from megascale.mesh.reader import TokenSource as TokenSource
     from megascale.mesh.transformers import use_in_transformers as use_in_transformers
     from megascale.runtime.distributed import HdpAxis as HdpAxis
 
 _MODULES = {
     "HdpAxis": "megascale.runtime.distributed",
     "MicroBatch": "megascale.mesh.packing",
+    "MicroBatchReader": "megascale.mesh.reader",
     "Segments": "megascale.mesh.packing",
     "TokenSequence": "megascale.mesh.packing",
+    "TokenSource": "megascale.mesh.reader",
     "attend": "megascale.mesh.packed_attention",
     "micro_batches": "megascale.mesh.in_memory",
     "pack": "megascale.mesh.packing",

@@ -57,9 +57,9 @@ class MicroBatchReader:
     sources: Sequence[TokenSource]
     """In the order of `GlobalBatch.source`."""
     hdp_rank: int
-    multiple: int
+    multiple: int = 1
     """Micro-batches are padded to a multiple of this many tokens."""
-    device: torch.device
+    device: torch.device = torch.device("cpu")
     axis: HdpAxis | None = None
     """How ranks that share sequences reach one another; None where no ring has two."""
 

@@ -283,6 +283,13 @@ def test_the_python_of_the_planner_runs(tmp_path):
     assert said.splitlines()[-1] == "[1, 1, 3]"
 
 
+def test_the_python_of_data_runs(tmp_path):
+    tiny_config(tmp_path).rename(tmp_path / "run.yaml")
+    own = "print(cursor.tokens_seen == int(batch.length.sum()) == sum(plan.lengths))"
+    said = run_python_of("data/README.md", tmp_path, own)
+    assert said.splitlines()[-1] == "True" and "torch.Size" in said
+
+
 def test_the_python_of_runs_runs(tmp_path):
     tiny_config(tmp_path).rename(tmp_path / "run.yaml")
     own = "print(stopped, rows[-1]['step'], config.train.tokens)"

@@ -73,7 +73,10 @@ def test_a_package_imports_only_from_those_above_it(path):
                 assert ORDER.index(parts[1]) <= ORDER.index(own), f"line {node.lineno}: {name}"
 
 
-@pytest.mark.parametrize("package", ["megascale", "megascale.mesh", "megascale.model"])
+EXPORTING = ("corpus", "mesh", "model")
+
+
+@pytest.mark.parametrize("package", ["megascale", *map("megascale.{}".format, EXPORTING)])
 def test_an_exported_name_is_no_module(package):
     """Importing a module sets its name in the package, in the place of an exported function."""
     exported = importlib.import_module(package)
