@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from processor_time import processor_s
 
 from megascale.errors import UserError
 from megascale.planner.cost import CostModel
@@ -299,4 +300,4 @@ def test_cluster_sized_steps_are_planned_fast(planner) -> None:
     for context in (256 * K, 8 * K):
         lengths = draw_lengths("github", None, context, 0, num_sequences=8000)
         problem = Problem.of(lengths, 12288, 8 * K, "free", COST)
-        assert min(planner(problem).plan_s for _ in range(3)) < 10.0
+        assert processor_s(lambda: planner(problem)) < 10  # noqa: B023
