@@ -18,13 +18,13 @@ from megascale.config import Layout, ModelConfig
 from megascale.config.load import whole_number
 from megascale.corpus.shards import Shard
 from megascale.corpus.sources import describe
+from megascale.devices.table import DEVICES, GIB, device_of
 from megascale.errors import UserError
 from megascale.planner import PLANNERS
 from megascale.planner.plan import Mode
 from megascale.runtime.files import write_output
 from megascale.runtime.outputs import Output, json_of, picture, require_outputs, write_as_asked
 from megascale.simulate.cluster import MODELS, Cluster, Offload
-from megascale.simulate.devices import DEVICES, device_of
 from megascale.simulate.lengths import DISTRIBUTIONS, draw_lengths, read_lengths, sample_lengths
 from megascale.simulate.steps import (
     Entrant,
@@ -63,7 +63,8 @@ def add_simulate_arguments(parser: argparse.ArgumentParser) -> None:
     add("--budget-s", type=float, default=0.5, metavar="S", help="for a planner to improve a plan")
     offload = "none; paying: as much as saves time; all: as far as copies hide behind compute"
     add("--offload", default="paying", metavar="HOW", help=offload)
-    add("--device", default="h100", metavar="NAME", help=f"{', '.join(DEVICES)}: by its data sheet")
+    devices = f"{', '.join(DEVICES)}: by its data sheet, or a YAML file of rates"
+    add("--device", default="h100", metavar="NAME", help=devices)
     add("--network-gbps", type=float, metavar="G", help="network of a device; by its data sheet")
     add("--seed", default="0", metavar="N", help="of the drawn lengths")
     add("--json", metavar="OUT", help="write everything that is printed to this file")
@@ -209,7 +210,7 @@ def run_simulate(args: argparse.Namespace) -> int:
     entrants = _entrants(args.planners, cluster.context)
     outputs = [Output("--json", Path(args.json), RESULTS)] if args.json else []
     outputs += [Output("--plot", Path(args.plot), picture())] if args.plot else []
-    require_outputs(outputs, [args.lengths.partition(":")[2] or None])
+    require_outputs(outputs, [args.lengths.partition(":")[2] or None, args.device])
     batches = _batches(args.lengths, cluster, steps, seed)
     print(_title(args.lengths, cluster, batches))
     progress = Progress(len(entrants), steps, sys.stderr)
@@ -260,7 +261,7 @@ def _table(rows: Sequence[dict[str, Any]], cluster: Cluster) -> list[str]:
             f"{row['planner']:<16} {_seconds(row['step_s']):>9} {_short(row['tokens_per_s']):>10} "
             f"{speedup:>8} {row['over_lower_bound']:>8.3f} {row['idle_share']:>6.1%} "
             f"{row['passing_share']:>7.1%} {row['offloaded_share']:>7.1%} "
-            f"{row['peak_bytes'] / 1e9:>5.0f} GB {_seconds(row['plan_s']):>8}"
+            f"{row['peak_bytes'] / GIB:>4.0f} GiB {_seconds(row['plan_s']):>8}"
         )
     return lines
 
@@ -280,8 +281,9 @@ def _notes(cluster: Cluster) -> list[str]:
         "",
         "step, x bound: mean time, and over the mean lower bound; idle: waiting for other ranks;",
         "passing: waiting for keys and values; memory: of a device, an estimate, of "
-        f"{cluster.device.memory_bytes / 1e9:.0f} GB; plan: time",
-        "of the planner on this machine. Rates are of data sheets, with assumed efficiencies.",
+        f"{cluster.device.memory_bytes / GIB:.0f} GiB; plan: time",
+        "of the planner on this machine. Rates have assumed efficiencies; they are those of",
+        f"{cluster.device.source}.",
     ]
 
 

@@ -15,7 +15,8 @@ PACKAGE = ROOT / "megascale"
 FILES = sorted(PACKAGE.rglob("*.py"))
 ORDER = (
     "errors exports reading installation parsing config runtime planner infowindow corpus mesh "
-    "model optim checkpoint convert growth simulate monitor run training launch api commands cli"
+    "model optim devices checkpoint convert growth simulate monitor run training launch api "
+    "commands cli"
 ).split()
 
 
