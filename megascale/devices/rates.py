@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from megascale.config import Layout, RunConfig
 from megascale.devices.table import Device, Precision
 from megascale.model import counts
+from megascale.model.activations import layer_activation_bytes
 from megascale.planner.cost import CostModel
 from megascale.planner.problem import OffloadModel
 
@@ -87,12 +88,10 @@ def shape_of(config: RunConfig, tensor: int) -> Shape:
     return Shape(
         num_layers=model.num_layers,
         hidden_size=model.hidden_size,
-        kv_size=(model.num_kv_heads or 0)
-        * (model.head_dim or 0)
-        * (moe.attention_experts if moe else 1),
+        kv_size=(model.num_kv_heads or 0) * (model.head_dim or 0) * counts.attentions(model),
         flops_per_token=counts.flops_per_token(model, tensor),
         flops_per_pair=pair if window is None else 0.0,
-        activation_bytes=counts.layer_activation_bytes(alone, Layout(1, 1, 1, 1, 1)),
+        activation_bytes=layer_activation_bytes(alone, Layout(1, 1, 1, 1, 1)),
         window_flops_per_token=0.0 if window is None else pair * window,
         routed_size=moe.top_k * model.hidden_size if moe else 0,
     )

@@ -173,6 +173,7 @@ def _memory(config: RunConfig, layout: Layout) -> list[str]:
         f"  gradients             {_bytes(memory.gradients)}",
         f"  optimizer             {_bytes(memory.optimizer)}",
         f"  activations           {_bytes(memory.activations)} (estimate)",
+        *[f"  buffers of rings      {_bytes(memory.rings)} (estimate)"][: memory.rings],
     ]
 
 

@@ -14,6 +14,7 @@ from megascale.corpus.shards import Shard
 from megascale.corpus.sources import SourceInfo
 from megascale.errors import UserError
 from megascale.model import counts
+from megascale.model.activations import layer_activation_bytes
 from megascale.planner import CostModel, OffloadModel, Problem, StepPlan, find_planner
 
 
@@ -49,7 +50,7 @@ def offload_model(config: RunConfig, layout: Layout) -> OffloadModel | None:
         return None
     return OffloadModel(
         stage_layers=config.model.num_layers // layout.pipeline,
-        bytes_per_token=counts.layer_activation_bytes(config, layout),
+        bytes_per_token=layer_activation_bytes(config, layout),
         copy_bytes_per_s=copy_bytes_per_s,
     )
 
