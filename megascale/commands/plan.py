@@ -12,13 +12,15 @@ from numpy.typing import ArrayLike
 
 from megascale.config import Layout
 from megascale.config.load import whole_number
+from megascale.devices.table import DEVICES, device_of
 from megascale.errors import UserError
 from megascale.planner import PLANNERS, CostModel, Problem, StepPlan, find_planner, timeline
 from megascale.planner.gantt import LEGEND, plot_gantt, text_gantt
 from megascale.planner.plan import Mode
 from megascale.run.describe import describe_run, static_line
+from megascale.run.on_device import NamedDevice, step_cost
 from megascale.run.resolve import load_run
-from megascale.run.step_problem import cost_model, first_step
+from megascale.run.step_problem import first_step
 from megascale.runtime.files import write_output
 from megascale.runtime.outputs import Output, json_of, picture, require_outputs, write_as_asked
 from megascale.simulate.cluster import ASSUMED_MODEL, assumed_cost
@@ -37,6 +39,8 @@ def add_plan_arguments(parser: argparse.ArgumentParser) -> None:
     change = "options that replace those of the file"
     add("overrides", nargs="*", metavar="a.b=c", help=change)
     add("--ranks", metavar="N", help="ranks of the run; default: the fewest that fit")
+    devices = f"say memory and time on {', '.join(DEVICES)}, or a YAML file of rates"
+    add("--device", metavar="NAME", help=devices)
     add("--json", metavar="OUT", help="write the plan (of step 0) to this file")
     add("--gantt", metavar="PNG", help="draw the plan (of step 0) into this file")
     group = parser.add_argument_group("without a config: plan one batch of lengths")
@@ -65,14 +69,17 @@ def run_plan(args: argparse.Namespace) -> int:
         raise UserError("plan: give CONFIG, or --lengths FILE --ranks N --capacity TOKENS")
     run = load_run(args.config, args.overrides)
     config = run.config
-    _require_outputs(args, args.config, config.planner.cost)
+    _require_outputs(args, args.config, config.planner.cost, args.device)
     cut = config.parallel
     fewest = cut.tensor * cut.pipeline * cut.expert
     ranks = fewest if args.ranks is None else whole_number(args.ranks, "--ranks", 1, MOST_RANKS)
     layout = Layout.of(config, ranks)
-    first = first_step(config, layout, run.sources)
-    print(describe_run(run, layout, first), end="")
-    _write_plan(args, first.plan, first.batch.length, cost_model(config))
+    on = None if args.device is None else NamedDevice(args.device, device_of(args.device))
+    first = first_step(
+        config, layout, run.sources, on and step_cost(config, layout, on.device).cost
+    )
+    print(describe_run(run, layout, first, on), end="")
+    _write_plan(args, first.plan, first.batch.length, first.problem.cost)
     return 0
 
 
@@ -107,6 +114,8 @@ def _over(plan: StepPlan) -> str:
 def _problem(args: argparse.Namespace) -> Problem:
     if args.config is not None:
         raise UserError(f"--lengths plans without a config; leave out {args.config}")
+    if args.device is not None:
+        raise UserError("--device goes with CONFIG, which says what a token costs; --cost is usual")
     for option, value in (("--ranks N", args.ranks), ("--capacity TOKENS", args.capacity)):
         if value is None:
             raise UserError(f"--lengths {args.lengths}: needs {option} too")

@@ -41,6 +41,11 @@ class Device:
     """To a single device of the node. None: `intra_bytes_per_s`, as behind a switch."""
     node_size: int = 8
     """Devices of a node."""
+    context_bytes: int = GIB
+    """Memory for the device's context, loaded kernels and work spaces. An assumption."""
+    message_bytes: int = 2 * GIB
+    """Memory for buffers of communicators (NCCL), where there is more than one rank. An
+    assumption."""
     source: str = "a file of yours"
     """Where the figures come from."""
 
@@ -113,6 +118,8 @@ DEVICES = {
         intra_bytes_per_s=5e9,
         inter_bytes_per_s=1.25e9,
         host_bytes_per_s=10e9,
+        context_bytes=GIB // 2,
+        message_bytes=GIB // 64,
         source="assumed, no data sheet: one core of 3 GHz with two fused multiply-adds of 8 fp32 "
         "numbers a cycle, bf16 no faster, 4 GiB of memory, 10 Gbit/s network",
     ),
