@@ -16,8 +16,6 @@ from numpy.typing import NDArray
 
 from megascale.config import Layout, ModelConfig
 from megascale.config.load import whole_number
-from megascale.corpus.shards import Shard
-from megascale.corpus.sources import describe
 from megascale.devices.table import DEVICES, GIB, device_of
 from megascale.errors import UserError
 from megascale.planner import PLANNERS
@@ -25,7 +23,7 @@ from megascale.planner.plan import Mode
 from megascale.runtime.files import write_output
 from megascale.runtime.outputs import Output, json_of, picture, require_outputs, write_as_asked
 from megascale.simulate.cluster import MODELS, Cluster, Offload
-from megascale.simulate.lengths import DISTRIBUTIONS, draw_lengths, read_lengths, sample_lengths
+from megascale.simulate.lengths import DISTRIBUTIONS, draw_lengths, given_documents, sample_lengths
 from megascale.simulate.steps import (
     Entrant,
     plan_static_mesh,
@@ -153,14 +151,9 @@ def _entrants(text: str | None, context: int) -> list[Entrant]:
 
 def _batches(spec: str, cluster: Cluster, steps: int, seed: int) -> list[NDArray[np.int64]]:
     """Lengths of each step's sequences."""
-    kind, _, path = spec.partition(":")
     tokens, context = cluster.batch_tokens, cluster.context
-    if kind == "corpus":
-        draw = partial(sample_lengths, _corpus_lengths(path))
-    elif kind == "file":
-        draw = partial(sample_lengths, read_lengths(path, "--lengths file:"))
-    else:
-        draw = partial(draw_lengths, spec)
+    documents = given_documents(spec, "--lengths ")
+    draw = partial(draw_lengths, spec) if documents is None else partial(sample_lengths, documents)
     batches: list[NDArray[np.int64]] = []
     for step in range(steps):
         batches.append(draw(tokens, context, seed * 1_000_003 + step))
@@ -170,11 +163,6 @@ def _batches(spec: str, cluster: Cluster, steps: int, seed: int) -> list[NDArray
                 f"by step {step}; give fewer steps or tokens"
             )
     return batches
-
-
-def _corpus_lengths(path: str) -> NDArray[np.int64]:
-    lengths = Shard.open(describe(path).train).lengths
-    return np.asarray(lengths, dtype=np.int64)
 
 
 class Progress:

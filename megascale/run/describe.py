@@ -32,6 +32,7 @@ from megascale.run.same_tokenizer import warn_if_tokenizers_differ
 from megascale.run.start import warn_if_rate_jumps
 from megascale.run.step_problem import FirstStep, batches_of, first_step, plan_first
 from megascale.run.warnings import warnings_of
+from megascale.run.without_corpus import DrawnRun
 
 
 def _missing_ends(sources: Mapping[str, SourceInfo]) -> list[str]:
@@ -87,6 +88,47 @@ def describe_run(
         [f"warning: {warning}" for warning in warnings],
     ]
     return "\n\n".join("\n".join(lines) for lines in sections if lines) + "\n"
+
+
+def describe_drawn(
+    run: DrawnRun, layout: Layout, first: FirstStep, on: NamedDevice | None = None
+) -> str:
+    """What follows from a run's config alone, where lengths are drawn and no corpus is read."""
+    config, length = run.config, run.length
+    has_heldout = dict.fromkeys(config.data.sources, True)  # nothing says that one has none
+    warnings = warnings_of(
+        config, layout, run.epochs, has_heldout, first.batch.num_sequences, length
+    )
+    if run.missing_start is not None:
+        warnings.append(
+            f"start.checkpoint = {run.missing_start} is not there, so the model is as the config "
+            "says, and its data is all new"
+        )
+    sections = [
+        _title(config, length),
+        _model(config, first),
+        _grown(config, layout, first),
+        _layout(config, layout),
+        _memory(config, layout),
+        _drawn(run),
+        _learning_rate(config, first, length),
+        _step(config, first, on),
+        *_on_device(config, layout, first, on),
+        [f"warning: {warning}" for warning in warnings],
+    ]
+    return "\n\n".join("\n".join(lines) for lines in sections if lines) + "\n"
+
+
+def _drawn(run: DrawnRun) -> list[str]:
+    seed, context = run.config.seed, run.config.data.context_tokens
+    lines = [
+        f"data                    context {context:,} tokens",
+        f"  lengths               drawn from {run.lengths}, seed {seed}; no source is read",
+    ]
+    for name, tokens in run.tokens.items():
+        epochs = run.epochs.get(name, 0.0)
+        lines.append(f"  {name:<21} {tokens:,} tokens (given), read {epochs:.2f} times")
+    return [*lines, *_stages(run.config)]
 
 
 def _title(config: RunConfig, length: RunLength) -> list[str]:
@@ -194,7 +236,11 @@ def _data(
         )
     for name, part in foreseen(config, sources):
         lines.append(f"  {f'held-out {name}':<21} {part}")
-    begin = 0
+    return [*lines, *_stages(config)]
+
+
+def _stages(config: RunConfig) -> list[str]:
+    lines, begin = [], 0
     for index, stage in enumerate(config.data.stages):
         blend = ", ".join(f"{name} {float(share):.2%}" for name, share in shares(stage).items())
         lines.append(f"  stage {index:<15} from {begin:,} tokens: {blend}")
