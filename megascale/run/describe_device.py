@@ -7,7 +7,7 @@ from dataclasses import fields
 
 from megascale.config import Layout, RunConfig
 from megascale.devices.memory import StageMemory, stage_memories
-from megascale.devices.rates import COMPUTE_EFFICIENCY, LINK_EFFICIENCY
+from megascale.devices.rates import COMPUTE_EFFICIENCY, KNOWN_ERRORS, LINK_EFFICIENCY
 from megascale.devices.table import GIB
 from megascale.run.on_device import (
     Figures,
@@ -120,6 +120,7 @@ def _time(
     columns = [mine] if isinstance(static, str) else [mine, static]
     lines = [
         f"{f'time on {name}':<24}{_basis(config)}",
+        *_known_error(config, name),
         _row("", [config.planner.name, "static_best"][: len(columns)]),
     ]
     lines += [_row(label, values) for label, values in _rows(columns, tokens)]
@@ -143,6 +144,17 @@ def _basis(config: RunConfig) -> str:
     return (
         f"estimate, not calibrated: {COMPUTE_EFFICIENCY:.0%} of peak FLOP/s and {links} are assumed"
     )
+
+
+def _known_error(config: RunConfig, name: str) -> list[str]:
+    """How far the estimate was from published step times, where there are any."""
+    if config.planner.cost is not None or config.train.precision != "bf16":
+        return []
+    known = KNOWN_ERRORS.get((name, config.model.moe is not None))
+    if known is None:
+        return []
+    errors = f"{known.least:+.0%}" + f" to {known.most:+.0%}" * (known.most > known.least)
+    return [f"  {'error':<22}{errors} against published steps of {known.runs}"]
 
 
 def _rows(columns: list[Figures], tokens: int) -> Iterator[tuple[str, list[str]]]:

@@ -31,8 +31,8 @@ from megascale.run.step_problem import measured_cost, padding_s, step_problem
 DAY_S = 86_400
 KINDS = ("recompute", "tensor", "ranks", "capacity", "offload")
 """Of changes, in the order in which several of them are made."""
-MOST_DOUBLINGS = 12
-"""Of the ranks, in search of a number that fits."""
+MOST_RANKS = 131_072
+"""In search of a number of ranks that fits."""
 
 
 class NamedDevice(NamedTuple):
@@ -157,8 +157,18 @@ def changes_that_fit(
         ]
         changes = list(_planned(tried, device, lengths))
         if changes:
-            return sorted(changes, key=lambda one: one.figures.time.total_s)
+            return _worth_it(changes)
     return []
+
+
+def _worth_it(changes: list[Change]) -> list[Change]:
+    """Of changes by time, without offload that is no faster than the same capacity without it."""
+    listed: list[Change] = []
+    for change in sorted(changes, key=lambda one: (one.figures.time.total_s, len(one.words))):
+        words = set(change.words.split())
+        if not any(set(before.words.split()) < words for before in listed):
+            listed.append(change)
+    return listed
 
 
 def _apply(
@@ -214,8 +224,8 @@ def _more_tensor(tried: _Tried, device: Device) -> _Tried | None:
 
 def _more_ranks(tried: _Tried, device: Device) -> _Tried | None:
     """Twice the ranks, and so on: the optimizer's state is cut over all of them."""
-    for doubling in range(1, MOST_DOUBLINGS + 1):
-        world = tried.layout.world << doubling
+    world = tried.layout.world
+    while (world := 2 * world) <= MOST_RANKS:
         words = (*(one for one in tried.words if not one.startswith("--ranks")), f"--ranks {world}")
         found = _with_layout(words, tried.config, world)
         if found and fullest(found.config, found.layout, device) <= device.memory_bytes:

@@ -9,12 +9,13 @@ from typing import NamedTuple
 
 import numpy as np
 
-from megascale.config import RunConfig, SourceConfig, finalize, load_config
+from megascale.config import RunConfig, SourceConfig, finalize, load_config, validate
 from megascale.corpus.batches import GlobalBatch
 from megascale.corpus.run_length import RunLength, most_tokens
 from megascale.errors import UserError
 from megascale.optim import steplaw
 from megascale.planner import find_planner
+from megascale.run.growing import small_and_grown
 from megascale.run.resolve import check_epochs, epochs_read
 from megascale.run.start import start_of, with_rate_of_start
 from megascale.simulate.lengths import (
@@ -96,6 +97,8 @@ def load_drawn_run(
         raise UserError("--lengths: no corpus says the vocabulary; set model.vocab_size=128256")
     config = finalize(config, tokens, 1)
     find_planner(config.planner.name)
+    if config.growth is not None:
+        validate(small_and_grown(config)[1])
     if source_tokens:
         check_epochs(config, tokens)
     return DrawnRun(config, _draw(config, lengths), lengths, dict(source_tokens), missing)

@@ -1,6 +1,8 @@
 """Devices: the figures of their data sheets, and a device of one's own from a YAML file."""
 
+import re
 from dataclasses import asdict, fields, replace
+from pathlib import Path
 
 import pytest
 
@@ -52,6 +54,14 @@ def test_a_device_of_ones_own(tmp_path):
     path.write_text(WHOLE.replace("memory_bytes: 1000", "memory_bytes: 8Gi"))
     short = device_of(str(path))
     assert (short.memory_bytes, short.node_size, short.flops_per_s("fp32")) == (2**33, 8, 1e12)
+
+
+def test_the_guide_has_a_file_that_works(tmp_path):
+    guide = (Path(__file__).parents[2] / "megascale/run/README.md").read_text()
+    (text,) = re.findall(r"^```\n(bf16_flops_per_s.*?)^```$", guide, re.MULTILINE | re.DOTALL)
+    path = tmp_path / "guide.yaml"
+    path.write_text(text)
+    assert replace(device_of(str(path)), source="") == replace(DEVICES["h100"], source="")
 
 
 WHOLE = (
