@@ -151,7 +151,7 @@ def _over(plan: StepPlan) -> str:
 
 def _problem(args: argparse.Namespace) -> Problem:
     if args.device is not None:
-        raise UserError("--device goes with CONFIG, which says what a token costs; --cost is usual")
+        raise UserError("--device goes with CONFIG; without a config give --cost COST.json")
     for option, value in (("--ranks N", args.ranks), ("--capacity TOKENS", args.capacity)):
         if value is None:
             raise UserError(f"--lengths {args.lengths}: needs {option} too")

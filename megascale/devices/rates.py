@@ -57,11 +57,13 @@ class Shape:
     kv_size: int
     """Key and value heads times the size of a head."""
     flops_per_token: float
-    """Of matrix products with weights."""
+    """Of matrix products with weights, the output head's too."""
     flops_per_pair: float
     """Per query token and key token that it sees, all layers; 0 with a sliding window."""
     activation_bytes: float
     """Of one layer, kept for the backward pass."""
+    head_flops_per_token: float = 0.0
+    """Of the output head, which is never recomputed."""
     window_flops_per_token: float = 0.0
     """Of attention with a sliding window, of which every token is charged all."""
     routed_size: int = 0
@@ -110,6 +112,7 @@ def shape_of(config: RunConfig, tensor: int) -> Shape:
         flops_per_token=counts.flops_per_token(model, tensor),
         flops_per_pair=pair if window is None else 0.0,
         activation_bytes=layer_activation_bytes(alone, Layout(1, 1, 1, 1, 1)),
+        head_flops_per_token=counts.head_flops_per_token(model, tensor),
         window_flops_per_token=0.0 if window is None else pair * window,
         routed_size=moe.top_k * model.hidden_size if moe else 0,
     )
@@ -142,17 +145,23 @@ def token_seconds(shape: Shape, device: Device, cut: Cut) -> TokenSeconds:
     layers, size = shape.num_layers / cut.pipeline, cut.element_bytes
     rounds = cut.passes - 1  # forward, backward, and forward again where layers are recomputed
     residual = shape.hidden_size * size * (cut.tensor - 1) / cut.tensor
-    exchange = 4 * rounds * layers * residual / (device.intra_bytes_per_s * LINK_EFFICIENCY)
+    exchange = 4 * rounds * layers * residual / _bytes_per_s(device, cut.tensor)
     routed = shape.routed_size * size * (cut.expert - 1) / cut.expert / cut.tensor
-    one_node = cut.expert * cut.tensor <= device.node_size
-    rate = device.intra_bytes_per_s if one_node else device.inter_bytes_per_s
-    exchange += 2 * rounds * layers * routed / (rate * LINK_EFFICIENCY)
+    exchange += 2 * rounds * layers * routed / _bytes_per_s(device, cut.expert * cut.tensor)
     flops_per_s = _flops_per_s(device, cut)
+    recomputed = (cut.passes - 3) * (shape.flops_per_token - shape.head_flops_per_token)
     return TokenSeconds(
-        linear=cut.passes * shape.flops_per_token / flops_per_s,
+        linear=(3 * shape.flops_per_token + recomputed) / flops_per_s,
         window=cut.passes * shape.window_flops_per_token / flops_per_s,
         exchange=exchange,
     )
+
+
+def _bytes_per_s(device: Device, size: int) -> float:
+    """Of a device among `size` neighbours that all exchange with each other."""
+    is_one_node = size <= device.node_size
+    rate = device.intra_bytes_per_s if is_one_node else device.inter_bytes_per_s
+    return rate * LINK_EFFICIENCY
 
 
 def _flops_per_s(device: Device, cut: Cut) -> float:

@@ -103,8 +103,12 @@ def flops_per_token(model: ModelConfig, tensor: int = 1) -> int:
     weights = _attention_weights(model) + _feed_forward_weights(model) + _router_weights(model)
     if model.moe:
         weights += model.moe.top_k * _expert_weights(model)
-    head = logits_per_token(model, tensor) * model.hidden_size
-    return 2 * (model.num_layers * weights + head)
+    return 2 * model.num_layers * weights + head_flops_per_token(model, tensor)
+
+
+def head_flops_per_token(model: ModelConfig, tensor: int = 1) -> int:
+    """Those of the output head."""
+    return 2 * logits_per_token(model, tensor) * model.hidden_size
 
 
 def flops_per_pair(model: ModelConfig) -> int:

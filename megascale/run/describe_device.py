@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import fields
 
 from megascale.config import Layout, RunConfig
-from megascale.devices.memory import StageMemory, stage_memories
+from megascale.devices.memory import StageMemory, most_tokens, stage_memories
 from megascale.devices.rates import COMPUTE_EFFICIENCY, KNOWN_ERRORS, LINK_EFFICIENCY
 from megascale.devices.table import GIB
 from megascale.run.on_device import (
@@ -79,8 +79,9 @@ def _memory(config: RunConfig, layout: Layout, first: FirstStep, on: NamedDevice
         f"{_gib(worst.fragmentation)}"
     )
     if not has_room:
-        lines += _changes(config, layout, first, on)
-    return lines
+        return [*lines, *_changes(config, layout, first, on)]
+    most = most_tokens(config, layout, device)
+    return [*lines, f"  {'largest capacity':<22}{most:,} tokens would fit"]
 
 
 def _parts(stage: StageMemory) -> str:

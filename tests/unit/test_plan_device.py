@@ -101,7 +101,8 @@ def parts_by_hand(config: RunConfig, layout: Layout, plan: StepPlan) -> dict[str
     flops_per_s = 989.4e12 * 0.55 * tensor * pipeline
     passes = 4 if config.train.recompute == "full" else 3
     layers, found = model.num_layers / pipeline, dict.fromkeys(PART_NAMES, 0.0)
-    node = 8 // tensor
+    node, weights = 8 // tensor, flops_per_token(model, tensor)
+    head = 2 * model.vocab_size * model.hidden_size
     for ring in plan.rings:
         lengths = [int(LENGTHS[index]) for index in ring.sequences]
         size, tokens = len(ring.ranks), sum(lengths)
@@ -115,7 +116,7 @@ def parts_by_hand(config: RunConfig, layout: Layout, plan: StepPlan) -> dict[str
         exchanged = 4 * (passes - 1) * layers * residual
         of_ring = {
             "attention_s": attention_s,
-            "linear_s": passes * flops_per_token(model, tensor) * tokens / size / flops_per_s,
+            "linear_s": (passes * (weights - head) + 3 * head) * tokens / size / flops_per_s,
             "exchange_s": exchanged * tokens / size / (450e9 * 0.8),
             "launch_s": 0.3e-3 * layers * passes / 3,
             "ring_s": 0.1e-3 * layers * passes / 3 * log2(size) + max(0.0, passing_s - attention_s),
@@ -335,6 +336,8 @@ def test_what_is_printed_of_memory(load, path, capsys) -> None:
     small = printed(capsys, path, "--device", "cpu", "--ranks", 2)
     assert "memory on cpu           fits:" in small
     assert "changes that fit" not in small
+    most = most_tokens(*load(ranks=2), DEVICES["cpu"])
+    assert f"largest capacity      {most:,} tokens would fit" in small
 
 
 @pytest.mark.parametrize(

@@ -278,6 +278,9 @@ def test_recomputation_runs_a_third_more_and_fp32_is_as_slow_as_the_data_sheet_s
     parts = [token_seconds(SMALL, device, Cut(tensor=2, recompute=x)) for x in (False, True)]
     assert parts[1].linear == pytest.approx(parts[0].linear * 4 / 3)
     assert parts[1].exchange == pytest.approx(parts[0].exchange * 3 / 2)
+    headed = replace(SMALL, head_flops_per_token=SMALL.flops_per_token)
+    parts = [token_seconds(headed, device, Cut(recompute=x)) for x in (False, True)]
+    assert parts[0] == parts[1]  # the head alone is not run again
     exact = cost_of(SMALL, device, Cut(precision="fp32"))
     assert exact.a == pytest.approx(cost_of(SMALL, device, Cut()).a * 312 / 19.5)
 
