@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +12,8 @@ from numpy.typing import ArrayLike
 
 from megascale.config import RunConfig
 from megascale.errors import UserError
-from megascale.planner import CostModel, OffloadModel, Problem, StepPlan, find_planner
+from megascale.installation import require_training
+from megascale.planner import CostModel, OffloadModel, Problem, StepPlan, plan_with
 from megascale.planner.plan import Mode
 from megascale.runtime.environment import world_from_environment
 
@@ -37,7 +39,7 @@ def plan(
     model of 7B. `planner` is "hybrid", a peer such as "static_best", or "module:function".
     `slowdown` has, for each rank, how many times as long as a fast one it takes.
 
-    The same arguments give the same plan, so each rank may plan for itself; only "flexsp" is an
+    The same arguments give equal plans, so each rank may plan for itself; only "flexsp" is an
     exception, because its solver has a time limit. Raises UserError (a ValueError) for input from
     which no plan can be made.
 
@@ -51,12 +53,14 @@ def plan(
     """
     from megascale.simulate.cluster import assumed_cost
 
-    if pipeline > 1 and mode == "free":
-        raise UserError(f"pipeline={pipeline} needs mode aligned or lockstep")
     if cost is None:
         cost = assumed_cost()
     elif not isinstance(cost, CostModel):
-        cost = CostModel.load(cost)
+        cost = CostModel.load(_path(cost, "cost"))
+    if not isinstance(planner, str):
+        raise UserError(
+            f"planner = {planner!r:.60} must be a name, such as hybrid, or module:function"
+        )
     try:
         problem = Problem.of(
             lengths,
@@ -66,13 +70,13 @@ def plan(
             cost,
             pipeline=pipeline,
             offload=offload,
-            slowdown=tuple(slowdown),
+            slowdown=slowdown,
         )
     except ValueError as error:
         raise UserError(str(error)) from None
-    made = find_planner(planner)(problem)
-    made.check(problem.lengths.tolist())
-    return replace(made, lengths=tuple(problem.lengths.tolist()))
+    if problem.pipeline > 1 and mode == "free":
+        raise UserError(f"pipeline={problem.pipeline} needs mode aligned or lockstep")
+    return replace(plan_with(planner, problem), lengths=tuple(problem.lengths.tolist()))
 
 
 def model_cost(*, tensor: int = 1, **model: Any) -> CostModel:
@@ -92,6 +96,8 @@ def model_cost(*, tensor: int = 1, **model: Any) -> CostModel:
     from megascale.config.load import build_as
     from megascale.model.counts import default_cost
 
+    if not isinstance(tensor, int) or isinstance(tensor, bool) or tensor < 1:
+        raise UserError(f"tensor = {tensor!r:.40} must be a whole number of at least 1")
     tree = {"model": dict(model), "data": {"sources": {"none": {"path": "none"}}}}
     config = complete(build_as(RunConfig, tree, where="model_cost"))
     return default_cost(config.model, tensor)
@@ -105,25 +111,48 @@ def load_run(config: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     """
     from megascale.run.resolve import load_run as load
 
-    return load(config, overrides).config
+    return load(_path(config, "config"), _words(overrides)).config
 
 
-def train(config: str | Path, overrides: Sequence[str] = (), resume: str | None = None) -> bool:
-    """Train as `megascale train` does, on the rank that this process is; whether it was stopped.
+def _path(value: Any, name: str) -> str | Path:
+    if not isinstance(value, (str, Path)):
+        raise UserError(f"{name} = {value!r:.60} must be the path of a file or folder")
+    return value
+
+
+def _words(overrides: Any) -> list[str]:
+    is_list = isinstance(overrides, Sequence) and not isinstance(overrides, str)
+    if not is_list or not all(isinstance(word, str) for word in overrides):
+        raise UserError(
+            f'overrides = {overrides!r:.60} must be a list of texts such as ["train.tokens=20M"]'
+        )
+    return list(overrides)
+
+
+def train(
+    config: str | Path, overrides: Sequence[str] = (), resume: str | int | None = None
+) -> bool:
+    """Train as `megascale train` does, on the rank that this process is.
 
     Under torchrun all its ranks call it; else this process is the only one. `resume` is None,
-    "auto", "latest" or the number of a step. Signals ask the run to save and stop. Raises UserError
-    for anything that a user must mend.
+    "auto", "latest" or the number of a step. Signals ask the run to save and stop, if this is the
+    main thread. Returns True if one did, and False if the run came to its end. Raises UserError for
+    anything that a user must mend.
     """
     from megascale.run.preflight import check_resume
     from megascale.run.resolve import load_run as load
     from megascale.training.entry import train_on_device
 
+    entered = time.time()
+    require_training()
     world_from_environment()
+    config, overrides = _path(config, "config"), _words(overrides)
+    if isinstance(resume, int) and not isinstance(resume, bool):
+        resume = str(resume)
     check_resume(resume)
     run = load(config, overrides)
-    command = f"megascale.train({str(config)!r}, {list(overrides)!r}, resume='auto')"
-    return train_on_device(run, resume, command)
+    command = f"megascale.train({str(config)!r}, {overrides!r}, resume='auto')"
+    return train_on_device(run, resume, command, entered)
 
 
 def read_metrics(run_dir: str | Path) -> list[dict[str, Any]]:
@@ -135,7 +164,7 @@ def read_metrics(run_dir: str | Path) -> list[dict[str, Any]]:
     """
     from megascale.monitor.metrics import METRICS_FILE, flatten, read_rows
 
-    path = Path(run_dir) / METRICS_FILE
+    path = Path(_path(run_dir, "run_dir")) / METRICS_FILE
     try:
         rows = read_rows(path)
     except OSError as error:

@@ -29,6 +29,12 @@ def plan_loudly(problem: Problem) -> StepPlan:
     return plan_longest_first(problem)
 
 
+def plan_aloud(problem: Problem) -> StepPlan:
+    """With the problem on stdout."""
+    print(problem, problem.lengths.dtype, flush=True)
+    return plan_longest_first(problem)
+
+
 def plan_or_hang(problem: Problem) -> StepPlan:
     """Forever."""
     if len(problem.lengths) == TROUBLE:
@@ -63,11 +69,11 @@ def plan_or_mistake(problem: Problem) -> StepPlan:
 
 
 def plan_or_babble(problem: Problem) -> StepPlan:
-    """After bytes that are no frame, on every file that is open."""
+    """After bytes that are no answer, on every file that is open."""
     if len(problem.lengths) == TROUBLE:
         for file in range(3, 20):
             try:
-                os.write(file, b"\0 something that is not a frame" * 3)
+                os.write(file, b"\0 something that is no answer" * 3)
             except OSError:
                 continue
         time.sleep(1000)

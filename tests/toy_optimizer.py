@@ -12,7 +12,7 @@ from megascale.config import Layout, RunConfig
 from megascale.config.optimizers import OptimizerInfo
 from megascale.model.matrices import Weight
 from megascale.optim.dealing import dealt_bytes
-from megascale.optim.optimizers import OptimizerKind, StateTensors
+from megascale.optim.optimizer_kind import OptimizerKind, StateTensors
 
 if TYPE_CHECKING:
     from megascale.model.model import Model

@@ -1,10 +1,13 @@
-"""Planners of others that are not part of the package, behind the same interface as ours.
+"""Planners of others that no run can name, behind the same interface as those of the package.
 
-`verl_kk`, `lpt` and `lpt_best` are written from their descriptions, `megatron_core` runs the
-scheduler of the installed megatron-core. `verl_kk`, `lpt` and `lpt_best` run at least as many
-micro-batches as a pipeline has stages, where there are sequences for it: how many tokens a
-micro-batch holds is a setting of theirs. Beyond that only `lpt_best` knows modes: what the others
-decide is completed for the mode asked. megatron-core's scheduler refuses pipelines.
+`verl_kk` stays here because its plans may exceed the capacity, and a run refuses such plans.
+`megatron_core` stays here because it imports megatron-core, and the planners of the package need
+NumPy only.
+
+`verl_kk` is written from its description and runs at least as many micro-batches as a pipeline has
+stages, if there are sequences for it: verl has a setting for the tokens of a micro-batch.
+`megatron_core` runs the scheduler of the installed megatron-core, which refuses pipelines. Both
+decide the same in every mode; what they decide is completed for the mode asked.
 """
 
 from __future__ import annotations
@@ -16,18 +19,14 @@ from collections.abc import Iterator, Sequence
 from itertools import count
 
 from megascale.planner import Placed, Planner, Problem, StepPlan, complete
+from megascale.planner.peers.longest_first_rings import (
+    plan_longest_first_rings,
+    plan_longest_first_rings_best,
+)
+from megascale.planner.peers.static import static_sizes
 
 VERL_LINEAR = 24576
 """verl's workload of s tokens is 24576 s + s^2."""
-
-
-def static_sizes(problem: Problem) -> list[int]:
-    """Ring sizes that divide the ranks and hold the longest sequence, smallest first."""
-    problem.require_fit()
-    longest = int(problem.lengths.max(initial=1))
-    fewest = -(-longest // problem.capacity)
-    sizes = range(fewest, problem.num_ranks + 1)
-    return [size for size in sizes if problem.num_ranks % size == 0]
 
 
 def _in_step(groups: Sequence[Sequence[list[int]]], size: int) -> Iterator[Placed]:
@@ -36,60 +35,6 @@ def _in_step(groups: Sequence[Sequence[list[int]]], size: int) -> Iterator[Place
         for position, group in enumerate(groups):
             if turn < len(group) and group[turn]:
                 yield Placed(range(position * size, (position + 1) * size), group[turn])
-
-
-def plan_lpt(problem: Problem) -> StepPlan:
-    """Longest processing time first, on static rings as small as memory allows.
-
-    A sequence goes to the least busy ring, there into the first micro-batch with room.
-    """
-    began = time.perf_counter()
-    size = static_sizes(problem)[0]
-    return complete(problem, _longest_first(problem, size, _stage_room(problem, size)), began)
-
-
-def plan_lpt_best(problem: Problem) -> StepPlan:
-    """`plan_lpt` with the static ring size that proves best for this batch, mode and cost.
-
-    Micro-batches hold what memory allows or what a pipeline asks for, whichever proves better.
-    """
-    began = time.perf_counter()
-    plans = [
-        complete(problem, _longest_first(problem, size, room), began)
-        for size in static_sizes(problem)
-        for room in {size * problem.capacity, _stage_room(problem, size)}
-    ]
-    return min(plans, key=lambda plan: plan.predicted_s)
-
-
-def _stage_room(problem: Problem, size: int) -> int:
-    """Most tokens of a micro-batch, so that every ring has one for each pipeline stage."""
-    room = size * problem.capacity
-    if problem.pipeline == 1:
-        return room
-    even = -(-int(problem.lengths.sum()) * size // (problem.num_ranks * problem.pipeline))
-    return min(room, max(even, int(problem.lengths.max(initial=1))))
-
-
-def _longest_first(problem: Problem, size: int, room: int) -> list[Placed]:
-    lengths = problem.lengths.tolist()
-    seconds = (problem.cost.compute_s(problem.lengths) / size).tolist()
-    groups: list[list[list[int]]] = [[] for _ in range(problem.num_ranks // size)]
-    rooms: list[list[int]] = [[] for _ in groups]
-    heap = [(0.0, position) for position in range(len(groups))]
-    for sequence in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        busy_s, group = heap[0]
-        own = rooms[group]
-        fits = (k for k, left in enumerate(own) if left >= lengths[sequence])
-        place = next(fits, len(own))
-        if place == len(own):
-            own.append(room)
-            groups[group].append([])
-            busy_s += problem.cost.fixed
-        own[place] -= lengths[sequence]
-        groups[group][place].append(sequence)
-        heapq.heapreplace(heap, (busy_s + seconds[sequence], group))
-    return list(_in_step(groups, size))
 
 
 def plan_verl_kk(problem: Problem) -> StepPlan:
@@ -209,9 +154,9 @@ def _require_communicator(ranks: Sequence[int], num_ranks: int) -> None:
 
 
 PEERS: dict[str, Planner] = {
-    "lpt": plan_lpt,
-    "lpt_best": plan_lpt_best,
+    "lpt": plan_longest_first_rings,
+    "lpt_best": plan_longest_first_rings_best,
     "verl_kk": plan_verl_kk,
     "megatron_core": plan_megatron_core,
 }
-"""By name."""
+"""By the name that the bench gives."""

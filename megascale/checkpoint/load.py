@@ -185,8 +185,8 @@ def restore(found: Found, model: Model, optimizer: Optimizer | None, ranks: Rank
     restores every bit. No pickled code is executed. Raises UserError, the same on every rank, when
     the model differs from the saved one in any tensor, or when a file is refused.
     """
+    from megascale.checkpoint.boxes import boxes
     from megascale.checkpoint.read import load_boxes
-    from megascale.checkpoint.shards import boxes
 
     if optimizer is not None:
         optimizer.set_steps(found.manifest.optimizer_steps)
@@ -203,8 +203,8 @@ def begin_from(
     With `keep_state` the optimizer goes on as it stood there; without, it begins anew. Raises
     UserError, the same on every rank, when the weights or the moments asked for are not there.
     """
+    from megascale.checkpoint.boxes import boxes
     from megascale.checkpoint.read import load_other
-    from megascale.checkpoint.shards import boxes
 
     if keep_state and not found.manifest.optimizer_steps:
         raise UserError(

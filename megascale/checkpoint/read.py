@@ -17,13 +17,13 @@ from torch.distributed.checkpoint.metadata import ChunkStorageMetadata
 from torch.distributed.checkpoint.planner import LoadPlan, ReadItem
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
+from megascale.checkpoint.boxes import OPTIMIZER_PREFIX, Box
 from megascale.checkpoint.ranges import Shape
 from megascale.checkpoint.repad import MASTER_PREFIX, fits, repadded
-from megascale.checkpoint.shards import OPTIMIZER_PREFIX, Box
 from megascale.checkpoint.storage import Index, one_line, read_index
 from megascale.config.optimizers import OPTIMIZERS
 from megascale.errors import UserError
-from megascale.optim.optimizers import StateTensors
+from megascale.optim.optimizer_kind import StateTensors
 from megascale.runtime.distributed import Ranks
 
 Description = tuple[tuple[int, ...], torch.dtype | None]

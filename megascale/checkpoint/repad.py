@@ -12,11 +12,11 @@ from functools import partial
 
 import torch
 
+from megascale.checkpoint.boxes import MASTER, OPTIMIZER_PREFIX, Box
 from megascale.checkpoint.ranges import Shape
-from megascale.checkpoint.shards import MASTER, OPTIMIZER_PREFIX, Box
 from megascale.checkpoint.storage import Index
 from megascale.model.vocabulary import VOCABULARY
-from megascale.optim.optimizers import Factors, StateTensors
+from megascale.optim.optimizer_kind import Factors, StateTensors
 
 MASTER_PREFIX = f"{OPTIMIZER_PREFIX}{MASTER}."
 

@@ -17,9 +17,9 @@ import torch
 import torch.distributed as dist
 
 from megascale.checkpoint import folder as folders
+from megascale.checkpoint.boxes import Box, boxes
 from megascale.checkpoint.emergency import Emergency
 from megascale.checkpoint.manifest import FileSum, Manifest, Position, current_versions
-from megascale.checkpoint.shards import Box, boxes
 from megascale.checkpoint.storage import (
     Entry,
     Written,

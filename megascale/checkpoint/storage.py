@@ -34,7 +34,7 @@ from megascale.reading import open_regular
 from megascale.runtime.files import write_file
 
 if TYPE_CHECKING:
-    from megascale.checkpoint.shards import Box
+    from megascale.checkpoint.boxes import Box
 
 METADATA = ".metadata"
 BACKEND = {

@@ -13,12 +13,12 @@ from pathlib import Path
 
 import torch
 
+from megascale.checkpoint.boxes import MASTER, OPTIMIZER_PREFIX
 from megascale.checkpoint.folder import whole_or_not_at_all
 from megascale.checkpoint.load import Found
 from megascale.checkpoint.manifest import Manifest, Position, current_versions
 from megascale.checkpoint.ranges import Shape
 from megascale.checkpoint.read import read_piece
-from megascale.checkpoint.shards import MASTER, OPTIMIZER_PREFIX
 from megascale.checkpoint.storage import (
     Entry,
     Index,

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
-from megascale.commands.nodes import WITH_NODES, add_nodes_arguments, run_nodes
+from megascale.commands.doctor_nodes import WITH_NODES, add_nodes_arguments, run_nodes
 from megascale.errors import UserError
 from megascale.installation import is_installed
 from megascale.runtime import machine_checks as machine

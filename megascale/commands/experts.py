@@ -14,7 +14,7 @@ import numpy as np
 
 from megascale.checkpoint.manifest import MANIFEST, Manifest
 from megascale.errors import UserError
-from megascale.runtime.files import write_output
+from megascale.runtime.files import write_file, write_output
 from megascale.runtime.outputs import Output, json_of, picture, require_outputs
 
 if TYPE_CHECKING:
@@ -83,7 +83,7 @@ def _load(run: Path, overrides: Sequence[str], is_one: bool) -> ResolvedRun:
         return load_run(run / "config.yaml", words)
     with TemporaryDirectory() as folder:
         path = Path(folder, "config.yaml")
-        path.write_text(Manifest.read(run).position.config, encoding="utf-8")
+        write_file(path, Manifest.read(run).position.config)
         return load_run(path, words)
 
 

@@ -56,7 +56,7 @@ def _convert(found: Found, out: Path, shard_bytes: int, args: argparse.Namespace
     """Write the model folder; what there is to say."""
     from megascale.checkpoint.tensors import Tensors
     from megascale.convert.compare_logits import compare_logits, require_close
-    from megascale.convert.huggingface.files import write_files
+    from megascale.convert.huggingface.model_files import write_files
     from megascale.convert.huggingface.model_folder import write_settings
     from megascale.convert.huggingface.weights import export_shapes, export_tensors
     from megascale.convert.one_rank import run_config

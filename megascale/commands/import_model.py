@@ -76,9 +76,9 @@ def _convert(source: Path, out: Path, args: argparse.Namespace) -> list[str]:
     from megascale.checkpoint.tensors import fill_checkpoint
     from megascale.convert.huggingface.config import import_notes, model_of, read_config
     from megascale.convert.huggingface.documents import CONFIG
-    from megascale.convert.huggingface.files import ModelFiles
     from megascale.convert.huggingface.kept import keep
-    from megascale.convert.huggingface.tokenizer import copy_tokenizer
+    from megascale.convert.huggingface.model_files import ModelFiles
+    from megascale.convert.huggingface.tokenizer_folder import copy_tokenizer
     from megascale.convert.huggingface.weights import check_files, import_pieces
     from megascale.corpus.sources import TOKENIZER_FOLDER
     from megascale.model.counts import count_parameters

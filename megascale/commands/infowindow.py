@@ -43,9 +43,9 @@ def add_compile_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run_compile(args: argparse.Namespace) -> int:
     """Run M1 once and write the codebook; the exit status. Raises UserError."""
+    from megascale.infowindow.checked_files import files_of, make_place
     from megascale.infowindow.codebook import KIND, Codebook
     from megascale.infowindow.expand import NUM_CODES
-    from megascale.infowindow.files import files_of, make_place
     from megascale.infowindow.m1 import M1
 
     out = Path(args.out)

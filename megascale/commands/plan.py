@@ -14,7 +14,7 @@ from megascale.config import Layout, RunConfig
 from megascale.config.load import whole_number
 from megascale.devices.table import DEVICES, device_of
 from megascale.errors import UserError
-from megascale.planner import PLANNERS, CostModel, Problem, StepPlan, find_planner, timeline
+from megascale.planner import PLANNERS, CostModel, Problem, StepPlan, plan_with, timeline
 from megascale.planner.gantt import LEGEND, plot_gantt, text_gantt
 from megascale.planner.plan import Mode
 from megascale.run.describe import describe_drawn, describe_run, static_line
@@ -123,8 +123,7 @@ def _source_tokens(text: str | None) -> dict[str, int]:
 
 def _run_lengths(args: argparse.Namespace) -> int:
     problem = _problem(args)
-    plan = find_planner(args.planner or "hybrid")(problem)
-    plan.check(problem.lengths.tolist())
+    plan = plan_with(args.planner or "hybrid", problem)
     times = timeline(plan, problem.lengths, problem.cost)
     sizes = Counter(len(ring.ranks) for ring in plan.rings if ring.sequences)
     shared = sum(count for size, count in sizes.items() if size > 1)

@@ -90,10 +90,10 @@ def _source_tokens(config: RunConfig) -> dict[str, int]:
     sources = config.data.sources
     if config.data.stages or len(sources) == 1:
         return dict.fromkeys(sources, 1)
-    from megascale.corpus.sources import describe_source
+    from megascale.corpus.sources import SourceInfo
 
     try:
-        return {name: describe_source(one).train_tokens for name, one in sources.items()}
+        return {name: SourceInfo.of(one).train_tokens for name, one in sources.items()}
     except UserError as error:
         print(f"without data.stages the shares follow from the corpora, so left out: {error}")
         return {}

@@ -1,6 +1,7 @@
 """The whole run as frozen dataclasses: YAML in, overrides, one finalize, one validate."""
 
-from megascale.config.derive import Layout, finalize, validate
+from megascale.config.derive import finalize
+from megascale.config.layout import Layout
 from megascale.config.load import dump_config, load_config, parse_config
 from megascale.config.schema import (
     CheckpointConfig,
@@ -24,6 +25,7 @@ from megascale.config.schema import (
     StartConfig,
     TrainConfig,
 )
+from megascale.config.validation import validate
 
 __all__ = [
     "CheckpointConfig",

@@ -1,8 +1,8 @@
 """The optimizers by name, a record each: what a config must know of them, without torch.
 
-A new optimizer is a file beside those in `optim`, with its `OPTIMIZER` (`optim.optimizers`), and a
-record here: validation, defaults, memory, checkpoints and growth follow from the two records. Only
-options of its own are more: they are fields of `OptimConfig`.
+A new optimizer is a file beside those in `optim`, with its `OPTIMIZER` (`optim.optimizer_kind`),
+and a record here: validation, defaults, memory, checkpoints and growth follow from the two records.
+Only options of its own are more: they are fields of `OptimConfig`.
 """
 
 from __future__ import annotations

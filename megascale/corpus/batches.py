@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from megascale.arrays import Integers
 from megascale.config.schema import ORDER_VERSION, DataConfig, SourceConfig, StageConfig
-from megascale.corpus.cache import Int64Array
 from megascale.corpus.pieces import (
     NO_PIECES,
     Documents,
@@ -96,9 +96,9 @@ class GlobalBatch:
     """Number of the step, from 0."""
     source: NDArray[np.int16]
     """Index into the source names, [n]."""
-    document: Int64Array
+    document: Integers
     """Document in its source, [n]."""
-    start: Int64Array
+    start: Integers
     """Offset of the first loss target in its document, [n]."""
     length: NDArray[np.int32]
     """Loss targets, [n]."""

@@ -11,12 +11,10 @@ from pathlib import Path
 from typing import IO
 
 import numpy as np
-from numpy.typing import NDArray
 
+from megascale.arrays import Integers
 from megascale.reading import require_regular
 from megascale.runtime.files import whole_file
-
-Int64Array = NDArray[np.int64]
 
 
 def cache_path(prefix: Path, kind: str) -> Path:
@@ -34,9 +32,7 @@ def digest(text: str) -> str:
     return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
 
-def kept(
-    path: Path, make: Callable[[], Iterator[Int64Array]], length: int | None = None
-) -> Int64Array:
+def kept(path: Path, make: Callable[[], Iterator[Integers]], length: int | None = None) -> Integers:
     """The numbers that `make` yields in chunks, int64[length], memory-mapped.
 
     They are kept in the file `path`; where that cannot be written, in an unnamed temporary one.
@@ -54,7 +50,7 @@ def kept(
     return np.concatenate([np.empty(0, np.int64), *make()]) if numbers is None else numbers
 
 
-def read_numbers(path: str | Path, length: int | None = None) -> Int64Array | None:
+def read_numbers(path: str | Path, length: int | None = None) -> Integers | None:
     """The int64[length] of a .npy file, memory-mapped; None where there is none such."""
     try:
         require_regular(path)
@@ -65,7 +61,7 @@ def read_numbers(path: str | Path, length: int | None = None) -> Int64Array | No
     return np.asarray(numbers) if fits else None
 
 
-def _write(path: Path, chunks: Iterator[Int64Array]) -> None:
+def _write(path: Path, chunks: Iterator[Integers]) -> None:
     """Write the .npy file of what `chunks` hold, whole or not at all. Raises OSError."""
     path.parent.mkdir(exist_ok=True)
     with whole_file(path) as file:

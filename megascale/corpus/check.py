@@ -13,6 +13,7 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
+from megascale.arrays import Integers
 from megascale.corpus.cache import read_numbers
 from megascale.corpus.round_trip import LOSSY, losses
 from megascale.corpus.shards import Shard
@@ -157,7 +158,7 @@ def _check_part(
     return digests
 
 
-def _sizes(path: str, shard: Shard) -> NDArray[np.int64]:
+def _sizes(path: str, shard: Shard) -> Integers:
     """Bytes of the text of each held-out document."""
     sizes = read_numbers(path, shard.num_documents)
     if sizes is None:

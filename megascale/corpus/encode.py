@@ -16,16 +16,11 @@ from typing import Any
 
 import numpy as np
 
+from megascale.arrays import Tokens
 from megascale.corpus.inputs import Table, read_document
 from megascale.corpus.round_trip import RoundTrip, compare_texts, is_drawn, stride_of
 from megascale.corpus.special_tokens import Refused
-from megascale.corpus.tokenizers import (
-    Tokenizer,
-    Tokens,
-    encode_each,
-    open_tokenizer,
-    token_dtype,
-)
+from megascale.corpus.tokenizers import Tokenizer, encode_each, open_tokenizer, token_dtype
 
 GOOD, EMPTY, INVALID, REFUSED = 0, 1, 2, 3
 _BATCH_DOCUMENTS = 64

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from megascale.corpus.cache import Int64Array, cache_path, digest, kept, read_numbers
+from megascale.arrays import Integers
+from megascale.corpus.cache import cache_path, digest, kept, read_numbers
 from megascale.corpus.pieces import Documents, LeftIndex, PieceIndex, Pieces, joined
 from megascale.corpus.shards import Shard
 from megascale.corpus.shuffle import Permutation
@@ -33,7 +34,7 @@ NEAR_TOKENS = 64
 class HeldoutPart:
     """The part of a held-out set that is scored."""
 
-    spans_n3: Int64Array
+    spans_n3: Integers
     """Document, start and length in tokens of each stretch, in document order."""
     num_bytes: int | None
     """Bytes of the text of all stretches; None where the source does not know its bytes."""
@@ -97,7 +98,7 @@ def choose_part(info: SourceInfo, context_tokens: int, tokens: int) -> HeldoutPa
     return HeldoutPart(spans_n3, num_bytes, shard.num_tokens, shard.num_documents)
 
 
-def spans_of(shard: Documents, context_tokens: int, tokens: int) -> Int64Array:
+def spans_of(shard: Documents, context_tokens: int, tokens: int) -> Integers:
     """Document, start and length of stretches with `tokens` tokens, or all there are: int64[n, 3].
 
     Documents are cut into units: whole contexts, at least 1 / MOST_UNITS of `tokens`. Units are
@@ -121,11 +122,11 @@ def spans_of(shard: Documents, context_tokens: int, tokens: int) -> Int64Array:
     return joined(Pieces(*columns_3n[:, in_place])).reshape(-1, 3)
 
 
-def _mark(spans_n3: Int64Array) -> str:
+def _mark(spans_n3: Integers) -> str:
     return digest(spans_n3.astype("<i8").tobytes().hex())
 
 
-def _document_bytes(info: SourceInfo, shard: Shard) -> NDArray[np.int64] | None:
+def _document_bytes(info: SourceInfo, shard: Shard) -> Integers | None:
     """Bytes of the text of each held-out document. Raises UserError where they are damaged."""
     if info.heldout_bytes is None:
         return None
@@ -135,9 +136,7 @@ def _document_bytes(info: SourceInfo, shard: Shard) -> NDArray[np.int64] | None:
     return sizes
 
 
-def _measured(
-    spans_n3: Int64Array, shard: Shard, sizes: NDArray[np.int64], corpus: str
-) -> Int64Array:
+def _measured(spans_n3: Integers, shard: Shard, sizes: Integers, corpus: str) -> Integers:
     """What `_measure` yields, int64[n, 4], kept beside the shard."""
     if not len(spans_n3):
         return np.empty((0, 4), dtype=np.int64)
@@ -145,9 +144,7 @@ def _measured(
     return kept(path, lambda: _measure(spans_n3, shard, sizes, corpus)).reshape(-1, 4)
 
 
-def _measure(
-    spans_n3: Int64Array, shard: Shard, sizes: NDArray[np.int64], corpus: str
-) -> Iterator[Int64Array]:
+def _measure(spans_n3: Integers, shard: Shard, sizes: Integers, corpus: str) -> Iterator[Integers]:
     """Parts of documents with their ends where text is not cut, and their bytes: int64[4] each.
 
     `sizes` are the bytes of all documents; `corpus` is the folder whose tokenizer made them.

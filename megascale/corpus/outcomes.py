@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from megascale.arrays import Booleans, Integers
 from megascale.corpus.encode import EMPTY, GOOD, INVALID, REFUSED, text_of
 from megascale.corpus.inputs import Table, read_document
 from megascale.corpus.recipe import Recipe
@@ -21,14 +22,14 @@ from megascale.errors import UserError
 class Fates:
     """What becomes of each document, in order."""
 
-    keep: NDArray[np.bool_]
-    heldout: NDArray[np.bool_]
-    num_bytes: NDArray[np.int64]
-    weight: NDArray[np.int64]
+    keep: Booleans
+    heldout: Booleans
+    num_bytes: Integers
+    weight: Integers
     """Bytes of text for which a document stands among those that were decoded; 0: it was not."""
-    returned: NDArray[np.int64]
+    returned: Integers
     """Bytes of a decoded document that come back."""
-    changed: NDArray[np.bool_]
+    changed: Booleans
     """Text that does not come back."""
     skipped: dict[str, Any]
 
@@ -108,9 +109,7 @@ def _column(files: Sequence[str], name: str, kind: Any) -> NDArray[Any]:
     return np.concatenate([np.empty(0, kind), *columns]).astype(kind)
 
 
-def _repeated(
-    high: NDArray[np.uint64], low: NDArray[np.uint64], good: NDArray[np.bool_]
-) -> NDArray[np.bool_]:
+def _repeated(high: NDArray[np.uint64], low: NDArray[np.uint64], good: Booleans) -> Booleans:
     """Which good documents have the text of a good one before them."""
     order = np.lexsort((low, high))
     order = order[good[order]]

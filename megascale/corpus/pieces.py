@@ -10,8 +10,9 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from megascale.arrays import Integers
 from megascale.config.schema import ORDER_VERSION, ReadConfig
-from megascale.corpus.cache import Int64Array, cache_path, digest, kept
+from megascale.corpus.cache import cache_path, digest, kept
 from megascale.corpus.shuffle import Permutation
 from megascale.errors import UserError
 
@@ -37,9 +38,9 @@ class Pieces:
     A document of L stored tokens has L targets and is cut into ceil(L / context) pieces.
     """
 
-    document: Int64Array
-    start: Int64Array
-    length: Int64Array
+    document: Integers
+    start: Integers
+    length: Integers
 
 
 class Index(Protocol):
@@ -49,7 +50,7 @@ class Index(Protocol):
     num_tokens: int
     """Of all of them; of what was read, about."""
 
-    def pieces(self, numbers: Int64Array) -> Pieces:
+    def pieces(self, numbers: Integers) -> Pieces:
         """The pieces of the given numbers, each from 0 to num_pieces - 1, in that order."""
 
 
@@ -61,7 +62,7 @@ class PieceIndex:
     """
 
     def __init__(
-        self, lengths: NDArray[Any], context_tokens: int, ends: Int64Array | None = None
+        self, lengths: NDArray[Any], context_tokens: int, ends: Integers | None = None
     ) -> None:
         self.context_tokens = context_tokens
         self._lengths = np.asarray(lengths)
@@ -80,7 +81,7 @@ class PieceIndex:
         ends = kept(path, lambda: _ends_in_chunks(lengths, context_tokens), len(lengths))
         return PieceIndex(lengths, context_tokens, ends)
 
-    def pieces(self, numbers: Int64Array) -> Pieces:
+    def pieces(self, numbers: Integers) -> Pieces:
         """The pieces of the given numbers, each from 0 to num_pieces - 1, in that order."""
         order = np.argsort(numbers)  # searching in order keeps the search inside the caches
         ordered = np.asarray(numbers)[order]
@@ -100,11 +101,11 @@ class LeftIndex:
     `spans` are document, start and length of each stretch, int64[n, 3].
     """
 
-    def __init__(self, spans: Int64Array, lengths_index: PieceIndex) -> None:
+    def __init__(self, spans: Integers, lengths_index: PieceIndex) -> None:
         self._spans, self._index = spans, lengths_index
         self.num_pieces, self.num_tokens = lengths_index.num_pieces, lengths_index.num_tokens
 
-    def pieces(self, numbers: Int64Array) -> Pieces:
+    def pieces(self, numbers: Integers) -> Pieces:
         """The pieces of the given numbers, each from 0 to num_pieces - 1, in that order."""
         found = self._index.pieces(numbers)
         spans = self._spans[found.document]
@@ -156,7 +157,7 @@ def epochs_begun(shard: Documents, reads: Sequence[ReadConfig]) -> int:
     return ended
 
 
-def _spans_left(shard: Documents, reads: Sequence[ReadConfig]) -> Iterator[Int64Array]:
+def _spans_left(shard: Documents, reads: Sequence[ReadConfig]) -> Iterator[Integers]:
     """Flat triples of document, start and length of the stretches that `reads` have left."""
     *before, last = reads
     index, epoch, count = left_by(shard, before, last.context_tokens), 0, last.pieces
@@ -173,7 +174,7 @@ def _spans_left(shard: Documents, reads: Sequence[ReadConfig]) -> Iterator[Int64
         yield joined(index.pieces(begin + np.flatnonzero(~is_read[begin : begin + _CHUNK])))
 
 
-def joined(pieces: Pieces) -> Int64Array:
+def joined(pieces: Pieces) -> Integers:
     """Flat triples of the stretches that `pieces`, in document order, make up."""
     if not len(pieces.length):
         return np.empty(0, np.int64)
@@ -206,7 +207,7 @@ class ReadIndex:
         self._ends = np.cumsum([count for _, _, count in self._parts])
         self.num_pieces = int(self._ends[-1])
 
-    def pieces(self, numbers: Int64Array) -> Pieces:
+    def pieces(self, numbers: Integers) -> Pieces:
         """The pieces of the given numbers, each from 0 to num_pieces - 1, in that order."""
         numbers = np.asarray(numbers)
         part_of = np.searchsorted(self._ends, numbers, side="right")
@@ -262,7 +263,7 @@ def join(parts: Sequence[Pieces]) -> Pieces:
     )
 
 
-def _ends_in_chunks(lengths: NDArray[Any], context_tokens: int) -> Iterator[Int64Array]:
+def _ends_in_chunks(lengths: NDArray[Any], context_tokens: int) -> Iterator[Integers]:
     total = 0
     for begin in range(0, len(lengths), _CHUNK):
         part = lengths[begin : begin + _CHUNK].astype(np.int64)

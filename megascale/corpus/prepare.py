@@ -20,33 +20,29 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from megascale.corpus.encode import GOOD, Encoder, encode_rows, hash_of, text_of
+from megascale.corpus.facts import corpus_facts
 from megascale.corpus.inputs import Table, input_files, read_document, read_table
 from megascale.corpus.mpi_processes import Team
 from megascale.corpus.outcomes import (
     Fates,
     decide,
     heldout_below,
-    returned_train_bytes,
     round_trip,
 )
 from megascale.corpus.recipe import Recipe, TokenizerConfig
-from megascale.corpus.shards import Shard, writing
+from megascale.corpus.shards import writing
 from megascale.corpus.sources import (
     CORPUS_FILE,
     FORMAT,
     PARTS,
-    RETURNED,
     TOKENIZER_FOLDER,
     describe,
     read_corpus_file,
-    sha256_of,
 )
 from megascale.corpus.tokenizers import (
     ByteTokenizer,
-    FastTokenizer,
     Tokenizer,
     load_hf,
     token_dtype,
@@ -54,7 +50,14 @@ from megascale.corpus.tokenizers import (
 )
 from megascale.errors import UserError
 from megascale.infowindow.tokenizer import InfoWindowTokenizer
-from megascale.runtime.files import discard, make_fresh_folder, open_lock, unfinished_file
+from megascale.runtime.files import (
+    discard,
+    make_fresh_folder,
+    open_lock,
+    unfinished_file,
+    whole_file,
+    write_file,
+)
 from megascale.runtime.progress import progress
 
 WORK = "work"
@@ -65,7 +68,6 @@ CORPUS_NAMES = frozenset(
 )
 """All that a corpus folder holds, with what readers keep beside its shards."""
 _READ_ROWS = 256
-_COUNT_TOKENS = 1 << 22
 
 
 @dataclass(frozen=True)
@@ -281,8 +283,8 @@ def _finish(
     shutil.rmtree(partial / WORK)
     if tokenizer.kind == "bytes":
         (partial / TOKENIZER_FOLDER).rmdir()
-    facts = _facts(recipe, partial, tokenizer, fates, trip, identity)
-    (partial / CORPUS_FILE).write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+    facts = corpus_facts(recipe, partial, tokenizer, fates, trip, identity)
+    write_file(partial / CORPUS_FILE, json.dumps(facts, indent=1) + "\n")
     _give_name(partial, out)
     return facts
 
@@ -300,7 +302,8 @@ def _write_shards(folder: Path, files: Sequence[str], fates: Fates, dtype: np.dt
                 writer.add(np.frombuffer(tokens, dtype=dtype))
             document += 1
             bar.update()
-    np.save(folder / "heldout.bytes.npy", fates.returned[fates.heldout])
+    with whole_file(folder / "heldout.bytes.npy") as file:
+        np.save(file, fates.returned[fates.heldout])
 
 
 def _token_bytes(files: Sequence[str]) -> Iterator[bytes]:
@@ -309,81 +312,6 @@ def _token_bytes(files: Sequence[str]) -> Iterator[bytes]:
     for file in files:
         for batch in Dataset.from_file(file).data.to_batches():
             yield from (value.as_buffer() for value in batch.column("tokens"))
-
-
-def _facts(
-    recipe: Recipe,
-    folder: Path,
-    tokenizer: Tokenizer,
-    fates: Fates,
-    trip: dict[str, Any],
-    identity: str,
-) -> dict[str, Any]:
-    parts = {"train": fates.keep & ~fates.heldout, "heldout": fates.heldout}
-    counts = _token_counts(folder / "train", tokenizer.vocab_size)
-    unknown_id = tokenizer.unknown_id
-    trip["unknown_tokens"] = 0 if unknown_id is None else int(counts[unknown_id])
-    returned = {
-        "train": returned_train_bytes(fates),
-        "heldout": int(fates.returned[fates.heldout].sum()),
-    }
-    return {
-        "format": FORMAT,
-        "name": recipe.name,
-        "description": recipe.description,
-        "licence": recipe.licence,
-        "tokenizer": _tokenizer_facts(tokenizer),
-        **{
-            name: {
-                "documents": int(chosen.sum()),
-                "tokens": Shard.open(folder / name).num_tokens,
-                "bytes": int(fates.num_bytes[chosen].sum()),
-                RETURNED: returned[name],
-            }
-            for name, chosen in parts.items()
-        },
-        "unigram_bits_per_byte": unigram_bits(counts) / returned["train"],
-        "round_trip": trip,
-        "skipped": fates.skipped,
-        "source_fingerprint": identity,
-        "files": {
-            str(path.relative_to(folder)): {
-                "bytes": path.stat().st_size,
-                "sha256": sha256_of(path),
-            }
-            for path in sorted(folder.rglob("*"))
-            if path.is_file()
-        },
-    }
-
-
-def _tokenizer_facts(tokenizer: Tokenizer) -> dict[str, Any]:
-    bos_id, bos_token = tokenizer.bos_id, None
-    if bos_id is not None and isinstance(tokenizer, FastTokenizer):
-        bos_token = tokenizer.token_text(bos_id)
-    return {
-        "kind": tokenizer.kind,
-        "path": None if tokenizer.kind == "bytes" else TOKENIZER_FOLDER,
-        "vocab_size": tokenizer.vocab_size,
-        "eod_id": tokenizer.eod_id,
-        "bos_id": bos_id,
-        "bos_token": bos_token,
-        "special_ids": list(tokenizer.special_ids),
-    }
-
-
-def _token_counts(prefix: Path, vocab_size: int) -> NDArray[np.int64]:
-    counts = np.zeros(vocab_size, dtype=np.int64)
-    tokens = np.memmap(f"{prefix}.bin", dtype=token_dtype(vocab_size), mode="r")
-    for begin in range(0, len(tokens), _COUNT_TOKENS):
-        counts += np.bincount(tokens[begin : begin + _COUNT_TOKENS], minlength=vocab_size)
-    return counts
-
-
-def unigram_bits(counts: NDArray[np.int64]) -> float:
-    """Bits that all tokens take under their own unigram distribution: n * entropy(counts / n)."""
-    met = counts[counts > 0].astype(np.float64)
-    return float((met * np.log2(met.sum() / met)).sum())
 
 
 def _give_name(partial: Path, out: Path) -> None:

@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
+from megascale.arrays import Integers, Tokens
 from megascale.corpus.sources import PARTS, RETURNED, returned_bytes
 from megascale.corpus.special_tokens import EXCERPT
-from megascale.corpus.tokenizers import FastTokenizer, Tokenizer, Tokens
+from megascale.corpus.tokenizers import FastTokenizer, Tokenizer
 
 LOSSY = "documents do not decode to the text they were made from"
 WHOLE_BYTES = 1 << 28
@@ -47,7 +47,7 @@ def compare_texts(text: str, decoded: str) -> RoundTrip:
     return RoundTrip(len(raw), returned, first_difference(text, decoded))
 
 
-def _byte_counts(raw: bytes) -> NDArray[np.int64]:
+def _byte_counts(raw: bytes) -> Integers:
     return np.bincount(np.frombuffer(raw, dtype=np.uint8), minlength=256)
 
 

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
+from megascale.arrays import Floats
 from megascale.config.schema import DataConfig, TrainConfig
 from megascale.corpus.batches import (
     Cursor,
@@ -34,10 +34,10 @@ def is_over(cursor: Cursor, train: TrainConfig) -> bool:
 class RunLength:
     """From one cursor of a run to the end of the step that reaches its tokens."""
 
-    steps: NDArray[np.float64]
+    steps: Floats
     """Steps of the run at some moments, rising: of every step where the run was dealt, else at the
     ends of its stages."""
-    tokens: NDArray[np.float64]
+    tokens: Floats
     """Loss tokens of the run at these moments."""
     stages: tuple[int, ...]
     """Indices of the stages that have a step."""

@@ -16,6 +16,7 @@ from typing import IO, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from megascale.arrays import Bytes
 from megascale.errors import RankError, UserError
 from megascale.reading import open_regular, regular_handle
 from megascale.runtime.files import whole_file
@@ -104,7 +105,7 @@ class Shard:
         return np.frombuffer(data, dtype=self.dtype)
 
 
-def _read_header(prefix: Path) -> tuple[NDArray[np.uint8], np.dtype[Any], int, int]:
+def _read_header(prefix: Path) -> tuple[Bytes, np.dtype[Any], int, int]:
     try:
         with open_regular(f"{prefix}.idx") as file:
             size = os.fstat(file.fileno()).st_size
@@ -136,7 +137,7 @@ def _read_header(prefix: Path) -> tuple[NDArray[np.uint8], np.dtype[Any], int, i
     return raw, np.dtype(TOKEN_TYPES[code]), num_sequences, num_bounds
 
 
-def _view(raw: NDArray[np.uint8], kind: Any, offset: int, count: int) -> NDArray[Any]:
+def _view(raw: Bytes, kind: Any, offset: int, count: int) -> NDArray[Any]:
     return np.frombuffer(raw, dtype=kind, count=count, offset=offset)
 
 

@@ -7,7 +7,8 @@ import hashlib
 import numpy as np
 from numpy.typing import NDArray
 
-Int64Array = NDArray[np.int64]
+from megascale.arrays import Integers
+
 _UInt64Array = NDArray[np.uint64]
 
 _NUM_ROUNDS = 8
@@ -31,7 +32,7 @@ class Permutation:
         self._keys = _round_keys(seed, name, epoch)
         self._table = self._sorted_by_hash() if size <= _TABLE_SIZE else None
 
-    def __call__(self, indices: Int64Array) -> Int64Array:
+    def __call__(self, indices: Integers) -> Integers:
         """Images of `indices`, int64 of any shape, each in [0, size); IndexError outside."""
         indices = np.asarray(indices, dtype=np.int64)
         if indices.size and not 0 <= int(indices.min()) <= int(indices.max()) < self.size:
@@ -57,7 +58,7 @@ class Permutation:
             low ^= _mix(high + odd_key) & low_mask
         return (high << low_bits) | low
 
-    def _sorted_by_hash(self) -> Int64Array:
+    def _sorted_by_hash(self) -> Integers:
         hashes = _mix(np.arange(self.size, dtype=np.uint64) + self._keys[0])
         return np.argsort(_mix(hashes ^ self._keys[1]), kind="stable").astype(np.int64)
 

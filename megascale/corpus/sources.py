@@ -54,6 +54,13 @@ class SourceInfo:
     tokenizer: str | None
     """Folder of the corpus, from which `load_tokenizer` loads."""
 
+    @staticmethod
+    def of(source: SourceConfig) -> SourceInfo:
+        """Look at a source that a config names. Raises UserError as `describe` does."""
+        return describe(
+            source.path, source.heldout, source.vocab_size, source.eod_id, source.bos_id
+        )
+
     @property
     def first_id(self) -> int:
         """The input before the first token of a document, which is stored nowhere."""
@@ -67,11 +74,6 @@ def identity(info: SourceInfo) -> str:
         f"{info.train_documents} documents of {info.train_tokens} tokens{bos}, content "
         f"{info.content}"
     )
-
-
-def describe_source(source: SourceConfig) -> SourceInfo:
-    """`describe` what a config says of a source."""
-    return describe(source.path, source.heldout, source.vocab_size, source.eod_id, source.bos_id)
 
 
 def describe(

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+
+from megascale.arrays import Booleans
 
 EXCERPT = 24
 """Characters of a text that a message shows."""
@@ -97,7 +98,7 @@ def first_lost(before: Any, after: Any, length: int, unknown_id: int | None) -> 
     return int(lost.argmax()) if lost.any() else None
 
 
-def _has_ids(encoding: Any, length: int, unknown_id: int | None) -> NDArray[np.bool_]:
+def _has_ids(encoding: Any, length: int, unknown_id: int | None) -> Booleans:
     spans = np.array(encoding.offsets, dtype=np.int64).reshape(-1, 2)
     spans = spans[
         np.array(encoding.ids, dtype=np.int64) != (-1 if unknown_id is None else unknown_id)

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
-from numpy.typing import NDArray
 
+from megascale.arrays import Tokens
 from megascale.corpus.hugging_face import (
     TOKENIZER_FILE,
     find_tokenizer,
@@ -36,8 +36,6 @@ from megascale.infowindow.tokenizer import InfoWindowTokenizer
 EOD_TEXT = "<|endoftext|>"
 SMALLEST_BPE = 257
 """256 byte values and the end-of-document token."""
-
-Tokens = NDArray[Any]
 
 
 class Tokenizer(Protocol):

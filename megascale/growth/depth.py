@@ -9,7 +9,7 @@ import torch
 from megascale.checkpoint.tensors import Piece, Tensors
 from megascale.config import ModelConfig
 from megascale.errors import UserError
-from megascale.growth.tensors import CLOSED, is_layered
+from megascale.growth.tensor_names import CLOSED, is_layered
 from megascale.model.initialise import OUTPUT_PROJECTIONS, initial, named_generator
 
 

@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 
-from megascale.checkpoint.shards import Box, boxes
+from megascale.checkpoint.boxes import Box, boxes
 from megascale.checkpoint.tensors import Piece, Tensors
 from megascale.growth.layer_orders import stacked
-from megascale.growth.tensors import is_layered
+from megascale.growth.tensor_names import is_layered
 from megascale.model.model import Model
 
 Maps = Mapping[str, torch.Tensor]

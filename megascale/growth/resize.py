@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 
 from megascale.checkpoint.tensors import Piece, Tensors
-from megascale.growth.tensors import is_layered
+from megascale.growth.tensor_names import is_layered
 from megascale.model.initialise import named_generator
 from megascale.model.vocabulary import VOCABULARY
 

@@ -15,7 +15,7 @@ import torch
 from megascale.checkpoint.tensors import Piece, Tensors
 from megascale.config import ModelConfig, MoeConfig
 from megascale.errors import UserError
-from megascale.growth.tensors import FC1, FC2, LAYERS, is_layered
+from megascale.growth.tensor_names import FC1, FC2, LAYERS, is_layered
 from megascale.model.initialise import named_generator
 
 ATTENTION = f"{LAYERS}self_attention."

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 import torch
 
 from megascale.checkpoint.tensors import Piece, Tensors
-from megascale.growth.tensors import FC1, is_layered
+from megascale.growth.tensor_names import FC1, is_layered
 from megascale.model.initialise import CLOSED_TOKENS, OUTPUT_PROJECTIONS, named_generator
 
 SPREAD = 0.5

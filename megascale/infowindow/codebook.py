@@ -17,14 +17,15 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from megascale.arrays import Bytes
 from megascale.errors import UserError
+from megascale.infowindow.checked_files import Arrays, digest_of, read_arrays, write_arrays
 from megascale.infowindow.direct import PlainCoder, WindowCoder
 from megascale.infowindow.expand import CODE_BITS, NUM_CODES, Progress, expand
-from megascale.infowindow.files import Arrays, digest_of, read_file, write_file
 from megascale.infowindow.m1 import M1
 from megascale.infowindow.reference import WINDOW_BITS, require_whole
 from megascale.infowindow.tables import BYTES
-from megascale.infowindow.walk import Bytes, Tree
+from megascale.infowindow.walk import Tree
 
 KIND = "megascale.infowindow.codebook"
 MADE_BY = "megascale infowindow compile"
@@ -110,7 +111,7 @@ class Codebook:
     @staticmethod
     def open(path: Path) -> Codebook:
         """Read one. Raises UserError for what is not a whole codebook of this version."""
-        content = read_file(path, KIND, MADE_BY)
+        content = read_arrays(path, KIND, MADE_BY)
         book = Codebook(content.facts, content.arrays)
         try:
             _check_code(book.code, book.bits)
@@ -124,7 +125,7 @@ class Codebook:
 
     def save(self, path: Path) -> None:
         """Write it. Raises UserError where that is impossible."""
-        write_file(path, KIND, self.arrays, self.facts)
+        write_arrays(path, KIND, self.arrays, self.facts)
 
     @property
     def code(self) -> str:

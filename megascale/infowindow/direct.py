@@ -11,11 +11,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from megascale.arrays import Bytes, Integers
 from megascale.errors import UserError
 from megascale.infowindow import reference
 from megascale.infowindow.reference import require_whole, share
-from megascale.infowindow.tables import PRECISION, ByteModel, Ints, byte_tables
-from megascale.infowindow.walk import Bytes
+from megascale.infowindow.tables import PRECISION, ByteModel, byte_tables
 
 _WINDOWS_AT_ONCE = 1024
 
@@ -73,7 +73,7 @@ class WindowCoder:
             ]
         return [(walk.codes, walk.start) for walk in walks]
 
-    def _take_window(self, walk: _Walk, tables: Ints) -> bool:
+    def _take_window(self, walk: _Walk, tables: Integers) -> bool:
         """Take the next window, or see that more of the text must be shown; whether to go on."""
         shown = walk.shown
         low, count, length = 0, 1 << self.bits, 0
@@ -117,7 +117,7 @@ class WindowCoder:
         return texts
 
 
-def _find(table: Ints, code: int, low: int, count: int, is_root: bool) -> int:
+def _find(table: Integers, code: int, low: int, count: int, is_root: bool) -> int:
     """The byte whose child's range holds `code`: the first whose range ends behind it."""
     own = 0 if is_root else 1
     past = (code - low - own + 1) << PRECISION

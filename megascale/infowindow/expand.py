@@ -20,8 +20,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
+from megascale.arrays import Floats
 from megascale.infowindow.tables import BYTES, PRECISION, TOTAL, ByteModel, byte_tables
 
 CODE_BITS = 16
@@ -37,7 +37,7 @@ class Expansion:
     """The strings of a dictionary in sorted order, and what it took to find them."""
 
     strings: list[bytes]
-    probabilities: NDArray[np.float64]
+    probabilities: Floats
     """By M1's tables, of the string at the beginning of a window."""
     contexts: int
     """Strings after which M1 was asked."""

@@ -31,9 +31,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from megascale.arrays import Floats, Integers
 from megascale.errors import UserError
-from megascale.infowindow.files import Arrays, digest_of, read_file, write_file
-from megascale.infowindow.tables import END, Ints
+from megascale.infowindow.checked_files import Arrays, digest_of, read_arrays, write_arrays
+from megascale.infowindow.tables import END
 
 KIND = "megascale.infowindow.m1"
 MADE_BY = "megascale infowindow train-m1"
@@ -43,8 +44,6 @@ SHARE_BITS, EXP_BITS, TABLE_BITS = 16, 30, 12
 MOST_TERMS = 2**11
 BATCH_PLACES = 1 << 11
 """Places of one pass: what fits into the processor's cache, roughly."""
-
-Floats = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -130,12 +129,12 @@ class M1:
 
     def save(self, path: Path) -> None:
         """Write it. Raises UserError where that is impossible."""
-        write_file(path, KIND, self.arrays, asdict(self.shape))
+        write_arrays(path, KIND, self.arrays, asdict(self.shape))
 
     @staticmethod
     def open(path: Path) -> M1:
         """Read it. Raises UserError for what is not a whole M1 file of this version."""
-        content = read_file(path, KIND, MADE_BY)
+        content = read_arrays(path, KIND, MADE_BY)
         return M1.of(content.arrays, content.facts, path)
 
     @staticmethod
@@ -170,7 +169,7 @@ class M1:
             if not name.endswith(".exponent") and not name.startswith("rotary.")
         )
 
-    def weights_along(self, texts: list[bytes]) -> list[Ints]:
+    def weights_along(self, texts: list[bytes]) -> list[Integers]:
         """See `ByteModel`; a text is read in pieces of what the model sees, half of it anew."""
         pieces: list[bytes] = []
         keep: list[list[tuple[int, int]]] = []
@@ -179,20 +178,20 @@ class M1:
             for start, first, stop in _pieces(len(text), self.shape.context_bytes):
                 keep[-1].append((len(pieces), first - start))
                 pieces.append(text[start:stop])
-        found: list[Ints] = [np.empty((0, END + 1), np.int64)] * len(pieces)
+        found: list[Integers] = [np.empty((0, END + 1), np.int64)] * len(pieces)
         for batch in _batches(pieces):
             hidden = self._hidden([pieces[i] for i in batch])
             for i, states in zip(batch, hidden, strict=True):
                 found[i] = self._weights_of(states[: len(pieces[i]) + 1])
         return [np.concatenate([found[i][skip:] for i, skip in parts]) for parts in keep]
 
-    def weights_in_parts(self, text: bytes) -> Iterator[Ints]:
+    def weights_in_parts(self, text: bytes) -> Iterator[Integers]:
         """See `ByteModel`."""
         for start, first, stop in _pieces(len(text), self.shape.context_bytes):
             (weights,) = self.weights_along([text[start:stop]])
             yield weights[first - start :]
 
-    def weights_after(self, contexts: list[bytes]) -> Ints:
+    def weights_after(self, contexts: list[bytes]) -> Integers:
         """See `ByteModel`."""
         seen = [one[_begin(len(one), self.shape.context_bytes) :] for one in contexts]
         states = np.empty((len(seen), self.shape.hidden_size))
@@ -264,7 +263,7 @@ class M1:
             _grid(gate * self._product(x, f"{layer}.mlp.up_proj")), f"{layer}.mlp.down_proj"
         )
 
-    def _weights_of(self, states_NH: Floats) -> Ints:
+    def _weights_of(self, states_NH: Floats) -> Integers:
         """Weights of all symbols, (N, 257), multiples of 2^-30 of the most probable one's."""
         tied = self.shape.tied_embeddings
         head = self._weights["model.embed_tokens.weight" if tied else "lm_head.weight"]

@@ -47,22 +47,14 @@ from array import array
 from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
-from numpy.typing import NDArray
 
+from megascale.arrays import Bytes, Integers
 from megascale.errors import UserError
-from megascale.infowindow.tables import (
-    BYTES,
-    END,
-    PRECISION,
-    ByteModel,
-    Ints,
-    byte_tables,
-    cumulative,
-)
+from megascale.infowindow.tables import BYTES, END, PRECISION, ByteModel, byte_tables, cumulative
 
 WINDOW_BITS = (16, 24, 32, 64, 128)
 VOCABULARIES = (256, 65536)
-Table = Sequence[int] | Ints
+Table = Sequence[int] | Integers
 """A cumulative table."""
 _TOP, _HALF, _QUARTER = (1 << 32) - 1, 1 << 31, 1 << 30
 
@@ -146,11 +138,11 @@ class ReferenceCoder:
         self._tables = Tables(model)
         self._bits = bits
 
-    def encode(self, texts: Sequence[bytes]) -> list[NDArray[np.uint8]]:
+    def encode(self, texts: Sequence[bytes]) -> list[Bytes]:
         """The windows of each document."""
         return [self.encode_part(text, True)[0] for text in texts]
 
-    def encode_part(self, text: bytes, is_end: bool) -> tuple[NDArray[np.uint8], int]:
+    def encode_part(self, text: bytes, is_end: bool) -> tuple[Bytes, int]:
         """Windows at the beginning of a text, and how many bytes they hold.
 
         Without `is_end` the last one is left out, since it may go on in what follows.
@@ -163,7 +155,7 @@ class ReferenceCoder:
                 held = start
         return np.array(to_tokens(codes, self._bits, 256), dtype=np.uint8), held
 
-    def decode(self, streams: Sequence[NDArray[np.uint8]]) -> list[bytes]:
+    def decode(self, streams: Sequence[Bytes]) -> list[bytes]:
         """The documents of windows. Raises UserError for half a window."""
         return [
             decode(from_tokens(one.tolist(), self._bits, 256), self._bits, self._tables)
@@ -290,19 +282,19 @@ def _half_of(low: int, high: int) -> tuple[int | None, int] | None:
     return None
 
 
-def plain_tables(text: bytes, model: ByteModel) -> Iterator[Ints]:
+def plain_tables(text: bytes, model: ByteModel) -> Iterator[Integers]:
     """Tables (258) of the symbols of a document, each with the model's view before it."""
     for weights in model.weights_in_parts(text):
         yield from cumulative(weights)
 
 
-def static_table(counts: Sequence[int]) -> Ints:
+def static_table(counts: Sequence[int]) -> Integers:
     """The one table (258) of static AC, from how often each byte and the end occur."""
     (table,) = cumulative(np.asarray([counts], dtype=np.int64))
     return np.asarray(table)
 
 
-def repeated(table: Ints, length: int) -> Iterator[Ints]:
+def repeated(table: Integers, length: int) -> Iterator[Integers]:
     """A static table for a document of so many bytes and its end."""
     return (table for _ in range(length + 1))
 

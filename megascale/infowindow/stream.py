@@ -18,8 +18,8 @@ from typing import BinaryIO
 import numpy as np
 
 from megascale.errors import UserError
+from megascale.infowindow.checked_files import output_file
 from megascale.infowindow.codebook import Codebook, PartCoder
-from megascale.infowindow.files import whole_file
 from megascale.runtime.outputs import begins_with
 
 MAGIC = b"EQINFOWN"
@@ -129,5 +129,5 @@ def _files(source: Path, target: Path) -> Iterator[tuple[BinaryIO, BinaryIO]]:
         read = open(source, "rb")  # noqa: SIM115
     except OSError as error:
         raise UserError(f"{source}: {error.strerror}; give another file") from None
-    with read, whole_file(target) as write:
+    with read, output_file(target) as write:
         yield read, write

@@ -11,14 +11,14 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from megascale.arrays import Integers
+
 PRECISION = 14
 TOTAL = 1 << PRECISION
 """What the frequencies of a table add up to; the smallest is 1, so every byte can be coded."""
 BYTES = 256
 END = 256
 """The symbol after the bytes: the end of a document."""
-
-Ints = NDArray[np.int64]
 
 
 class ByteModel(Protocol):
@@ -28,18 +28,18 @@ class ByteModel(Protocol):
     def digest(self) -> str:
         """What stands for the model: equal for models that predict equally."""
 
-    def weights_along(self, texts: list[bytes]) -> list[Ints]:
+    def weights_along(self, texts: list[bytes]) -> list[Integers]:
         """For each text an array (len + 1, 257): weights of the symbol after each of its prefixes,
         the empty one first; whole numbers below 2^40."""
 
-    def weights_in_parts(self, text: bytes) -> Iterator[Ints]:
+    def weights_in_parts(self, text: bytes) -> Iterator[Integers]:
         """The rows of `weights_along` for one text, some at a time, however long it is."""
 
-    def weights_after(self, contexts: list[bytes]) -> Ints:
+    def weights_after(self, contexts: list[bytes]) -> Integers:
         """(N, 257): weights of the symbol after each context."""
 
 
-def cumulative(weights_NV: NDArray[Any]) -> Ints:
+def cumulative(weights_NV: NDArray[Any]) -> Integers:
     """Tables (N, V + 1) that begin with 0, end with 2^14 and rise by the frequency of each symbol.
 
     A symbol gets 1, and of the rest its part, rounded down; what is left over is the most probable
@@ -56,6 +56,6 @@ def cumulative(weights_NV: NDArray[Any]) -> Ints:
     return tables
 
 
-def byte_tables(weights_NV: NDArray[Any]) -> Ints:
+def byte_tables(weights_NV: NDArray[Any]) -> Integers:
     """Tables (N, 257) of the next byte, given that the text goes on."""
     return cumulative(np.asarray(weights_NV)[:, :BYTES])

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
+from megascale.arrays import Bytes, Integers, Tokens
 from megascale.errors import UserError
 from megascale.infowindow.codebook import Codebook, TreeCoder
 from megascale.infowindow.direct import PlainCoder
@@ -16,8 +15,6 @@ from megascale.infowindow.reference import VOCABULARIES, token_bits
 
 CODEBOOK_FILE = "codebook.safetensors"
 LARGEST = VOCABULARIES[-1]
-
-Tokens = NDArray[Any]
 
 
 class InfoWindowTokenizer:
@@ -82,7 +79,7 @@ class InfoWindowTokenizer:
                 text = b"".join(coder.decode(streams))
         return text.decode("utf-8", errors="replace")
 
-    def encode_with_offsets(self, text: str) -> tuple[Tokens, NDArray[np.int64]]:
+    def encode_with_offsets(self, text: str) -> tuple[Tokens, Integers]:
         """Ids, and for each the first character of its window and the one after its last, (n, 2).
 
         All tokens of a window have its characters; one that a window ends within belongs to both.
@@ -105,12 +102,12 @@ class InfoWindowTokenizer:
         """Write the codebook into a folder."""
         self.book.save(folder / CODEBOOK_FILE)
 
-    def _tokens(self, stream: NDArray[np.uint8]) -> Tokens:
+    def _tokens(self, stream: Bytes) -> Tokens:
         if self.eod_id == LARGEST:
             return np.ascontiguousarray(stream).view(">u2").astype(np.int32)
         return stream.astype(np.uint16)
 
-    def _stream(self, ids: Tokens) -> NDArray[np.uint8]:
+    def _stream(self, ids: Tokens) -> Bytes:
         """The bytes of whole windows."""
         stream = ids.astype(">u2" if self.eod_id == LARGEST else np.uint8).view(np.uint8)
         size = self.book.bits // 8 or 1

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from megascale.arrays import Bytes, Integers
 from megascale.infowindow.tables import BYTES
 
 _LABEL_BITS = 9
@@ -24,7 +25,6 @@ _NOBODY = 256
 _BLOCK = 16
 """Bytes that decoding copies at once; see `loops.unfold`."""
 
-Bytes = NDArray[np.uint8]
 Codes = NDArray[np.uint16]
 
 
@@ -36,7 +36,7 @@ class Tree:
     """Sorted; closed under prefixes."""
 
     @cached_property
-    def lengths(self) -> NDArray[np.int64]:
+    def lengths(self) -> Integers:
         """Bytes of each string."""
         return np.array([len(one) for one in self.strings], dtype=np.int64)
 

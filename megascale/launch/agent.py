@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from megascale.launch.failures import Cause, cause_of_rank, culprit, killed_by
+from megascale.runtime.files import write_file
 from megascale.runtime.processes import die_with_parent
 from megascale.runtime.terminal import escaped_output
 
@@ -43,7 +44,7 @@ def _run(verdict: str, options: list[str]) -> int:
         cause = Cause(f"torchrun was {how}", time.time(), kind=kind)
     except Exception as error:
         cause = Cause(f"{type(error).__name__}: {error}", time.time())
-    Path(verdict).write_text(json.dumps(cause.to_json()), encoding="utf-8")
+    write_file(Path(verdict), json.dumps(cause.to_json()))
     return 1
 
 

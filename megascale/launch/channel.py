@@ -6,6 +6,9 @@ it: the server sends a challenge, the client a nonce and HMAC-SHA256(token, both
 its own HMAC. Every frame that follows carries the HMAC of its direction, number and content under a
 key of this connection, so nothing can be inserted, changed or repeated. Nothing is encrypted.
 
+`multiprocessing.connection` with an authkey is not enough: one silent stranger blocks its `accept`
+for all, half a frame blocks its `recv_bytes`, its frames carry no proof, and it has no IPv6 client.
+
 Frame: length (4 bytes, big-endian), HMAC (32 bytes), JSON. Before a client has proved itself it can
 make the server read 64 bytes and no more; whoever says anything else than is expected is cut off,
 counted and logged in one line.

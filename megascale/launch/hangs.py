@@ -24,6 +24,7 @@ from typing import Any
 
 import psutil
 
+from megascale.runtime.files import write_file
 from megascale.runtime.heartbeat import (
     CALLS,
     DUMP,
@@ -203,7 +204,7 @@ class NodeRanks:
             name = f"rank{one.rank}" if one.rank >= 0 else f"{os.uname().nodename}-local{local}"
             stack = _text(stack_file(self._folder, local)) or "(it gave no stack)\n"
             facts = json.dumps(asdict(one))
-            (out / f"{name}.txt").write_text(f"{one}\n{facts}\n\n{stack}", encoding="utf-8")
+            write_file(out / f"{name}.txt", f"{one}\n{facts}\n\n{stack}")
             flight = flight_file(self._folder, local)
             if flight.exists():
                 shutil.copy(flight, out / f"{name}.flight.json")

@@ -32,4 +32,4 @@ _MODULES = {
 
 __all__ = list(_MODULES)
 
-__getattr__ = lazily(__name__, _MODULES)
+__getattr__, __dir__ = lazily(__name__, _MODULES)

@@ -9,7 +9,7 @@ import torch
 from torch.nn import functional
 
 from megascale.mesh.packing import Segments
-from megascale.mesh.ring import ring_attend
+from megascale.mesh.ring_attention import ring_attend
 
 
 def attend(

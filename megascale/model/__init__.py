@@ -12,4 +12,4 @@ if TYPE_CHECKING:
 
 __all__ = ["with_packed_attention"]
 
-__getattr__ = lazily(__name__, {"with_packed_attention": "megascale.model.layers"})
+__getattr__, __dir__ = lazily(__name__, {"with_packed_attention": "megascale.model.layers"})

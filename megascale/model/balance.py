@@ -24,7 +24,7 @@ from megatron.core.transformer.moe.router import TopKRouter
 
 from megascale.config import MoeConfig
 from megascale.mesh.packing import Segments
-from megascale.mesh.ring import ring_sum
+from megascale.mesh.ring_attention import ring_sum
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
+
+from megascale.arrays import Floats
 
 TIMED = ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2")
 SAMPLED = 3
@@ -44,7 +45,7 @@ class ComputeTimer:
         if self._active:
             self._samples.append([0, 0, 0.0, []])
 
-    def take(self) -> NDArray[np.float64]:
+    def take(self) -> Floats:
         """What was timed since it was last asked, [micro-batch, (calls, tokens, seconds)].
 
         Tokens are summed over calls. Waits for the device.

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import NDArray
 
+from megascale.arrays import Floats, Integers
 from megascale.monitor.lines import LineFile
 from megascale.monitor.metrics import read_rows, rewind
 
@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 
     from megascale.config import MoeConfig
 
-Floats = NDArray[np.float64]
 
 EXPERTS_FILE = "experts.jsonl"
 COLLAPSED_PART, COLLAPSED_STEPS = 0.8, 10
@@ -34,7 +33,7 @@ class CollapseWatch:
 
     def __init__(self, moe: MoeConfig) -> None:
         self._moe = moe
-        self._steps: NDArray[np.int64] | None = None
+        self._steps: Integers | None = None
 
     def see(self, counts_LE: Floats) -> str | None:
         """Take the choices of a step; a warning when a layer has just collapsed, else None.

@@ -15,9 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from megascale.monitor.quantities import show_count
 
 if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
-
+    from megascale.arrays import Floats
     from megascale.monitor.step_record import StepRecord
 
 
@@ -76,7 +74,7 @@ class Curve:
     vertical line at each step where the value is true."""
     minus: float = 0.0
     """What is subtracted from the values."""
-    summary: Callable[[NDArray[np.float64]], str] | None = None
+    summary: Callable[[Floats], str] | None = None
     """What the label says of the finite values."""
 
 

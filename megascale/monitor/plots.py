@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import NDArray
 
+from megascale.arrays import Floats
 from megascale.errors import UserError
 from megascale.monitor.experts import plot_shares, read_shares
 from megascale.monitor.metric_fields import SCORES, Curve, Picture, drawn_fields, pictures
@@ -22,7 +22,6 @@ from megascale.runtime.outputs import Output, picture, require_outputs
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-Floats = NDArray[np.float64]
 
 COLOURS = ("#2166ac", "#d6604d", "#1b9e77", "#7b3294", "#e08214", "#4d4d4d", "#c51b7d", "#35978f")
 MARKERS = "osD^vPX*"

@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from megascale.arrays import Floats
 from megascale.config import GrowthConfig, RunConfig, SegmentConfig, StageConfig
 from megascale.corpus.batches import shares, used_sources
-from megascale.monitor.plots import COLOURS, STYLE, Floats
+from megascale.monitor.plots import COLOURS, STYLE
 from megascale.optim.schedule import joints, lr_at
 
 if TYPE_CHECKING:

@@ -10,7 +10,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+
+from megascale.arrays import Floats
 
 GRID = 0.05
 """Slowdowns are whole multiples of this above 1."""
@@ -42,7 +43,7 @@ class RankSpeeds:
         held = [slowdown for first, slowdown in list(self._changes) if first <= step]
         return held[-1] if held and max(held[-1]) > 1 else ()
 
-    def see(self, step: int, over_R: NDArray[np.float64]) -> int | None:
+    def see(self, step: int, over_R: Floats) -> int | None:
         """Take a comparison of the ranks (`monitor.stragglers.slowdown_R`) after `step`.
 
         The step from which on other slowdowns hold, where this changes them.

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
-from numpy.typing import NDArray
 
+from megascale.arrays import Floats
 from megascale.config import RunConfig
 from megascale.corpus.batches import Cursor, GlobalBatch, used_sources
 from megascale.corpus.sources import SourceInfo
@@ -63,7 +63,7 @@ class StepRecord:
     """Ranks."""
     peak_flops: float | None
     """Of the device of a rank, per second; None where it is not known."""
-    bytes_per_token_S: NDArray[np.float64]
+    bytes_per_token_S: Floats
     """Of the text of each source; NaN where a source does not know its bytes."""
 
     @property
@@ -106,7 +106,7 @@ def replayed_share(cursor: Cursor, config: RunConfig) -> float:
     return again / max(1, cursor.tokens_seen)
 
 
-def bytes_per_token(sources: Iterable[SourceInfo]) -> NDArray[np.float64]:
+def bytes_per_token(sources: Iterable[SourceInfo]) -> Floats:
     """Of the text of each source; NaN where it does not know its bytes."""
     return np.array(
         [
@@ -116,7 +116,7 @@ def bytes_per_token(sources: Iterable[SourceInfo]) -> NDArray[np.float64]:
     )
 
 
-def bytes_of(batch: GlobalBatch, per_token: NDArray[np.float64]) -> float | None:
+def bytes_of(batch: GlobalBatch, per_token: Floats) -> float | None:
     """Bytes of text that a batch holds, by the means of its sources; None where one is unknown."""
     num_bytes = float(per_token[batch.source] @ batch.length)
     return None if math.isnan(num_bytes) else num_bytes

@@ -12,15 +12,14 @@ from statistics import median_low
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import NDArray
 
+from megascale.arrays import Floats
 from megascale.monitor.lines import LineFile
 from megascale.monitor.metrics import read_rows, rewind
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-Floats = NDArray[np.float64]
 RANKS_FILE = "ranks.jsonl"
 SLOW = 1.04
 """A rank that takes this much longer than others for the same work ..."""
@@ -46,7 +45,7 @@ def slowdown_R(timed_RM3: Floats) -> Floats:
         over_RM = timed_RM3[..., 2] / expected_RM
     over_R = np.array([np.median(one[np.isfinite(one)]) if np.isfinite(one).any() else np.nan
                        for one in over_RM])  # fmt: skip
-    relative_R: NDArray[np.float64] = over_R / median_low(over_R[np.isfinite(over_R)].tolist())
+    relative_R: Floats = over_R / median_low(over_R[np.isfinite(over_R)].tolist())
     return relative_R
 
 

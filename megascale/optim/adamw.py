@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from megascale.config import Layout, RunConfig
 from megascale.model.counts import count_rank_parameters
-from megascale.optim.optimizers import OptimizerKind, StateTensors
+from megascale.optim.optimizer_kind import OptimizerKind, StateTensors
 
 if TYPE_CHECKING:
     from megascale.model.model import Model

@@ -10,7 +10,7 @@ import torch
 
 from megascale.config import RunConfig
 from megascale.model.model import Model
-from megascale.optim.optimizers import StateTensors, find_optimizer
+from megascale.optim.optimizer_kind import StateTensors, find_optimizer
 
 
 @dataclass(frozen=True, eq=False)

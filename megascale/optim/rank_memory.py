@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from megascale.config import Layout, RunConfig
 from megascale.model.activations import activation_bytes, ring_buffer_bytes
 from megascale.model.counts import count_rank_parameters
-from megascale.optim.optimizers import find_optimizer
+from megascale.optim.optimizer_kind import find_optimizer
 
 
 @dataclass(frozen=True)

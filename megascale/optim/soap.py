@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from megascale.config import Layout, RunConfig
 from megascale.model.matrices import Weight
 from megascale.optim.dealing import dealt_bytes
-from megascale.optim.optimizers import COLUMNS, ROWS, Factors, OptimizerKind, StateTensors
+from megascale.optim.optimizer_kind import COLUMNS, ROWS, Factors, OptimizerKind, StateTensors
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -13,7 +13,7 @@ from megascale.planner.peers.static import plan_static, plan_static_balanced, pl
 from megascale.planner.plan import PlanError, StepPlan
 from megascale.planner.plan_builder import Placed, complete
 from megascale.planner.problem import OffloadModel, Planner, Problem
-from megascale.planner.registry import PLANNERS, find_planner
+from megascale.planner.registry import PLANNERS, find_planner, plan_with
 from megascale.planner.ring import Ring
 from megascale.planner.shares import RankMicroBatch
 from megascale.planner.timeline import Timeline, step_s, timeline
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from megascale.planner.service.ahead import PlansAhead as PlansAhead
 
 # lazily, because its process runs a module of that package as a script
-__getattr__ = lazily(__name__, {"PlansAhead": "megascale.planner.service.ahead"})
+__getattr__, __dir__ = lazily(__name__, {"PlansAhead": "megascale.planner.service.ahead"})
 
 __all__ = [
     "PLANNERS",
@@ -48,6 +48,7 @@ __all__ = [
     "plan_static",
     "plan_static_balanced",
     "plan_static_best",
+    "plan_with",
     "step_s",
     "timeline",
 ]

@@ -6,14 +6,11 @@ import math
 from dataclasses import replace
 
 import numpy as np
-from numpy.typing import NDArray
 
+from megascale.arrays import Integers, Seconds
 from megascale.planner.cost import FORWARD_SHARE, CostModel
 from megascale.planner.plan import kept_share
 from megascale.planner.problem import Problem
-
-Integers = NDArray[np.int64]
-Seconds = NDArray[np.float64]
 
 
 def memory_sizes(problem: Problem, lengths: Integers, gain: float = 1.0) -> Integers:
@@ -134,11 +131,14 @@ def sizes_within(problem: Problem, lengths: Integers, limit_s: float) -> Integer
     return np.where(sizes == 0, fastest_sizes(problem, lengths, fewest), sizes)
 
 
-def nested_sizes(problem: Problem, sizes: Integers) -> Integers:
-    """Sizes within a node rounded up to powers of two: these fill nodes without rest."""
+def nested_sizes(problem: Problem, sizes: Integers, whole_nodes: bool = False) -> Integers:
+    """Sizes within a node rounded up to powers of two: these fill nodes without rest.
+
+    `whole_nodes`: larger sizes are rounded up to whole nodes, else they stay.
+    """
     node = min(problem.cost.node_size, problem.num_ranks)
-    rounded = np.minimum(node, 2 ** np.ceil(np.log2(sizes))).astype(np.int64)
-    return np.where(sizes <= node, rounded, sizes)
+    within = np.minimum(node, 2 ** np.ceil(np.log2(sizes))).astype(np.int64)
+    return np.where(sizes <= node, within, -(-sizes // node) * node if whole_nodes else sizes)
 
 
 def lower_bound_s(problem: Problem) -> float:

@@ -7,8 +7,9 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
+from megascale.arrays import Floats
 from megascale.errors import UserError
 from megascale.installation import given_or_example
 from megascale.parsing import read_json
@@ -104,22 +105,30 @@ class CostModel:
             raise UserError(f"cost file {path}: unknown key {unknown[0]}; keys: {', '.join(names)}")
         if missing:
             raise UserError(f"cost file {path}: {', '.join(missing)} missing")
-        for name, number in value.items():
-            whole = name == "node_size"
-            if (
-                type(number) not in ((int,) if whole else (int, float))
-                or not 0 <= number <= LARGEST
-            ):
-                kind = "whole number from 1 to" if whole else "number from 0 to"
-                raise UserError(f"cost file {path}: {name} = {number!r:.40} must be a {kind} 1e6")
-        if value["node_size"] < 1:
-            raise UserError(f"cost file {path}: node_size must be at least 1")
-        return CostModel(**value)
+        cost = CostModel(**value)
+        try:
+            cost.require_sound()
+        except ValueError as error:
+            raise UserError(f"cost file {path}: {error}") from None
+        return cost
 
-    def compute_s(self, lengths: ArrayLike) -> NDArray[np.float64]:
+    def require_sound(self) -> None:
+        """Raise ValueError for a value that is no number from 0 to 1e6 (of `node_size`: no whole
+        number from 1 to 1e6)."""
+        for name, number in vars(self).items():
+            if name == "calibrated":
+                continue
+            whole = name == "node_size"
+            kinds: tuple[type, ...] = (int, np.integer) if whole else (int, float, np.number)
+            fits = isinstance(number, kinds) and not isinstance(number, bool)
+            if not (fits and int(whole) <= number <= LARGEST):
+                kind = "whole number from 1" if whole else "number from 0"
+                raise ValueError(f"{name} = {number!r:.40} must be a {kind} to {LARGEST:,}")
+
+    def compute_s(self, lengths: ArrayLike) -> Floats:
         """Seconds of each sequence alone on one rank, without the fixed part; same shape."""
         tokens = np.asarray(lengths, dtype=np.float64)
-        seconds: NDArray[np.float64] = tokens * (self.a * tokens + self.b)
+        seconds: Floats = tokens * (self.a * tokens + self.b)
         return seconds
 
     def ring_s(self, lengths: ArrayLike, ranks: Sequence[int]) -> float:
@@ -130,7 +139,7 @@ class CostModel:
 
     def seconds(
         self, squares: ArrayLike, tokens: ArrayLike, size: ArrayLike, one_node: ArrayLike
-    ) -> NDArray[np.float64]:
+    ) -> Floats:
         """Seconds of micro-batches on rings of `size` ranks; the arguments broadcast.
 
         `squares` is the sum of squared lengths, `tokens` the sum of lengths, and `one_node` says
@@ -144,5 +153,5 @@ class CostModel:
         attention = self.a * squares
         exposed = np.maximum(0.0, passing - attention) * shared
         work = attention + (self.b + transfer) * tokens + exposed
-        seconds: NDArray[np.float64] = self.fixed + self.latency * np.log2(size) + work / size
+        seconds: Floats = self.fixed + self.latency * np.log2(size) + work / size
         return seconds

@@ -11,12 +11,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
+from megascale.arrays import Booleans, Floats
 from megascale.planner.cost import CostModel
 from megascale.runtime.files import write_output
-
-Floats = NDArray[np.float64]
 
 COEFFICIENTS = ("b", "a", "fixed", "latency", "transfer_intra", "transfer_inter")
 """What enters the time linearly, the most useful first: where measurements cannot tell some of
@@ -136,8 +135,8 @@ def least_squares_not_negative(matrix: ArrayLike, target: ArrayLike) -> Floats:
 
 
 def _step_inside(
-    scaled: Floats, wanted: Floats, x: Floats, active: NDArray[np.bool_]
-) -> tuple[Floats, NDArray[np.bool_]]:
+    scaled: Floats, wanted: Floats, x: Floats, active: Booleans
+) -> tuple[Floats, Booleans]:
     """Towards the least squares of the active columns, as far as nothing falls below 0."""
     while True:
         best = np.zeros_like(x)
@@ -160,7 +159,7 @@ class _Table:
     squares: Floats
     tokens: Floats
     size: Floats
-    one_node: NDArray[np.bool_]
+    one_node: Booleans
     seconds: Floats
 
     @staticmethod
@@ -178,7 +177,7 @@ class _Table:
             seconds=seconds,
         )
 
-    def rows(self, chosen: NDArray[np.bool_]) -> _Table:
+    def rows(self, chosen: Booleans) -> _Table:
         return _Table(
             self.squares[chosen],
             self.tokens[chosen],
@@ -323,7 +322,7 @@ def _solve(table: _Table, ratios: tuple[float, float], bend: float | None = None
     return _Solved(found, loss, bent)
 
 
-def _identified(columns: Floats) -> NDArray[np.bool_]:
+def _identified(columns: Floats) -> Booleans:
     """Which columns the others before them do not explain."""
     known = np.zeros(columns.shape[1], dtype=bool)
     for index, column in enumerate(columns.T):

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
+from megascale.arrays import Floats, Integers
 from megascale.planner.cost import CostModel
 from megascale.planner.plan import StepPlan
 from megascale.planner.timeline import Timeline, timeline
@@ -63,7 +64,7 @@ def _shown_ranks(times: Timeline, num_ranks: int) -> Sequence[int]:
     return chosen
 
 
-def _longest_tokens(plan: StepPlan, lengths: ArrayLike) -> NDArray[np.int64]:
+def _longest_tokens(plan: StepPlan, lengths: ArrayLike) -> Integers:
     """Tokens of the longest sequence of each ring; 0 for padding."""
     tokens = np.asarray(lengths, dtype=np.int64)
     longest = [max((int(tokens[i]) for i in ring.sequences), default=0) for ring in plan.rings]
@@ -104,9 +105,7 @@ def _title(plan: StepPlan, lengths: ArrayLike, times: Timeline) -> str:
     )
 
 
-def _draw_bars(
-    axes: Axes, plan: StepPlan, longest: NDArray[np.int64], times: Timeline, unit: float
-) -> None:
+def _draw_bars(axes: Axes, plan: StepPlan, longest: Integers, times: Timeline, unit: float) -> None:
     from matplotlib import colormaps
     from matplotlib.cm import ScalarMappable
     from matplotlib.collections import PolyCollection
@@ -143,9 +142,7 @@ def _draw_bars(
     bar.set_label("longest sequence (tokens)")
 
 
-def _corners(
-    begin: NDArray[np.float64], end: NDArray[np.float64], ranks: NDArray[np.int64]
-) -> NDArray[np.float64]:
+def _corners(begin: Floats, end: Floats, ranks: Integers) -> Floats:
     """Corners of bars without height, [bars, 4, 2]."""
     x = np.stack([begin, end, end, begin], axis=1)
     return np.stack([x, np.repeat(ranks.astype(np.float64)[:, None], 4, axis=1)], axis=2)

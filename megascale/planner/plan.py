@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any, Literal
 
@@ -49,8 +49,8 @@ class StepPlan:
     """Seconds of the step by the cost model it was planned with."""
     lower_bound_s: float
     """Seconds that no plan of the kinds the planner considers can beat, by the same model."""
-    plan_s: float
-    """Seconds it took to make the plan."""
+    plan_s: float = field(compare=False)
+    """Seconds it took to make the plan. Plans that differ in nothing else are equal."""
     rings: tuple[Ring, ...]
     """The micro-batches of all ranks."""
     expert_group: int = 1
@@ -102,7 +102,7 @@ class StepPlan:
         return StepPlan(**{**value, "rings": rings, "lengths": tuple(value.get("lengths", ()))})
 
     def to_bytes(self) -> bytes:
-        """Canonical bytes: equal plans give equal bytes on every machine."""
+        """Canonical bytes, the same on every machine: equal plans differ in `plan_s` alone."""
         return _canonical(self.to_json())
 
     @staticmethod

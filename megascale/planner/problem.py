@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import get_args
+from typing import Any, get_args
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
+from megascale.arrays import Integers
 from megascale.errors import UserError
 from megascale.planner.cost import CostModel
 from megascale.planner.plan import Mode, StepPlan, kept_share
+
+MOST_RANKS = 1 << 20
+MOST_STAGES = 1 << 10
+MOST_TOKENS = 1 << 40
+"""Of a sequence, and of a rank; larger numbers are mistakes, and their squares overflow."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +42,7 @@ class OffloadModel:
 class Problem:
     """One step to plan."""
 
-    lengths: NDArray[np.int64]
+    lengths: Integers
     """Tokens of each sequence."""
     num_ranks: int
     """Ranks of the HDP axis."""
@@ -65,33 +72,31 @@ class Problem:
         capacity: int,
         mode: Mode,
         cost: CostModel,
-        **others: object,
+        **others: Any,
     ) -> Problem:
         """Check and complete the description of a step.
 
-        In lockstep mode `expert_group` is all ranks unless given. Raises ValueError for lengths
-        that are no whole numbers of at least 1, an unknown mode, groups that do not divide the
-        ranks, or slowdowns that are not one for each rank.
+        In lockstep mode `expert_group` is all ranks unless given. Whole numbers may be of any type,
+        such as numpy's. Raises ValueError for anything that is not as the fields say.
         """
-        given = np.asarray(lengths)
-        if given.ndim != 1 or (given.size and not np.issubdtype(given.dtype, np.integer)):
-            raise ValueError("lengths must be whole numbers of tokens, one for each sequence")
+        tokens = _checked_lengths(lengths)
+        num_ranks = _whole("num_ranks", num_ranks, MOST_RANKS)
+        capacity = _whole("capacity_tokens", capacity, MOST_TOKENS)
         if mode not in get_args(Mode):
             raise ValueError(f"mode {mode!r} must be one of {', '.join(get_args(Mode))}")
-        tokens = given.astype(np.int64)
-        if mode == "lockstep":
-            others.setdefault("expert_group", num_ranks)
-        else:
-            others["expert_group"] = 1
-        problem = Problem(tokens, num_ranks, capacity, mode, cost, **others)  # type: ignore[arg-type]
-        shortest, group = int(tokens.min(initial=1)), problem.expert_group
-        if shortest < 1:
-            raise ValueError(f"a sequence has {shortest} tokens; every length must be at least 1")
-        if num_ranks < 1 or capacity < 1 or group < 1 or num_ranks % group:
-            raise ValueError(f"{num_ranks} ranks of {capacity} tokens in expert groups of {group}")
-        slow = problem.slowdown
-        if slow and (len(slow) != num_ranks or not all(1 <= one < math.inf for one in slow)):
-            raise ValueError(f"slowdowns of {len(slow)} ranks, of {num_ranks} of at least 1 each")
+        if not isinstance(cost, CostModel):
+            raise ValueError(f"cost {cost!r:.60} is no CostModel")
+        cost.require_sound()
+        group = others.get("expert_group", num_ranks) if mode == "lockstep" else 1
+        others["expert_group"] = _whole("expert_group", group, num_ranks)
+        others["pipeline"] = _whole("pipeline", others.get("pipeline", 1), MOST_STAGES)
+        others["slowdown"] = _checked_slowdown(others.get("slowdown", ()), num_ranks)
+        _check_offload(others.get("offload"))
+        problem = Problem(tokens, num_ranks, capacity, mode, cost, **others)
+        if num_ranks % problem.expert_group:
+            raise ValueError(
+                f"expert_group = {problem.expert_group} must divide the {num_ranks} ranks"
+            )
         return problem
 
     def slowest(self, ranks: Iterable[int]) -> float:
@@ -128,6 +133,58 @@ class Problem:
                 f"(data.context_tokens), let a rank hold {per_rank} (planner.capacity_tokens, or "
                 "--capacity), or start more ranks"
             )
+
+
+def _whole(name: str, value: Any, most: int) -> int:
+    """`value` as an int from 1 to `most`. Raises ValueError for anything else."""
+    is_whole = hasattr(value, "__index__") and not isinstance(value, bool)
+    number = operator.index(value) if is_whole else 0
+    if not 1 <= number <= most:
+        raise ValueError(f"{name} = {value!r:.40} must be a whole number from 1 to {most:,}")
+    return number
+
+
+def _checked_lengths(lengths: ArrayLike) -> Integers:
+    """int64[N]. Raises ValueError for what is no list of whole numbers from 1 to MOST_TOKENS."""
+    try:
+        given = np.asarray(lengths)
+    except (TypeError, ValueError, RuntimeError):  # a nested list, a tensor that has a gradient
+        given = np.asarray("")
+    if given.ndim != 1 or (given.size and not np.issubdtype(given.dtype, np.integer)):
+        raise ValueError("lengths must be whole numbers of tokens, one for each sequence")
+    for number in (given.min(initial=1), given.max(initial=1)):
+        if not 1 <= number <= MOST_TOKENS:
+            raise ValueError(
+                f"a sequence has {number} tokens; every length must be from 1 to {MOST_TOKENS:,}"
+            )
+    return given.astype(np.int64)
+
+
+def _checked_slowdown(slowdown: Any, num_ranks: int) -> tuple[float, ...]:
+    """A number for each rank, or none. Raises ValueError for anything else."""
+    try:
+        numbers = tuple(map(float, slowdown))
+    except (TypeError, ValueError):
+        numbers = (0.0,)
+    if numbers and not (len(numbers) == num_ranks and all(1 <= x < math.inf for x in numbers)):
+        raise ValueError(
+            f"slowdown {slowdown!r:.60} must have a number of at least 1 for each of the "
+            f"{num_ranks} ranks, or be empty"
+        )
+    return numbers
+
+
+def _check_offload(offload: Any) -> None:
+    """Raise ValueError for what is no sound OffloadModel, and not None."""
+    if offload is None:
+        return
+    if not isinstance(offload, OffloadModel):
+        raise ValueError(f"offload {offload!r:.60} is no OffloadModel")
+    _whole("offload.stage_layers", offload.stage_layers, MOST_TOKENS)
+    for name in ("bytes_per_token", "copy_bytes_per_s"):
+        value = getattr(offload, name)
+        if not (isinstance(value, (int, float, np.number)) and 0 < value < math.inf):
+            raise ValueError(f"offload.{name} = {value!r:.40} must be a number above 0")
 
 
 Planner = Callable[[Problem], StepPlan]

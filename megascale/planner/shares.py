@@ -8,9 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from megascale.arrays import Integers
 from megascale.planner.ring import Ring
-
-Integers = NDArray[np.int64]
 
 
 def chunk_bounds(lengths: Sequence[int], size: int) -> Integers:
@@ -85,7 +84,7 @@ class Share:
         return [(int(start), int(tokens)) for start, tokens in parts if tokens]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class RankMicroBatch:
     """One micro-batch of a plan, as one of its ranks runs it.
 

@@ -7,13 +7,11 @@ from dataclasses import dataclass
 from itertools import groupby
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
+from megascale.arrays import Integers, Seconds
 from megascale.planner.cost import FORWARD_SHARE, CostModel
 from megascale.planner.plan import StepPlan
-
-Seconds = NDArray[np.float64]
-Integers = NDArray[np.int64]
 
 
 @dataclass(frozen=True)

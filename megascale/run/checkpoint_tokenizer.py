@@ -10,7 +10,7 @@ from megascale.checkpoint.load import Found
 from megascale.config import RunConfig, SourceConfig
 from megascale.convert.huggingface.kept import KEPT
 from megascale.convert.huggingface.model_folder import SPECIAL_IDS, load_theirs, require_known
-from megascale.convert.huggingface.tokenizer import has_tokenizer, relation
+from megascale.convert.huggingface.tokenizer_folder import has_tokenizer, relation
 from megascale.convert.score_text import TextTokens
 from megascale.corpus.sources import CORPUS_FILE, TOKENIZER_FOLDER, describe, identity
 from megascale.corpus.tokenizers import load_hf, load_tokenizer

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
 from megascale.config import EarlierConfig, RunConfig, SourceConfig
-from megascale.corpus.sources import describe_source, identity
+from megascale.corpus.sources import SourceInfo, identity
 from megascale.errors import UserError
 from megascale.run.start import Start
 
@@ -59,7 +59,7 @@ def _earlier(source: SourceConfig) -> EarlierConfig:
 def _held(source: SourceConfig) -> str | None:
     """What a source holds; None where it is not there."""
     try:
-        return identity(describe_source(source))
+        return identity(SourceInfo.of(source))
     except UserError:
         return None
 
@@ -103,7 +103,7 @@ def _place(
 def trouble(source: SourceConfig, earlier: EarlierConfig) -> str | None:
     """Why a source is not what was read of it earlier; None where it is."""
     try:
-        now = identity(describe_source(source))
+        now = identity(SourceInfo.of(source))
     except UserError as error:
         return str(error)
     if now != earlier.held:

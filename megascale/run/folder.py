@@ -126,6 +126,16 @@ def _enter(folder: Path, resume: str | None) -> IO[str]:
     except OSError as error:
         raise UserError(f"run_dir {folder}: {error.strerror}; choose a folder you own") from None
     try:
+        _hold(lock, folder)
+        refuse_used_folder(folder, resume)
+    except BaseException:
+        lock.close()
+        raise
+    return lock
+
+
+def _hold(lock: IO[str], folder: Path) -> None:
+    try:
         holder = hold(lock, HELD_S if is_driven() else 0.0)
     except OSError as error:
         raise UserError(
@@ -137,5 +147,3 @@ def _enter(folder: Path, resume: str | None) -> IO[str]:
             f"run_dir {folder} is in use by another run ({holder}); "
             "stop that one or set another run_dir"
         )
-    refuse_used_folder(folder, resume)
-    return lock

@@ -25,7 +25,7 @@ from megascale.devices.step_time import StepCost, StepTime, step_time
 from megascale.devices.table import Device
 from megascale.errors import UserError
 from megascale.model.counts import batch_flops, count_rank_parameters
-from megascale.planner import Problem, StepPlan, find_planner
+from megascale.planner import Problem, StepPlan, plan_with
 from megascale.run.step_problem import measured_cost, padding_s, step_problem
 
 DAY_S = 86_400
@@ -111,7 +111,7 @@ def planned_figures(
 ) -> Figures:
     """The same, planned by a planner of this name. Raises UserError where it has no plan."""
     problem = step_problem(config, layout, lengths, step_cost(config, layout, device).cost)
-    plan = find_planner(planner)(problem)
+    plan = plan_with(planner, problem)
     return figures(config, layout, device, plan, problem)
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from megascale.checkpoint.folder import make_copies_folder
-from megascale.config import Layout, RunConfig
+from megascale.config import Layout, RunConfig, finalize, load_config
 from megascale.errors import UserError
 from megascale.installation import require_training
+from megascale.optim import steplaw
 from megascale.run.resolve import load_run
 from megascale.run.step_problem import cost_model
 from megascale.runtime.files import broken_link
@@ -50,10 +51,33 @@ def check_ranks(config: RunConfig, count: int) -> None:
         _check_devices(config.device, count)
 
 
+def fitting_config(path: str, overrides: Sequence[str], worlds: Iterable[int]) -> RunConfig:
+    """The config of a run, which must fit worlds of these sizes. Raises UserError."""
+    config = load_run(path, overrides).config
+    for world in worlds:
+        Layout.of(config, world)
+    return config
+
+
+def config_for_calibration(path: str, overrides: Sequence[str]) -> RunConfig:
+    """The finalized config; its corpora are looked at only where they give the vocabulary.
+
+    Raises UserError where they give none.
+    """
+    config = steplaw.resolve(load_config(path, overrides))
+    if config.model.vocab_size is None:
+        try:
+            return load_run(path, overrides).config
+        except UserError as error:
+            raise UserError(f"{error} (or set model.vocab_size, which needs no corpus)") from None
+    return finalize(config, dict.fromkeys(config.data.sources, 1), config.model.vocab_size)
+
+
 def check_resume(resume: str | None) -> None:
     """Raise UserError for a `--resume` that is no word or step."""
-    if resume not in (None, "auto", "latest") and not resume.isdigit():
-        raise UserError(f"--resume {resume}: give auto, latest or the number of a step")
+    is_step = isinstance(resume, str) and resume.isascii() and resume.isdigit()
+    if resume not in (None, "auto", "latest") and not is_step:
+        raise UserError(f"resume {resume}: give auto, latest or the number of a step")
 
 
 def refuse_used_folder(folder: Path, resume: str | None) -> None:

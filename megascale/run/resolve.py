@@ -15,7 +15,7 @@ from typing import NamedTuple
 from megascale.config import RunConfig, finalize, load_config, validate
 from megascale.corpus.batches import used_sources
 from megascale.corpus.run_length import most_tokens
-from megascale.corpus.sources import SourceInfo, describe_source
+from megascale.corpus.sources import SourceInfo
 from megascale.errors import UserError
 from megascale.optim import steplaw
 from megascale.planner import find_planner
@@ -51,7 +51,7 @@ def load_run(config_path: str | Path, overrides: Sequence[str] = ()) -> Resolved
         config = replace(config, start=start.section)
     config = with_earlier(steplaw.resolve(with_rate_of_start(config, start)), start)
     sources = {
-        name: part_seen(describe_source(one), one) for name, one in config.data.sources.items()
+        name: part_seen(SourceInfo.of(one), one) for name, one in config.data.sources.items()
     }
     tokens = source_tokens(sources)
     new = {name: tokens[name] for name, one in config.data.sources.items() if not one.replay}

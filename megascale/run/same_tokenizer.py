@@ -9,7 +9,7 @@ from megascale.checkpoint.load import read_manifest
 from megascale.config import RunConfig, parse_config
 from megascale.corpus.batches import used_sources
 from megascale.corpus.hugging_face import find_tokenizer
-from megascale.corpus.sources import TOKENIZER_FOLDER, SourceInfo, describe_source
+from megascale.corpus.sources import TOKENIZER_FOLDER, SourceInfo
 from megascale.corpus.tokenizer_mark import TokenizerMark, mark_of, tokenizer_mark
 from megascale.errors import UserError
 
@@ -94,7 +94,7 @@ def _marks_of_start(config: RunConfig) -> Iterator[TokenizerMark]:
         yield imported
     for one in parse_config(parent.config).data.sources.values():
         try:
-            yield mark_of(describe_source(one))
+            yield mark_of(SourceInfo.of(one))
         except (OSError, UserError):
             continue
 

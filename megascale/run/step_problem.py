@@ -15,7 +15,7 @@ from megascale.corpus.sources import SourceInfo
 from megascale.errors import UserError
 from megascale.model import counts
 from megascale.model.activations import layer_activation_bytes
-from megascale.planner import CostModel, OffloadModel, Problem, StepPlan, find_planner
+from megascale.planner import CostModel, OffloadModel, Problem, StepPlan, plan_with
 
 
 def cost_model(config: RunConfig) -> CostModel:
@@ -84,7 +84,7 @@ def step_problem(
 
 def plan_lengths(config: RunConfig, layout: Layout, lengths: ArrayLike) -> StepPlan:
     """Plan sequences of `lengths` tokens as a step of this run would."""
-    return find_planner(config.planner.name)(step_problem(config, layout, lengths))
+    return plan_with(config.planner.name, step_problem(config, layout, lengths))
 
 
 @dataclass(frozen=True)
@@ -113,7 +113,7 @@ def plan_first(
 ) -> FirstStep:
     """Plan `batch` as step 0; `cost` takes the place of `cost_model`."""
     problem = step_problem(config, layout, batch.length, cost)
-    return FirstStep(batch, find_planner(config.planner.name)(problem), problem)
+    return FirstStep(batch, plan_with(config.planner.name, problem), problem)
 
 
 def batches_of(config: RunConfig, sources: Mapping[str, SourceInfo]) -> GlobalBatches:

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from megascale.arrays import Integers
 from megascale.config import RunConfig, SourceConfig, finalize, load_config, validate
 from megascale.corpus.batches import GlobalBatch
 from megascale.corpus.run_length import RunLength, most_tokens
@@ -141,7 +142,7 @@ def _draw(config: RunConfig, lengths: str) -> GlobalBatch:
     )
 
 
-def _documents(lengths: str, seed: int) -> np.ndarray[tuple[int, ...], np.dtype[np.int64]]:
+def _documents(lengths: str, seed: int) -> Integers:
     given = given_documents(lengths, "--lengths ")
     if given is not None:
         if not given.size:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import sys
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -120,6 +121,7 @@ def start(config: RunConfig) -> Ranks:
     if kind == "cuda":
         torch.cuda.set_device(device)
     else:
+        _joined.threads = torch.get_num_threads()
         torch.set_num_threads(config.train.threads or _threads_per_rank())
     _join(rank, world, "nccl" if kind == "cuda" else "gloo")
     control = dist.group.WORLD if kind == "cpu" else dist.new_group(backend="gloo", timeout=TIMEOUT)
@@ -137,8 +139,12 @@ def device_bytes(device: torch.device) -> int:
 def stop() -> None:
     """Leave the groups; safe to call when they were never made.
 
-    A default process group that the caller had made before `start` stays.
+    A default process group that the caller had made before `start` stays. torch has as many threads
+    as before.
     """
+    if _joined.threads is not None:
+        torch.set_num_threads(_joined.threads)
+        _joined.threads = None
     if not dist.is_initialized():
         return
     from megatron.core import parallel_state
@@ -147,6 +153,7 @@ def stop() -> None:
     if _joined.open:
         _joined.open = False
         dist.destroy_process_group()
+        sys.excepthook = _joined.excepthook  # torch puts a prefix before it, each time another
 
 
 def seed_everything(seed: int) -> None:
@@ -254,7 +261,8 @@ def patient(ranks: Ranks) -> Ranks:
 
 
 class _Joined:
-    """How often this process has joined the others of its meeting point, and through what.
+    """How often this process has joined the others of its meeting point, and through what; and how
+    the process was before.
 
     The store of a meeting point stays for the whole process, and each time has its own names in
     it: the addresses of the last time must not be taken for those of this one by a rank that
@@ -263,6 +271,8 @@ class _Joined:
 
     def __init__(self) -> None:
         self.open = False
+        self.excepthook = sys.excepthook
+        self.threads: int | None = None
         self._where: tuple[object, ...] | None = None
         self._store: dist.Store | None = None
         self._times = 0
@@ -284,7 +294,9 @@ _joined = _Joined()
 
 def _join(rank: int, world: int, backend: str) -> None:
     if dist.is_initialized():
+        _require_agreement(rank, world)
         return
+    _joined.excepthook = sys.excepthook
     # n ranks of a gloo group then ask the store for all addresses n times, not n^2 times
     os.environ.setdefault("GLOO_ENABLE_STORE_V2_API", "1")
     try:
@@ -299,9 +311,25 @@ def _join(rank: int, world: int, backend: str) -> None:
         ) from None
 
 
+def _require_agreement(rank: int, world: int) -> None:
+    """Raise RankError where the caller's process group says otherwise than the environment."""
+    found = dist.get_rank(), dist.get_world_size()
+    if found != (rank, world):
+        raise RankError(
+            f"this process is rank {found[0]} of {found[1]} of a process group, and rank {rank} of "
+            f"{world} by the environment; start it with torchrun, or set RANK, LOCAL_RANK, "
+            "WORLD_SIZE, LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT as torchrun would"
+        )
+
+
 def _make_groups(layout: Layout) -> None:
     from megatron.core import parallel_state
 
+    if parallel_state.model_parallel_is_initialized():
+        raise RankError(
+            "megatron-core's groups exist already in this process; a run makes its own: call "
+            "megatron.core.parallel_state.destroy_model_parallel() first"
+        )
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=layout.tensor,
         pipeline_model_parallel_size=layout.pipeline,

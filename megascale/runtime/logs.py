@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import io
 import logging
 import os
 import sys
 from pathlib import Path
+
+from megascale.runtime.files import open_to_append
 
 STARTER_VARIABLE = "MEGASCALE_STARTER"
 """Id of the process that started this rank and speaks for it; set by `launch.local_ranks`."""
@@ -17,9 +20,10 @@ def log_to(folder: Path, rank: int) -> None:
     """Send log records and Python warnings of this process to `folder`/rank<r>.log.
 
     The console is for the user; libraries' warnings would drown it, once for every rank. Where
-    another process speaks for this rank, all that is written to stderr goes there too.
+    another process speaks for this rank, all that is written to stderr goes there too. A log that
+    cannot be written costs a warning and not the run.
     """
-    handler = logging.FileHandler(folder / f"rank{rank}.log", encoding="utf-8")
+    handler = _open_log(folder / f"rank{rank}.log")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     root = logging.getLogger()
     for old in root.handlers[:]:
@@ -27,9 +31,18 @@ def log_to(folder: Path, rank: int) -> None:
     root.addHandler(handler)
     root.setLevel(logging.WARNING)
     logging.captureWarnings(True)
-    if STARTER_VARIABLE in os.environ:
-        assert handler.stream is not None, "it is opened at once"
+    if STARTER_VARIABLE in os.environ and isinstance(handler, logging.StreamHandler):
         os.dup2(handler.stream.fileno(), 2)
+
+
+def _open_log(path: Path) -> logging.Handler:
+    """Adds to a regular file; a pipe might let the rank wait for a reader."""
+    try:
+        file = io.BufferedWriter(open_to_append(path))
+    except OSError as error:
+        say(f"warning: no log of this rank: {error}; the run goes on")
+        return logging.NullHandler()
+    return logging.StreamHandler(io.TextIOWrapper(file, "utf-8", errors="backslashreplace"))
 
 
 def note_failure(error: BaseException) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import threading
 import time
 from collections.abc import Callable, Sequence
 from types import FrameType
@@ -20,7 +21,8 @@ class StopRequest:
 
     SIGINT (Ctrl-C), SIGTERM (pre-emption), SIGUSR1 (a time limit) and SIGHUP (a terminal that is
     closed; not under nohup) ask for a checkpoint and a clean end. A second SIGINT or SIGTERM raises
-    KeyboardInterrupt at once, unless it is an echo of the first.
+    KeyboardInterrupt at once, unless it is an echo of the first. Made in another thread than the
+    main one, it hears no signal: Python delivers none there.
     """
 
     def __init__(
@@ -36,8 +38,9 @@ class StopRequest:
         self.signal_name: str | None = None
         """Name of the first signal, or None."""
         self._asked_at = 0.0
+        is_main = threading.current_thread() is threading.main_thread()
         is_kept = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
-        heard = [number for number in SIGNALS if not (is_kept and number == signal.SIGHUP)]
+        heard = [one for one in SIGNALS if is_main and not (is_kept and one == signal.SIGHUP)]
         self._previous = {number: signal.signal(number, self._handle) for number in heard}
 
     def __bool__(self) -> bool:

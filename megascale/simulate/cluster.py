@@ -30,6 +30,7 @@ from megascale.devices.rates import (
     sync_s,
 )
 from megascale.devices.table import Device
+from megascale.errors import UserError
 from megascale.model import counts
 from megascale.optim.rank_memory import memory_per_rank
 from megascale.planner import CostModel, OffloadModel, Problem
@@ -83,6 +84,56 @@ MODELS = {
 MODELS["141b"] = MODELS["8x22b"]
 ASSUMED_MODEL = "7b"
 """Whose costs a batch of lengths is planned with if nothing else is given."""
+
+
+def preset_of(name: str) -> Preset:
+    """The preset of a name. Raises UserError."""
+    if name not in MODELS:
+        raise UserError(f"--model {name}: not in the table, which has {', '.join(MODELS)}")
+    return MODELS[name]
+
+
+def layout_of(model_name: str, ranks: int, tensor: int, pipeline: int, expert: int) -> Layout:
+    """The layout of a preset on `ranks` devices. Raises UserError where it does not fit."""
+    model = preset_of(model_name).model
+    if model.num_heads % tensor or (model.num_kv_heads or 1) % tensor:
+        raise UserError(f"--tensor {tensor}: must divide the {model.num_kv_heads} key-value heads")
+    if model.num_layers % pipeline:
+        raise UserError(f"--pipeline {pipeline}: must divide the {model.num_layers} layers")
+    num_experts = model.moe.num_experts if model.moe else 1
+    if num_experts % expert:
+        raise UserError(f"--expert {expert}: must divide the {num_experts} of --model {model_name}")
+    if ranks % (tensor * pipeline * expert):
+        least = tensor * pipeline * expert
+        raise UserError(
+            f"--ranks {ranks}: must be a multiple of tensor {tensor} x pipeline {pipeline} x "
+            f"expert {expert} = {least}; try --ranks {max(least, ranks // least * least)}"
+        )
+    return Layout(ranks, tensor, pipeline, expert, ranks // (tensor * pipeline))
+
+
+def mode_of(name: str | None, layout: Layout) -> Mode:
+    """The mode of planning by name, by default the freest. Raises UserError."""
+    modes: dict[str, Mode] = {"free": "free", "aligned": "aligned", "lockstep": "lockstep"}
+    if name is None:
+        return layout.mode
+    if name not in modes:
+        raise UserError(f"--mode {name}: must be one of {', '.join(modes)}")
+    allowed = list(modes)[list(modes).index(layout.mode) :]
+    if name not in allowed:
+        raise UserError(
+            f"--mode {name}: pipeline {layout.pipeline} and expert {layout.expert} need "
+            f"{' or '.join(allowed)}"
+        )
+    return modes[name]
+
+
+def offload_kind(name: str) -> Offload:
+    """How much may go to host memory, by name. Raises UserError."""
+    kinds: dict[str, Offload] = {"none": "none", "paying": "paying", "all": "all"}
+    if name not in kinds:
+        raise UserError(f"--offload {name}: must be one of {', '.join(kinds)}")
+    return kinds[name]
 
 
 def assumed_cost() -> CostModel:

@@ -8,16 +8,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
+from megascale.arrays import Floats, Integers
 from megascale.corpus.pieces import PieceIndex
 from megascale.corpus.shards import Shard
 from megascale.corpus.sources import describe
 from megascale.errors import UserError
 from megascale.reading import MOST_TEXT_BYTES, read_whole
-
-Floats = NDArray[np.float64]
-Integers = NDArray[np.int64]
 
 LONGEST = 2**40
 """Tokens that a line of a lengths file may say."""

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
-from numpy.typing import NDArray
 
+from megascale.arrays import Floats
 from megascale.errors import UserError
+from megascale.planner import PLANNERS
 from megascale.planner.peers.static import plan_static_rings
 from megascale.planner.plan import PlanError, StepPlan, kept_share
 from megascale.planner.problem import Planner, Problem
 from megascale.planner.timeline import ring_seconds, timeline
 
+BASELINE = "static"
+"""The planner that the others are compared with, see `plan_static_mesh`."""
 SIZE_CLASSES = (1, 2, 9, 65, 513)
 """Smallest ring of each class of ring sizes."""
 
@@ -124,10 +128,10 @@ class Replay:
         return self.mean("num_tokens") / self.mean("step_s")
 
     @property
-    def tokens_by_size(self) -> NDArray[np.float64]:
+    def tokens_by_size(self) -> Floats:
         """Mean part of the tokens in rings of each class of `SIZE_CLASSES`."""
         shares = np.array([outcome.tokens_by_size for outcome in self.outcomes])
-        mean: NDArray[np.float64] = shares.mean(axis=0)
+        mean: Floats = shares.mean(axis=0)
         return mean
 
     def speedup_over(self, other: Replay) -> float:
@@ -143,6 +147,21 @@ class Entrant:
     planner: Planner
     adapt: Callable[[Problem], Problem] = lambda problem: problem
     """What is changed in each step's problem for it."""
+
+
+def entrants_of(text: str | None, context: int) -> list[Entrant]:
+    """The baseline, with a mesh for the context, and the planners that `text` names.
+
+    `text` has names with commas between; None: all planners that can share a sequence. Raises
+    UserError for an unknown one.
+    """
+    others = [name for name in PLANNERS if name not in (BASELINE, "longest_first")]
+    names = others if text is None else [name.strip() for name in text.split(",")]
+    for name in names:
+        if name not in PLANNERS and name != BASELINE:
+            raise UserError(f"--planners {name}: unknown; planners are {', '.join(PLANNERS)}")
+    chosen = [Entrant(name, PLANNERS[name]) for name in names if name != BASELINE]
+    return [Entrant(BASELINE, partial(plan_static_mesh, context=context)), *chosen]
 
 
 def replay(

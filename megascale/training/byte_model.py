@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from megascale.errors import UserError
-from megascale.infowindow.files import files_of, make_place
+from megascale.infowindow.checked_files import files_of, make_place
 from megascale.infowindow.m1 import KIND, M1, MOST_TERMS, Shape
 from megascale.parsing import dump_yaml, parse_yaml, read_yaml_text
 from megascale.runtime.files import write_file

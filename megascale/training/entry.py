@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import psutil
+
 from megascale.run.resolve import ResolvedRun
 from megascale.runtime.environment import world_from_environment
 
 
-def train_on_device(run: ResolvedRun, resume: str | None, command: str) -> bool:
-    """Make the device ready and train as `loop.train` does; whether a signal stopped it."""
+def train_on_device(
+    run: ResolvedRun, resume: str | None, command: str, entered: float | None = None
+) -> bool:
+    """Make the device ready and train as `loop.train` does; whether a signal stopped it.
+
+    Without `entered` the run began to make itself ready when this process did.
+    """
     from megascale.run.preflight import check_emergency
     from megascale.run.step_problem import cost_model
 
@@ -20,4 +27,5 @@ def train_on_device(run: ResolvedRun, resume: str | None, command: str) -> bool:
     distributed.prepare_device(config.device)
     from megascale.training.loop import train
 
-    return train(run, resume, command)
+    entered = psutil.Process().create_time() if entered is None else entered
+    return train(run, resume, command, entered)

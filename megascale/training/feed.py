@@ -1,4 +1,7 @@
-"""Batches and their plans, made ahead of time while the steps before train."""
+"""Batches and their plans, made ahead of time while the steps before train.
+
+A message between ranks begins with its digest: ranks with different plans would wait forever.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +29,7 @@ FIRST_ROOM_BYTES = 1 << 14
 LENGTH = struct.Struct("<Q")
 DIGEST_BYTES = 32
 PLAN, ERROR = b"p", b"e"
-"""What a message holds, after the digest of all the rest."""
+"""What a message holds, after its digest."""
 
 
 @dataclass(frozen=True)

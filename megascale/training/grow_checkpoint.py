@@ -20,7 +20,7 @@ from megascale.config import (
     dump_config,
     parse_config,
 )
-from megascale.convert.huggingface.tokenizer import copy_tokenizer
+from megascale.convert.huggingface.tokenizer_folder import copy_tokenizer
 from megascale.corpus.batches import Cursor
 from megascale.corpus.sources import TOKENIZER_FOLDER
 from megascale.errors import UserError

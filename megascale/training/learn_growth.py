@@ -14,7 +14,7 @@ from megascale.config import Layout, ModelConfig, ParallelConfig, RunConfig
 from megascale.convert.one_rank import for_one_rank, run_config
 from megascale.corpus.batches import Cursor, GlobalBatches
 from megascale.corpus.shards import Shard
-from megascale.corpus.sources import SourceInfo, describe_source, identity
+from megascale.corpus.sources import SourceInfo, identity
 from megascale.errors import UserError
 from megascale.growth.learn import DepthMaps, Maps
 from megascale.mesh.packing import MicroBatch
@@ -133,7 +133,7 @@ def _data(found: Found, config: RunConfig) -> tuple[Cursor, dict[str, SourceInfo
         )
     try:
         sources = {
-            name: part_seen(describe_source(one), one) for name, one in config.data.sources.items()
+            name: part_seen(SourceInfo.of(one), one) for name, one in config.data.sources.items()
         }
         now = {name: identity(info) for name, info in sources.items()}
         compare_sources(position.cursor["sources"], now)

@@ -11,7 +11,6 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-import psutil
 
 from megascale.checkpoint.folder import checkpoints_dir
 from megascale.checkpoint.load import (
@@ -56,11 +55,12 @@ LAST_SAVE_PAUSES_S = (1, 2, 4, 8, 16, 32)
 """Pauses between the tries to save at the end of a run."""
 
 
-def train(run: ResolvedRun, resume: str | None, command: str) -> bool:
+def train(run: ResolvedRun, resume: str | None, command: str, entered: float) -> bool:
     """Train from start or checkpoint to the end; whether a signal stopped it before.
 
-    `resume` is None, 'auto', 'latest' or a step; `command` is what a
-    user types to continue the run. Raises UserError for everything that a user can mend.
+    `resume` is None, 'auto', 'latest' or a step; `command` is what a user types to continue the
+    run; `entered` is when it began to make itself ready, in seconds since the epoch. Raises
+    UserError for everything that a user can mend.
     """
     config = run.config
     with ExitStack() as leave:
@@ -73,8 +73,8 @@ def train(run: ResolvedRun, resume: str | None, command: str) -> bool:
         leave.callback(stop.restore)
         train_one = partial(_train, command=command, ranks=ranks, stop=stop)
         if config.growth is None:
-            return train_one(run, resume, psutil.Process().create_time())
-        return _train_growing(run, resume, ranks, train_one)
+            return train_one(run, resume, entered)
+        return _train_growing(run, resume, entered, ranks, train_one)
 
 
 def _train(
@@ -112,6 +112,7 @@ def _train(
 def _train_growing(
     run: ResolvedRun,
     resume: str | None,
+    entered: float,
     ranks: Ranks,
     train_one: Callable[[ResolvedRun, str | None, float], bool],
 ) -> bool:
@@ -128,7 +129,7 @@ def _train_growing(
 
     if not from_first_rank(ranks, is_grown):
         first = run._replace(config=small)
-        if train_one(first, None if resume is None else "auto", psutil.Process().create_time()):
+        if train_one(first, None if resume is None else "auto", entered):
             return True
         pulse.restart()
         with noting_errors(Path(grown.run_dir), ranks):

@@ -10,9 +10,7 @@ from functools import wraps
 from statistics import fmean
 from typing import Any, Concatenate, ParamSpec
 
-import numpy as np
-from numpy.typing import NDArray
-
+from megascale.arrays import Floats
 from megascale.checkpoint.load import Found
 from megascale.checkpoint.save import SaveResult
 from megascale.config import RunConfig, dump_config
@@ -262,7 +260,7 @@ class Recorder:
         }
 
     @_beside
-    def ranks(self, step: int, over_R: NDArray[np.float64]) -> None:
+    def ranks(self, step: int, over_R: Floats) -> None:
         """Record how slow the ranks were (`slowdown_R`), and name those that stay slow.
 
         The user is told where each rank has cores of its own.

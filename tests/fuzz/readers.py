@@ -348,8 +348,8 @@ def model_config(rng: Rng, scene: Scene) -> None:
 @reader(3)
 def model_index(rng: Rng, scene: Scene) -> None:
     """The index of a Hugging Face model."""
-    from megascale.convert.huggingface.files import INDEX as NAME
-    from megascale.convert.huggingface.files import _listed
+    from megascale.convert.huggingface.model_files import INDEX as NAME
+    from megascale.convert.huggingface.model_files import _listed
 
     for name, file in _listed(
         written(scene, f"model/{NAME}", mutate.json_bytes(rng, INDEX)).parent
@@ -409,7 +409,7 @@ def document_line(rng: Rng, scene: Scene) -> None:
 @reader(2)
 def sweep_line(rng: Rng, scene: Scene) -> None:
     """A line of a sweep."""
-    from megascale.commands.submit import sweep_words
+    from megascale.launch.sweep import sweep_words
 
     line = " ".join(mutate.words(rng, ["optim.lr=1e-3", "run_dir='a b'", "seed=2"]))
     sweep_words(line, "--sweep x, line 1")

@@ -96,7 +96,7 @@ class Run:
         import torch
         import torch.distributed as dist
 
-        from megascale.checkpoint.shards import boxes
+        from megascale.checkpoint.boxes import boxes
 
         self.optimizer.set_steps(self.optimizer.steps)
         mine = [
@@ -318,7 +318,7 @@ def bytes_read(folder: str, overrides: list[str]) -> tuple[int, dict[str, int]]:
     import math
 
     from megascale.checkpoint import read
-    from megascale.checkpoint.shards import boxes
+    from megascale.checkpoint.boxes import boxes
 
     run = Run(overrides, seed=2)
     honest, taken = read._read, []

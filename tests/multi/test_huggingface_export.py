@@ -254,7 +254,7 @@ def test_a_longer_context_keeps_angles_and_raises_the_limit_of_texts(ranks, tmp_
 
 @pytest.mark.parametrize("limit", [1000000000000000019884624838656, 4096, None])
 def test_a_higher_limit_of_texts_stays(tmp_path, limit):
-    from megascale.convert.huggingface.tokenizer import raise_max_length
+    from megascale.convert.huggingface.tokenizer_folder import raise_max_length
 
     path = tmp_path / "tokenizer_config.json"
     path.write_text(text := json.dumps({"model_max_length": limit} if limit else {}))

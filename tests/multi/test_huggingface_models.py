@@ -225,7 +225,7 @@ def trained(ranks, world, corpus, folder, *overrides):
 
 
 def make_with_tokenizer(folder, corpus):
-    from megascale.convert.huggingface.tokenizer import write_tokenizer
+    from megascale.convert.huggingface.tokenizer_folder import write_tokenizer
 
     make(folder, "llama", vocab_size=257)
     write_tokenizer(corpus, folder, 64)

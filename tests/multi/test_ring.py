@@ -73,12 +73,12 @@ def join(kernel=None):
     import torch
     import torch.distributed as dist
 
-    from megascale.mesh import kernels, ring
+    from megascale.mesh import kernels, ring_attention
 
     dist.init_process_group("gloo")
     dist.all_reduce(torch.zeros(1))
     named = {"dense": kernels.DENSE, "grouped": kernels.Kernel(*grouped(kernels), grouped=True)}
-    ring.kernel_for = (lambda _: named[kernel]) if kernel else kernels.kernel_for
+    ring_attention.kernel_for = (lambda _: named[kernel]) if kernel else kernels.kernel_for
     return dist.get_rank()
 
 
@@ -170,7 +170,7 @@ def run_large():
     """16 MiB each way at every hop: more than sockets hold."""
     import torch
 
-    from megascale.mesh.ring import ring_attend
+    from megascale.mesh.ring_attention import ring_attend
     from megascale.mesh.ring_share import RingShare
     from megascale.planner.shares import chunk_bounds
 
@@ -192,7 +192,7 @@ def record_order():
     import torch
     import torch.distributed as dist
 
-    from megascale.mesh import kernels, ring
+    from megascale.mesh import kernels, ring_attention
 
     place, log, flash = join(), [], kernels.FLASH_CPU
     exchange = dist.batch_isend_irecv
@@ -210,7 +210,7 @@ def record_order():
 
     dist.batch_isend_irecv = post
     forward, backward = logged("forward", flash.forward), logged("backward", flash.backward)
-    ring.kernel_for = lambda _: kernels.Kernel(forward, backward, grouped=False)
+    ring_attention.kernel_for = lambda _: kernels.Kernel(forward, backward, grouped=False)
     try:
         differences((0, 1, 2), place, (60,), None, 2, torch.float64)
     finally:

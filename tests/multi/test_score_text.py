@@ -18,7 +18,7 @@ LENGTHS = [0, 1, 31, 32, 33, 63, 64, 65, 95, 96, 97, 101, 128, 300]
 
 def make_both(folder):
     """A random model with a tokenizer of bytes in `hf`, and its import in `ours`."""
-    from megascale.convert.huggingface.tokenizer import write_tokenizer
+    from megascale.convert.huggingface.tokenizer_folder import write_tokenizer
 
     lines = [json.dumps({"text": f"Some text, line {i}."}) for i in range(20)]
     (folder / "texts.jsonl").write_text("\n".join(lines) + "\n")

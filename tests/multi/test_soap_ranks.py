@@ -70,7 +70,7 @@ def state_bytes(overrides: list[str]) -> tuple[int, int, int]:
     """(pipeline stage, bytes of state and master weights on this rank, what the plan says of the
     fullest of the stage)."""
     from megascale.config import Layout
-    from megascale.optim.optimizers import find_optimizer
+    from megascale.optim.optimizer_kind import find_optimizer
 
     run = Run([*SOAP, *overrides])
     held = 0

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 
 from megascale.config import ModelConfig, RunConfig
+from megascale.errors import RankError
 from megascale.runtime import distributed
 
 TIMES = 3
@@ -50,6 +51,31 @@ def in_a_world_of_the_caller():
     total = torch.tensor([dist.get_rank() + 1])
     dist.all_reduce(total)
     return int(total)
+
+
+def without_variables():
+    dist.init_process_group("gloo")
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):
+        del os.environ[name]
+    with pytest.raises(RankError, match="rank . of 2 of a process group, and rank 0 of 1 by the"):
+        distributed.start(RunConfig(model=ModelConfig()))
+
+
+def test_a_process_group_of_other_ranks_is_one_line(ranks):
+    ranks(2, without_variables)
+
+
+def with_groups_of_megatron_core():
+    from megatron.core import parallel_state
+
+    dist.init_process_group("gloo")
+    parallel_state.initialize_model_parallel()
+    with pytest.raises(RankError, match="megatron-core's groups exist already"):
+        distributed.start(RunConfig(model=ModelConfig()))
+
+
+def test_groups_of_megatron_core_are_one_line(ranks):
+    ranks(1, with_groups_of_megatron_core)
 
 
 def test_a_process_group_that_the_caller_made_is_left_alone(ranks):

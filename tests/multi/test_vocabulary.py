@@ -55,7 +55,7 @@ class Model:
 
     def spoil(self) -> None:
         """Logits that lie low, and padded rows that would change every softmax they were in."""
-        from megascale.checkpoint.shards import boxes
+        from megascale.checkpoint.boxes import boxes
         from megascale.model.vocabulary import VOCABULARY
 
         for box in boxes(self.model, None):
@@ -118,7 +118,7 @@ def trained(overrides: tuple[str, ...]) -> Any:
     """(mean loss in evaluation, that in training, gradients of ids by place, sums of padding)."""
     from megatron.core.distributed import finalize_model_grads
 
-    from megascale.checkpoint.shards import boxes
+    from megascale.checkpoint.boxes import boxes
     from megascale.training.step import evaluate, run_micro_batches
 
     model = Model(overrides)
@@ -223,7 +223,7 @@ def test_losses_agree_to_1e9_in_fp64(ranks: Any, tied: tuple[str, ...]) -> None:
 
 def drawn_rows(overrides: tuple[str, ...]) -> Any:
     """The initial rows of ids, by place, and the largest number in a padded row."""
-    from megascale.checkpoint.shards import boxes
+    from megascale.checkpoint.boxes import boxes
     from megascale.model.vocabulary import VOCABULARY
 
     model = Model(overrides)

@@ -13,7 +13,7 @@ from megascale.config import SourceConfig
 from megascale.corpus.check import check_source
 from megascale.corpus.recipe import parse_recipe
 from megascale.corpus.shards import Shard
-from megascale.corpus.sources import describe, describe_source, identity
+from megascale.corpus.sources import SourceInfo, describe, identity
 from megascale.corpus.tokenizers import load_hf, load_tokenizer
 from megascale.errors import UserError
 from megascale.mesh.reader import TokenSource
@@ -134,7 +134,7 @@ def test_a_bare_prefix_names_it(tmp_path):
     bare = SourceConfig(
         path=prefix, vocab_size=known.vocab_size, eod_id=known.eod_id, bos_id=known.bos_id
     )
-    assert describe_source(bare).first_id == known.bos_id
+    assert SourceInfo.of(bare).first_id == known.bos_id
     assert describe(prefix, None, known.vocab_size, known.eod_id).first_id == known.eod_id
     with pytest.raises(UserError, match="bos_id = 9999 is outside vocab_size"):
         describe(prefix, None, known.vocab_size, known.eod_id, 9999)

@@ -13,14 +13,8 @@ from processor_time import processor_s
 from megascale.errors import UserError
 from megascale.planner.cost import FORWARD_SHARE, CostModel
 from megascale.planner.peers import bytescale
-from megascale.planner.peers.bytescale import (
-    best_fit,
-    offload_to_fit,
-    plan_bytescale,
-    plan_bytescale_naive,
-    ring_ranks,
-    smallest_ring,
-)
+from megascale.planner.peers.bytescale import best_fit, plan_bytescale, plan_bytescale_naive
+from megascale.planner.peers.ring_sizes import ROUNDING, offload_to_fit, ring_ranks, smallest_ring
 from megascale.planner.plan import StepPlan, kept_share
 from megascale.planner.problem import OffloadModel, Problem
 from megascale.planner.timeline import timeline
@@ -113,7 +107,7 @@ def test_equation_3_against_its_text(
     def size(ratio: Fraction) -> int:
         kept = 2 + (1 - ratio) * (layers - 2) if layers > 2 else layers
         filled = Fraction(length) * kept / (layers * capacity)
-        return max(1, ceil(filled * (1 - Fraction(bytescale.ROUNDING))))
+        return max(1, ceil(filled * (1 - Fraction(ROUNDING))))
 
     most = Fraction(min(1.0, max(hidden, 1e-6)))
     least = min(1, Fraction(layers * capacity, max(1, layers - 2) * length))

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megascale.config import RunConfig, dump_config, finalize, parse_config, validate
-from megascale.config.derive import Layout
+from megascale.config.layout import Layout
 from megascale.config.load import whole_number
 from megascale.errors import UserError
 

@@ -16,7 +16,6 @@ from megascale.errors import UserError
 from megascale.planner import PLANNERS, CostModel, Problem, StepPlan
 from megascale.planner.peers.flexsp import (
     MOST_BUCKETS,
-    Program,
     best_homogeneous,
     blaster_ends,
     bucket_ends,
@@ -25,6 +24,7 @@ from megascale.planner.peers.flexsp import (
     solve_micro_batch,
     wave_s,
 )
+from megascale.planner.peers.flexsp_program import Program
 from megascale.simulate.lengths import draw_lengths
 
 # FlexSP's published fit of a 7B model; all-to-all at its bandwidths within and across nodes of 8.

@@ -14,8 +14,8 @@ ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "megascale"
 FILES = sorted(PACKAGE.rglob("*.py"))
 ORDER = (
-    "errors exports reading installation parsing config runtime planner infowindow corpus mesh "
-    "model optim devices checkpoint convert growth simulate monitor run training launch api "
+    "errors arrays reading installation exports parsing config runtime planner infowindow corpus "
+    "mesh model optim devices checkpoint convert growth simulate monitor run training launch api "
     "commands cli"
 ).split()
 

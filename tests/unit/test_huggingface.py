@@ -42,9 +42,9 @@ def hf():
 
     distributed.prepare_device("cpu")
     from megascale.convert import huggingface
-    from megascale.convert.huggingface import config, files, tokenizer, weights
+    from megascale.convert.huggingface import config, model_files, tokenizer_folder, weights
 
-    assert huggingface.__doc__ and config and files and tokenizer and weights
+    assert huggingface.__doc__ and config and model_files and tokenizer_folder and weights
     return huggingface
 
 
@@ -164,7 +164,7 @@ def write(hf, folder, tensors, shard_bytes=10**9, dtype=None):
 
     folder.mkdir(exist_ok=True)
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    return hf.files.write_files(
+    return hf.model_files.write_files(
         folder, shapes, dtype or torch.float32, iter(tensors.items()), shard_bytes
     )
 
@@ -191,7 +191,7 @@ def test_files_are_those_of_the_safetensors_library(hf, tmp_path, dtype, shard_b
         index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
         assert set(index["weight_map"]) == set(tensors)
         assert index["metadata"]["total_size"] == sum(t.nbytes for t in found.values())
-    files = hf.files.ModelFiles.open(tmp_path)
+    files = hf.model_files.ModelFiles.open(tmp_path)
     assert all(files.read(name).equal(tensor.to(kind)) for name, tensor in tensors.items())
 
 
@@ -202,7 +202,7 @@ def test_pieces_are_made_of_theirs_and_fall_into_them(hf, tmp_path, name):
     model = final(hf, MODELS[name])
     tensors = model_tensors(hf, model)
     write(hf, tmp_path, tensors, 2000)
-    files = hf.files.ModelFiles.open(tmp_path)
+    files = hf.model_files.ModelFiles.open(tmp_path)
     assert hf.weights.check_files(files, model) == torch.float32
     pieces = list(hf.weights.import_pieces(files, model, torch.float32))
     key = "decoder.layers.self_attention.linear_qkv.weight"
@@ -267,7 +267,7 @@ def test_damaged_folders_are_refused_in_one_line(hf, tmp_path, harm, said):
     assert len(paths) > 1
     harm(paths[-1])
     with pytest.raises(UserError, match=said) as refusal:
-        hf.files.ModelFiles.open(tmp_path)
+        hf.model_files.ModelFiles.open(tmp_path)
     assert "\n" not in str(refusal.value)
 
 
@@ -281,7 +281,7 @@ def test_tensors_are_those_of_the_config(hf, tmp_path):
     def check(name, model=model, dtype=None, **changes):
         wanted = {k: v for k, v in (tensors | changes.get("put", {})).items() if v is not None}
         write(hf, tmp_path / name, wanted, dtype=dtype)
-        return hf.weights.check_files(hf.files.ModelFiles.open(tmp_path / name), model)
+        return hf.weights.check_files(hf.model_files.ModelFiles.open(tmp_path / name), model)
 
     assert check("fp16", dtype=torch.float16) == torch.float32
     assert check("bf16", dtype=torch.bfloat16) == torch.bfloat16
@@ -307,7 +307,7 @@ def test_weights_of_other_types_are_refused(hf, tmp_path):
     tensors["model.norm.weight"] = torch.ones(8, dtype=torch.int8)
     save_file(tensors, tmp_path / "model.safetensors")
     with pytest.raises(UserError, match="model.norm.weight is I8; F32, BF16, F16 can be read"):
-        hf.weights.check_files(hf.files.ModelFiles.open(tmp_path), final(hf, PLAIN))
+        hf.weights.check_files(hf.model_files.ModelFiles.open(tmp_path), final(hf, PLAIN))
 
 
 TEXTS = ["def f(x):\n\treturn x\r\n", "Größe 漢字 \U0001f600\x00\x7f ", "", "a  b"]
@@ -331,7 +331,7 @@ def test_a_corpus_gives_its_tokenizer(hf, tmp_path, kind):
     corpus, out = tmp_path / "corpus", tmp_path / "out"
     assert main(["prepare", str(tmp_path / "recipe.yaml"), "--out", str(corpus)]) == 0
     out.mkdir()
-    hf.tokenizer.write_tokenizer(corpus, out, 64)
+    hf.tokenizer_folder.write_tokenizer(corpus, out, 64)
     ours, theirs = load_tokenizer(corpus), AutoTokenizer.from_pretrained(out)
     assert theirs.bos_token_id == theirs.eos_token_id == ours.eod_id
     assert math.isclose(theirs.model_max_length, 64)
@@ -342,7 +342,7 @@ def test_a_corpus_gives_its_tokenizer(hf, tmp_path, kind):
 
 
 def test_a_folder_without_a_tokenizer(hf, tmp_path):
-    assert not hf.tokenizer.copy_tokenizer(tmp_path, tmp_path / "out")
+    assert not hf.tokenizer_folder.copy_tokenizer(tmp_path, tmp_path / "out")
     assert not (tmp_path / "out").exists()
     with pytest.raises(UserError, match="no tokenizer there"):
-        hf.tokenizer.write_tokenizer(tmp_path, tmp_path, 64)
+        hf.tokenizer_folder.write_tokenizer(tmp_path, tmp_path, 64)

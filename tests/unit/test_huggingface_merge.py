@@ -192,9 +192,9 @@ def test_a_tokenizer_that_only_its_own_code_reads_is_compared_by_its_files(hf, t
         folder.mkdir()
         (folder / "tokenizer.model").write_bytes(content)
     without.mkdir()
-    assert hf.tokenizer.relation(same, first) == "same"
-    assert hf.tokenizer.relation(other, first) == "other"
-    assert hf.tokenizer.relation(other, without) == "same"  # nothing is known of it
+    assert hf.tokenizer_folder.relation(same, first) == "same"
+    assert hf.tokenizer_folder.relation(other, first) == "other"
+    assert hf.tokenizer_folder.relation(other, without) == "same"  # nothing is known of it
 
 
 def test_what_was_kept_says_how_long_its_context_is(hf, tmp_path):  # noqa: F811

@@ -23,9 +23,9 @@ from megascale.cli import main
 from megascale.errors import UserError
 from megascale.infowindow import expand as expand_module
 from megascale.infowindow import stream as streams
+from megascale.infowindow.checked_files import digest_of
 from megascale.infowindow.codebook import KIND, Codebook, TreeCoder
 from megascale.infowindow.expand import NUM_CODES
-from megascale.infowindow.files import digest_of
 from megascale.infowindow.m1 import M1
 from megascale.infowindow.reference import ReferenceCoder
 from megascale.infowindow.stream import HEADER, decode_file, encode_file

@@ -204,7 +204,7 @@ def test_windows_without_a_dictionary_make_a_corpus_too(tmp_path):
 def test_transformers_loads_what_export_writes(tmp_path, vocabulary):
     from transformers import AutoTokenizer
 
-    from megascale.convert.huggingface.tokenizer import write_tokenizer
+    from megascale.convert.huggingface.tokenizer_folder import write_tokenizer
 
     small_book().save(tmp_path / "b16")
     chosen = f"--tokenizer=infowindow:{tmp_path / 'b16'}"
@@ -232,7 +232,7 @@ def test_transformers_loads_what_export_writes(tmp_path, vocabulary):
 
 
 def test_codes_without_a_dictionary_are_not_exported(tmp_path):
-    from megascale.convert.huggingface.tokenizer import write_tokenizer
+    from megascale.convert.huggingface.tokenizer_folder import write_tokenizer
 
     Codebook.compile(random_m1(layers=1), "ac", 32, print).save(tmp_path / "b32")
     _, corpus = prepare(tmp_path, "corpus", f"--tokenizer=infowindow:{tmp_path / 'b32'}")

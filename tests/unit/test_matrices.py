@@ -81,7 +81,7 @@ def test_bytes_are_counted_without_torch() -> None:
 import sys
 sys.modules["torch"] = None
 from megascale.config.optimizers import OPTIMIZERS
-from megascale.optim.optimizers import find_optimizer
+from megascale.optim.optimizer_kind import find_optimizer
 print(*(name for name in OPTIMIZERS if find_optimizer(name).state.moments))
 """
     told = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)

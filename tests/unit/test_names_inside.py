@@ -5,8 +5,8 @@ import json
 import pytest
 from tokenizer_files import byte_bpe
 
-from megascale.convert.huggingface.files import INDEX, ModelFiles
-from megascale.convert.huggingface.tokenizer import copy_tokenizer
+from megascale.convert.huggingface.model_files import INDEX, ModelFiles
+from megascale.convert.huggingface.tokenizer_folder import copy_tokenizer
 from megascale.corpus.prepare import prepare
 from megascale.corpus.recipe import InputConfig, Recipe, TokenizerConfig
 from megascale.corpus.sources import describe, read_corpus_file

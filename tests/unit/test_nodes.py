@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from megascale.cli import main
-from megascale.commands import nodes as nodes_command
+from megascale.commands import doctor_nodes as nodes_command
 from megascale.errors import UserError
 from megascale.launch.node_check import check_node
 from megascale.runtime import self_test

@@ -13,7 +13,7 @@ from megascale.commands import eval as eval_command
 from megascale.commands import experts as experts_command
 from megascale.commands.report import PAGE
 from megascale.errors import UserError
-from megascale.infowindow.files import files_of, write_file
+from megascale.infowindow.checked_files import files_of, write_arrays
 from megascale.planner.cost import CostModel
 from megascale.planner.fit import write_cost
 from megascale.runtime.outputs import Output, begins_with, json_of, picture, require_outputs
@@ -80,7 +80,7 @@ def own(kind, path):
     elif kind == "picture":
         drawn(path)
     else:
-        write_file(path, "megascale.infowindow.codebook", {}, {"bits": 16})
+        write_arrays(path, "megascale.infowindow.codebook", {}, {"bits": 16})
     return path
 
 

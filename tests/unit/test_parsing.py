@@ -12,7 +12,7 @@ import pytest
 from processor_time import processor_s
 
 from megascale.config import dump_config, finalize, load_config, parse_config
-from megascale.config.derive import AT_MOST
+from megascale.config.limits import AT_MOST
 from megascale.errors import MOST_MESSAGE, UserError
 from megascale.parsing import (
     MOST_BYTES,
@@ -32,7 +32,7 @@ MAY_PARSE = {
     "parsing.py": "the reader itself",
     "corpus/special_tokens.py": "what the tokenizers library has parsed and written again",
     "corpus/tokenizer_mark.py": "the same",
-    "convert/huggingface/tokenizer.py": "the same",
+    "convert/huggingface/tokenizer_folder.py": "the same",
     "infowindow/tokenization_infowindow.py": "it is copied into exported models",
     "planner/plan.py": "between processes of one run",
     "planner/service/worker.py": "the same",

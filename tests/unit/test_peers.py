@@ -14,10 +14,14 @@ from bench_planner import Job, Row, Scenario, corpus_lengths, in_process
 from hypothesis import given
 from hypothesis import strategies as st
 from judge import judge
-from peers import karmarkar_karp, plan_lpt, plan_lpt_best, plan_megatron_core, plan_verl_kk
+from peers import karmarkar_karp, plan_megatron_core, plan_verl_kk
 
 from megascale.errors import UserError
-from megascale.planner import CostModel, Problem
+from megascale.planner import CostModel, OffloadModel, Problem, find_planner
+from megascale.planner.peers.longest_first_rings import (
+    plan_longest_first_rings,
+    plan_longest_first_rings_best,
+)
 
 COST = bench_planner.COST
 
@@ -40,19 +44,33 @@ def test_static_peers_keep_all_rules_but_verl_the_capacity(lengths, num_ranks, c
     problem = problem_of(lengths, num_ranks, capacity, mode)
     if max(lengths) > num_ranks * capacity:
         with pytest.raises(UserError):
-            plan_lpt(problem)
+            plan_longest_first_rings(problem)
         return
     divisors = [size for size in range(1, num_ranks + 1) if num_ranks % size == 0]
     size = next(size for size in divisors if size * capacity >= max(lengths))
-    for plan in (plan_lpt(problem), plan_verl_kk(problem)):
+    for plan in (plan_longest_first_rings(problem), plan_verl_kk(problem)):
         assert {len(ring.ranks) for ring in plan.rings if ring.sequences} == {size}
         problems = verdict_on(plan, lengths).problems
         kept = [line for line in problems if "capacity" not in line]
         assert kept == []
         assert plan.rings[0].ranks and math.isfinite(plan.predicted_s)
-    smallest, best = plan_lpt(problem), plan_lpt_best(problem)
+    smallest, best = plan_longest_first_rings(problem), plan_longest_first_rings_best(problem)
     assert verdict_on(smallest, lengths).problems == verdict_on(best, lengths).problems == ()
     assert best.predicted_s <= smallest.predicted_s
+
+
+@pytest.mark.parametrize("name", ["plan_longest_first_rings", "plan_longest_first_rings_best"])
+@pytest.mark.parametrize("mode", ["free", "aligned", "lockstep"])
+def test_a_run_can_name_rings_filled_longest_first(name, mode):
+    """With offload, where the longest sequence fits all ranks no other way."""
+    planner = find_planner(f"megascale.planner.peers.longest_first_rings:{name}")
+    offload = OffloadModel(stage_layers=12, bytes_per_token=1e5, copy_bytes_per_s=2e10)
+    lengths = [5000, 700, 300, 1000, 20]
+    problem = Problem.of(lengths, 4, 1000, mode, CostModel(**COST), pipeline=2, offload=offload)
+    plan = planner(problem)
+    plan.check(lengths)
+    assert {len(ring.ranks) for ring in plan.rings if ring.sequences} == {4}
+    assert [ring.sequences for ring in plan.rings if ring.offload] == [(0,)]
 
 
 def test_verl_breaks_the_capacity_and_the_judge_says_so():

@@ -1,12 +1,12 @@
 """The planner process: same plans as in this process, and every way in which it can fail."""
 
 import dataclasses
-import io
 import os
 import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import CancelledError
 
 import numpy as np
 import planners
@@ -17,15 +17,9 @@ from megascale.config import finalize, parse_config
 from megascale.errors import UserError
 from megascale.planner import PLANNERS, CostModel, OffloadModel, Problem, plan_longest_first
 from megascale.planner.service import ahead as ahead_module
+from megascale.planner.service import process as process_module
 from megascale.planner.service.ahead import MAX_RESTARTS, PlansAhead
-from megascale.planner.service.worker import (
-    FrameError,
-    pack_problem,
-    planner_path,
-    read_frame,
-    unpack_problem,
-    write_frame,
-)
+from megascale.planner.service.worker import planner_path
 
 COST = CostModel(a=1e-10, b=1e-7, fixed=1e-5)
 
@@ -50,7 +44,7 @@ def start():
 
 
 def process_of(plans):
-    return psutil.Process(plans._maker._process.pid)
+    return psutil.Process(plans._process._process.pid)
 
 
 def wait_until(happens, timeout_s=120):
@@ -64,57 +58,7 @@ def is_gone(process):
     return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
 
 
-# ------------------------------------------------------------------------------------- frames
-
-
-def test_a_problem_survives_the_pipe():
-    offload = OffloadModel(stage_layers=12, bytes_per_token=34.5, copy_bytes_per_s=2.5e10)
-    cost = CostModel(**{field.name: 2 + i for i, field in enumerate(dataclasses.fields(CostModel))})
-    whole = Problem.of(
-        [3, 4_000_000_000, 1],
-        8,
-        99,
-        "lockstep",
-        cost,
-        pipeline=3,
-        expert_group=4,
-        offload=offload,
-        budget_s=1 / 3,
-        slowdown=(1.0, 1.5) * 4,
-    )
-    for field in dataclasses.fields(Problem):
-        if field.default is not dataclasses.MISSING:
-            assert getattr(whole, field.name) != field.default, f"{field.name} is not tested"
-    stream = io.BytesIO()
-    fields, lengths = pack_problem(whole)
-    write_frame(stream, fields, lengths)
-    stream.seek(0)
-    back = unpack_problem(*read_frame(stream))
-    assert back.lengths.dtype == np.int64 and back.lengths.tolist() == whole.lengths.tolist()
-    for field in dataclasses.fields(Problem)[1:]:
-        assert getattr(back, field.name) == getattr(whole, field.name)
-    assert read_frame(stream) is None
-
-
-def test_any_damage_to_a_frame_is_noticed():
-    import hashlib
-
-    stream, body = io.BytesIO(), b"the plan"
-    write_frame(stream, {"kind": "plan", "sha256": hashlib.sha256(body).hexdigest()}, body)
-    whole = stream.getvalue()
-    assert read_frame(io.BytesIO(whole))[1] == body
-    for position in range(len(whole)):
-        damaged = bytearray(whole)
-        damaged[position] ^= 0x5A
-        try:
-            head, found = read_frame(io.BytesIO(bytes(damaged)))
-        except FrameError:
-            continue
-        # a name in the head: whoever reads it misses the name
-        assert found == body and not {"kind", "sha256"} <= head.keys() or head["kind"] != "plan"
-    for size in range(1, len(whole)):
-        with pytest.raises(FrameError):
-            read_frame(io.BytesIO(whole[:size]))
+# ----------------------------------------------------------------------------------- its planner
 
 
 def test_a_planner_is_found_by_its_path():
@@ -127,6 +71,29 @@ def test_a_planner_is_found_by_its_path():
 
 
 # --------------------------------------------------------------------------- what it is there for
+
+
+def test_a_problem_reaches_the_planner_whole(start, tmp_path):
+    offload = OffloadModel(stage_layers=12, bytes_per_token=34.5, copy_bytes_per_s=2.5e10)
+    cost = CostModel(**{field.name: 2 + i for i, field in enumerate(dataclasses.fields(CostModel))})
+    whole = Problem.of(
+        [3, 4_000_000_000, 1],
+        8,
+        2**33,
+        "lockstep",
+        cost,
+        pipeline=3,
+        expert_group=4,
+        offload=offload,
+        budget_s=1 / 3,
+        slowdown=(1.0, 1.5) * 4,
+    )
+    for field in dataclasses.fields(Problem):
+        if field.default is not dataclasses.MISSING:
+            assert getattr(whole, field.name) != field.default, f"{field.name} is not tested"
+    plans = start(planners.plan_aloud, log=tmp_path / "planner.log")
+    assert plans.result(plans.request(whole)).trouble is None
+    assert (tmp_path / "planner.log").read_text() == f"{whole} {whole.lengths.dtype}\n"
 
 
 def test_plans_are_those_of_this_process_in_order(start):
@@ -148,10 +115,10 @@ def test_plans_are_made_while_others_work(start):
     assert plans.result(request).trouble is None
 
 
-def test_a_large_problem_does_not_wait_for_the_pipe(start):
+def test_a_large_problem_is_sent_in_the_background(start):
     plans = start(planners.plan_on_and_on)
     large = Problem.of(np.ones(1_000_000, np.int64), 2, 100, "free", COST)
-    requests = [plans.request(large) for _ in range(3)]  # more than a pipe holds
+    requests = [plans.request(large) for _ in range(3)]  # more than a socket holds
     wait_until(lambda: process_of(plans).cpu_times().user > 0.5)
     assert not any(map(plans.ready, requests))  # it still plans the first, and has read no other
 
@@ -167,7 +134,7 @@ def test_a_request_can_be_forgotten(start):
     forgotten, kept = plans.request(problem(4)), plans.request(problem(5))
     plans.forget(forgotten)
     assert plans.result(kept).plan.digest() == plan_longest_first(problem(5)).digest()
-    assert not plans._maker._answers and not plans._maker._problems
+    assert not plans._plans
 
 
 def test_it_is_a_light_and_polite_process(start):
@@ -197,15 +164,6 @@ def test_a_ctrl_c_of_the_run_does_not_reach_it(start, after_s):
     assert process.is_running()
 
 
-def test_it_ends_with_its_stdin_in_the_midst_of_a_plan(start):
-    plans = start(planners.plan_on_and_on)
-    plans.request(problem())
-    process = process_of(plans)
-    wait_until(lambda: process.cpu_times().user > 0.5)
-    plans._maker._outbox.put(None)  # its stdin is closed once all is said
-    wait_until(lambda: is_gone(process))
-
-
 PARENT = """
 import os, sys, time
 from megascale.planner.service.ahead import PlansAhead
@@ -214,9 +172,9 @@ from test_planner_worker import problem
 plans = PlansAhead(planners.plan_on_and_on, 30.0)
 plans.request(problem())
 if sys.argv[1] == "fork" and os.fork() == 0:
-    time.sleep(200)  # as a writer of checkpoints does, with the pipe still open
+    time.sleep(200)  # as a writer of checkpoints does, with the socket still open
     os._exit(0)
-print(plans._maker._process.pid, flush=True)
+print(plans._process._process.pid, flush=True)
 time.sleep(200)
 """
 
@@ -241,6 +199,16 @@ def test_no_orphan_stays_when_the_parent_is_killed(how):
         os.killpg(parent.pid, signal.SIGKILL)
 
 
+def test_it_ends_at_once_in_the_midst_of_a_plan(start):
+    plans = start(planners.plan_on_and_on)
+    request, process = plans.request(problem()), process_of(plans)
+    wait_until(lambda: process.cpu_times().user > 0.5)
+    plans.close()
+    assert is_gone(process)
+    with pytest.raises(CancelledError):  # nor is another process started for it
+        plans.result(request)
+
+
 # ------------------------------------------------------------------------------------ failures
 
 
@@ -250,9 +218,15 @@ def test_no_orphan_stays_when_the_parent_is_killed(how):
         (planners.plan_or_die, "the planner was killed by SIGKILL"),
         (planners.plan_or_hang, "the planner took longer than planner.timeout_s = 3"),
         (planners.plan_or_raise, "the planner failed (ZeroDivisionError: a mistake)"),
-        (planners.plan_or_lose, "the planner made a plan that is none (6 sequences are placed"),
-        (planners.plan_or_mistake, "the planner made a plan that is none (a plan for (3, 'free'"),
-        (planners.plan_or_babble, "the planner sent what is no plan (not a frame: b'\\x00 some"),
+        (
+            planners.plan_or_lose,
+            "the planner made no plan of this batch (6 sequences are",
+        ),
+        (
+            planners.plan_or_mistake,
+            "the planner made no plan of this batch (a plan for (3, 'free'",
+        ),
+        (planners.plan_or_babble, "the planner sent what is no plan (invalid load key, '\\x00'"),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )
@@ -277,6 +251,37 @@ def test_a_process_that_is_killed_between_plans_is_started_again(start):
     assert "killed by SIGKILL" in plans.result(plans.request(problem(4))).trouble
     assert plans.result(plans.request(problem(5))).trouble is None
     assert process_of(plans).pid != first.pid and is_gone(first)
+
+
+@pytest.mark.parametrize("num_sequences", [4, 1_000_000])
+def test_a_process_that_is_stopped_is_late(start, num_sequences):
+    """Whether it is to read or to answer."""
+    plans = start(plan_longest_first, timeout_s=3.0)
+    plans.result(plans.request(problem()))
+    process_of(plans).suspend()
+    lengths = np.ones(num_sequences, np.int64)
+    planned = plans.result(plans.request(Problem.of(lengths, 2, num_sequences, "free", COST)))
+    assert planned.trouble.startswith("the planner took longer than planner.timeout_s = 3;")
+    assert plans.result(plans.request(problem())).trouble is None
+
+
+def test_a_death_that_a_fork_hides_is_noticed_in_time(start, monkeypatch):
+    """A process that the run forked at the wrong moment holds the other end of the socket open."""
+    honest, held = process_module._start, []
+
+    def start_and_hold(path, descriptor, log):
+        held.append(os.dup(descriptor))
+        return honest(path, descriptor, log)
+
+    monkeypatch.setattr(process_module, "_start", start_and_hold)
+    plans = start(plan_longest_first, timeout_s=3.0)
+    plans.result(plans.request(problem()))
+    process_of(plans).kill()
+    planned = plans.result(plans.request(problem()))
+    assert planned.trouble.startswith("the planner took longer than planner.timeout_s = 3;")
+    assert plans.result(plans.request(problem())).trouble is None
+    for descriptor in held:
+        os.close(descriptor)
 
 
 def test_after_enough_restarts_the_fast_planner_stays(start):
@@ -311,7 +316,7 @@ def test_a_planner_that_cannot_start_is_no_end(start, monkeypatch):
 
 
 def test_a_module_that_is_gone_is_named(start, monkeypatch):
-    monkeypatch.setattr(ahead_module, "planner_path", lambda planner: "nowhere:plan")
+    monkeypatch.setattr(process_module, "planner_path", lambda planner: "nowhere:plan")
     plans = start(plan_longest_first)
     assert "ended with status 1" in plans.result(plans.request(problem())).trouble
 

@@ -16,7 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megascale import cli
-from megascale.corpus.prepare import _scratch, fingerprint, prepare, unigram_bits
+from megascale.corpus.facts import unigram_bits
+from megascale.corpus.prepare import _scratch, fingerprint, prepare
 from megascale.corpus.recipe import load_recipe, parse_recipe
 from megascale.corpus.shards import Shard
 from megascale.corpus.sources import describe

@@ -11,7 +11,7 @@ import yaml
 from megascale.cli import main
 from megascale.config import dump_config, finalize, parse_config
 from megascale.convert.huggingface.model_folder import write_configs
-from megascale.corpus.sources import describe, describe_source, identity
+from megascale.corpus.sources import SourceInfo, describe, identity
 from megascale.corpus.tokenizer_mark import mark_of, tokenizer_mark
 from megascale.errors import UserError
 from megascale.run.checkpoint_tokenizer import text_tokens, tokenizer_folder
@@ -44,7 +44,7 @@ def run_of(*sources: Path):
 
 
 def warnings_of(config) -> list[str]:
-    infos = {name: describe_source(one) for name, one in config.data.sources.items()}
+    infos = {name: SourceInfo.of(one) for name, one in config.data.sources.items()}
     return list(warn_if_tokenizers_differ(config, infos))
 
 
@@ -83,7 +83,7 @@ def test_replay_counts_where_it_is_blended(corpora):
     config = finalize(parse_config(yaml.safe_dump({"data": text})), {"bpe": 1, "bytes": 1}, 300)
     replay = replace(config.data.sources["bytes"], replay=True)
     sources = {"bpe": config.data.sources["bpe"], "replay/bytes": replay}
-    infos = {name: describe_source(one) for name, one in sources.items()}
+    infos = {name: SourceInfo.of(one) for name, one in sources.items()}
     for share, is_error in ((0, False), (0.25, True)):
         (stage,) = config.data.stages
         stages = (replace(stage, blend={"bpe": 1 - share, "replay/bytes": share}),)
@@ -198,7 +198,7 @@ def found_with(folder, **sources):
 def test_a_tokenizer_has_no_ids_that_the_model_lacks(corpora, tmp_path, model_ids, fits):
     from transformers import LlamaConfig
 
-    from megascale.convert.huggingface.tokenizer import write_tokenizer
+    from megascale.convert.huggingface.tokenizer_folder import write_tokenizer
 
     bpe, theirs = corpora["bpe"], LlamaConfig(vocab_size=model_ids)
     config = replace(run_of(), model=replace(run_of().model, vocab_size=model_ids))

@@ -12,10 +12,9 @@ from judge import COST_KEYS, judge
 from test_hybrid import FLEXSP, _all_plans, costs, problems
 
 from megascale.monitor.speeds import GRID, RankSpeeds
-from megascale.planner import Problem, plan_hybrid, plan_longest_first
+from megascale.planner import PlansAhead, Problem, plan_hybrid, plan_longest_first
 from megascale.planner.bound import lower_bound_s
 from megascale.planner.plan_builder import complete
-from megascale.planner.service.worker import pack_problem, unpack_problem
 
 paces = st.sampled_from([1.0, 1.05, 1.3, 2.0, 4.0])
 
@@ -93,9 +92,11 @@ def test_other_planners_are_timed_with_slow_ranks():
 
 def test_slowdowns_reach_the_planner_process_and_are_checked():
     problem = Problem.of([5, 7], 2, 10, "free", FLEXSP, slowdown=(1.0, 1.5))
-    fields, lengths = pack_problem(problem)
-    again = unpack_problem(json.loads(json.dumps(fields)), lengths)
-    assert again.slowdown == (1.0, 1.5) and plan_hybrid(again) is not None
+    plans = PlansAhead(plan_hybrid, 120.0)
+    planned = plans.result(plans.request(problem))
+    plans.close()
+    assert planned.trouble is None and planned.plan.digest() == plan_hybrid(problem).digest()
+    assert planned.plan.digest() != plan_hybrid(replace(problem, slowdown=())).digest()
     for wrong in ((1.0,), (1.0, 0.5), (1.0, float("nan")), (1.0, float("inf"))):
         with pytest.raises(ValueError, match="slowdowns"):
             Problem.of([5], 2, 10, "free", FLEXSP, slowdown=wrong)

@@ -259,7 +259,7 @@ def test_every_plan_keeps_the_invariants_and_hindsight_wins(problem: Problem) ->
 def test_hindsight_is_the_best_of_all_divisors(problem: Problem) -> None:
     """The search stops where even packs would not be faster; here nothing stops it."""
     seconds = [
-        complete(problem, static._placed(problem, size, groups), 0.0).predicted_s
+        complete(problem, static.place_groups(problem, size, groups), 0.0).predicted_s
         for _, size, rounds in static._most_promising(problem)
         for groups in static._all_packings(problem, size, rounds)
     ]

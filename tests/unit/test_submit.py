@@ -16,11 +16,11 @@ import pytest
 from tiny_corpus import tiny_config
 
 from megascale.cli import main
-from megascale.commands.submit import sweep_words
 from megascale.errors import UserError
 from megascale.launch import node_check
 from megascale.launch.node_check import check_node
 from megascale.launch.slurm import BatchJob, node_range, script_path, time_limit_s
+from megascale.launch.sweep import sweep_words
 
 EVIL = ["a b", "it's", '"c"', "$(touch pwned)", "`touch pwned`", "back\\slash\\", "#", "", "%j"]
 SLURM = {

@@ -81,7 +81,7 @@ def test_more_ranks_than_memory_holds_are_refused(config, capsys, monkeypatch):
         (["data.sources.tiny.path=nowhere"], "no corpus there"),
         (["model.vocab_size=200"], "model.vocab_size = 200 is below"),
         (["planner.cost=nowhere.json"], "nowhere.json"),
-        (["--resume=now"], "--resume now: give auto, latest"),
+        (["--resume=now"], "resume now: give auto, latest"),
     ],
 )
 def test_a_run_that_cannot_be_leaves_nothing_behind(config, capsys, words, message):

@@ -8,6 +8,7 @@ from typing import Any
 
 from megascale.errors import UserError
 from megascale.parsing import read_json
+from megascale.runtime.files import write_file
 
 CONFIG = "config.json"
 GENERATION = "generation_config.json"
@@ -28,4 +29,4 @@ def read_document(path: Path) -> dict[str, Any]:
 
 def write_document(document: dict[str, Any], path: Path) -> None:
     """Write JSON as `transformers` does. Raises OSError."""
-    path.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+    write_file(path, json.dumps(document, indent=2) + "\n")

@@ -59,7 +59,7 @@ def keep(source: Path, theirs: Any, home: Path) -> None:
 
     Raises UserError where it cannot be read, OSError.
     """
-    from megascale.convert.huggingface.tokenizer import FILES, copy_tokenizer
+    from megascale.convert.huggingface.tokenizer_folder import FILES, copy_tokenizer
 
     folder = home / KEPT
     folder.mkdir()
@@ -77,7 +77,7 @@ def pass_on(parent: Path, home: Path, context_tokens: int) -> None:
     `context_tokens` is the context of the parent's training, which the model has learned.
     Raises UserError where it cannot be read, OSError.
     """
-    from megascale.convert.huggingface.tokenizer import raise_max_length
+    from megascale.convert.huggingface.tokenizer_folder import raise_max_length
 
     kept = Kept.of(parent)
     if kept is None:

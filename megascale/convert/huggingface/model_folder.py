@@ -11,7 +11,7 @@ from megascale.convert.huggingface.config import config_of, write_config
 from megascale.convert.huggingface.documents import CONFIG, GENERATION, write_document
 from megascale.convert.huggingface.kept import POSITIONS, Kept, without_unknown_ids
 from megascale.convert.huggingface.merge import merged_config
-from megascale.convert.huggingface.tokenizer import (
+from megascale.convert.huggingface.tokenizer_folder import (
     INFOWINDOW_CLASS,
     has_same_settings,
     raise_max_length,

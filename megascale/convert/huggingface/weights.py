@@ -11,7 +11,7 @@ from megascale.checkpoint.ranges import Shape
 from megascale.checkpoint.tensors import Piece, Tensors
 from megascale.config import ModelConfig
 from megascale.convert.huggingface.families import family_of
-from megascale.convert.huggingface.files import ModelFiles
+from megascale.convert.huggingface.model_files import ModelFiles
 from megascale.errors import UserError
 from megascale.model.initialise import CLOSED_TOKENS
 

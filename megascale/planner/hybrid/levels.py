@@ -7,13 +7,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
-from megascale.planner.bound import alone_s, fastest_sizes, fewest_ranks, smallest_sizes
+from megascale.arrays import Integers
+from megascale.planner.bound import (
+    alone_s,
+    fastest_sizes,
+    fewest_ranks,
+    nested_sizes,
+    smallest_sizes,
+)
 from megascale.planner.hybrid.waves import LongWave, even_level, long_waves
 from megascale.planner.problem import Problem
-
-Integers = NDArray[np.int64]
 
 LONG_WAVES = (1, 2, 4, 7, 11, 16, 24, 36)
 """How many waves are given to the longest sequences."""
@@ -177,8 +181,8 @@ def _shared_level(
     if not len(rest):
         return None
     node = min(problem.cost.node_size, problem.num_ranks)
-    size = int(fewest_ranks(problem, batch.lengths[rest[:1]])[0])
-    size = min(node, 1 << (size - 1).bit_length()) if size <= node else -(-size // node) * node
+    fewest = fewest_ranks(problem, batch.lengths[rest[:1]])
+    size = int(nested_sizes(problem, fewest, whole_nodes=True)[0])
     if size > problem.num_ranks:
         return None
     filler_s, filler_tokens = _filler(problem, batch.lengths[rest], long)

@@ -10,13 +10,8 @@ from itertools import islice
 
 import numpy as np
 
-from megascale.planner.bound import (
-    Integers,
-    alone_s,
-    fewest_ranks,
-    nested_sizes,
-    sizes_within,
-)
+from megascale.arrays import Integers
+from megascale.planner.bound import alone_s, fewest_ranks, nested_sizes, sizes_within
 from megascale.planner.hybrid.levels import STRETCH, Batch, Level, even_levels, long_levels
 from megascale.planner.hybrid.shelves import LONGEST, has_few_short, longest_s, shelve
 from megascale.planner.hybrid.stacks import Stacks

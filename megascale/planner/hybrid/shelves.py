@@ -14,7 +14,13 @@ from functools import partial
 
 import numpy as np
 
-from megascale.planner.bound import alone_s, fewest_ranks, needed_offload, sizes_within
+from megascale.planner.bound import (
+    alone_s,
+    fewest_ranks,
+    needed_offload,
+    nested_sizes,
+    sizes_within,
+)
 from megascale.planner.hybrid.levels import Batch
 from megascale.planner.plan_builder import Placed
 from megascale.planner.problem import Problem
@@ -62,7 +68,7 @@ def shelve(
     None where a ring would be larger than all ranks.
     """
     sizes = sizes_within(problem, batch.lengths, limit_s)
-    sizes = _rounded(problem, sizes) if rounded else sizes
+    sizes = nested_sizes(problem, sizes, whole_nodes=True) if rounded else sizes
     if sizes.max() > problem.num_ranks:
         return None
     shelves = _filled(problem, batch, sizes, limit_s)
@@ -78,12 +84,6 @@ def shelve(
     seconds = [members[0].seconds for members, _ in waves]
     step_s = sum(seconds) + (problem.pipeline - 1) * max(seconds)
     return step_s, partial(_placed, problem, [members for members, _ in waves])
-
-
-def _rounded(problem: Problem, sizes: np.ndarray) -> np.ndarray:
-    node = min(problem.cost.node_size, problem.num_ranks)
-    within = np.minimum(node, 2 ** np.ceil(np.log2(sizes))).astype(np.int64)
-    return np.where(sizes <= node, within, -(-sizes // node) * node)
 
 
 def _filled(problem: Problem, batch: Batch, sizes: np.ndarray, limit_s: float) -> list[Shelf]:

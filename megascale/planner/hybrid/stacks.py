@@ -13,8 +13,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
-from numpy.typing import NDArray
 
+from megascale.arrays import Floats
 from megascale.planner.bound import needed_offload
 from megascale.planner.plan_builder import Placed
 from megascale.planner.problem import Problem
@@ -112,9 +112,7 @@ class Stacks:
                 best, best_at = badness, at
         return best, [rank for _, rank in order[best_at : best_at + size]]
 
-    def _least_busy(
-        self, free_s: NDArray[np.float64], slow: NDArray[np.float64], size: int
-    ) -> list[int]:
+    def _least_busy(self, free_s: Floats, slow: Floats, size: int) -> list[int]:
         """`size` ranks that can begin together early, and of these those that wait least."""
         if len(self._paces) == 1:
             return _least_busy(free_s, size)
@@ -213,7 +211,7 @@ class Stacks:
         return rings + tails
 
 
-def _least_busy(free_s: NDArray[np.float64], size: int) -> list[int]:
+def _least_busy(free_s: Floats, size: int) -> list[int]:
     """The `size` ranks that can begin together first, and of these those that wait least."""
     ready_s = np.partition(free_s, size - 1)[size - 1]
     waiting = np.where(free_s <= ready_s, ready_s - free_s, np.inf)

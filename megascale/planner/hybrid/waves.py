@@ -13,14 +13,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
+from megascale.arrays import Integers
 from megascale.planner.bound import alone_s, fewest_ranks, needed_offload, smallest_sizes
 from megascale.planner.plan_builder import Placed
 from megascale.planner.problem import Problem
 from megascale.planner.scalar_cost import Clock, Rates
-
-Integers = NDArray[np.int64]
 
 LEVEL_PRECISION = 1.003
 """How exactly the length of even waves is found."""

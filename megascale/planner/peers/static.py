@@ -24,7 +24,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from megascale.planner.cost import FORWARD_SHARE
-from megascale.planner.peers.bytescale import offload_to_fit
+from megascale.planner.peers.ring_sizes import offload_to_fit
 from megascale.planner.plan import StepPlan
 from megascale.planner.plan_builder import Placed, complete
 from megascale.planner.problem import Problem
@@ -47,7 +47,7 @@ def plan_static(problem: Problem) -> StepPlan:
     number of tokens, and a group takes consecutive packs. Raises UserError where a sequence is too
     long for all ranks. A sequence that fits only with offload gets as much offload as it needs.
     """
-    return plan_static_rings(problem, _sizes(problem)[0])
+    return plan_static_rings(problem, static_sizes(problem)[0])
 
 
 def plan_static_rings(problem: Problem, size: int) -> StepPlan:
@@ -57,7 +57,7 @@ def plan_static_rings(problem: Problem, size: int) -> StepPlan:
     """
     began = time.perf_counter()
     groups = _packed(problem, size, _in_order, _usual_rounds(problem, size))
-    return complete(problem, _placed(problem, size, groups), began)
+    return complete(problem, place_groups(problem, size, groups), began)
 
 
 def plan_static_balanced(problem: Problem) -> StepPlan:
@@ -68,10 +68,10 @@ def plan_static_balanced(problem: Problem) -> StepPlan:
     groups are evened out, then the packs of each.
     """
     began = time.perf_counter()
-    size = _sizes(problem)[0]
+    size = static_sizes(problem)[0]
     packing = _even_packs if problem.mode == "lockstep" else _even_groups
     groups = _packed(problem, size, packing, _usual_rounds(problem, size))
-    return complete(problem, _placed(problem, size, groups), began)
+    return complete(problem, place_groups(problem, size, groups), began)
 
 
 def plan_static_best(problem: Problem) -> StepPlan:
@@ -89,7 +89,7 @@ def plan_static_best(problem: Problem) -> StepPlan:
         busiest_s = [_busiest_s(problem, size, groups) for groups in packings]
         for position in np.argsort(busiest_s, kind="stable").tolist():
             if best is None or busiest_s[position] < best.predicted_s:
-                plan = complete(problem, _placed(problem, size, packings[position]), began)
+                plan = complete(problem, place_groups(problem, size, packings[position]), began)
                 best = plan if best is None or plan.predicted_s < best.predicted_s else best
     assert best is not None, "all ranks together are always a candidate"
     return best
@@ -99,13 +99,16 @@ def _most_promising(problem: Problem) -> list[tuple[float, int, int]]:
     """What hindsight compares: (seconds if packs were even, size, rounds), the fastest first."""
     return sorted(
         (_promised_s(problem, size, rounds), size, rounds)
-        for size in _sizes(problem)
+        for size in static_sizes(problem)
         for rounds in _rounds_to_try(problem, size)
     )
 
 
-def _sizes(problem: Problem) -> list[int]:
-    """Divisors of the number of ranks that hold the longest sequence, ascending."""
+def static_sizes(problem: Problem) -> list[int]:
+    """Ring sizes for one step: divisors of the ranks that hold the longest sequence, ascending.
+
+    All ranks where it fits with offload only. Raises UserError where it does not fit at all.
+    """
     problem.require_fit()
     longest, ranks = int(problem.lengths.max(initial=0)), problem.num_ranks
     divisors = (size for size in range(1, ranks + 1) if ranks % size == 0)
@@ -359,8 +362,11 @@ def _within_a_node(problem: Problem, size: int) -> NDArray[np.bool_]:
     return within
 
 
-def _placed(problem: Problem, size: int, groups: Groups) -> list[Placed]:
-    """Micro-batches in execution order, with offload where a sequence fits no other way."""
+def place_groups(problem: Problem, size: int, groups: Groups) -> list[Placed]:
+    """Micro-batches in execution order, of rings of `size` consecutive ranks.
+
+    They have offload where a sequence fits no other way.
+    """
     rounds = max((len(packs) for packs in groups), default=0)
     return [
         Placed(

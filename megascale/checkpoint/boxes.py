@@ -6,10 +6,10 @@ ranks. A range of a flattened tensor is a few boxes of it, so each rank's state 
 the global tensors, and any layout can be loaded into any other, with no gathering over ranks.
 (megatron-core's own resharding format gathers the state on one rank of each group to save it.)
 
-The factors of an optimizer (`optim.optimizers.Factors`) belong to a matrix as its tensor rank holds
-it, so their global tensors have the matrix's place in the weight, in matrices, as two axes before
-their own; resuming with another number of tensor ranks is refused, because then they have other
-shapes.
+The factors of an optimizer (`optim.optimizer_kind.Factors`) belong to a matrix as its tensor rank
+holds it, so their global tensors have the matrix's place in the weight, in matrices, as two axes
+before their own; resuming with another number of tensor ranks is refused, because then they have
+other shapes.
 
 Padded rows of the vocabulary are left out, so a checkpoint does not depend on the padding. Only
 what an optimizer keeps in a basis over the rows has them: it is not a row for each id.
@@ -32,7 +32,7 @@ from megascale.checkpoint.ranges import Shape, boxes_of_range
 from megascale.model.model import Model
 from megascale.model.vocabulary import ids_among
 from megascale.optim.build import Optimizer
-from megascale.optim.optimizers import StateTensors
+from megascale.optim.optimizer_kind import StateTensors
 
 OPTIMIZER_PREFIX = "optimizer.state."
 MASTER = "fp32_param"

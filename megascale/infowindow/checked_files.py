@@ -55,8 +55,8 @@ def require_file(path: Path) -> None:
 
 
 @contextmanager
-def whole_file(path: Path) -> Iterator[BinaryIO]:
-    """`runtime.files.whole_file`. Raises UserError, of `path`, where that is impossible."""
+def output_file(path: Path) -> Iterator[BinaryIO]:
+    """As `runtime.files.whole_file`. Raises UserError where `path` cannot be written."""
     try:
         require_file(path)
         with files.whole_file(path) as write:
@@ -81,7 +81,7 @@ def make_place(path: Path) -> None:
         raise _unwritable(path, error) from None
 
 
-def write_file(path: Path, kind: str, arrays: Arrays, facts: Mapping[str, Any]) -> str:
+def write_arrays(path: Path, kind: str, arrays: Arrays, facts: Mapping[str, Any]) -> str:
     """Write a file that appears whole or not at all; its digest. Raises UserError."""
     from safetensors.numpy import save
 
@@ -91,7 +91,7 @@ def write_file(path: Path, kind: str, arrays: Arrays, facts: Mapping[str, Any]) 
     metadata = {METADATA: json.dumps(said, sort_keys=True)}
     whole = {name: np.ascontiguousarray(one) for name, one in arrays.items()}
     make_place(path)
-    with whole_file(path) as file:
+    with output_file(path) as file:
         file.write(save(whole, metadata=metadata))
     return digest
 
@@ -110,7 +110,7 @@ def files_of(kind: str) -> Kind:
     return Kind(f"a file of {kind}", fits)
 
 
-def read_file(path: Path, kind: str, made_by: str) -> Content:
+def read_arrays(path: Path, kind: str, made_by: str) -> Content:
     """Read a file of a kind; `made_by` is the command that makes one.
 
     Raises UserError for what is missing, cannot be read, of another kind or version, or damaged.

@@ -14,9 +14,11 @@ import torch
 from megascale.checkpoint.manifest import is_plain_name
 from megascale.checkpoint.ranges import Shape
 from megascale.checkpoint.storage import one_line
+from megascale.convert.huggingface.documents import write_document
 from megascale.errors import UserError
 from megascale.parsing import read_json
 from megascale.reading import require_regular
+from megascale.runtime.files import whole_file
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -121,10 +123,10 @@ def write_files(
         total = sum(math.prod(shape) for shape in shapes.values())
         facts = {"total_parameters": total, "total_size": total * dtype.itemsize}
         document = {"metadata": facts, "weight_map": listed}
-        (folder / INDEX).write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+        write_document(document, folder / INDEX)
     stream = iter(tensors)
     for file, names in zip(files, shards, strict=True):
-        with (folder / file).open("wb") as out:
+        with whole_file(folder / file) as out:
             out.write(_header({name: shapes[name] for name in names}, dtype))
             for wanted in names:
                 name, tensor = next(stream)
