@@ -84,19 +84,22 @@ def _run_config(args: argparse.Namespace) -> int:
     if args.lengths is None:
         run = load_run(args.config, args.overrides)
         layout = _begin(args, run.config)
-        cost = None if on is None else step_cost(run.config, layout, on.device).cost
-        first = first_step(run.config, layout, run.sources, cost)
+        first = first_step(run.config, layout, run.sources, _cost(run.config, layout, on))
         text = describe_run(run, layout, first, on)
     else:
         tokens = _source_tokens(args.source_tokens)
         drawn = load_drawn_run(args.config, args.overrides, args.lengths, tokens)
         layout = _begin(args, drawn.config)
-        cost = None if on is None else step_cost(drawn.config, layout, on.device).cost
+        cost = _cost(drawn.config, layout, on)
         first = plan_first(drawn.config, layout, drawn.batch, cost)
         text = describe_drawn(drawn, layout, first, on)
     print(text, end="")
     _write_plan(args, first.plan, first.batch.length, first.problem.cost)
     return 0
+
+
+def _cost(config: RunConfig, layout: Layout, on: NamedDevice | None) -> CostModel | None:
+    return None if on is None else step_cost(config, layout, on.device).cost
 
 
 def _begin(args: argparse.Namespace, config: RunConfig) -> Layout:

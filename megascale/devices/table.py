@@ -166,6 +166,6 @@ def _read(path: str) -> Device:
     device = build_as(Device, read_tree(text, where), where=where)
     for one in fields(Device):
         value = getattr(device, one.name)
-        if isinstance(value, (int, float)) and not 0 < value < 1e30:
-            raise UserError(f"{where}: {one.name} = {value:g} must be above 0")
+        if isinstance(value, (int, float)) and not 1 <= value < 1e30:
+            raise UserError(f"{where}: {one.name} = {value:g} must be from 1 to 1e30")
     return device

@@ -214,13 +214,14 @@ def _layout(config: RunConfig, layout: Layout) -> list[str]:
 
 def _memory(config: RunConfig, layout: Layout) -> list[str]:
     memory = memory_per_rank(config, layout)
+    rings = [f"  buffers of rings      {_bytes(memory.rings)} (estimate)"] if memory.rings else []
     return [
         f"memory per rank         {_bytes(memory.total)} on the fullest pipeline stage",
         f"  weights               {_bytes(memory.weights)}",
         f"  gradients             {_bytes(memory.gradients)}",
         f"  optimizer             {_bytes(memory.optimizer)}",
         f"  activations           {_bytes(memory.activations)} (estimate)",
-        *[f"  buffers of rings      {_bytes(memory.rings)} (estimate)"][: memory.rings],
+        *rings,
     ]
 
 

@@ -79,7 +79,8 @@ def load_drawn_run(
     """Read a config without its corpora, and draw a batch from what `lengths` names.
 
     `source_tokens` are the tokens of the sources; without them all sources count alike in a config
-    that has no blend. A `start.checkpoint` is read where it is there. Raises UserError for what is
+    that has no blend. A `start.checkpoint` is read where it is there; what it has read is not
+    replayed. Raises UserError for what is
     wrong with the config or with either of these.
     """
     config = load_config(config_path, overrides)

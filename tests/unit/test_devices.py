@@ -75,9 +75,10 @@ WHOLE = (
     [
         (WHOLE + "memory: 5", "unknown key 'memory'; did you mean 'memory_bytes'"),
         ("memory_bytes: 5", "bf16_flops_per_s is missing"),
-        (WHOLE.replace("1000", "-4"), "memory_bytes = -4 must be above 0"),
-        (WHOLE.replace("1e8", "0"), "inter_bytes_per_s = 0 must be above 0"),
-        (WHOLE + "node_size: 0", "node_size = 0 must be above 0"),
+        (WHOLE.replace("1000", "-4"), "memory_bytes = -4 must be from 1"),
+        (WHOLE.replace("1e8", "0"), "inter_bytes_per_s = 0 must be from 1"),
+        (WHOLE.replace("1e8", "1e-300"), "inter_bytes_per_s = 1e-300 must be from 1"),
+        (WHOLE + "node_size: 0", "node_size = 0 must be from 1"),
         (WHOLE.replace("1000", "much"), "memory_bytes must be a whole number"),
         ("- 5", "a config is a YAML mapping"),
         ("{", "not valid YAML"),
