@@ -97,6 +97,7 @@ BENCHMARKS: dict[str, Callable[[], None]] = {
     "simulate": simulate,
 }
 WITH_OPTIONS = {
+    "devices": "Predicted against published step times on H100.",
     "planner": "Our plans against every peer's by the neutral judge, and the time to plan.",
     "hdp": "Training under our plans and under static ones on CPU ranks, end to end.",
     "balance": "Ways to know the batch's use of experts: how near to exact, and what they cost.",

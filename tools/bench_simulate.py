@@ -18,12 +18,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from megascale.config import Layout
+from megascale.devices.rates import passing_share, paying_offload
+from megascale.devices.table import device_of
 from megascale.planner import PLANNERS, Problem
 from megascale.planner.peers.bytescale import plan_bytescale, plan_bytescale_naive
 from megascale.planner.peers.ring_sizes import smallest_ring
 from megascale.planner.peers.static import plan_static_best
 from megascale.simulate.cluster import MODELS, Cluster
-from megascale.simulate.devices import device_of, passing_share, paying_offload
 from megascale.simulate.lengths import draw_lengths
 from megascale.simulate.steps import Entrant, plan_static_mesh, replay, replay_json
 

@@ -10,19 +10,22 @@ from typing import cast
 
 from numpy.typing import ArrayLike
 
-from megascale.config import Layout
+from megascale.config import Layout, RunConfig
 from megascale.config.load import whole_number
+from megascale.devices.table import DEVICES, device_of
 from megascale.errors import UserError
 from megascale.planner import PLANNERS, CostModel, Problem, StepPlan, plan_with, timeline
 from megascale.planner.gantt import LEGEND, plot_gantt, text_gantt
 from megascale.planner.plan import Mode
-from megascale.run.describe import describe_run, static_line
+from megascale.run.describe import describe_drawn, describe_run, static_line
+from megascale.run.on_device import NamedDevice, step_cost
 from megascale.run.resolve import load_run
-from megascale.run.step_problem import cost_model, first_step
+from megascale.run.step_problem import first_step, plan_first
+from megascale.run.without_corpus import load_drawn_run
 from megascale.runtime.files import write_output
 from megascale.runtime.outputs import Output, json_of, picture, require_outputs, write_as_asked
 from megascale.simulate.cluster import ASSUMED_MODEL, assumed_cost
-from megascale.simulate.lengths import read_lengths
+from megascale.simulate.lengths import DISTRIBUTIONS, read_lengths
 
 MOST_RANKS, MOST_STAGES = 131_072, 1024
 """More than any cluster has, and as much as is planned in seconds."""
@@ -37,11 +40,17 @@ def add_plan_arguments(parser: argparse.ArgumentParser) -> None:
     change = "options that replace those of the file"
     add("overrides", nargs="*", metavar="a.b=c", help=change)
     add("--ranks", metavar="N", help="ranks of the run; default: the fewest that fit")
+    devices = f"say memory and time on {', '.join(DEVICES)}, or a YAML file of rates"
+    add("--device", metavar="NAME", help=devices)
+    drawn = "without its corpora: lengths drawn from "
+    drawn += f"{', '.join(DISTRIBUTIONS)}, corpus:FOLDER or FILE (one a line)"
+    add("--lengths", metavar="FROM", help=drawn + "; without CONFIG: FILE is one batch")
+    counts = "with CONFIG and --lengths: tokens of each source, in place of shards"
+    add("--source-tokens", metavar="A=N,B=M", help=counts)
     add("--json", metavar="OUT", help="write the plan (of step 0) to this file")
     add("--gantt", metavar="PNG", help="draw the plan (of step 0) into this file")
-    group = parser.add_argument_group("without a config: plan one batch of lengths")
+    group = parser.add_argument_group("without a config, with --lengths FILE: plan one batch")
     add = group.add_argument
-    add("--lengths", metavar="FILE", help="tokens of the sequences, one integer a line")
     add("--capacity", metavar="TOKENS", help="tokens that a rank holds in a micro-batch")
     add("--mode", choices=("free", "aligned", "lockstep"), help="default: free")
     add("--pp", metavar="P", help="pipeline stages, in aligned or lockstep mode; default: 1")
@@ -54,26 +63,65 @@ def add_plan_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run_plan(args: argparse.Namespace) -> int:
     """Print what the run will be; returns the exit status. Raises UserError for bad input."""
-    if args.lengths is not None:
+    if args.config is None and args.lengths is None:
+        raise UserError("plan: give CONFIG, or --lengths FILE --ranks N --capacity TOKENS")
+    if args.source_tokens is not None and (args.config is None or args.lengths is None):
+        raise UserError("--source-tokens goes with CONFIG and --lengths, in place of corpora")
+    if args.config is None:
         _require_outputs(args, args.lengths, args.cost)
         return _run_lengths(args)
     for name in LENGTHS_ONLY:
         if getattr(args, name) is not None:
             option = name.replace("_", "-")
-            raise UserError(f"--{option} goes with --lengths FILE; a config sets planner.* itself")
-    if args.config is None:
-        raise UserError("plan: give CONFIG, or --lengths FILE --ranks N --capacity TOKENS")
-    run = load_run(args.config, args.overrides)
-    config = run.config
-    _require_outputs(args, args.config, config.planner.cost)
+            raise UserError(
+                f"--{option} goes with --lengths FILE without CONFIG; a config has planner.* itself"
+            )
+    return _run_config(args)
+
+
+def _run_config(args: argparse.Namespace) -> int:
+    on = None if args.device is None else NamedDevice(args.device, device_of(args.device))
+    if args.lengths is None:
+        run = load_run(args.config, args.overrides)
+        layout = _begin(args, run.config)
+        first = first_step(run.config, layout, run.sources, _cost(run.config, layout, on))
+        text = describe_run(run, layout, first, on)
+    else:
+        tokens = _source_tokens(args.source_tokens)
+        drawn = load_drawn_run(args.config, args.overrides, args.lengths, tokens)
+        layout = _begin(args, drawn.config)
+        cost = _cost(drawn.config, layout, on)
+        first = plan_first(drawn.config, layout, drawn.batch, cost)
+        text = describe_drawn(drawn, layout, first, on)
+    print(text, end="")
+    _write_plan(args, first.plan, first.batch.length, first.problem.cost)
+    return 0
+
+
+def _cost(config: RunConfig, layout: Layout, on: NamedDevice | None) -> CostModel | None:
+    return None if on is None else step_cost(config, layout, on.device).cost
+
+
+def _begin(args: argparse.Namespace, config: RunConfig) -> Layout:
+    """The layout, after a check of the outputs."""
+    _require_outputs(args, args.config, config.planner.cost, args.device, args.lengths)
     cut = config.parallel
     fewest = cut.tensor * cut.pipeline * cut.expert
     ranks = fewest if args.ranks is None else whole_number(args.ranks, "--ranks", 1, MOST_RANKS)
-    layout = Layout.of(config, ranks)
-    first = first_step(config, layout, run.sources)
-    print(describe_run(run, layout, first), end="")
-    _write_plan(args, first.plan, first.batch.length, cost_model(config))
-    return 0
+    return Layout.of(config, ranks)
+
+
+def _source_tokens(text: str | None) -> dict[str, int]:
+    """`a=300G,b=50G` as numbers by name."""
+    tokens: dict[str, int] = {}
+    for part in [] if text is None else text.split(","):
+        name, equals, number = part.strip().partition("=")
+        if not name or not equals or name in tokens:
+            raise UserError(
+                f"--source-tokens {text}: write each source once, as NAME=300G,OTHER=5G"
+            )
+        tokens[name] = whole_number(number, f"--source-tokens {name}", 1)
+    return tokens
 
 
 def _run_lengths(args: argparse.Namespace) -> int:
@@ -104,8 +152,8 @@ def _over(plan: StepPlan) -> str:
 
 
 def _problem(args: argparse.Namespace) -> Problem:
-    if args.config is not None:
-        raise UserError(f"--lengths plans without a config; leave out {args.config}")
+    if args.device is not None:
+        raise UserError("--device goes with CONFIG; without a config give --cost COST.json")
     for option, value in (("--ranks N", args.ranks), ("--capacity TOKENS", args.capacity)):
         if value is None:
             raise UserError(f"--lengths {args.lengths}: needs {option} too")

@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import TextIO
 
 from megascale.config.load import whole_number
+from megascale.devices.table import DEVICES, device_of
 from megascale.errors import UserError
 from megascale.runtime.files import write_output
 from megascale.runtime.outputs import Output, json_of, picture, require_outputs, write_as_asked
 from megascale.simulate.cluster import MODELS, Cluster, layout_of, mode_of, offload_kind, preset_of
-from megascale.simulate.devices import DEVICES, device_of
 from megascale.simulate.lengths import DISTRIBUTIONS
 from megascale.simulate.step_lengths import step_lengths
 from megascale.simulate.step_time_plot import plot_rows
@@ -47,7 +47,8 @@ def add_simulate_arguments(parser: argparse.ArgumentParser) -> None:
     add("--budget-s", type=float, default=0.5, metavar="S", help="for a planner to improve a plan")
     offload = "none; paying: as much as saves time; all: as far as copies hide behind compute"
     add("--offload", default="paying", metavar="HOW", help=offload)
-    add("--device", default="h100", metavar="NAME", help=f"{', '.join(DEVICES)}: by its data sheet")
+    devices = f"{', '.join(DEVICES)}: by its data sheet, or a YAML file of rates"
+    add("--device", default="h100", metavar="NAME", help=devices)
     add("--network-gbps", type=float, metavar="G", help="network of a device; by its data sheet")
     add("--seed", default="0", metavar="N", help="of the drawn lengths")
     add("--json", metavar="OUT", help="write everything that is printed to this file")
@@ -113,7 +114,7 @@ def run_simulate(args: argparse.Namespace) -> int:
     entrants = entrants_of(args.planners, cluster.context)
     outputs = [Output("--json", Path(args.json), RESULTS)] if args.json else []
     outputs += [Output("--plot", Path(args.plot), picture())] if args.plot else []
-    require_outputs(outputs, [args.lengths.partition(":")[2] or None])
+    require_outputs(outputs, [args.lengths.partition(":")[2] or None, args.device])
     batches = step_lengths(args.lengths, cluster.batch_tokens, cluster.context, steps, seed)
     print(title(args.lengths, cluster, batches))
     progress = Progress(len(entrants), steps, sys.stderr)

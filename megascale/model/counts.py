@@ -1,4 +1,4 @@
-"""Parameters, floating-point operations and memory of a model, counted without building it.
+"""Parameters and floating-point operations of a model, counted without building it.
 
 All functions want a finalized config. Counts are those of megatron-core's GPT as
 `model.build` makes it: RMSNorm, SwiGLU, rotary positions, no biases but `qkv_bias`.
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike
 
-from megascale.config import Layout, ModelConfig, RunConfig
+from megascale.config import Layout, ModelConfig
 from megascale.planner.cost import CostModel
 
 BACKWARD_AND_FORWARD = 3
@@ -25,12 +25,12 @@ def padded_vocab_size(model: ModelConfig, tensor: int = 1) -> int:
     Rows that belong to no id are in no softmax and in no checkpoint (`model.vocabulary`).
     """
     multiple = math.lcm(model.vocab_multiple, tensor)
-    return -(-_known(model.vocab_size) // multiple) * multiple
+    return -(-known(model.vocab_size) // multiple) * multiple
 
 
 def logits_per_token(model: ModelConfig, tensor: int) -> int:
     """Logits that all tensor ranks compute. One alone leaves out the padded rows."""
-    return padded_vocab_size(model, tensor) if tensor > 1 else _known(model.vocab_size)
+    return padded_vocab_size(model, tensor) if tensor > 1 else known(model.vocab_size)
 
 
 @dataclass(frozen=True)
@@ -103,13 +103,17 @@ def flops_per_token(model: ModelConfig, tensor: int = 1) -> int:
     weights = _attention_weights(model) + _feed_forward_weights(model) + _router_weights(model)
     if model.moe:
         weights += model.moe.top_k * _expert_weights(model)
-    head = logits_per_token(model, tensor) * model.hidden_size
-    return 2 * (model.num_layers * weights + head)
+    return 2 * model.num_layers * weights + head_flops_per_token(model, tensor)
+
+
+def head_flops_per_token(model: ModelConfig, tensor: int = 1) -> int:
+    """Those of the output head."""
+    return 2 * logits_per_token(model, tensor) * model.hidden_size
 
 
 def flops_per_pair(model: ModelConfig) -> int:
     """Forward operations per pair of a query token and a key token that it sees."""
-    return 4 * model.num_layers * _attentions(model) * model.num_heads * _known(model.head_dim)
+    return 4 * model.num_layers * attentions(model) * model.num_heads * known(model.head_dim)
 
 
 def visible_pairs(lengths: ArrayLike, window: int | None = None) -> int:
@@ -145,97 +149,41 @@ def default_cost(model: ModelConfig, tensor: int = 1) -> CostModel:
     if window is not None:
         per_token, per_token_squared = flops_per_token(model, tensor) + pair * window, 0.0
     # keys and values, forward; they and their gradients, backward; bf16
-    passed = 3 * 2 * _known(model.num_kv_heads) * _known(model.head_dim) * 2 * model.num_layers
-    passed *= _attentions(model)
+    passed = 3 * 2 * known(model.num_kv_heads) * known(model.head_dim) * 2 * model.num_layers
+    passed *= attentions(model)
     return CostModel.from_flops(
         BACKWARD_AND_FORWARD * per_token, BACKWARD_AND_FORWARD * per_token_squared, passed / tensor
     )
 
 
-def activation_bytes(config: RunConfig, layout: Layout, stage: int) -> int:
-    """Estimate of the bytes kept for the backward pass at the peak, by stage.
-
-    Per token and layer, in elements: inputs and outputs of the norms (4 hidden, or 2 in a
-    parallel block); queries, keys, values, their rotated copies and the output
-    (3 num_heads + 3 num_kv_heads) * head_dim; 4 ffn_hidden_size; for experts
-    top_k * (4 ffn_hidden_size + 2 hidden). Attention scores are not kept (flash attention).
-    The last stage adds logits and their fp32 softmax. Under 1F1B a stage holds one micro-batch
-    for itself and one for each stage after it. Full recomputation keeps the input of every
-    layer, and one layer's activations.
-    """
-    model, tokens = config.model, _known(config.planner.capacity_tokens)
-    element = 2 if config.train.precision == "bf16" else 4
-    num_layers, in_flight = model.num_layers // layout.pipeline, layout.pipeline - stage
-    kept = in_flight * num_layers * _kept_elements(config, layout)
-    if config.train.recompute == "full":
-        kept += _layer_elements(config, layout)
-    head = 0
-    if stage == layout.pipeline - 1:
-        head = logits_per_token(model, layout.tensor) // layout.tensor * (element + 8)
-    return tokens * (kept * element + head)
-
-
-def layer_activation_bytes(config: RunConfig, layout: Layout) -> int:
-    """Bytes that one layer keeps per token between forward and backward; see `activation_bytes`."""
-    element = 2 if config.train.precision == "bf16" else 4
-    return _kept_elements(config, layout) * element
-
-
-def _kept_elements(config: RunConfig, layout: Layout) -> int:
-    """Per token, what one layer keeps: its input alone under full recomputation."""
-    if config.train.recompute == "full":
-        return config.model.hidden_size // _hidden_cut(config, layout)
-    return _layer_elements(config, layout)
-
-
-def _layer_elements(config: RunConfig, layout: Layout) -> int:
-    """Per token, what the operations of one layer keep for their backward pass."""
-    model = config.model
-    hidden = (2 if model.parallel_block else 4) * model.hidden_size // _hidden_cut(config, layout)
-    heads = 3 * (model.num_heads + _known(model.num_kv_heads)) * _known(model.head_dim)
-    heads *= _attentions(model)
-    return hidden + (heads + _feed_forward_activations(model)) // layout.tensor
-
-
-def _hidden_cut(config: RunConfig, layout: Layout) -> int:
-    return layout.tensor if config.parallel.sequence_parallel else 1
-
-
-def _feed_forward_activations(model: ModelConfig) -> int:
-    if model.moe is None:
-        return 4 * _known(model.ffn_hidden_size)
-    expert = 4 * _known(model.moe.ffn_hidden_size) + 2 * model.hidden_size
-    return model.moe.top_k * expert + 4 * model.moe.shared_ffn_hidden_size
-
-
 def _attention_weights(model: ModelConfig) -> int:
     """Weights of one layer's query, key, value and output products."""
-    heads, groups = model.num_heads, _known(model.num_kv_heads)
-    one = (2 * heads + 2 * groups) * _known(model.head_dim) * model.hidden_size
-    return _attentions(model) * one
+    heads, groups = model.num_heads, known(model.num_kv_heads)
+    one = (2 * heads + 2 * groups) * known(model.head_dim) * model.hidden_size
+    return attentions(model) * one
 
 
-def _attentions(model: ModelConfig) -> int:
+def attentions(model: ModelConfig) -> int:
     """Attentions that every token passes in one layer."""
     return model.moe.attention_experts if model.moe else 1
 
 
 def _qkv_biases(model: ModelConfig) -> int:
     """Biases of one layer's queries, keys and values."""
-    heads = model.num_heads + 2 * _known(model.num_kv_heads)
-    return _attentions(model) * heads * _known(model.head_dim) if model.qkv_bias else 0
+    heads = model.num_heads + 2 * known(model.num_kv_heads)
+    return attentions(model) * heads * known(model.head_dim) if model.qkv_bias else 0
 
 
 def _norm_weights(model: ModelConfig) -> int:
     """Weights of one layer's norms, those of queries and keys included."""
-    qk = 2 * _attentions(model) * _known(model.head_dim) if model.qk_norm else 0
+    qk = 2 * attentions(model) * known(model.head_dim) if model.qk_norm else 0
     return (1 if model.parallel_block else 2) * model.hidden_size + qk
 
 
 def _feed_forward_weights(model: ModelConfig) -> int:
     """Weights of one layer's SwiGLU, or of its shared expert; no routed experts."""
     if model.moe is None:
-        return 3 * model.hidden_size * _known(model.ffn_hidden_size)
+        return 3 * model.hidden_size * known(model.ffn_hidden_size)
     return 3 * model.hidden_size * model.moe.shared_ffn_hidden_size
 
 
@@ -243,7 +191,7 @@ def _router_weights(model: ModelConfig) -> int:
     """Weights of one layer's routers, of experts and of attentions, and of the shared gate."""
     if model.moe is None:
         return 0
-    mixed = _attentions(model) if _attentions(model) > 1 else 0
+    mixed = attentions(model) if attentions(model) > 1 else 0
     gate = 1 if model.moe.shared_gate else 0
     return (model.moe.num_experts + mixed + gate) * model.hidden_size
 
@@ -251,9 +199,10 @@ def _router_weights(model: ModelConfig) -> int:
 def _expert_weights(model: ModelConfig) -> int:
     """Weights of one expert of one layer."""
     assert model.moe is not None
-    return 3 * model.hidden_size * _known(model.moe.ffn_hidden_size)
+    return 3 * model.hidden_size * known(model.moe.ffn_hidden_size)
 
 
-def _known(value: int | None) -> int:
+def known(value: int | None) -> int:
+    """A derived value of a finalized config."""
     assert value is not None, "the config is not finalized"
     return value

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megascale.config import Layout, RunConfig
-from megascale.model.counts import activation_bytes, count_rank_parameters
+from megascale.model.activations import activation_bytes, ring_buffer_bytes
+from megascale.model.counts import count_rank_parameters
 from megascale.optim.optimizer_kind import find_optimizer
 
 
@@ -17,11 +18,13 @@ class MemoryEstimate:
     gradients: int
     optimizer: int
     activations: int
+    rings: int
+    """Buffers of sequences that ranks share."""
 
     @property
     def total(self) -> int:
-        """All four together; a process needs some more for the framework and for buffers."""
-        return self.weights + self.gradients + self.optimizer + self.activations
+        """All of them; a process needs more, see `devices.memory.Allowance`."""
+        return self.weights + self.gradients + self.optimizer + self.activations + self.rings
 
 
 def memory_per_rank(config: RunConfig, layout: Layout) -> MemoryEstimate:
@@ -29,13 +32,14 @@ def memory_per_rank(config: RunConfig, layout: Layout) -> MemoryEstimate:
 
     Exact: weights of 2 bytes in bf16 or 4 in fp32; gradients of 4 bytes; what the optimizer keeps
     (`OptimizerKind.state_bytes`), a master copy in bf16 included.
-    An estimate: activations, see `activation_bytes`.
+    Estimates: activations and buffers of rings, see `model.activations`.
     """
-    stages = [_stage_memory(config, layout, stage) for stage in range(layout.pipeline)]
+    stages = [stage_memory(config, layout, stage) for stage in range(layout.pipeline)]
     return max(stages, key=lambda estimate: estimate.total)
 
 
-def _stage_memory(config: RunConfig, layout: Layout, stage: int) -> MemoryEstimate:
+def stage_memory(config: RunConfig, layout: Layout, stage: int) -> MemoryEstimate:
+    """The same, of one pipeline stage."""
     optimizer = find_optimizer(config.optim.name)
     held = count_rank_parameters(config.model, layout, stage)
     is_bf16 = config.train.precision == "bf16"
@@ -45,4 +49,5 @@ def _stage_memory(config: RunConfig, layout: Layout, stage: int) -> MemoryEstima
         gradients=parameters * 4,
         optimizer=optimizer.state_bytes(config, layout, stage),
         activations=activation_bytes(config, layout, stage),
+        rings=ring_buffer_bytes(config, layout),
     )

@@ -22,14 +22,17 @@ from megascale.optim.rank_memory import memory_per_rank
 from megascale.optim.schedule import joints, lr_at
 from megascale.planner import PLANNERS, Problem, StepPlan, timeline
 from megascale.planner.gantt import LEGEND, text_gantt
+from megascale.run.describe_device import describe_device
 from megascale.run.earlier_runs import unwatched
 from megascale.run.growing import small_and_grown
 from megascale.run.heldout_sets import foreseen
+from megascale.run.on_device import NamedDevice, step_cost
 from megascale.run.resolve import ResolvedRun, epochs_read, source_tokens
 from megascale.run.same_tokenizer import warn_if_tokenizers_differ
 from megascale.run.start import warn_if_rate_jumps
-from megascale.run.step_problem import FirstStep, batches_of, cost_model, first_step, step_problem
+from megascale.run.step_problem import FirstStep, batches_of, first_step, plan_first
 from megascale.run.warnings import warnings_of
+from megascale.run.without_corpus import DrawnRun
 
 
 def _missing_ends(sources: Mapping[str, SourceInfo]) -> list[str]:
@@ -54,10 +57,12 @@ def describe_run(
     run: ResolvedRun,
     layout: Layout,
     first: FirstStep | None = None,
+    on: NamedDevice | None = None,
 ) -> str:
     """Everything that follows from a run's config, as text of many lines.
 
-    `first` saves dealing step 0 again where it is at hand.
+    `first` saves dealing step 0 again where it is at hand. With `on` the text has memory and time
+    on that device too, for whose costs `first` is planned.
     """
     config, sources, start = run
     first = first or first_step(config, layout, sources)
@@ -77,11 +82,53 @@ def describe_run(
         _memory(config, layout),
         _data(config, sources, epochs),
         _learning_rate(config, first, length),
-        _step(config, layout, first),
+        _step(config, first, on),
+        *_on_device(config, layout, first, on),
         _files(config),
         [f"warning: {warning}" for warning in warnings],
     ]
     return "\n\n".join("\n".join(lines) for lines in sections if lines) + "\n"
+
+
+def describe_drawn(
+    run: DrawnRun, layout: Layout, first: FirstStep, on: NamedDevice | None = None
+) -> str:
+    """What follows from a run's config alone, where lengths are drawn and no corpus is read."""
+    config, length = run.config, run.length
+    has_heldout = dict.fromkeys(config.data.sources, True)  # nothing says that one has none
+    warnings = warnings_of(
+        config, layout, run.epochs, has_heldout, first.batch.num_sequences, length
+    )
+    if run.missing_start is not None:
+        warnings.append(
+            f"start.checkpoint = {run.missing_start} is not there, so the model is as the config "
+            "says, and its data is all new"
+        )
+    sections = [
+        _title(config, length),
+        _model(config, first),
+        _grown(config, layout, first),
+        _layout(config, layout),
+        _memory(config, layout),
+        _drawn(run),
+        _learning_rate(config, first, length),
+        _step(config, first, on),
+        *_on_device(config, layout, first, on),
+        [f"warning: {warning}" for warning in warnings],
+    ]
+    return "\n\n".join("\n".join(lines) for lines in sections if lines) + "\n"
+
+
+def _drawn(run: DrawnRun) -> list[str]:
+    seed, context = run.config.seed, run.config.data.context_tokens
+    lines = [
+        f"data                    context {context:,} tokens",
+        f"  lengths               drawn from {run.lengths}, seed {seed}; no source is read",
+    ]
+    for name, tokens in run.tokens.items():
+        epochs = run.epochs.get(name, 0.0)
+        lines.append(f"  {name:<21} {tokens:,} tokens (given), read {epochs:.2f} times")
+    return [*lines, *_stages(run.config)]
 
 
 def _title(config: RunConfig, length: RunLength) -> list[str]:
@@ -167,12 +214,14 @@ def _layout(config: RunConfig, layout: Layout) -> list[str]:
 
 def _memory(config: RunConfig, layout: Layout) -> list[str]:
     memory = memory_per_rank(config, layout)
+    rings = [f"  buffers of rings      {_bytes(memory.rings)} (estimate)"] if memory.rings else []
     return [
         f"memory per rank         {_bytes(memory.total)} on the fullest pipeline stage",
         f"  weights               {_bytes(memory.weights)}",
         f"  gradients             {_bytes(memory.gradients)}",
         f"  optimizer             {_bytes(memory.optimizer)}",
         f"  activations           {_bytes(memory.activations)} (estimate)",
+        *rings,
     ]
 
 
@@ -188,7 +237,11 @@ def _data(
         )
     for name, part in foreseen(config, sources):
         lines.append(f"  {f'held-out {name}':<21} {part}")
-    begin = 0
+    return [*lines, *_stages(config)]
+
+
+def _stages(config: RunConfig) -> list[str]:
+    lines, begin = [], 0
     for index, stage in enumerate(config.data.stages):
         blend = ", ".join(f"{name} {float(share):.2%}" for name, share in shares(stage).items())
         lines.append(f"  stage {index:<15} from {begin:,} tokens: {blend}")
@@ -209,11 +262,34 @@ def _learning_rate(config: RunConfig, first: FirstStep, length: RunLength) -> li
     return lines
 
 
-def _step(config: RunConfig, layout: Layout, first: FirstStep) -> list[str]:
-    batch, plan, cost = first.batch, first.plan, cost_model(config)
+def _on_device(
+    config: RunConfig, layout: Layout, first: FirstStep, on: NamedDevice | None
+) -> list[list[str]]:
+    """Sections for each model that is trained: the small one and the grown one where it grows."""
+    if on is None:
+        return []
+    if config.growth is None:
+        return describe_device(config, layout, first, on, config.train.tokens)
+    small, grown, _ = small_and_grown(config)
+    cost = step_cost(grown, layout, on.device).cost
+    after = plan_first(grown, layout, first.batch, cost)
+    return [
+        ["before growth"],
+        *describe_device(small, layout, first, on, small.train.tokens),
+        ["after growth"],
+        *describe_device(grown, layout, after, on, grown.train.tokens),
+    ]
+
+
+def _step(config: RunConfig, first: FirstStep, on: NamedDevice | None) -> list[str]:
+    batch, plan, cost = first.batch, first.plan, first.problem.cost
     length, times = batch.length, timeline(plan, batch.length, cost)
     over = plan.predicted_s / plan.lower_bound_s
-    how = f"{plan.predicted_s:.4g} s, calibrated cost" if cost.calibrated else "uncalibrated cost"
+    how = "uncalibrated cost" if on is None else f"estimate for {on.name}"
+    if cost.calibrated:
+        how = "calibrated cost"
+    if cost.calibrated or on is not None:
+        how = f"{plan.predicted_s:.4g} s, {how}"
     return [
         f"step 0                  {batch.num_tokens:,} tokens in {batch.num_sequences:,} "
         f"sequences of {int(length.min()):,} to {int(length.max()):,} (median "
@@ -221,7 +297,7 @@ def _step(config: RunConfig, layout: Layout, first: FirstStep) -> list[str]:
         f"  planned by            {config.planner.name} in {plan.plan_s * 1e3:.1f} ms, "
         f"{over:.3f} x the lower bound ({how})",
         f"  imbalance             {times.imbalance:.3f} (step time over mean busy time)",
-        f"  {static_line(step_problem(config, layout, length), plan)}",
+        f"  {static_line(first.problem, plan)}",
         *_pipeline(config.parallel.pipeline, plan),
         f"  {LEGEND}",
         *(f"  {row}" for row in text_gantt(plan, length, cost).splitlines()),

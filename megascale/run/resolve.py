@@ -62,7 +62,7 @@ def load_run(config_path: str | Path, overrides: Sequence[str] = ()) -> Resolved
     require_same_tokenizer(config, sources)
     if start is not None:
         require_model(config, start)
-    _check_epochs(config, tokens)
+    check_epochs(config, tokens)
     if config.growth is not None:
         validate(small_and_grown(config)[1])
     return ResolvedRun(config, sources, start)
@@ -90,7 +90,8 @@ def _check_vocabulary(config: RunConfig, sources: Mapping[str, SourceInfo]) -> N
             )
 
 
-def _check_epochs(config: RunConfig, tokens: Mapping[str, int]) -> None:
+def check_epochs(config: RunConfig, tokens: Mapping[str, int]) -> None:
+    """Raise UserError where a source of so many tokens may be read too often."""
     limit = config.data.max_epochs
     if limit is None:
         return

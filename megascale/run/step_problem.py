@@ -14,6 +14,7 @@ from megascale.corpus.shards import Shard
 from megascale.corpus.sources import SourceInfo
 from megascale.errors import UserError
 from megascale.model import counts
+from megascale.model.activations import layer_activation_bytes
 from megascale.planner import CostModel, OffloadModel, Problem, StepPlan, plan_with
 
 
@@ -25,17 +26,22 @@ def cost_model(config: RunConfig) -> CostModel:
     capacity, so there the part of the cost that grows with tokens is paid per micro-batch.
     """
     if config.planner.cost is not None:
-        return _measured_cost(config.planner.cost)
+        return measured_cost(config.planner.cost)
     cost = counts.default_cost(config.model, config.parallel.tensor)
-    if config.model.moe is None or config.model.moe.dispatcher != "allgather":
-        return cost
-    padded_s = cost.b * (config.planner.capacity_tokens or 0)
-    return replace(cost, b=0.0, fixed=cost.fixed + padded_s)
+    padded_s = padding_s(config, cost)
+    return replace(cost, b=0.0, fixed=cost.fixed + padded_s) if padded_s else cost
+
+
+def padding_s(config: RunConfig, cost: CostModel) -> float:
+    """Seconds that tokens take in a micro-batch that is padded to the full capacity; else 0."""
+    moe = config.model.moe
+    is_padded = moe is not None and moe.dispatcher == "allgather"
+    return cost.b * (config.planner.capacity_tokens or 0) if is_padded else 0.0
 
 
 @cache
-def _measured_cost(path: str) -> CostModel:
-    """Read once: a run plans all its steps with the same costs."""
+def measured_cost(path: str) -> CostModel:
+    """The costs of a file of `megascale calibrate`, read once: all steps are planned with them."""
     try:
         return CostModel.load(path)
     except UserError as error:
@@ -49,13 +55,18 @@ def offload_model(config: RunConfig, layout: Layout) -> OffloadModel | None:
         return None
     return OffloadModel(
         stage_layers=config.model.num_layers // layout.pipeline,
-        bytes_per_token=counts.layer_activation_bytes(config, layout),
+        bytes_per_token=layer_activation_bytes(config, layout),
         copy_bytes_per_s=copy_bytes_per_s,
     )
 
 
-def step_problem(config: RunConfig, layout: Layout, lengths: ArrayLike) -> Problem:
-    """What a planner is given for a step of this run with sequences of `lengths` tokens."""
+def step_problem(
+    config: RunConfig, layout: Layout, lengths: ArrayLike, cost: CostModel | None = None
+) -> Problem:
+    """What a planner is given for a step of this run with sequences of `lengths` tokens.
+
+    `cost` takes the place of `cost_model`.
+    """
     capacity = config.planner.capacity_tokens
     assert capacity is not None, "the config is not finalized"
     return Problem.of(
@@ -63,7 +74,7 @@ def step_problem(config: RunConfig, layout: Layout, lengths: ArrayLike) -> Probl
         layout.hdp,
         capacity,
         layout.mode,
-        cost_model(config),
+        cost or cost_model(config),
         pipeline=layout.pipeline,
         expert_group=layout.expert,
         offload=offload_model(config, layout),
@@ -82,12 +93,27 @@ class FirstStep:
 
     batch: GlobalBatch
     plan: StepPlan
+    problem: Problem
+    """What it was planned for."""
 
 
-def first_step(config: RunConfig, layout: Layout, sources: Mapping[str, SourceInfo]) -> FirstStep:
-    """Deal and plan step 0."""
+def first_step(
+    config: RunConfig,
+    layout: Layout,
+    sources: Mapping[str, SourceInfo],
+    cost: CostModel | None = None,
+) -> FirstStep:
+    """Deal and plan step 0; see `plan_first`."""
     batch, _ = batches_of(config, sources).next(Cursor())
-    return FirstStep(batch, plan_lengths(config, layout, batch.length))
+    return plan_first(config, layout, batch, cost)
+
+
+def plan_first(
+    config: RunConfig, layout: Layout, batch: GlobalBatch, cost: CostModel | None = None
+) -> FirstStep:
+    """Plan `batch` as step 0; `cost` takes the place of `cost_model`."""
+    problem = step_problem(config, layout, batch.length, cost)
+    return FirstStep(batch, plan_with(config.planner.name, problem), problem)
 
 
 def batches_of(config: RunConfig, sources: Mapping[str, SourceInfo]) -> GlobalBatches:

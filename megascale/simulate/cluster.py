@@ -5,7 +5,7 @@ Without torch.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from numpy.typing import ArrayLike
@@ -19,12 +19,22 @@ from megascale.config import (
     RunConfig,
     TrainConfig,
 )
+from megascale.devices.rates import (
+    Cut,
+    Shape,
+    cost_of,
+    cut_of,
+    offload_of,
+    paying_offload,
+    shape_of,
+    sync_s,
+)
+from megascale.devices.table import Device
 from megascale.errors import UserError
 from megascale.model import counts
 from megascale.optim.rank_memory import memory_per_rank
 from megascale.planner import CostModel, OffloadModel, Problem
 from megascale.planner.plan import Mode
-from megascale.simulate.devices import Device, Shape, cost_of, offload_of, paying_offload, sync_s
 
 VOCAB_SIZE = 32_000
 Offload = Literal["none", "paying", "all"]
@@ -150,21 +160,17 @@ class Cluster:
     @property
     def shape(self) -> Shape:
         """The model as its cost sees it."""
-        one = replace(self.layout, tensor=1, pipeline=1)
-        return Shape(
-            num_layers=self.model.num_layers,
-            hidden_size=self.model.hidden_size,
-            kv_size=(self.model.num_kv_heads or 0) * (self.model.head_dim or 0),
-            flops_per_token=counts.flops_per_token(self.model, self.layout.tensor),
-            flops_per_pair=counts.flops_per_pair(self.model),
-            activation_bytes=counts.layer_activation_bytes(self._config(one), one),
-        )
+        return shape_of(self._config(), self.layout.tensor)
+
+    @property
+    def cut(self) -> Cut:
+        """How the model is cut over devices."""
+        return cut_of(self._config(), self.layout)
 
     def problem(self, lengths: ArrayLike) -> Problem:
         """A step of sequences of `lengths` tokens."""
-        cut = (self.layout.tensor, self.layout.pipeline)
-        cost = cost_of(self.shape, self.device, *cut)
-        offload: OffloadModel | None = offload_of(self.shape, self.device, *cut)
+        cost = cost_of(self.shape, self.device, self.cut)
+        offload: OffloadModel | None = offload_of(self.shape, self.device, self.cut)
         if offload and self.offload == "paying":
             offload = paying_offload(offload, cost, self.capacity)
         group = self.layout.expert if self.layout.expert > 1 else self.layout.hdp
@@ -182,24 +188,23 @@ class Cluster:
 
     def to_json(self) -> dict[str, Any]:
         """Everything that times and memory follow from, as plain values."""
-        cut = (self.layout.tensor, self.layout.pipeline)
         value = asdict(self)
         del value["model"]
-        return value | {"cost": asdict(cost_of(self.shape, self.device, *cut))}
+        return value | {"cost": asdict(cost_of(self.shape, self.device, self.cut))}
 
     def overhead_s(self) -> float:
         """Seconds at the end of a step for gradients and weights."""
         stages = range(self.layout.pipeline)
         held = [counts.count_rank_parameters(self.model, self.layout, stage) for stage in stages]
         parameters = max(one.dense + one.expert for one in held)
-        return sync_s(parameters, self.device, self.layout.tensor)
+        return sync_s(parameters, self.device, self.cut, self.layout.hdp)
 
     def peak_bytes(self, kept_tokens: int) -> int:
         """Estimate of the memory of a device whose HDP rank keeps activations of so many tokens."""
-        config = self._config(self.layout, kept_tokens)
-        return memory_per_rank(config, self.layout).total
+        return memory_per_rank(self._config(kept_tokens), self.layout).total
 
-    def _config(self, layout: Layout, tokens: int = 1) -> RunConfig:
+    def _config(self, tokens: int = 1) -> RunConfig:
+        layout = self.layout
         return RunConfig(
             model=self.model,
             parallel=ParallelConfig(

@@ -5,11 +5,15 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import ArrayLike
 
 from megascale.arrays import Floats, Integers
+from megascale.corpus.pieces import PieceIndex
+from megascale.corpus.shards import Shard
+from megascale.corpus.sources import describe
 from megascale.errors import UserError
 from megascale.reading import MOST_TEXT_BYTES, read_whole
 
@@ -61,8 +65,11 @@ DISTRIBUTIONS: dict[str, Callable[[np.random.Generator], Floats]] = {
     "commoncrawl": _commoncrawl,
     "byted": _byted,
     "bytescale_byted": _bytescale_byted,
+    "code": _github,
+    "web": _commoncrawl,
 }
-"""By name: a block of document lengths, before any cut."""
+"""By name: a block of document lengths, before any cut. `code` and `web` are plain names of the
+first two."""
 
 
 def draw_lengths(
@@ -94,6 +101,36 @@ def sample_lengths(documents: ArrayLike, num_tokens: int, context: int, seed: in
     """Like `draw_lengths`, from the lengths of given documents, with replacement."""
     known = np.asarray(documents, dtype=np.float64)
     return _draw(lambda rng: rng.choice(known, BLOCK), num_tokens, context, seed)
+
+
+def sample_pieces(documents: ArrayLike, num_tokens: int, context: int, seed: int) -> Integers:
+    """Lengths of pieces drawn with replacement from all that given documents are cut into.
+
+    Longer documents are cut into several pieces, as training cuts them. Exactly `num_tokens` in
+    sum, the last piece cut.
+    """
+    index = PieceIndex(np.asarray(documents, dtype=np.int64), context)
+
+    def block(rng: np.random.Generator) -> Floats:
+        numbers = rng.integers(index.num_pieces, size=BLOCK)
+        return index.pieces(numbers).length.astype(np.float64)
+
+    return _draw(block, num_tokens, context, seed)
+
+
+def given_documents(spec: str, where: str) -> Integers | None:
+    """Tokens of the documents of `corpus:PATH` or `file:PATH`; None for any other text.
+
+    A corpus is a prepared folder or the prefix of a Megatron `.bin` / `.idx` pair.
+
+    Raises UserError, for files beginning with `where`, where they cannot be read.
+    """
+    kind, _, path = spec.partition(":")
+    if kind == "corpus":
+        is_prefix = not Path(path).is_dir() and Path(f"{path}.idx").is_file()
+        shard = Shard.open(path if is_prefix else describe(path).train)
+        return np.asarray(shard.lengths, dtype=np.int64)
+    return read_lengths(path, f"{where}file:") if kind == "file" else None
 
 
 def _draw(

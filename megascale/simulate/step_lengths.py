@@ -4,13 +4,9 @@ from __future__ import annotations
 
 from functools import partial
 
-import numpy as np
-
 from megascale.arrays import Integers
-from megascale.corpus.shards import Shard
-from megascale.corpus.sources import describe
 from megascale.errors import UserError
-from megascale.simulate.lengths import draw_lengths, read_lengths, sample_lengths
+from megascale.simulate.lengths import draw_lengths, given_documents, sample_lengths
 
 MOST_SEQUENCES = 2**24
 """Of all steps, which are in memory together."""
@@ -19,16 +15,11 @@ MOST_SEQUENCES = 2**24
 def step_lengths(spec: str, tokens: int, context: int, steps: int, seed: int) -> list[Integers]:
     """Lengths of each step's sequences, `tokens` a step, cut at `context`.
 
-    `spec` is the name of a distribution, corpus:FOLDER or file:PATH. Raises UserError where it is
+    `spec` is the name of a distribution, corpus:PATH or file:PATH. Raises UserError where it is
     none of them, and for more than MOST_SEQUENCES.
     """
-    kind, _, path = spec.partition(":")
-    if kind == "corpus":
-        draw = partial(sample_lengths, _corpus_lengths(path))
-    elif kind == "file":
-        draw = partial(sample_lengths, read_lengths(path, "--lengths file:"))
-    else:
-        draw = partial(draw_lengths, spec)
+    documents = given_documents(spec, "--lengths ")
+    draw = partial(draw_lengths, spec) if documents is None else partial(sample_lengths, documents)
     batches: list[Integers] = []
     for step in range(steps):
         batches.append(draw(tokens, context, seed * 1_000_003 + step))
@@ -38,8 +29,3 @@ def step_lengths(spec: str, tokens: int, context: int, steps: int, seed: int) ->
                 f"by step {step}; give fewer steps or tokens"
             )
     return batches
-
-
-def _corpus_lengths(path: str) -> Integers:
-    lengths = Shard.open(describe(path).train).lengths
-    return np.asarray(lengths, dtype=np.int64)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from megascale.arrays import Integers
+from megascale.devices.table import GIB
 from megascale.simulate.cluster import Cluster
 from megascale.simulate.steps import size_labels
 
@@ -44,7 +45,7 @@ def _table(rows: Sequence[dict[str, Any]]) -> list[str]:
             f"{row['planner']:<16} {_seconds(row['step_s']):>9} {_short(row['tokens_per_s']):>10} "
             f"{speedup:>8} {row['over_lower_bound']:>8.3f} {row['idle_share']:>6.1%} "
             f"{row['passing_share']:>7.1%} {row['offloaded_share']:>7.1%} "
-            f"{row['peak_bytes'] / 1e9:>5.0f} GB {_seconds(row['plan_s']):>8}"
+            f"{row['peak_bytes'] / GIB:>4.0f} GiB {_seconds(row['plan_s']):>8}"
         )
     return lines
 
@@ -64,8 +65,9 @@ def _notes(cluster: Cluster) -> list[str]:
         "",
         "step, x bound: mean time, and over the mean lower bound; idle: waiting for other ranks;",
         "passing: waiting for keys and values; memory: of a device, an estimate, of "
-        f"{cluster.device.memory_bytes / 1e9:.0f} GB; plan: time",
-        "of the planner on this machine. Rates are of data sheets, with assumed efficiencies.",
+        f"{cluster.device.memory_bytes / GIB:.0f} GiB; plan: time",
+        "of the planner on this machine. Rates have assumed efficiencies; they are those of",
+        f"{cluster.device.source}.",
     ]
 
 

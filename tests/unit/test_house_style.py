@@ -15,8 +15,8 @@ PACKAGE = ROOT / "megascale"
 FILES = sorted(PACKAGE.rglob("*.py"))
 ORDER = (
     "errors arrays reading installation exports parsing config runtime planner infowindow corpus "
-    "mesh model optim checkpoint convert growth simulate monitor run training launch api commands "
-    "cli"
+    "mesh model optim devices checkpoint convert growth simulate monitor run training launch api "
+    "commands cli"
 ).split()
 
 

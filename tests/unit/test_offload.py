@@ -17,7 +17,7 @@ from megascale.mesh import offload
 from megascale.mesh.offload import HostBlocks, Offloader, Traffic
 from megascale.mesh.packing import TokenSequence
 from megascale.mesh.reader import MicroBatchReader
-from megascale.model.counts import activation_bytes, layer_activation_bytes
+from megascale.model.activations import activation_bytes, layer_activation_bytes
 from megascale.planner import Ring, StepPlan
 from megascale.run.step_problem import offload_model, plan_lengths
 

@@ -134,7 +134,8 @@ def test_bad_lengths_are_one_clear_line(tmp_path: Path, content: str, problem: s
         (("--ranks", 4, "--capacity", 99999, "--budget-s", "nan"), "--budget-s nan: must be"),
         (("--ranks", 4, "--capacity", 99999, "--cost", "no.json"), "cost file no.json"),
         (("--ranks", 4, "--capacity", 99999, "--json", "/no/x.json"), "--json /no/x.json"),
-        (("--ranks", 4, "--capacity", 9, "run.yaml"), "leave out run.yaml"),
+        (("--ranks", 4, "--capacity", 9, "run.yaml"), "--capacity goes with .* without CONFIG"),
+        (("--ranks", 4, "--capacity", 9, "--device", "h100"), "--device goes with CONFIG"),
     ],
 )
 def test_bad_options_are_one_clear_line(

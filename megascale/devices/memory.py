@@ -1,0 +1,78 @@
+"""Whether a run fits a device: what is counted, and a named allowance for what is not."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from megascale.config import Layout, RunConfig
+from megascale.devices.table import Device
+from megascale.optim.rank_memory import MemoryEstimate, stage_memory
+
+FRAGMENTATION = 0.05
+"""Part of the activations that the allocator loses, because packs differ in length. An
+assumption."""
+TOKEN_MULTIPLE = 128
+"""Of capacities that are proposed."""
+
+
+@dataclass(frozen=True)
+class StageMemory:
+    """Bytes on the fullest rank of a pipeline stage."""
+
+    counted: MemoryEstimate
+    context: int
+    """The device's context, kernels and work spaces of libraries."""
+    messages: int
+    """Buffers of communicators; 0 with one rank."""
+    fragmentation: int
+    """What the allocator loses."""
+
+    @property
+    def allowance(self) -> int:
+        """All that is assumed and not counted."""
+        return self.context + self.messages + self.fragmentation
+
+    @property
+    def total(self) -> int:
+        """What the device must have."""
+        return self.counted.total + self.allowance
+
+
+def stage_memories(config: RunConfig, layout: Layout, device: Device) -> tuple[StageMemory, ...]:
+    """The memory of each pipeline stage with micro-batches of full capacity."""
+    counted = [stage_memory(config, layout, stage) for stage in range(layout.pipeline)]
+    return tuple(
+        StageMemory(
+            counted=one,
+            context=device.context_bytes,
+            messages=device.message_bytes if layout.world > 1 else 0,
+            fragmentation=round(FRAGMENTATION * (one.activations + one.rings)),
+        )
+        for one in counted
+    )
+
+
+def fullest(config: RunConfig, layout: Layout, device: Device) -> int:
+    """Bytes that the fullest stage needs."""
+    return max(one.total for one in stage_memories(config, layout, device))
+
+
+def most_tokens(config: RunConfig, layout: Layout, device: Device) -> int:
+    """The largest capacity with which every stage fits, a multiple of 128 tokens; 0: none.
+
+    Activations are proportional to the capacity, and nothing else depends on it.
+    """
+    empty, unit = (
+        stage_memories(with_capacity(config, tokens), layout, device)
+        for tokens in (0, TOKEN_MULTIPLE)
+    )
+    units = min(
+        (device.memory_bytes - none.total) // max(1, one.total - none.total)
+        for none, one in zip(empty, unit, strict=True)
+    )
+    return max(0, units) * TOKEN_MULTIPLE
+
+
+def with_capacity(config: RunConfig, tokens: int) -> RunConfig:
+    """The config with another `planner.capacity_tokens`."""
+    return replace(config, planner=replace(config.planner, capacity_tokens=tokens))

@@ -1,0 +1,130 @@
+"""Memory of activations, counted without building the model or running it.
+
+Counts are those of the CUDA path: fused RMSNorm and SwiGLU, flash attention. A test runs a small
+model and counts what autograd keeps. All functions want a finalized config.
+"""
+
+from __future__ import annotations
+
+from megascale.config import Layout, ModelConfig, RunConfig
+from megascale.model.counts import attentions, known, logits_per_token
+
+FP32_BYTES = 4
+
+
+def activation_bytes(config: RunConfig, layout: Layout, stage: int) -> int:
+    """Bytes of activations at the peak of a micro-batch of full capacity, by pipeline stage.
+
+    Under 1F1B a stage holds one micro-batch for itself and one for each stage after it. Of each it
+    keeps `layer_activation_bytes` in every layer. The last stage adds the peak of the output head.
+    With full recomputation one layer's activations come back at a time, after the head's are gone,
+    so the larger of the two counts.
+
+    An 8B model (32 layers of 4096, 32 heads and 8 groups of 128, feed-forward 14336, 128,256
+    ids) at 16,384 tokens in bf16: 150,152 bytes in each layer are 73.3 GiB, the head's 785,920
+    are 12.0 GiB, together 85.3. Under full recomputation 8,192 bytes in each layer are 4.0 GiB,
+    with the head 16.0. The allocations of both were tracked on tensors without storage: 85.3 and
+    16.0 GiB.
+    """
+    tokens = known(config.planner.capacity_tokens)
+    num_layers, in_flight = config.model.num_layers // layout.pipeline, layout.pipeline - stage
+    kept = in_flight * num_layers * layer_activation_bytes(config, layout)
+    head = _head_bytes(config, layout) if stage == layout.pipeline - 1 else 0
+    if config.train.recompute == "full":
+        return tokens * (kept + max(head, _layer_bytes(config, layout)))
+    return tokens * (kept + head)
+
+
+def layer_activation_bytes(config: RunConfig, layout: Layout) -> int:
+    """Bytes that one layer keeps per token between forward and backward.
+
+    Under full recomputation that is its input alone. Else see `_layer_bytes`.
+    """
+    if config.train.recompute == "full":
+        return _element_bytes(config) * (config.model.hidden_size // _hidden_cut(config, layout))
+    return _layer_bytes(config, layout)
+
+
+def ring_buffer_bytes(config: RunConfig, layout: Layout) -> int:
+    """Bytes of buffers in which one layer's backward pass over a full share of a ring adds up.
+
+    Per token: the gradient of queries in fp32 and a hop's part of it; four buffers of the
+    gradients of keys and values in fp32 (own, this hop's, coming, going); keys and values twice
+    (at hand, coming). With 32 heads and 8 groups of 128 in bf16 these are 65,536 bytes, 0.5 GiB
+    per 8,192 tokens. 0 where no sequence is shared.
+    """
+    if layout.hdp == 1 or config.planner.name == "longest_first":
+        return 0
+    model, element = config.model, _element_bytes(config)
+    queries = model.num_heads * (FP32_BYTES + element)
+    keys_and_values = known(model.num_kv_heads) * (4 * 2 * FP32_BYTES + 2 * 2 * element)
+    per_token = (queries + keys_and_values) * known(model.head_dim) // layout.tensor
+    return known(config.planner.capacity_tokens) * per_token
+
+
+def _layer_bytes(config: RunConfig, layout: Layout) -> int:
+    """What the operations of one layer keep per token for their backward pass.
+
+    In elements of the precision: inputs and outputs of the norms, 4 hidden (2 in a parallel
+    block); queries and keys after the rotary embedding, the product that has the values, and the
+    output, (3 heads + 3 groups) of a head's size, and queries before their norm if there is one;
+    SwiGLU's two inputs and its output, 3 feed-forward. Beside these in bytes: a norm's and a
+    head's fp32 scalars, and the layer's copies of the rotary tables, of which fp32 needs none.
+    """
+    model, element = config.model, _element_bytes(config)
+    norms = 1 if model.parallel_block else 2
+    hidden = 2 * norms * model.hidden_size * element + norms * FP32_BYTES
+    heads, groups, size = model.num_heads, known(model.num_kv_heads), known(model.head_dim)
+    attention = 3 * (heads + groups) * size * element + heads * FP32_BYTES
+    if model.qk_norm:
+        attention += heads * size * element + (heads + groups) * FP32_BYTES
+    tables = 4 * (size // 2) * element if element < FP32_BYTES else 0
+    cut = attentions(model) * attention + _feed_forward_bytes(model, element)
+    whole = attentions(model) * tables + _router_bytes(model, element)
+    return hidden // _hidden_cut(config, layout) + cut // layout.tensor + whole
+
+
+def _feed_forward_bytes(model: ModelConfig, element: int) -> int:
+    """SwiGLU of a dense layer, or of a token's experts with the tokens that they get."""
+    if model.moe is None:
+        return 3 * known(model.ffn_hidden_size) * element
+    routed = model.moe.top_k * (3 * known(model.moe.ffn_hidden_size) + model.hidden_size)
+    return (routed + 3 * model.moe.shared_ffn_hidden_size) * element
+
+
+def _router_bytes(model: ModelConfig, element: int) -> int:
+    """Scores, probabilities and masks of all experts; numbers, weights and places of the chosen.
+
+    A gate of the shared expert keeps this expert's output and its weight. Several attentions keep
+    their outputs, and what mixes them in fp32.
+    """
+    moe = model.moe
+    if moe is None:
+        return 0
+    kept = 9 * moe.num_experts + 24 * moe.top_k
+    if moe.shared_gate:
+        kept += (model.hidden_size + 1) * element
+    if moe.attention_experts > 1:
+        kept += moe.attention_experts * model.hidden_size * element
+        kept += moe.attention_experts * (FP32_BYTES + element) + model.hidden_size * FP32_BYTES
+    return kept
+
+
+def _head_bytes(config: RunConfig, layout: Layout) -> int:
+    """Per token, at the peak of the last stage: while the loss is computed.
+
+    The last norm's input and output, and the logits with their softmax in fp32, which in an fp32
+    run takes the logits' own place.
+    """
+    element = _element_bytes(config)
+    hidden = 2 * config.model.hidden_size * element // _hidden_cut(config, layout)
+    logits = logits_per_token(config.model, layout.tensor) // layout.tensor
+    return hidden + logits * (FP32_BYTES + (element if element < FP32_BYTES else 0))
+
+
+def _element_bytes(config: RunConfig) -> int:
+    return 2 if config.train.precision == "bf16" else FP32_BYTES
+
+
+def _hidden_cut(config: RunConfig, layout: Layout) -> int:
+    return layout.tensor if config.parallel.sequence_parallel else 1
