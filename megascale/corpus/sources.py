@@ -5,11 +5,14 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from megascale.config.schema import SourceConfig
+from megascale.corpus.pieces import DocumentsInRange, documents_of
 from megascale.corpus.shards import Shard
 from megascale.errors import UserError
 from megascale.parsing import is_path, read_json
@@ -70,8 +73,31 @@ def identity(info: SourceInfo) -> str:
 
 
 def describe_source(source: SourceConfig) -> SourceInfo:
-    """`describe` what a config says of a source."""
-    return describe(source.path, source.heldout, source.vocab_size, source.eod_id, source.bos_id)
+    """`describe` what a config says of a source, of the documents that the source reads.
+
+    Raises UserError where no document has a length that it reads.
+    """
+    info = describe(source.path, source.heldout, source.vocab_size, source.eod_id, source.bos_id)
+    documents = documents_of(Shard.open(info.train), source)
+    if not isinstance(documents, DocumentsInRange):
+        return info
+    lengths, longest = documents.lengths, source.max_document_tokens
+    tokens, count = int(lengths.sum()), int(np.count_nonzero(lengths))
+    limits = f"{source.min_document_tokens} to {'any number of' if longest is None else longest}"
+    if not tokens:
+        whole = Shard.open(info.train).lengths
+        raise UserError(
+            f"source {source.path}: no document has {limits} tokens (min_document_tokens, "
+            f"max_document_tokens); its documents have {int(whole.min())} to {int(whole.max())}"
+        )
+    size = info.train_bytes
+    return replace(
+        info,
+        train_tokens=tokens,
+        train_documents=count,
+        train_bytes=None if size is None else round(size * tokens / max(1, info.train_tokens)),
+        content=f"{info.content} (documents of {limits} tokens)",
+    )
 
 
 def describe(
