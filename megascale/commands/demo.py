@@ -45,6 +45,8 @@ if TYPE_CHECKING:
 CONFIG, OUT, RANKS = "configs/mixed_lengths.yaml", "runs/demo", "4"
 OURS, BASELINES = "hybrid", ("static", "static_best")
 PLANNERS = (*BASELINES, OURS)
+CAPACITY = "planner.capacity_tokens"
+"""An option that is an equal share of the context where it is not given on the command line."""
 REPEATS = 5
 CALIBRATION_S, CALIBRATION_REPEATS = 10.0, 2
 TELL_EVERY_S = 5.0
@@ -75,7 +77,9 @@ def run_demo(args: argparse.Namespace) -> int:
     asked = StopRequest(echo_s=TWIN_S)
     try:
         require_outputs(_outputs(args.out), [args.config])
-        check_ranks(load_run(args.config, args.overrides).config, count)
+        config = load_run(args.config, args.overrides).config
+        check_ranks(config, count)
+        cost_model(config)  # a bad cost file is found before ranks are started
         return run_ranks(_job(args, count), asked)
     finally:
         asked.restore()
@@ -100,7 +104,9 @@ def _compare_on_rank(args: argparse.Namespace) -> int:
     from megascale.runtime.environment import world_from_environment
 
     distributed.prepare_device(run.config.device)
-    config = with_shared_context(run.config, world_from_environment()[1])
+    config = run.config
+    if not any(word.startswith(f"{CAPACITY}=") for word in args.overrides):
+        config = with_shared_context(config, world_from_environment()[1])
     ranks = distributed.start(config)
     try:
         return _compare(args, run._replace(config=config), ranks)
@@ -109,14 +115,13 @@ def _compare_on_rank(args: argparse.Namespace) -> int:
 
 
 def with_shared_context(config: RunConfig, world: int) -> RunConfig:
-    """`config` with a capacity of at most an equal share of the context.
+    """`config` with as little capacity as the context allows: an equal share on each rank.
 
     So the longest sequence needs all ranks of the HDP axis, as on a cluster whose ranks are just
     enough for the context.
     """
     share = -(-config.data.context_tokens // Layout.of(config, world).hdp)
-    capacity = min(config.planner.capacity_tokens or share, share)
-    return replace(config, planner=replace(config.planner, capacity_tokens=capacity))
+    return replace(config, planner=replace(config.planner, capacity_tokens=share))
 
 
 def _compare(args: argparse.Namespace, run: ResolvedRun, ranks: Ranks) -> int:

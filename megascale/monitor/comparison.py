@@ -114,30 +114,39 @@ class Comparison:
         return [one.steps[planner].seconds for one in self.rounds]
 
     def lines(self) -> Iterator[str]:
-        """The result for people."""
+        """The result for people. What is noise is left out."""
+        reason = self.no_ratio
+        yield from self._times(with_measured=reason is None)
+        if reason is None:
+            yield from self._measured_ratios()
+        else:
+            predicted = [f"{self.predicted_ratio(one):.2f}x over {one}" for one in self.baselines]
+            yield f"no ratio: {reason}; try again when the machine is quiet"
+            yield f"predicted for {self.ours}: {', '.join(predicted)}"
+        yield (
+            f"losses: {'equal' if self.losses_agree else 'NOT EQUAL'}, largest relative difference "
+            f"{self.loss_difference:.0e}"
+        )
+
+    def _times(self, with_measured: bool) -> Iterator[str]:
         lengths = [int(n) for one in self.rounds for n in one.batch.length]
         yield (
             f"{len(self.rounds)} batches, {len(lengths)} sequences of {min(lengths):,} to "
             f"{max(lengths):,} tokens (median {round(statistics.median(lengths)):,})"
         )
-        reason = self.no_ratio
         yield "step time of      measured  predicted   (medians)"
         for name in (*self.baselines, self.ours):
-            measured = "-" if reason else f"{statistics.median(self._seconds(name)):.2f} s"
+            measured = f"{statistics.median(self._seconds(name)):.2f} s" if with_measured else "-"
             predicted = statistics.median(one.plans[name].predicted_s for one in self.rounds)
             yield f"  {name:<14} {measured:>9} {predicted:>8.2f} s"
-        if reason is not None:
-            yield f"no ratio: {reason}; try again when the machine is quiet"
-        for name, ratio in self.ratios.items() if reason is None else ():
+
+    def _measured_ratios(self) -> Iterator[str]:
+        for name, ratio in self.ratios.items():
             yield (
                 f"{self.ours} over {name}: {ratio.median:.2f}x as fast, from {ratio.least:.2f}x to "
                 f"{ratio.most:.2f}x in {len(self.rounds)} repeats (predicted "
                 f"{self.predicted_ratio(name):.2f}x)"
             )
-        yield (
-            f"losses: {'equal' if self.losses_agree else 'NOT EQUAL'}, largest relative difference "
-            f"{self.loss_difference:.0e}"
-        )
 
     def to_json(self) -> dict[str, Any]:
         """Everything that was measured, as plain values; `ratios` is null where they are noise."""

@@ -80,20 +80,25 @@ def _unit(longest_s: float, is_calibrated: bool) -> tuple[float, str]:
 
 
 def _draw(axes: Axes, plan: StepPlan, lengths: ArrayLike, cost: CostModel, unit: float) -> None:
-    times, has_outlines = timeline(plan, lengths, cost), plan.num_ranks <= MOST_ROWS
+    times = timeline(plan, lengths, cost)
     axes.barh(range(plan.num_ranks), times.total_s * unit, height=HEIGHT, color=IDLE)
     for begin, end, ring in zip(times.begin_s * unit, times.end_s * unit, plan.rings, strict=True):
-        size = len(ring.ranks)
-        bar: dict[str, Any] = {"left": begin, "color": _colour(size, plan.num_ranks)}
+        is_ring = len(ring.ranks) > 1 and plan.num_ranks <= MOST_ROWS
         for first, count in _runs(ring.ranks):
-            where = {"y": first - 0.5 + count / 2, "height": count - 1 + HEIGHT}
-            edge = {"edgecolor": "white", "linewidth": 1.0 * has_outlines}
-            if size > 1 and has_outlines:
-                edge = {"edgecolor": OUTLINE, "linewidth": 1.6, "zorder": 3}
-            axes.barh(width=end - begin, **where, **bar, **edge)
-            if size > 1 and has_outlines and end - begin > LEAST_LABEL * axes.get_xlim()[1]:
-                middle = ((begin + end) / 2, where["y"])
-                axes.annotate(str(size), middle, ha="center", va="center", zorder=4)
+            middle = first + (count - 1) / 2
+            axes.barh(
+                middle,
+                end - begin,
+                count - 1 + HEIGHT,
+                begin,
+                color=_colour(len(ring.ranks), plan.num_ranks),
+                edgecolor=OUTLINE if is_ring else "white",
+                linewidth=1.6 if is_ring else float(plan.num_ranks <= MOST_ROWS),
+                zorder=3 if is_ring else 2,
+            )
+            if is_ring and end - begin > LEAST_LABEL * axes.get_xlim()[1]:
+                where = ((begin + end) / 2, middle)
+                axes.annotate(str(len(ring.ranks)), where, ha="center", va="center", zorder=4)
     axes.axvline(times.total_s * unit, **END)
     axes.set_ylim(plan.num_ranks - 0.4, -0.6)
     if plan.num_ranks <= 8:
