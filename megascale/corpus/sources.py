@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from megascale.config.schema import SourceConfig
-from megascale.corpus.pieces import DocumentsInRange, documents_of
+from megascale.corpus.pieces import documents_of
 from megascale.corpus.shards import Shard
 from megascale.errors import UserError
 from megascale.parsing import is_path, read_json
@@ -78,23 +78,24 @@ def describe_source(source: SourceConfig) -> SourceInfo:
     Raises UserError where no document has a length that it reads.
     """
     info = describe(source.path, source.heldout, source.vocab_size, source.eod_id, source.bos_id)
-    documents = documents_of(Shard.open(info.train), source)
-    if not isinstance(documents, DocumentsInRange):
+    shortest, longest = source.min_document_tokens, source.max_document_tokens
+    if not shortest and longest is None:
         return info
-    lengths, longest = documents.lengths, source.max_document_tokens
-    tokens, count = int(lengths.sum()), int(np.count_nonzero(lengths))
-    limits = f"{source.min_document_tokens} to {'any number of' if longest is None else longest}"
+    shard = Shard.open(info.train)
+    lengths = documents_of(shard, source).lengths
+    tokens = int(lengths.sum())
+    limits = f"{shortest} to {'any number of' if longest is None else longest}"
     if not tokens:
-        whole = Shard.open(info.train).lengths
         raise UserError(
             f"source {source.path}: no document has {limits} tokens (min_document_tokens, "
-            f"max_document_tokens); its documents have {int(whole.min())} to {int(whole.max())}"
+            f"max_document_tokens); its documents have {int(shard.lengths.min())} to "
+            f"{int(shard.lengths.max())}"
         )
     size = info.train_bytes
     return replace(
         info,
         train_tokens=tokens,
-        train_documents=count,
+        train_documents=int(np.count_nonzero(lengths)),
         train_bytes=None if size is None else round(size * tokens / max(1, info.train_tokens)),
         content=f"{info.content} (documents of {limits} tokens)",
     )

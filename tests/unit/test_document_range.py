@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 from tiny_corpus import EOD, VOCAB
 
 from megascale.config import DataConfig, RunConfig, SourceConfig, StageConfig, finalize
+from megascale.config.schema import ReadConfig
 from megascale.corpus.batches import Cursor, GlobalBatches
-from megascale.corpus.pieces import PieceIndex, documents_of
+from megascale.corpus.pieces import PieceIndex, ReadIndex, documents_of, epochs_begun, left_by
 from megascale.corpus.shards import Shard, ShardWriter
 from megascale.corpus.sources import describe_source, identity
 from megascale.errors import UserError
@@ -67,6 +68,36 @@ def test_pieces_are_those_of_the_documents_in_the_range(lengths, shortest, longe
         for start in range(0, length, context)
     ]
     assert list(zip(pieces.document, pieces.start, pieces.length)) == wanted
+
+
+RUN = st.tuples(st.integers(0, 3), st.sampled_from([3, 8, 64]), st.integers(1, 20))
+
+
+@settings(max_examples=60)
+@given(
+    st.lists(st.integers(0, 30), min_size=1, max_size=8),
+    st.integers(0, 10),
+    st.integers(10, 30),
+    st.lists(RUN, min_size=1, max_size=3),
+)
+def test_what_earlier_runs_read_and_left_is_of_the_range(lengths, shortest, longest, runs):
+    """As if the other documents were empty."""
+    documents = documents_of(Lengths(lengths), source("", shortest, longest))
+    masked = Lengths([n if shortest <= n <= longest else 0 for n in lengths])
+    if not sum(masked.lengths):
+        return
+    reads = [ReadConfig(name="a", seed=s, context_tokens=c, pieces=n) for s, c, n in runs]
+    pairs = (
+        (left_by(documents, reads, 5), left_by(masked, reads, 5)),
+        (ReadIndex(documents, reads), ReadIndex(masked, reads)),
+    )
+    for index, wanted in pairs:
+        assert index.num_pieces == wanted.num_pieces
+        numbers = np.arange(wanted.num_pieces)
+        found, expected = index.pieces(numbers), wanted.pieces(numbers)
+        assert found.document.tolist() == expected.document.tolist()
+        assert found.start.tolist() == expected.start.tolist()
+    assert epochs_begun(documents, reads) == epochs_begun(masked, reads)
 
 
 def test_ranges_of_one_corpus_have_numbers_of_their_own_on_disk(corpus):
