@@ -35,9 +35,6 @@ class Ratio:
         """The largest over the smallest."""
         return self.most / self.least
 
-    def __str__(self) -> str:
-        return f"{self.median:.2f}x ({self.least:.2f}x to {self.most:.2f}x)"
-
 
 @dataclass(frozen=True)
 class MachineUse:
