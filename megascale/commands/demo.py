@@ -263,4 +263,6 @@ def draw(result: Comparison, path: Path) -> None:
         f"{len(lengths)} sequences of {int(lengths.min()):,} to {int(lengths.max()):,} tokens on "
         f"{setting.ranks} ranks ({setting.device}), from {', '.join(setting.corpora)}"
     )
+    if reason is None:
+        title += f"\n{OURS} is {result.ratios['static']} as fast over {len(result.rounds)} batches"
     plot_stacked(plans, lengths, result.cost, title, path)

@@ -143,9 +143,8 @@ class Comparison:
     def _measured_ratios(self) -> Iterator[str]:
         for name, ratio in self.ratios.items():
             yield (
-                f"{self.ours} over {name}: {ratio.median:.2f}x as fast, from {ratio.least:.2f}x to "
-                f"{ratio.most:.2f}x in {len(self.rounds)} repeats (predicted "
-                f"{self.predicted_ratio(name):.2f}x)"
+                f"{self.ours} over {name}: {ratio} as fast in {len(self.rounds)} repeats, "
+                f"predicted {self.predicted_ratio(name):.2f}x"
             )
 
     def to_json(self) -> dict[str, Any]:

@@ -30,6 +30,9 @@ class Ratio:
         ratios = [slow / fast for slow, fast in zip(slow_s, fast_s, strict=True)]
         return Ratio(statistics.median(ratios), min(ratios), max(ratios))
 
+    def __str__(self) -> str:
+        return f"{self.median:.2f}x (from {self.least:.2f}x to {self.most:.2f}x)"
+
     @property
     def spread(self) -> float:
         """The largest over the smallest."""

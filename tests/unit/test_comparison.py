@@ -39,11 +39,11 @@ def test_a_ratio_is_the_median_of_those_of_the_repeats():
     assert (best.median, best.least, best.most) == (1.05, 1.0, 1.1)
     assert result.no_ratio is None
     text = "\n".join(result.lines())
-    assert "hybrid over static: 1.25x as fast, from 1.00x to 1.50x in 5 repeats" in text
-    assert "hybrid over static_best: 1.05x as fast, from 1.00x to 1.10x" in text
+    assert "hybrid over static: 1.25x (from 1.00x to 1.50x) as fast in 5 repeats" in text
+    assert "hybrid over static_best: 1.05x (from 1.00x to 1.10x) as fast" in text
     plans = result.rounds[0].plans
     predicted = plans["static"].predicted_s / plans["hybrid"].predicted_s
-    assert predicted > 1 and f"(predicted {predicted:.2f}x)" in text
+    assert predicted > 1 and f"predicted {predicted:.2f}x\n" in text
     shown = [line.split()[:3] for line in text.split("\n")[2:5]]
     assert shown == [["static", "2.50", "s"], ["static_best", "2.10", "s"], ["hybrid", "2.00", "s"]]
     assert "losses: equal" in text
@@ -51,7 +51,7 @@ def test_a_ratio_is_the_median_of_those_of_the_repeats():
 
 def test_a_ratio_of_one_is_printed_as_such():
     text = "\n".join(comparison(static_s=OURS_S).lines())
-    assert "hybrid over static: 1.00x as fast, from 1.00x to 1.00x" in text
+    assert "hybrid over static: 1.00x (from 1.00x to 1.00x) as fast" in text
 
 
 @pytest.mark.parametrize(
