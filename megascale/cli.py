@@ -85,6 +85,11 @@ VERBS = {
         "train on this machine, on one rank or many; under torchrun, one of its ranks",
         "megascale train configs/quickstart.yaml --ranks 2 --resume auto",
     ),
+    "demo": (
+        "megascale.commands.demo:demo",
+        "measure static context parallelism against hybrid here, on documents of mixed lengths",
+        "megascale demo --ranks 4",
+    ),
     "launch": (
         "megascale.commands.launch:launch",
         "train on this node and start again what fails; one on every node of a job",

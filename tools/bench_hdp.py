@@ -28,13 +28,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from bench_planner import Progress
 
-from megascale.config import RunConfig, finalize, parse_config
+from megascale.config import finalize, parse_config
 from megascale.corpus.batches import GlobalBatch
+from megascale.monitor.comparison import TimedStep
+from megascale.monitor.ratios import Ratio
 from megascale.planner import PLANNERS, CostModel, Placed, Problem, StepPlan, complete, step_s
 from megascale.planner.fit import Measurement, fit_cost
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from numpy.typing import ArrayLike
 
 RESULTS = Path(__file__).parents[1] / "configs" / "results"
 COMPARED = ("static", "static_best", "hybrid")
@@ -118,54 +121,26 @@ class Bench:
     """One rank of a world with a model for each planner that is compared."""
 
     def __init__(self, world: int) -> None:
-        from megascale.mesh.reader import MicroBatchReader, TokenSource
-        from megascale.model.build import pack_multiple
+        from megascale.mesh.reader import TokenSource
         from megascale.run.step_problem import cost_model
         from megascale.runtime import distributed
+        from megascale.training.compare import Trainers
 
         self.capacity = CAPACITY[world]
         overrides = [f"planner.capacity_tokens={self.capacity}"]
         config = finalize(parse_config(CONFIG, overrides), {"random": BATCH_TOKENS}, VOCAB)
         self.ranks = distributed.start(config)
         source = TokenSource("random", RandomText(), VOCAB - 1, VOCAB)  # type: ignore[arg-type]
-        multiple, rank = pack_multiple(config), self.ranks.hdp_rank
-        self.reader = MicroBatchReader([source], rank, multiple, self.ranks.device, self.ranks.axis)
-        self.learners = {name: self._learner(config) for name in (*COMPARED, OTHER)}
-        self.tokens_seen = dict.fromkeys(self.learners, 0)
+        self.trainers = Trainers(config, self.ranks, [source], (*COMPARED, OTHER))
         self.cost = cost_model(config)
 
-    def _learner(self, config: RunConfig) -> Any:
-        from megascale.model.build import build_model
-        from megascale.optim.build import build_optimizer
-        from megascale.training.step import Learner
-
-        model = build_model(config, self.ranks)
-        return Learner(config, self.ranks, model, build_optimizer(config, model))
-
-    def problem(self, lengths: Sequence[int]) -> Problem:
+    def problem(self, lengths: ArrayLike) -> Problem:
         """A step of `lengths` as the planners see it."""
         return Problem.of(lengths, self.ranks.world, self.capacity, "free", self.cost)
 
-    def step(self, name: str, plan: StepPlan, lengths: Sequence[int]) -> tuple[float, ...]:
-        """Train the model `name`; (seconds, processor seconds of a rank, loss)."""
-        import torch
-        import torch.distributed as dist
-
-        from megascale.training.step import train_step
-
-        self.tokens_seen[name] += sum(lengths)
-        micro_batches = self.reader.read(plan, batch_of(lengths))
-        count = len(plan.rings_of(self.ranks.hdp_rank))
-        dist.barrier()
-        began, worked = time.perf_counter(), time.process_time()
-        result = train_step(
-            self.learners[name], micro_batches, count, sum(lengths), self.tokens_seen[name]
-        )
-        spent = torch.tensor([time.perf_counter() - began, time.process_time() - worked])
-        slowest = spent[:1].clone()
-        dist.all_reduce(spent)
-        dist.all_reduce(slowest, op=dist.ReduceOp.MAX)
-        return float(slowest[0]), float(spent[1]) / self.ranks.world, result.loss
+    def step_s(self, plan: StepPlan, lengths: Sequence[int]) -> float:
+        """Seconds of a step of the model that is outside the comparison."""
+        return self.trainers.step(OTHER, plan, batch_of(lengths)).seconds
 
     def micro_batch(self, size: int, lengths: Sequence[int]) -> float:
         """Seconds of one micro-batch, forward and backward, on each ring of `size` consecutive
@@ -181,8 +156,8 @@ class Bench:
         placed = [Placed(ranks, own) for ranks, own in zip(rings, places, strict=True)]
         repeated = list(lengths) * len(rings)
         plan = complete(self.problem(repeated), placed, time.perf_counter())
-        (batch,) = self.reader.read(plan, batch_of(repeated))
-        learner = self.learners[OTHER]
+        (batch,) = self.trainers.reader.read(plan, batch_of(repeated))
+        learner = self.trainers.learners[OTHER]
         learner.model.zero_grad_buffer()
         dist.barrier()
         began = time.perf_counter()
@@ -225,7 +200,7 @@ class Calibration:
             self._seconds[index].append(self._bench.micro_batch(size, lengths))
         lengths = [16] * self._bench.ranks.world
         plan = PLANNERS["longest_first"](self._bench.problem(lengths))
-        self._tiny.append(self._bench.step(OTHER, plan, lengths)[0])
+        self._tiny.append(self._bench.step_s(plan, lengths))
 
     def fit(self) -> tuple[CostModel, float, float]:
         """The cost model, seconds of a step beside its micro-batches, and the median error of
@@ -241,42 +216,44 @@ class Calibration:
 
 def compare(bench: Bench, name: str, rounds: int, show: Callable[[str], None]) -> dict[str, Any]:
     """Rounds of one kind of batch, a new draw in each, under every planner in turn."""
-    times: dict[str, list[tuple[float, ...]]] = {planner: [] for planner in COMPARED}
-    expected: list[tuple[float, float]] = []
-    for turn in range(rounds + 1):
-        lengths = BATCHES[name].draw(turn)
-        plans = {planner: PLANNERS[planner](bench.problem(lengths)) for planner in COMPARED}
-        static_s, ours = plans["static"].predicted_s, plans["hybrid"]
-        expected.append((static_s / ours.predicted_s, static_s / ours.lower_bound_s))
-        first = turn % len(COMPARED)
-        for planner in COMPARED[first:] + COMPARED[:first]:
-            show(f"{name} {planner}")
-            taken = bench.step(planner, plans[planner], lengths)
-            if turn:  # the first round allocates
-                times[planner].append(taken)
-    of = {planner: np.array(times[planner]) for planner in COMPARED}
-    losses = np.array([of[planner][:, 2] for planner in COMPARED])
+    from megascale.training.compare import compare_planners
+
+    batches = [batch_of(BATCHES[name].draw(turn)) for turn in range(rounds + 1)]
+    done = compare_planners(
+        bench.trainers, COMPARED, batches, bench.problem, lambda planner: show(f"{name} {planner}")
+    )
+    times = {planner: [one.steps[planner] for one in done] for planner in COMPARED}
+    static_s = np.array([one.plans["static"].predicted_s for one in done])
+    ours = [one.plans["hybrid"] for one in done]
     return {
         "ranks": bench.ranks.world,
         "batch": name,
         "rounds": rounds,
-        "loss_difference": float((np.ptp(losses, axis=0) / losses[0]).max()),
-        "predicted_over_static": statistics.median(ratio for ratio, _ in expected),
-        "most_possible_over_static": statistics.median(ratio for _, ratio in expected),
-        "planners": {planner: _row(of[planner], of["static"]) for planner in COMPARED},
+        "loss_difference": max(one.loss_difference for one in done),
+        "predicted_over_static": float(np.median(static_s / [one.predicted_s for one in ours])),
+        "most_possible_over_static": float(
+            np.median(static_s / [one.lower_bound_s for one in ours])
+        ),
+        "planners": {
+            planner: _row(times[planner], times["static"], bench.ranks.world)
+            for planner in COMPARED
+        },
     }
 
 
-def _row(times: np.ndarray, static: np.ndarray) -> dict[str, float]:
-    ratios = static[:, 0] / times[:, 0]
+def _row(steps: Sequence[TimedStep], static: Sequence[TimedStep], world: int) -> dict[str, float]:
+    """What steps of `world` ranks took, beside those of static plans on the same batches."""
+    taken_s = statistics.median(one.seconds for one in steps)
+    over = Ratio.of([one.seconds for one in static], [one.seconds for one in steps])
+    worked = Ratio.of([one.processor_s for one in static], [one.processor_s for one in steps])
     return {
-        "step_s": float(np.median(times[:, 0])),
-        "tokens_per_s": BATCH_TOKENS / float(np.median(times[:, 0])),
-        "over_static": float(np.median(ratios)),
-        "least_over_static": float(ratios.min()),
-        "most_over_static": float(ratios.max()),
-        "processor_s": float(np.median(times[:, 1])),
-        "processor_over_static": float(np.median(static[:, 1] / times[:, 1])),
+        "step_s": taken_s,
+        "tokens_per_s": BATCH_TOKENS / taken_s,
+        "over_static": over.median,
+        "least_over_static": over.least,
+        "most_over_static": over.most,
+        "processor_s": statistics.median(one.processor_s for one in steps) / world,
+        "processor_over_static": worked.median,
     }
 
 
@@ -288,7 +265,7 @@ def profile(bench: Bench, name: str, planner: str) -> dict[str, float]:
     lengths = BATCHES[name].draw(1)
     plan = PLANNERS[planner](bench.problem(lengths))
     with record(activities=[ProfilerActivity.CPU]) as recorded:
-        bench.step(OTHER, plan, lengths)
+        bench.step_s(plan, lengths)
     shares = dict.fromkeys(KERNELS, 0.0) | {"everything else": 0.0}
     for event in recorded.key_averages():
         kind = (k for k, words in KERNELS.items() if any(word in event.key for word in words))
@@ -312,7 +289,7 @@ def truth(
         calibration.measure(show)
         for lengths, plan, seconds in zip(drawn, plans, measured, strict=True):
             show("predicted against measured")
-            seconds.append(bench.step(OTHER, plan, lengths)[0])
+            seconds.append(bench.step_s(plan, lengths))
     cost, beside_s, fit_error = calibration.fit()
     predicted = [
         step_s(plan, lengths, cost) + beside_s for plan, lengths in zip(plans, drawn, strict=True)

@@ -142,6 +142,7 @@ def groups_of(rank: int, num_ranks: int) -> tuple[list[int], int, float]:
         return sizes, sum(store.counts.values()), time.perf_counter() - began
     finally:
         distributed.stop()
+        dist.destroy_process_group()
 
 
 def run_operations(num_ranks: int) -> int:

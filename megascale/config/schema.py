@@ -233,6 +233,13 @@ class SourceConfig:
     bos_id: int | None = None
     """Id that is the input before the first token of every document of a bare Megatron prefix. It
     is not stored there and is no target. None: `eod_id`. A prepared folder stores its own."""
+    min_document_tokens: int = 0
+    """Shorter training documents of this corpus are not read. Several sources may read documents of
+    other lengths from the same corpus, so that a blend decides the shares of short and long
+    documents."""
+    max_document_tokens: int | None = None
+    """Longer training documents of this corpus are not read. None: there is no limit. Held-out
+    documents of every length are evaluated, once where sources share them."""
     earlier: EarlierConfig | None = None
     """What the runs before `start.checkpoint` have read of the source. This run reads what they
     have left, and then all of it again. Written by megascale, not by hand."""

@@ -189,6 +189,17 @@ def _validate_data(config: RunConfig) -> None:
         )
     if not data.sources:
         raise UserError("data.sources is empty; name at least one prepared corpus")
+    for name, source in data.sources.items():
+        shortest, longest = source.min_document_tokens, source.max_document_tokens
+        if shortest < 0:
+            raise UserError(
+                f"data.sources.{name}.min_document_tokens = {shortest} must be at least 0"
+            )
+        if longest is not None and longest < max(1, shortest):
+            raise UserError(
+                f"data.sources.{name}.max_document_tokens = {longest} must be at least "
+                f"{max(1, shortest)} (min_document_tokens), or null for no limit"
+            )
     for index, stage in enumerate(data.stages):
         _validate_stage(config, index, stage)
 

@@ -22,6 +22,7 @@ from megascale.corpus.pieces import (
     PieceIndex,
     Pieces,
     ReadIndex,
+    documents_of,
     epochs_begun,
     join,
     left_by,
@@ -213,6 +214,7 @@ class GlobalBatches:
 def _order_of(
     shard: Documents, name: str, source: SourceConfig, context_tokens: int, seed: int
 ) -> Order:
+    shard = documents_of(shard, source)
     reads = source.earlier.reads if source.earlier is not None else ()
     if source.replay:
         seen = ReadIndex(shard, reads)

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megascale.arrays import Integers
-from megascale.config.schema import ORDER_VERSION, ReadConfig
+from megascale.config.schema import ORDER_VERSION, ReadConfig, SourceConfig
 from megascale.corpus.cache import cache_path, digest, kept
 from megascale.corpus.shuffle import Permutation
 from megascale.errors import UserError
@@ -29,6 +29,58 @@ class Documents(Protocol):
     @property
     def prefix(self) -> str | Path:
         """Path of the `.bin` / `.idx` pair without its ending."""
+
+
+@dataclass(frozen=True)
+class DocumentsInRange:
+    """The documents of a shard that have `shortest` to `longest` tokens; None: no limit above.
+
+    The others count as empty, so that a document has the same number as in the shard.
+    """
+
+    shard: Documents
+    shortest: int
+    longest: int | None
+
+    @property
+    def prefix(self) -> str | Path:
+        """That of the shard."""
+        return self.shard.prefix
+
+    @property
+    def mark(self) -> str:
+        """Stands for the range in names of files."""
+        return f"{self.shortest}-to-{'any' if self.longest is None else self.longest}"
+
+    @property
+    def lengths(self) -> Integers:
+        """Tokens of each document, 0 outside the range; kept on disk and memory-mapped."""
+        lengths = np.asarray(self.shard.lengths)
+        path = cache_path(Path(self.prefix), f"lengths-{self.mark}")
+        return kept(path, lambda: self._chunks(lengths), len(lengths))
+
+    def _chunks(self, lengths: NDArray[Any]) -> Iterator[Integers]:
+        for begin in range(0, len(lengths), _CHUNK):
+            part = lengths[begin : begin + _CHUNK].astype(np.int64)
+            is_read = part >= self.shortest
+            if self.longest is not None:
+                is_read &= part <= self.longest
+            yield np.where(is_read, part, 0)
+
+
+def documents_of(shard: Documents, source: SourceConfig) -> Documents:
+    """The documents of a source's training shard that it reads."""
+    shortest, longest = source.min_document_tokens, source.max_document_tokens
+    if not shortest and longest is None:
+        return shard
+    return DocumentsInRange(shard, shortest, longest)
+
+
+def _cache_path(documents: Documents, kind: str) -> Path:
+    """Where numbers that follow from documents are kept."""
+    if isinstance(documents, DocumentsInRange):
+        kind = f"{kind}-{documents.mark}"
+    return cache_path(Path(documents.prefix), kind)
 
 
 @dataclass(frozen=True)
@@ -77,7 +129,7 @@ class PieceIndex:
     def of_shard(shard: Documents, context_tokens: int) -> PieceIndex:
         """Index of a shard, kept on disk and memory-mapped, so that memory does not grow."""
         lengths = np.asarray(shard.lengths)
-        path = cache_path(Path(shard.prefix), f"pieces-{context_tokens}")
+        path = _cache_path(shard, f"pieces-{context_tokens}")
         ends = kept(path, lambda: _ends_in_chunks(lengths, context_tokens), len(lengths))
         return PieceIndex(lengths, context_tokens, ends)
 
@@ -133,11 +185,11 @@ def left_by(shard: Documents, reads: Sequence[ReadConfig], context_tokens: int) 
     if not reads or not reads[-1].pieces:
         return PieceIndex.of_shard(shard, context_tokens)
     key = repr([(one.name, one.seed, one.context_tokens, one.pieces) for one in reads])
-    folder, spans = Path(shard.prefix), f"left-{digest(key)}"
-    flat = kept(cache_path(folder, spans), lambda: _spans_left(shard, reads))
+    spans = f"left-{digest(key)}"
+    flat = kept(_cache_path(shard, spans), lambda: _spans_left(shard, reads))
     spans_n3 = flat.reshape(-1, 3)
     ends = kept(
-        cache_path(folder, f"{spans}-{context_tokens}"),
+        _cache_path(shard, f"{spans}-{context_tokens}"),
         lambda: _ends_in_chunks(spans_n3[:, 2], context_tokens),
         len(spans_n3),
     )

@@ -5,11 +5,14 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from megascale.config.schema import SourceConfig
+from megascale.corpus.pieces import documents_of
 from megascale.corpus.shards import Shard
 from megascale.errors import UserError
 from megascale.parsing import is_path, read_json
@@ -56,10 +59,14 @@ class SourceInfo:
 
     @staticmethod
     def of(source: SourceConfig) -> SourceInfo:
-        """Look at a source that a config names. Raises UserError as `describe` does."""
-        return describe(
+        """Look at a source that a config names, and at the documents that it reads.
+
+        Raises UserError as `describe` does, and where no document has a length that it reads.
+        """
+        info = describe(
             source.path, source.heldout, source.vocab_size, source.eod_id, source.bos_id
         )
+        return _of_documents_read(info, source)
 
     @property
     def first_id(self) -> int:
@@ -73,6 +80,34 @@ def identity(info: SourceInfo) -> str:
     return (
         f"{info.train_documents} documents of {info.train_tokens} tokens{bos}, content "
         f"{info.content}"
+    )
+
+
+def _of_documents_read(info: SourceInfo, source: SourceConfig) -> SourceInfo:
+    """`info` of the documents alone that a source reads, by their lengths.
+
+    Raises UserError where no document has a length that it reads.
+    """
+    shortest, longest = source.min_document_tokens, source.max_document_tokens
+    if not shortest and longest is None:
+        return info
+    shard = Shard.open(info.train)
+    lengths = documents_of(shard, source).lengths
+    tokens = int(lengths.sum())
+    limits = f"{shortest} to {'any number of' if longest is None else longest}"
+    if not tokens:
+        raise UserError(
+            f"source {source.path}: no document has {limits} tokens (min_document_tokens, "
+            f"max_document_tokens); its documents have {int(shard.lengths.min())} to "
+            f"{int(shard.lengths.max())}"
+        )
+    size = info.train_bytes
+    return replace(
+        info,
+        train_tokens=tokens,
+        train_documents=int(np.count_nonzero(lengths)),
+        train_bytes=None if size is None else round(size * tokens / max(1, info.train_tokens)),
+        content=f"{info.content} (documents of {limits} tokens)",
     )
 
 

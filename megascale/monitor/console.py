@@ -76,7 +76,7 @@ class Console:
             f"{100 * step / self.total_steps:5.1f} %",
             f"step {step:{len(str(self.total_steps))}d}/{self.total_steps}",
             *filter(None, shown),
-            f"ETA {'n/a' if eta is None else show_duration(eta)}",
+            *([] if eta is None else [f"ETA {show_duration(eta)}"]),
         ]
         return "  ".join(parts)
 

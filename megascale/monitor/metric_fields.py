@@ -40,8 +40,6 @@ class Shown:
 
     text: str
     """With {} for the number."""
-    missing: str = ""
-    """In place of a number that is not known; if empty, the field is then left out."""
     is_mean: bool = False
     """Whether it is the mean over the steps since the last line."""
 
@@ -97,11 +95,10 @@ class Field:
     """None: no picture shows it."""
 
     def on_console(self, value: Any) -> str:
-        """What the console says of a value; empty where it says nothing."""
-        if self.console is None:
+        """What the console says of a value; empty where it says nothing, or the value is null."""
+        if self.console is None or value is None:
             return ""
-        number = self.console.missing if value is None else self.number(value)
-        return self.console.text.format(number) if number else ""
+        return self.console.text.format(self.number(value))
 
     def in_words(self, value: Any) -> str:
         """A value, not null, with its unit."""
@@ -173,6 +170,8 @@ FIELDS: tuple[Field, ...] = (
     Field(
         "grad_norm", "", "L2 norm of the gradient of the mean loss, before clipping.",
         lambda step: step.result.grad_norm,
+        number="{:.2g}".format,
+        console=Shown("grad norm {}"),
         curve=Curve(GRAD_NORM),
     ),
     Field(
@@ -191,7 +190,7 @@ FIELDS: tuple[Field, ...] = (
         "Model FLOP/s over the peak of all devices; null if the peak is not known.",
         lambda step: step.mfu,
         number=lambda value: f"{100 * value:.1f} %",
-        console=Shown("MFU {}", missing="n/a"),
+        console=Shown("MFU {}"),
     ),
     Field("plan_s", "s", "Time to make the plan.", lambda step: step.plan.plan_s),
     Field(

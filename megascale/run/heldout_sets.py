@@ -17,12 +17,16 @@ from megascale.run.earlier_runs import PREFIX
 def scored_sources(
     config: RunConfig, sources: Mapping[str, SourceInfo]
 ) -> Iterator[tuple[str, SourceInfo]]:
-    """The sources whose held-out sets are scored; one that is replayed and read is scored once."""
-    for name, info in sources.items():
-        plain = sources.get(name.removeprefix(PREFIX))
-        twice = plain is not None and plain is not info and plain.heldout == info.heldout
-        if info.heldout is not None and config.eval.tokens and not twice:
-            yield name, info
+    """The sources whose held-out sets are scored. Each set is scored once, as that of the first
+    source that reads its corpus, or else of the first that replays it."""
+    if not config.eval.tokens:
+        return
+    scored: set[str] = set()
+    for name in sorted(sources, key=lambda name: name.startswith(PREFIX)):
+        heldout = sources[name].heldout
+        if heldout is not None and heldout not in scored:
+            scored.add(heldout)
+            yield name, sources[name]
 
 
 def foreseen(config: RunConfig, sources: Mapping[str, SourceInfo]) -> Iterator[tuple[str, str]]:

@@ -120,10 +120,6 @@ def begin(
         partial(is_over, train=config.train),
         *([speeds.at] if speeds is not None else []),
     )
-    readable = [
-        TokenSource(name, shards[name], sources[name].first_id, config.model.vocab_size or 0)
-        for name in batches.names
-    ]
     saver.prepare(model, learner.optimizer)
     length = run_length(batches, config.train.tokens, cursor)
     nodes, shared = node_names(ranks), cores_are_shared(ranks)
@@ -139,7 +135,11 @@ def begin(
         learner=learner,
         feed=feed,
         reader=MicroBatchReader(
-            readable, ranks.hdp_rank, pack_multiple(config), ranks.device, ranks.axis
+            token_sources(config, sources),
+            ranks.hdp_rank,
+            pack_multiple(config),
+            ranks.device,
+            ranks.axis,
         ),
         heldout=heldout,
         saver=saver,
@@ -149,6 +149,15 @@ def begin(
         spikes=spikes,
         speeds=speeds,
     )
+
+
+def token_sources(config: RunConfig, sources: Mapping[str, SourceInfo]) -> list[TokenSource]:
+    """The training shards of a run as ranks read them, in the order of `GlobalBatch.source`."""
+    vocab_size = config.model.vocab_size or 0
+    return [
+        TokenSource(name, Shard.open(sources[name].train), sources[name].first_id, vocab_size)
+        for name in config.data.sources
+    ]
 
 
 def _emergency(

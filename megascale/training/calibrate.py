@@ -292,7 +292,9 @@ class _Rounds:
                 break
             self._bench.run(cell)
             self._seconds[cell] = self._bench.elapsed_s - began_s
-            self._tell("warm-up", index + 1, len(self._cells), self._budget_s)
+            cells_left = 2 * FEWEST_CELLS * sizes - index - 1
+            least_s = self._bench.elapsed_s * (1 + cells_left / (index + 1))
+            self._tell("warm-up", index + 1, len(self._cells), max(self._budget_s, least_s))
         return list(self._seconds)
 
     def measure(self, kept: Sequence[Cell]) -> dict[tuple[Cell, bool], list[float]]:
@@ -311,6 +313,9 @@ class _Rounds:
                     samples.setdefault((cell, one_node), []).append(seconds)
                 left_s = (self._repeats - self.done - (index + 1) / len(kept)) * round_s
                 end_s = min(self._bench.elapsed_s + left_s, self._budget_s)
+                if not self.done:  # one round is done whatever it takes
+                    this_round_s = (1 - (index + 1) / len(kept)) * round_s
+                    end_s = max(end_s, self._bench.elapsed_s + this_round_s)
                 self._tell(f"round {self.done + 1} of {self._repeats}", index + 1, len(kept), end_s)
             self.done += 1
         return samples

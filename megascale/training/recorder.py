@@ -228,9 +228,9 @@ class Recorder:
         self._watch_forgetting(cursor.step, scores)
         for name, score in scores.items():
             bits = score.bits_per_byte
-            shown = f"{bits:.4f} bits/byte" if bits is not None else "bits/byte n/a"
+            shown = f" {bits:.4f} bits/byte," if bits is not None else ""
             self._say(
-                f"held-out {name}: loss {score.loss:.4f}, {shown}, {score.tokens:,} of "
+                f"held-out {name}: loss {score.loss:.4f},{shown} {score.tokens:,} of "
                 f"{score.set_tokens:,} tokens"
             )
 

@@ -3,10 +3,10 @@
 import json
 
 import bench_hdp
-import numpy as np
 import pytest
 from bench_hdp import BATCH_TOKENS, BATCHES, CAPACITY, COMPARED, CONTEXT, MIXED, samples
 
+from megascale.monitor.comparison import TimedStep
 from megascale.planner import PLANNERS, CostModel, Problem
 
 COST = CostModel(a=1e-8, b=1e-4, fixed=0.01, latency=0.01, transfer_intra=1e-5)
@@ -45,10 +45,10 @@ def test_calibration_covers_every_ring_size_and_fits_memory(world):
 
 def results():
     """Results of a world as `run_rank` writes them, with known ratios."""
-    static = np.array([[2.0, 1.0, 6.0], [4.0, 1.0, 5.0], [3.0, 1.0, 4.0]])
-    hybrid = np.array([[1.0, 0.5, 6.0], [1.0, 0.5, 5.0], [2.0, 0.5, 4.0]])
-    row = bench_hdp._row(hybrid, static)
-    same = bench_hdp._row(static, static)
+    static = [TimedStep(seconds, 1.0, 0.0, 5.0) for seconds in (2.0, 4.0, 3.0)]
+    hybrid = [TimedStep(seconds, 0.5, 0.0, 5.0) for seconds in (1.0, 1.0, 2.0)]
+    row = bench_hdp._row(hybrid, static, 2)
+    same = bench_hdp._row(static, static, 2)
     planners = {"static": same, "static_best": same, "hybrid": row}
     compared = {"ranks": 2, "batch": "tail", "rounds": 3, "loss_difference": 1e-5}
     compared |= {"predicted_over_static": 1.9, "most_possible_over_static": 2.1}
@@ -63,6 +63,7 @@ def test_ratios_are_medians_of_those_of_the_rounds():
     assert row["over_static"] == 2.0 and row["most_over_static"] == 4.0
     assert row["least_over_static"] == 1.5 and row["processor_over_static"] == 2.0
     assert row["tokens_per_s"] == BATCH_TOKENS / 1.0
+    assert row["processor_s"] == 0.25, "of a rank"
 
 
 def test_report_and_files(tmp_path):

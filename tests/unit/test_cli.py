@@ -116,9 +116,9 @@ def test_the_overview_is_quick():
             ["zzz"],
             "verbs: prepare, data check, infowindow train-m1, infowindow compile, infowindow "
             "encode, infowindow decode, infowindow inspect, plan, simulate, hparams steplaw, "
-            "hparams growth, calibrate, train, launch, submit, branch, grow, lineage, experts, "
-            "import, export, eval, doctor, checkpoint list, checkpoint verify, checkpoint prune, "
-            "status, report, plot",
+            "hparams growth, calibrate, train, demo, launch, submit, branch, grow, lineage, "
+            "experts, import, export, eval, doctor, checkpoint list, checkpoint verify, "
+            "checkpoint prune, status, report, plot",
         ),
         (["data"], "'megascale data check corpora/python_stdlib'"),
         (["data", "chekc"], "'megascale data check corpora/python_stdlib'"),

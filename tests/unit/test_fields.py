@@ -127,7 +127,7 @@ def test_a_new_record_is_in_rows_on_the_console_and_in_a_picture(tmp_path, monke
         *(ALWAYS | {"step": 1, "tokens_seen": 100}).items(),
         ("wait_share", 0.0005),
     ]
-    assert "plan wait 2.0 ms  waits 0.05%  ETA" in console.line(row)
+    assert "plan wait 2.0 ms  waits 0.05%" in console.line(row)
     assert set(load_curves(tmp_path, "a").columns["wait_share"]) == {0.0005}
     path = plot_run([tmp_path], tmp_path / "out")[-1]
     assert path.name == "waits.png"
