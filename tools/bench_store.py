@@ -22,7 +22,6 @@ from typing import Any
 from unittest import mock
 
 import torch.distributed as dist
-from torch.distributed import distributed_c10d
 
 RANKS = (4, 8, 16, 32, 64)
 MANY = 12_288
@@ -161,14 +160,14 @@ def count_run() -> int:
     from megascale.runtime import distributed
 
     stores: list[CountingStore] = []
-    honest = distributed_c10d.rendezvous
+    honest = dist.rendezvous
 
     def rendezvous(*given: Any, **options: Any) -> Any:
         for store, rank, world in honest(*given, **options):
             stores.append(CountingStore(store))
             yield stores[-1], rank, world
 
-    with mock.patch.object(distributed_c10d, "rendezvous", rendezvous):
+    with mock.patch.object(dist, "rendezvous", rendezvous):
         distributed.start(RunConfig())
     return sum(stores[0].counts.values())
 
