@@ -50,7 +50,7 @@ def _weight_bytes(weight: Weight) -> int:
 
 
 def _build(config: RunConfig, options: Any, model: Model) -> Any:
-    from megascale.optim.whole import whole_weights
+    from megascale.optim.whole_weights import whole_weights
 
     make = partial(Momentum, beta1=config.optim.beta1)
     return whole_weights(config, options, model, make, _weight_bytes)

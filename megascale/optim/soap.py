@@ -32,7 +32,7 @@ def weight_bytes(max_dim: int, weight: Weight) -> int:
 
 def _build(config: RunConfig, options: Any, model: Model) -> Any:
     from megascale.optim.soap_algorithm import Soap
-    from megascale.optim.whole import whole_weights
+    from megascale.optim.whole_weights import whole_weights
 
     optim = config.optim
     assert optim.beta1 is not None  # the config is finalized

@@ -24,8 +24,8 @@ from megascale.corpus.batches import Cursor
 from megascale.errors import UserError
 from megascale.optim.schedule import lr_at
 from megascale.parsing import parse_yaml
+from megascale.run.data_read import places_of_replay, read_by, read_until
 from megascale.run.origin import Origin, Parent, home_of
-from megascale.run.readings import places_of_replay, read_by, read_until
 from megascale.run.resume import changes, same_start
 from megascale.runtime.files import real_path
 

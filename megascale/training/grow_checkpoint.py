@@ -27,9 +27,9 @@ from megascale.errors import UserError
 from megascale.growth.grow import grow, grow_moments
 from megascale.growth.operators import OPERATORS, Growth
 from megascale.model.counts import count_parameters
+from megascale.run.data_read import read_by
 from megascale.run.growing import command_of
 from megascale.run.origin import Origin, Parent, keep_of_import, require_relatives
-from megascale.run.readings import read_by
 from megascale.run.start import RATE_TOKENS
 from megascale.runtime.heartbeat import pulse
 from megascale.training.learn_growth import Learned, learn_maps
