@@ -44,7 +44,8 @@ def add_simulate_arguments(parser: argparse.ArgumentParser) -> None:
     add("--mode", metavar="MODE", help="free, aligned or lockstep; by pipeline and expert")
     add("--steps", default="5", metavar="N", help="steps to replay")
     add("--planners", metavar="A,B", help=f"beside {BASELINE}; all that can share a sequence")
-    add("--budget-s", type=float, default=0.5, metavar="S", help="for a planner to improve a plan")
+    budget = "for a planner to improve a plan; without it a fixed number of tries, and equal plans"
+    add("--budget-s", type=float, metavar="S", help=budget)
     offload = "none; paying: as much as saves time; all: as far as copies hide behind compute"
     add("--offload", default="paying", metavar="HOW", help=offload)
     devices = f"{', '.join(DEVICES)}: by its data sheet, or a YAML file of rates"
@@ -64,7 +65,7 @@ def cluster_of(args: argparse.Namespace) -> Cluster:
     layout = layout_of(
         args.model, ranks, tensor, pipeline, whole_number(args.expert, "--expert", 1)
     )
-    if not 0 <= args.budget_s < float("inf"):
+    if args.budget_s is not None and not 0 <= args.budget_s < float("inf"):
         raise UserError(f"--budget-s {args.budget_s:g}: must be at least 0, such as 0.5")
     return Cluster(
         model_name=args.model,

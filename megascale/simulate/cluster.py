@@ -155,7 +155,8 @@ class Cluster:
     batch_tokens: int
     mode: Mode
     offload: Offload
-    budget_s: float
+    budget_s: float | None
+    """As that of a `Problem`."""
 
     @property
     def shape(self) -> Shape:
