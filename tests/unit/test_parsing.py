@@ -35,7 +35,6 @@ MAY_PARSE = {
     "convert/huggingface/tokenizer_folder.py": "the same",
     "infowindow/tokenization_infowindow.py": "it is copied into exported models",
     "planner/plan.py": "between processes of one run",
-    "planner/service/worker.py": "the same",
     "runtime/nodes.py": "the same",
     "checkpoint/save.py": "the same",
     "checkpoint/load.py": "the same",
