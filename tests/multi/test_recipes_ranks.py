@@ -1,0 +1,187 @@
+"""Small twins of the recipes train: the same options, tiny sizes, at most 4 ranks."""
+
+import copy
+import json
+import math
+from pathlib import Path
+
+import pytest
+import yaml
+from test_huggingface_models import SHAPE
+from test_train import command
+from tiny_corpus import EOD, VOCAB, rows, write_tiny_corpus
+from toy_m1 import small_book
+
+RECIPES = sorted((Path(__file__).parents[2] / "configs/recipes").glob("*.yaml"))
+MOST_RANKS, STEPS = 4, 5
+BATCH_TOKENS = 1024
+CONTEXT, LONG_CONTEXT = 128, 256
+"""Of a twin; the longer one of recipes beyond 128Ki, which replay what shorter contexts read."""
+TINY_MODEL = {
+    "num_layers": SHAPE["num_hidden_layers"],
+    "hidden_size": SHAPE["hidden_size"],
+    "num_heads": SHAPE["num_attention_heads"],
+    "num_kv_heads": SHAPE["num_key_value_heads"],
+    "head_dim": 8,
+    "ffn_hidden_size": SHAPE["intermediate_size"],
+}
+TINY_MOE = {"num_experts": 4, "top_k": 2, "ffn_hidden_size": 24}
+PEAK = 1e-2
+"""Learning rate of a twin: five steps must show that a loss falls."""
+
+
+def number(value):
+    """A size of a recipe as a number."""
+    units = {"K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12, "Ki": 2**10, "Mi": 2**20}
+    digits = str(value).rstrip("KMGTi")
+    return float(digits) * units.get(str(value)[len(digits) :], 1)
+
+
+def tokens_scaled(section, factor):
+    """With every number of tokens of `section` times `factor`, at least one."""
+    return {
+        key: max(1, round(factor * number(value))) if key.endswith("tokens") and value else value
+        for key, value in section.items()
+    }
+
+
+def twin(tree, folder, sources, start):
+    """The config of a recipe's twin, and its number of ranks."""
+    made = copy.deepcopy(tree)
+    moe = made["model"].get("moe")
+    made["model"] |= {key: value for key, value in TINY_MODEL.items() if key in made["model"]}
+    made["model"].pop("vocab_size")  # that of the corpus, or of the checkpoint
+    if moe is not None:
+        moe |= {key: value for key, value in TINY_MOE.items() if key in moe}
+    cut = {name: min(2, size) for name, size in made.get("parallel", {}).items()}
+    fewest = math.prod(cut.values())
+    ranks = min(MOST_RANKS, 2 * fewest if cut.get("expert", 1) == 1 else fewest)
+    data, planner = made["data"], made["planner"]
+    context = LONG_CONTEXT if number(data["context_tokens"]) > 2**17 else CONTEXT
+    ring = number(data["context_tokens"]) / number(planner["capacity_tokens"])
+    hdp = ranks // (cut.get("tensor", 1) * cut.get("pipeline", 1))
+    planner["capacity_tokens"] = math.ceil(context / min(ring, hdp))
+    data |= {"sources": sources, "context_tokens": context}
+    stop = {}
+    if data["global_batch_tokens"] == "steplaw":  # for so few tokens it has many small steps
+        stop = {"stop_after_steps": STEPS}
+    else:
+        data["global_batch_tokens"] = BATCH_TOKENS
+    if "start" in made:
+        made["start"]["checkpoint"] = str(start)
+    tokens = (2 * STEPS - 1) * BATCH_TOKENS // 2  # reached in the last step
+    shrink = tokens / number(made["train"]["tokens"])
+    if "growth" in made:
+        made["growth"] = tokens_scaled(made["growth"], shrink)
+    optim = tokens_scaled(made["optim"], shrink)
+    if optim["lr"] != "steplaw":
+        faster = PEAK / optim["lr"]
+        optim |= {key: faster * optim[key] for key in optim if key.endswith("lr")}
+    changes = {
+        "run_dir": str(folder / "run"),
+        "parallel": cut,
+        "optim": optim,
+        "train": made["train"] | {"tokens": tokens, "precision": "fp32", "threads": 1} | stop,
+        "eval": made["eval"] | {"every_steps": STEPS, "tokens": 500},
+        "monitor": {"tensorboard": False},
+    }
+    if "emergency_dir" in made["checkpoint"]:
+        made["checkpoint"]["emergency_dir"] = str(folder / "node")
+    return made | changes, ranks
+
+
+class Twins:
+    """The twins that were trained, each once, after the one that it starts from."""
+
+    def __init__(self, folder, run):
+        self.folder, self.run_ranks = folder, run
+        self.trees = {path.stem: yaml.safe_load(path.read_text()) for path in RECIPES}
+        self.done = {}
+
+    def trained(self, name):
+        """(the recipe, its twin's run folder, what the twin printed)."""
+        if name not in self.done:
+            self.done[name] = self._train(name)
+        return self.done[name]
+
+    def _train(self, name):
+        tree, folder = self.trees[name], self.folder / name
+        folder.mkdir()
+        config, ranks = twin(tree, folder, self._sources(name), self._start(tree))
+        (folder / "config.yaml").write_text(yaml.safe_dump(config))
+        answers = self.run_ranks(ranks, command, "train", folder / "config.yaml")
+        assert {status for status, _ in answers} == {0}, answers[0][1]
+        return tree, folder / "run", answers[0][1]
+
+    def _sources(self, name):
+        if name.startswith("infowindow"):
+            return {"web": {"path": str(windows(self.folder / "windows"))}}
+        made = {}
+        for source in self.trees[name]["data"]["sources"]:
+            folder = self.folder / f"corpus-{source}"
+            if not folder.exists():  # another length for each, so that each has its own text
+                write_tiny_corpus(folder, max_bytes=3000 + 100 * len(source) + ord(source[0]))
+            ids = {"vocab_size": VOCAB, "eod_id": EOD}
+            made[source] = {"path": f"{folder}/train", "heldout": f"{folder}/heldout", **ids}
+        return made
+
+    def _start(self, tree):
+        start = tree.get("start", {}).get("checkpoint")
+        for name, other in self.trees.items():
+            if other["run_dir"] == start:
+                return self.trained(name)[1]
+        return None if start is None else self._imported()
+
+    def _imported(self):
+        """A tiny Llama of Hugging Face, imported."""
+        model, out = self.folder / "llama", self.folder / "imported"
+        ((status, said),) = self.run_ranks(1, imported, model, out)
+        assert status == 0, said
+        return out
+
+
+def imported(model, out):
+    """`megascale import` of a tiny Llama with random weights."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    shape = SHAPE | {"vocab_size": VOCAB, "initializer_range": 0.02, "tie_word_embeddings": False}
+    config = AutoConfig.for_model("llama", **shape, rms_norm_eps=1e-5)
+    AutoModelForCausalLM.from_config(config).save_pretrained(model)
+    return command("import", model, out)
+
+
+def windows(folder):
+    """A corpus of Equal-Info Windows by a codebook of a random M1."""
+    folder.mkdir()
+    small_book().save(folder / "b16.safetensors")
+    texts = [f"line {i % 97} of text {i % 13}, {'word ' * (i % 29)}\n" * 20 for i in range(60)]
+    (folder / "texts.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in texts))
+    inputs = f"inputs: [{{kind: jsonl, paths: ['{folder}/texts.jsonl']}}]"
+    (folder / "recipe.yaml").write_text(f"name: x\nheldout_fraction: 0.1\n{inputs}\n")
+    tokenizer = ("--tokenizer", f"infowindow:{folder}/b16.safetensors", "--processes", "1")
+    words = ("prepare", folder / "recipe.yaml", "--out", folder / "corpus", *tokenizer)
+    status, said = command(*words)
+    assert status == 0, said
+    return folder / "corpus"
+
+
+@pytest.fixture(scope="module")
+def twins(rank_pools, tmp_path_factory):
+    return Twins(tmp_path_factory.mktemp("twins"), rank_pools.run)
+
+
+@pytest.mark.parametrize("name", [path.stem for path in RECIPES])
+def test_the_twin_of_a_recipe_trains(twins, name):
+    tree, run, said = twins.trained(name)
+    steps = [row for row in rows(run / "metrics.jsonl") if "loss" in row]
+    losses = [row["loss"] for row in steps]
+    assert len(losses) == STEPS and all(map(math.isfinite, losses))
+    assert losses[-1] < losses[0], losses
+    assert not any(row["skipped"] for row in steps)
+    if "replay_fraction" in tree["data"]:
+        assert steps[-1]["replayed"] == pytest.approx(tree["data"]["replay_fraction"], abs=0.1)
+    if "growth" in tree:
+        assert (run.with_name("run-base") / "metrics.jsonl").exists()
+    assert "has no effect" not in said
