@@ -27,7 +27,7 @@ COMMAND = "#   megascale plan "
 SUMMARY = "#     "
 """Begins the lines of the summary."""
 KEPT = re.compile(
-    r"(memory on|before growth|after growth|  +hybrid +static_best|  error  |  step  |  MFU  |  days to )"
+    r"(memory on|before growth|after growth|  +hybrid +static_best|  (error|step|MFU|days to) )"
 )
 """How the lines of a plan begin that are part of the summary."""
 HEAD = """\

@@ -24,6 +24,7 @@ def recipes():
 def test_a_recipe_fits_and_no_option_is_without_effect(recipes, path):
     recipe = recipes[path]
     config = yaml.safe_load(recipe.text)
+    assert "-0.0%" not in recipe.plan
     verdicts = re.findall(r"^memory on \S+ +(.*?):", recipe.plan, re.MULTILINE)
     assert set(verdicts) == {"fits"} and len(verdicts) == 1 + ("growth" in config)
     warnings = [line for line in recipe.plan.splitlines() if line.startswith("warning")]
