@@ -12,6 +12,8 @@ from test_train import command
 from tiny_corpus import EOD, VOCAB, rows, write_tiny_corpus
 from toy_m1 import small_book
 
+from megascale.config.load import whole_number
+
 RECIPES = sorted((Path(__file__).parents[2] / "configs/recipes").glob("*.yaml"))
 MOST_RANKS, STEPS = 4, 5
 BATCH_TOKENS = 1024
@@ -39,10 +41,8 @@ OF_SIZE = (
 
 
 def number(value):
-    """A size of a recipe as a number."""
-    units = {"K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12, "Ki": 2**10, "Mi": 2**20}
-    digits = str(value).rstrip("KMGTi")
-    return float(digits) * units.get(str(value)[len(digits) :], 1)
+    """A number of tokens of a recipe, such as 8Ki."""
+    return whole_number(str(value), "tokens", 0)
 
 
 def tokens_scaled(section, factor):
