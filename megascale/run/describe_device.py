@@ -128,7 +128,7 @@ def _time(
     lines.append("  where the time of a step goes")
     for field in fields(mine.time):
         shares = [getattr(one.time, field.name) / one.time.total_s for one in columns]
-        lines.append(_row(PARTS[field.name], [f"{share:.1%}" for share in shares]))
+        lines.append(_row(PARTS[field.name], [_percent(share) for share in shares]))
     if isinstance(static, str):
         return [*lines, f"  {'static_best':<22}cannot run this: {static}"]
     gain = static.time.total_s / mine.time.total_s
@@ -172,6 +172,11 @@ def _row(label: str, values: list[str]) -> str:
 
 def _seconds(seconds: float) -> str:
     return f"{seconds * 1e3:.4g} ms" if seconds < 1 else f"{seconds:.4g} s"
+
+
+def _percent(share: float) -> str:
+    """With one digit. Parts are differences, so one may be a rounding error below 0."""
+    return f"{round(share, 3) + 0.0:.1%}"  # -0.0 + 0.0 is 0.0
 
 
 def _gib(number: int) -> str:

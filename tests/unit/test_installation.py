@@ -57,7 +57,8 @@ def test_every_package_is_listed():
     }
     holding_code = {path.parent for path in (ROOT / "megascale").rglob("*.py")}
     assert len(packages) == len(holding_code), "a folder of code has no __init__.py"
-    shipped = {f"megascale.bundled.{name}" for name in ("configs", "data", "slurm")}
+    folders = ("configs", "configs.recipes", "data", "slurm")
+    shipped = {f"megascale.bundled.{name}" for name in folders}
     listed = PROJECT["tool"]["setuptools"]["packages"]
     assert sorted(listed) == sorted(packages | shipped)
     for name in shipped:

@@ -107,7 +107,7 @@ def test_the_wheel_holds_the_code_and_what_verbs_need(wheel):
     assert wheel.name.startswith(f"megascale-{megascale.__version__}-")
     names = {name for name in ZipFile(wheel).namelist() if name.startswith("megascale/")}
     code = {str(path.relative_to(ROOT)) for path in (ROOT / "megascale").rglob("*.py")}
-    folders = {"configs": "*.yaml", "data": "*.yaml", "slurm": "*.sbatch"}
+    folders = {"configs": "**/*.yaml", "data": "*.yaml", "slurm": "*.sbatch"}
     shipped = {
         f"megascale/bundled/{path.relative_to(ROOT)}"
         for folder, pattern in folders.items()
@@ -154,6 +154,8 @@ def test_examples_become_a_plan_and_jobs(installed):
     assert "set -- configs/quickstart.yaml" in job and "python3 -m megascale launch" in job
     recipe = ("submit", "data/python_stdlib.yaml", "--job", "prepare", "--dry-run")
     assert "set -- data/python_stdlib.yaml" in installed.says(*recipe)
+    recipe = ("plan", "configs/recipes/dense_1b.yaml", "--ranks", "8", "--device", "h100")
+    assert "memory on h100          fits" in installed.says(*recipe, "--lengths", "web")
     (installed.home / "sweep").write_text("optim.lr=1e-3\noptim.lr=2e-3\n")
     sweep = ("submit", str(example), "--sweep", "sweep", "--dry-run")
     script = installed.packages / "megascale/bundled/slurm/train.sbatch"
