@@ -71,10 +71,10 @@ def plan_or_mistake(problem: Problem) -> StepPlan:
 def plan_or_babble(problem: Problem) -> StepPlan:
     """After bytes that are no answer, on every file that is open."""
     if len(problem.lengths) == TROUBLE:
-        for file in range(3, 20):
+        for file in map(int, os.listdir("/proc/self/fd")):
             try:
                 os.write(file, b"\0 something that is no answer" * 3)
-            except OSError:
+            except OSError:  # of one that is for reading
                 continue
         time.sleep(1000)
     return plan_longest_first(problem)

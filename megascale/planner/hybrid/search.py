@@ -38,6 +38,8 @@ SPARSE_BATCHES = 1.5
 """Micro-batches per rank below which free plans are tried in waves too."""
 LONG_PAYS = 1.045
 """Time of even waves over the work there is, above which long sequences get their own waves."""
+LONG_PAYS_MUCH = 1.5
+"""The same, above which these have their turn before other numbers of even waves."""
 NEAR = 1.003
 """How exactly the level of a free plan is found."""
 GOOD_ENOUGH = 1.002
@@ -94,14 +96,27 @@ def _candidates(problem: Problem, batch: Batch) -> Iterator[Candidate]:
             yield next(waves)
             yield from islice(shelved, 1)
             yield _of_peer(plan_static_best(problem))
-            yield from shelved
-        yield from waves
+            yield from _in_turn(waves, shelved)
+        else:
+            yield from waves
         return
     level_s = _reachable_s(problem, batch.lengths)
     for part, nest in STACKS:
         yield _stacks(problem, batch, level_s * part, nest)
     if problem.lengths.sum() < SPARSE_BATCHES * problem.num_ranks * problem.capacity:
         yield from _waves(problem, batch)
+
+
+def _in_turn(*kinds: Iterator[Candidate]) -> Iterator[Candidate]:
+    """One of each kind after the other, so that none waits for all of another."""
+    waiting = list(kinds)
+    while waiting:
+        for kind in list(waiting):
+            candidate = next(kind, None)
+            if candidate is None:
+                waiting.remove(kind)
+            else:
+                yield candidate
 
 
 def _shelved(problem: Problem, seconds: float, placed: Callable[[], list[Placed]]) -> Candidate:
@@ -179,20 +194,33 @@ def _waves(problem: Problem, batch: Batch) -> Iterator[Candidate]:
     """Plans in waves: the most promising numbers of waves and ways to fill them first.
 
     Where even waves spread long sequences over so many ranks that it costs much, or have no room
-    for large rings beside each other, the longest get waves of their own.
+    for large rings beside each other, the longest get waves of their own, which may take half the
+    time of all even waves.
     """
-    levels = even_levels(problem, batch)
+    even, long = even_levels(problem, batch), list[Level]()
+    first, rest = even[:1], even[1:]
     best_s, needed_s = math.inf, _needed_s(problem, batch)
-    for number, ways in enumerate(WAYS):
+
+    def tried(levels: list[Level], ways: tuple[Way, ...]) -> Iterator[Candidate]:
+        nonlocal best_s
         for candidate in _by_ways(problem, batch, levels, ways, best_s):
             best_s = min(best_s, candidate.seconds)
             yield candidate
-        if number == 0 and best_s > LONG_PAYS * needed_s:
+
+    yield from tried(first, WAYS[0])
+    if best_s > LONG_PAYS_MUCH * needed_s:
+        long = long_levels(problem, batch)
+        yield from _in_turn(tried(long, WAYS[0]), tried(rest, WAYS[0]))
+    else:
+        yield from tried(rest, WAYS[0])
+        if best_s > LONG_PAYS * needed_s:
             long = long_levels(problem, batch)
-            for candidate in _by_ways(problem, batch, long, ways, best_s):
-                best_s = min(best_s, candidate.seconds)
-                yield candidate
-            levels = sorted(levels + long, key=lambda level: level.step_s(problem.pipeline))
+            yield from tried(long, WAYS[0])
+    levels = [*first, *rest, *long]
+    if long:
+        levels.sort(key=lambda level: level.step_s(problem.pipeline))
+    for ways in WAYS[1:]:
+        yield from tried(levels, ways)
     if best_s == math.inf:
         yield _roomiest(problem, batch)
 
