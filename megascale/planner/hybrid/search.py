@@ -31,6 +31,8 @@ shelves and the best static one, since each may be far slower than the others.""
 FEW, FEW_TIMES_RANKS, LIMITS = 1024, 16384, 12
 """Up to so many sequences, if there are few for a rank or few ranks too, other planners' plans are
 tried; up to a quarter of it, so many limits for how long a ring may last."""
+MANY = 16384
+"""Sequences above which hindsight over static plans takes longer than all the rest."""
 STACKS = ((1.0, False), (1.0, True), (0.5, False))
 """Ways to stack rings: how long they may last, as part of an even share, and whether sizes within
 a node are rounded up to powers of two, which nest."""
@@ -95,7 +97,8 @@ def _candidates(problem: Problem, batch: Batch) -> Iterator[Candidate]:
             shelved = (_shelved(problem, *one) for one in found if one is not None)
             yield next(waves)
             yield from islice(shelved, 1)
-            yield _of_peer(plan_static_best(problem))
+            is_many = len(batch.order) > MANY
+            yield _of_peer((plan_static_balanced if is_many else plan_static_best)(problem))
             yield from _in_turn(waves, shelved)
         else:
             yield from waves
