@@ -17,6 +17,7 @@ from megascale.errors import UserError
 from megascale.planner import PLANNERS, CostModel, Problem, StepPlan, plan_with, timeline
 from megascale.planner.gantt import LEGEND, plot_gantt, text_gantt
 from megascale.planner.plan import Mode
+from megascale.planner.problem import MOST_RANKS, MOST_STAGES
 from megascale.run.describe import describe_drawn, describe_run, static_line
 from megascale.run.on_device import NamedDevice, step_cost
 from megascale.run.resolve import load_run
@@ -27,8 +28,6 @@ from megascale.runtime.outputs import Output, json_of, picture, require_outputs,
 from megascale.simulate.cluster import ASSUMED_MODEL, assumed_cost
 from megascale.simulate.lengths import DISTRIBUTIONS, read_lengths
 
-MOST_RANKS, MOST_STAGES = 131_072, 1024
-"""More than any cluster has, and as much as is planned in seconds."""
 PLAN_JSON = json_of("a plan of megascale plan --json", "num_ranks", "capacity", "rings")
 LENGTHS_ONLY = ("capacity", "mode", "pp", "cost", "planner", "budget_s")
 

@@ -43,7 +43,8 @@ def micro_batches(
         raise ValueError(f"multiple = {multiple} must be at least 1")
     mine = list(replace(plan, lengths=lengths).micro_batches(rank))
     for batch in mine:
-        _require_axis(batch, axis)
+        if len(batch.ranks) > 1:
+            _given_axis(batch, axis)
 
     def part(index: int, spans: Sequence[tuple[int, int]]) -> TokenSequence:
         whole = sequences[index]
@@ -86,9 +87,8 @@ def packed_part(
     ranks or more without an axis.
     """
     ring: RingShare | None = None
-    _require_axis(mine, axis)
     if len(mine.ranks) > 1:
-        assert axis is not None, "it is required"
+        axis = _given_axis(mine, axis)
         ranks = tuple(axis.ranks[position] for position in mine.ranks)
         ring = RingShare(mine.share.place, mine.share.bounds, ranks, axis.group)
     parts = [part(index, mine.share.spans(place)) for place, index in enumerate(mine.sequences)]
@@ -96,6 +96,7 @@ def packed_part(
     return replace(packed, offload=mine.offload)
 
 
-def _require_axis(mine: RankMicroBatch, axis: HdpAxis | None) -> None:
-    if len(mine.ranks) > 1 and axis is None:
+def _given_axis(mine: RankMicroBatch, axis: HdpAxis | None) -> HdpAxis:
+    if axis is None:
         raise ValueError(f"ring {mine.ring.id} has {len(mine.ranks)} ranks; give an axis")
+    return axis

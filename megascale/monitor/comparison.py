@@ -5,12 +5,14 @@ from __future__ import annotations
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 from megascale import __version__
 from megascale.corpus.batches import GlobalBatch
 from megascale.monitor.ratios import MachineUse, Ratio, why_no_ratio
 from megascale.planner import CostModel, StepPlan
+from megascale.planner.stacked_gantt import TitledPlan, plot_stacked
 
 MOST_LOSS_DIFFERENCE = {"fp32": 1e-4}
 """Relative, by precision: losses that differ by rounding alone."""
@@ -172,3 +174,24 @@ def _round_json(one: Round) -> dict[str, Any]:
         for name, step in one.steps.items()
     }
     return {"step": one.batch.step, "lengths": one.batch.length.tolist(), "planners": steps}
+
+
+def plot_comparison(result: Comparison, path: Path) -> None:
+    """The first batch under the static plan and under ours, on one time axis."""
+    first, setting, reason = result.rounds[0], result.setting, result.no_ratio
+    lengths = first.batch.length
+    titles = {"static": "static context parallelism", "hybrid": "hybrid data parallelism"}
+    plans = []
+    for name, title in titles.items():
+        times = f"predicted {first.plans[name].predicted_s:.2f} s"
+        if reason is None:
+            times += f", measured {first.steps[name].seconds:.2f} s"
+        plans.append(TitledPlan(f"{title}: {times}", first.plans[name]))
+    title = (
+        f"{len(lengths)} sequences of {int(lengths.min()):,} to {int(lengths.max()):,} tokens on "
+        f"{setting.ranks} ranks ({setting.device}), from {', '.join(setting.corpora)}"
+    )
+    if reason is None:
+        ratio, number = result.ratios["static"], len(result.rounds)
+        title += f"\n{result.ours} is {ratio} as fast over {number} batches"
+    plot_stacked(plans, lengths, result.cost, title, path)

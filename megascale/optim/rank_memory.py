@@ -23,7 +23,7 @@ class MemoryEstimate:
 
     @property
     def total(self) -> int:
-        """All of them; a process needs more, see `devices.memory.Allowance`."""
+        """All of them; a process needs more, see `devices.memory.StageMemory`."""
         return self.weights + self.gradients + self.optimizer + self.activations + self.rings
 
 

@@ -16,8 +16,8 @@ from megascale.errors import UserError
 from megascale.planner.cost import CostModel
 from megascale.planner.plan import Mode, StepPlan, kept_share
 
-MOST_RANKS = 1 << 20
-MOST_STAGES = 1 << 10
+MOST_RANKS, MOST_STAGES = 131_072, 1024
+"""More than any cluster has, and as much as is planned in seconds."""
 MOST_TOKENS = 1 << 40
 """Of a sequence, and of a rank; larger numbers are mistakes, and their squares overflow."""
 

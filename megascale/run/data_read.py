@@ -7,19 +7,18 @@ from dataclasses import replace
 from pathlib import Path
 
 from megascale.checkpoint.manifest import Position
-from megascale.config import EarlierConfig, ReadConfig, RunConfig, SourceConfig, parse_config
+from megascale.config import EarlierConfig, ReadConfig, RunConfig, SourceConfig
 from megascale.config.schema import ORDER_VERSION
 from megascale.corpus.batches import Cursor, SourceCursor
 
 
-def read_by(position: Position, where: str = "") -> dict[str, SourceConfig]:
+def read_by(position: Position, config: RunConfig) -> dict[str, SourceConfig]:
     """All sources that the run of a checkpoint and those behind it have read, and how far.
 
-    `where` names the checkpoint. Raises UserError where its config cannot be understood.
+    `config` is that of the position.
     """
     if "data" not in position.cursor:
         return {}
-    config = parse_config(position.config, where=where)
     cursor = Cursor.from_json(position.cursor["data"])
     found = read_until(config, cursor, position.cursor["sources"])
     folder = Path(position.cursor.get("cwd", ""))
@@ -62,11 +61,11 @@ def read_until(
     return found
 
 
-def places_of_replay(parent: Position) -> dict[str, SourceConfig]:
+def places_of_replay(parent: Position, config: RunConfig) -> dict[str, SourceConfig]:
     """The parent's sources of replay, with `begin` where it came to in them."""
     if "data" not in parent.cursor:
         return {}
-    config, cursor = parse_config(parent.config), Cursor.from_json(parent.cursor["data"])
+    cursor = Cursor.from_json(parent.cursor["data"])
     return {
         name: replace(one, begin=cursor.sources[name].pieces)
         for name, one in config.data.sources.items()

@@ -26,13 +26,12 @@ from megascale.devices.table import Device
 from megascale.errors import UserError
 from megascale.model.counts import batch_flops, count_rank_parameters
 from megascale.planner import Problem, StepPlan, plan_with
+from megascale.planner.problem import MOST_RANKS
 from megascale.run.step_problem import measured_cost, padding_s, step_problem
 
 DAY_S = 86_400
 KINDS = ("recompute", "tensor", "ranks", "capacity", "offload")
 """Of changes, in the order in which several of them are made."""
-MOST_RANKS = 131_072
-"""In search of a number of ranks that fits."""
 
 
 class NamedDevice(NamedTuple):

@@ -102,14 +102,15 @@ def start_of(config: RunConfig) -> Start | None:
         position = read_manifest(folder).position
     except UserError as error:
         raise UserError(f"start.checkpoint: {error}") from None
+    trained = parse_config(position.config, where=str(folder))
     return Start(
         section=replace(named, checkpoint=str(folder)),
         model=_model(position.config),
-        rate=rate_of(position),
-        peak=_peak_of(position),
+        rate=rate_of(position, trained),
+        peak=_peak_of(trained),
         parent=Parent.at(folder, position),
-        read=read_by(position, str(folder)),
-        replayed=places_of_replay(position),
+        read=read_by(position, trained),
+        replayed=places_of_replay(position, trained),
         begun=None,
     )
 
@@ -132,7 +133,8 @@ def _start_of_begun(begun: RunConfig) -> Start:
     try:
         folder = Path(begun.start.checkpoint or "")
         position = read_manifest(folder).position
-        rate, peak = rate_of(position), _peak_of(position)
+        trained = parse_config(position.config)
+        rate, peak = rate_of(position, trained), _peak_of(trained)
     except UserError:  # it is gone
         position, rate, peak = None, None, None
     return Start(
@@ -208,16 +210,18 @@ def with_rate_of_start(config: RunConfig, start: Start | None) -> RunConfig:
     return replace(config, optim=replace(optim, lr=rate))
 
 
-def rate_of(parent: Position) -> float | None:
-    """The learning rate at which a checkpoint's run stood; None where it has trained nothing."""
-    schedule = parse_config(parent.config).optim.schedule
+def rate_of(parent: Position, config: RunConfig) -> float | None:
+    """The learning rate at which a checkpoint's run stood; None where it has trained nothing.
+
+    `config` is that of the position.
+    """
+    schedule = config.optim.schedule
     tokens = parent.cursor.get(RATE_TOKENS, parent.tokens_seen)
     return lr_at(tokens, schedule) if tokens and schedule else None
 
 
-def _peak_of(parent: Position) -> float | None:
-    schedule = parse_config(parent.config).optim.schedule
-    return max((segment.lr for segment in schedule), default=None)
+def _peak_of(config: RunConfig) -> float | None:
+    return max((segment.lr for segment in config.optim.schedule), default=None)
 
 
 def warn_if_rate_jumps(config: RunConfig, start: Start | None) -> Iterator[str]:

@@ -12,6 +12,7 @@ from megascale.config import Layout, RunConfig
 from megascale.corpus.batches import Cursor, GlobalBatch, GlobalBatches
 from megascale.corpus.shards import Shard
 from megascale.corpus.sources import SourceInfo
+from megascale.devices.memory import with_capacity
 from megascale.errors import UserError
 from megascale.model import counts
 from megascale.model.activations import layer_activation_bytes
@@ -120,3 +121,13 @@ def batches_of(config: RunConfig, sources: Mapping[str, SourceInfo]) -> GlobalBa
     """All global batches of a run, as functions of the cursor."""
     shards = {name: Shard.open(info.train) for name, info in sources.items()}
     return GlobalBatches(config.data, shards, config.seed)
+
+
+def with_shared_context(config: RunConfig, world: int) -> RunConfig:
+    """`config` with as little capacity as the context allows: an equal share on each rank.
+
+    So the longest sequence needs all ranks of the HDP axis, as on a cluster whose ranks are just
+    enough for the context.
+    """
+    share = -(-config.data.context_tokens // Layout.of(config, world).hdp)
+    return with_capacity(config, share)

@@ -80,8 +80,7 @@ def load_drawn_run(
 
     `source_tokens` are the tokens of the sources; without them all sources count alike in a config
     that has no blend. A `start.checkpoint` is read where it is there; what it has read is not
-    replayed. Raises UserError for what is
-    wrong with the config or with either of these.
+    replayed. Raises UserError for what is wrong with the config or with either of these.
     """
     config = load_config(config_path, overrides)
     missing = _missing_start(config)
@@ -130,8 +129,7 @@ def _draw(config: RunConfig, lengths: str) -> GlobalBatch:
     most = np.iinfo(np.int32).max
     if data.context_tokens > most:
         raise UserError(f"data.context_tokens = {data.context_tokens} must be at most {most}")
-    if isinstance(data.global_batch_tokens, str):  # steplaw.resolve has put a number there
-        raise TypeError(data.global_batch_tokens)
+    assert not isinstance(data.global_batch_tokens, str), "steplaw.resolve has put a number there"
     documents = _documents(lengths, config.seed)
     drawn = sample_pieces(documents, data.global_batch_tokens, data.context_tokens, config.seed)
     return GlobalBatch(

@@ -22,7 +22,7 @@ from megascale.checkpoint.load import (
 )
 from megascale.checkpoint.save import Saver
 from megascale.config import RunConfig, parse_config
-from megascale.corpus.batches import Cursor, GlobalBatches, with_stages
+from megascale.corpus.batches import Cursor, with_stages
 from megascale.corpus.run_length import is_over, run_length
 from megascale.corpus.shards import Shard
 from megascale.corpus.sources import SourceInfo, identity
@@ -38,7 +38,7 @@ from megascale.run.origin import LINEAGE, keep_of_import
 from megascale.run.resolve import ResolvedRun
 from megascale.run.resume import compare_configs, compare_sources, softmax_changes
 from megascale.run.start import Start, find_start, taken_over
-from megascale.run.step_problem import plan_lengths, step_problem
+from megascale.run.step_problem import batches_of, plan_lengths, step_problem
 from megascale.runtime.distributed import (
     Ranks,
     cores_are_shared,
@@ -109,8 +109,7 @@ def begin(
         folder.path, config.checkpoint, ranks, _emergency(folder.path, config, ranks, resume)
     )
     cursor, notes = _restore(learner, resolved, folder, resume, spikes, speeds, saver.emergency)
-    shards = {name: Shard.open(info.train) for name, info in sources.items()}
-    batches = GlobalBatches(config.data, shards, config.seed)
+    batches = batches_of(config, sources)
     feed = Feed(
         batches,
         partial(step_problem, config, ranks.layout),

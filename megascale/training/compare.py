@@ -2,23 +2,34 @@
 
 from __future__ import annotations
 
+import os
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import islice
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
 from megascale.config import RunConfig
-from megascale.corpus.batches import GlobalBatch
+from megascale.corpus.batches import Cursor, GlobalBatch
 from megascale.mesh.reader import MicroBatchReader, TokenSource
 from megascale.model.build import build_model, pack_multiple
-from megascale.monitor.comparison import Round, TimedStep
+from megascale.monitor.comparison import Comparison, Round, Setting, TimedStep
+from megascale.monitor.quantities import show_duration
 from megascale.monitor.ratios import machine_busy_s
 from megascale.optim.build import build_optimizer
-from megascale.planner import Problem, StepPlan, find_planner
+from megascale.planner import CostModel, Problem, StepPlan, find_planner
+from megascale.planner.fit import fit_cost
+from megascale.run.resolve import ResolvedRun
+from megascale.run.step_problem import batches_of, cost_model, step_problem
 from megascale.runtime.distributed import Ranks
+from megascale.training.begin import token_sources
+from megascale.training.calibrate import calibrate
 from megascale.training.step import Learner, train_step
+
+CALIBRATION_S, CALIBRATION_REPEATS = 10.0, 2
+TELL_EVERY_S = 5.0
 
 
 class Trainers:
@@ -86,3 +97,110 @@ def compare_planners(
             steps[name] = trainers.step(name, plans[name], batch)
         rounds.append(Round(batch, plans, {name: steps[name] for name in planners}))
     return rounds[1:]
+
+
+def compare_on_ranks(
+    run: ResolvedRun,
+    ranks: Ranks,
+    baselines: Sequence[str],
+    ours: str,
+    repeats: int,
+    say: Callable[[str], None],
+) -> Comparison:
+    """Measure planners on the first batches of a run, one of them to warm up; all ranks call it.
+
+    Costs are measured first where the config names none. `say` gets lines for the user.
+    """
+    config, planners = run.config, (*baselines, ours)
+    setting = _setting(config, ranks)
+    for line in _introduction(config, setting):
+        say(line)
+    cost, error = _costs(config, ranks, say)
+    batches = list(islice(_batches(run), repeats + 1))
+    rounds = compare_planners(
+        Trainers(config, ranks, token_sources(config, run.sources), planners),
+        planners,
+        batches,
+        lambda lengths: step_problem(config, ranks.layout, lengths, cost),
+        Progress(len(batches) * len(planners), say).show,
+    )
+    return Comparison(setting, tuple(baselines), ours, cost, error, rounds)
+
+
+def _setting(config: RunConfig, ranks: Ranks) -> Setting:
+    on_gpu = ranks.device.type == "cuda"
+    mine = len(os.sched_getaffinity(0))
+    return Setting(
+        ranks=ranks.world,
+        device=torch.cuda.get_device_name(ranks.device) if on_gpu else "cpu",
+        cores=max(mine, os.cpu_count() or 1),
+        usable_cores=min(mine, ranks.world * torch.get_num_threads()),
+        precision=config.train.precision,
+        capacity_tokens=config.planner.capacity_tokens or 0,
+        context_tokens=config.data.context_tokens,
+        corpora=tuple(dict.fromkeys(one.path for one in config.data.sources.values())),
+    )
+
+
+def _introduction(config: RunConfig, setting: Setting) -> Iterator[str]:
+    model, ranks = config.model, setting.ranks
+    yield "static context parallelism against hybrid data parallelism, on the same batches"
+    yield (
+        f"{ranks} ranks ({setting.device}, {setting.precision}), {model.num_layers} layers of "
+        f"{model.hidden_size}, documents of {', '.join(setting.corpora)} in the order of a run"
+    )
+    yield (
+        f"a rank holds {setting.capacity_tokens:,} tokens and the context is "
+        f"{setting.context_tokens:,}: a static plan has one ring size for all sequences"
+    )
+    if setting.device == "cpu" and ranks > setting.usable_cores:
+        yield (
+            f"{ranks} ranks share {setting.usable_cores} cores: a ratio is one of total work more "
+            "than of balance, since a rank that waits leaves its core to another"
+        )
+
+
+def _costs(
+    config: RunConfig, ranks: Ranks, say: Callable[[str], None]
+) -> tuple[CostModel, float | None]:
+    """The cost model of the config, or one that is measured here, with the error of its fit."""
+    if config.planner.cost is not None:
+        return cost_model(config), None
+    done = calibrate(
+        config,
+        ranks,
+        None,
+        CALIBRATION_REPEATS,
+        CALIBRATION_S,
+        lambda line: say(f"calibration, {line}"),
+    )
+    fit = fit_cost(done.measurements, done.node_size)
+    error = float(np.median(np.abs(fit.left_out_errors)))
+    say(f"calibrated in {done.seconds:.0f} s: predictions of micro-batches are {error:.0%} off")
+    return fit.cost, error
+
+
+def _batches(run: ResolvedRun) -> Iterator[GlobalBatch]:
+    """Those of the run, from its first step on."""
+    batches, cursor = batches_of(run.config, run.sources), Cursor()
+    while True:
+        batch, cursor = batches.next(cursor)
+        yield batch
+
+
+class Progress:
+    """Says now and then how far the steps are, and about how long they still take."""
+
+    def __init__(self, total: int, say: Callable[[str], None]) -> None:
+        self._total, self._say, self._done = total, say, 0
+        self._began = self._told = time.monotonic()
+
+    def show(self, planner: str) -> None:
+        """Take note that a step begins."""
+        now = time.monotonic()
+        if self._done and now - self._told > TELL_EVERY_S:
+            left_s = (now - self._began) / self._done * (self._total - self._done)
+            eta = show_duration(left_s)
+            self._say(f"step {self._done + 1} of {self._total} ({planner}), ETA {eta}")
+            self._told = now
+        self._done += 1

@@ -90,7 +90,9 @@ def _position(found: Sequence[Found], model: ModelConfig, made_by: str) -> Posit
     cursor = {key: first.cursor[key] for key in ("data", "sources") if key in first.cursor}
     reads: dict[str, SourceConfig] = {}
     for one in found if len(found) > 1 else ():
-        for name, source in read_by(one.manifest.position, str(one.folder)).items():
+        position = one.manifest.position
+        own = parse_config(position.config, where=str(one.folder))
+        for name, source in read_by(position, own).items():
             reads[name] = max(reads.get(name, source), source, key=_tokens_read)
     if reads:
         plain = {

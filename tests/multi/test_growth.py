@@ -179,9 +179,11 @@ def test_equal_branches_give_the_dense_model(ranks, tmp_path, experts, model):
 def rate(folder):
     """The learning rate at which the run of a checkpoint stood."""
     from megascale.checkpoint.load import read_manifest
+    from megascale.config import parse_config
     from megascale.run.start import rate_of
 
-    return rate_of(read_manifest(folder).position)
+    position = read_manifest(folder).position
+    return rate_of(position, parse_config(position.config))
 
 
 def test_branches_become_experts(ranks, tmp_path):

@@ -6,12 +6,13 @@ import statistics
 import numpy as np
 import pytest
 
-from megascale.commands.demo import RESULT, draw, with_shared_context
+from megascale.commands.demo import RESULT
 from megascale.config import finalize, parse_config
 from megascale.corpus.batches import GlobalBatch
-from megascale.monitor.comparison import Comparison, Round, Setting, TimedStep
+from megascale.monitor.comparison import Comparison, Round, Setting, TimedStep, plot_comparison
 from megascale.monitor.ratios import MachineUse, Ratio, machine_busy_s, why_no_ratio
 from megascale.planner import PLANNERS, CostModel, Problem
+from megascale.run.step_problem import with_shared_context
 
 COST = CostModel(a=1e-8, b=1e-4, fixed=0.01, latency=0.02, transfer_intra=1e-5)
 LENGTHS = [400, 90, 30, 200, 55, 55]
@@ -71,7 +72,7 @@ def test_a_loaded_machine_gives_no_ratio(static_s, others_s, reason, tmp_path):
     value = result.to_json()
     assert value["ratios"] is None and value["no_ratio"] == result.no_ratio
     assert value["rounds"][0]["planners"]["static"]["seconds"] == static_s[0]
-    draw(result, tmp_path / "demo.png")
+    plot_comparison(result, tmp_path / "demo.png")
 
 
 @pytest.mark.parametrize(
@@ -117,7 +118,7 @@ def test_json_and_picture(tmp_path):
             max(each),
         )
     assert value["rounds"][0]["lengths"] == LENGTHS
-    draw(result, tmp_path / "demo.png")
+    plot_comparison(result, tmp_path / "demo.png")
     assert (tmp_path / "demo.png").stat().st_size > 10_000
 
 

@@ -27,7 +27,7 @@ TRIES = 10
 """Plans that are made, of which the best is taken, where no budget of seconds says."""
 LEAST_TRIES = 3
 """Plans that are made whatever the budget. Where shelves may pay they are one in waves, one in
-shelves and the best static one, since each may be far slower than the others."""
+shelves and a static one, since each may be far slower than the others."""
 FEW, FEW_TIMES_RANKS, LIMITS = 1024, 16384, 12
 """Up to so many sequences, if there are few for a rank or few ranks too, other planners' plans are
 tried; up to a quarter of it, so many limits for how long a ring may last."""
