@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import socket
 import sys
@@ -383,6 +384,10 @@ def _threads_per_rank() -> int:
 
 
 def _quiet_megatron() -> None:
-    """megatron-core warns of every optional package at import; `doctor` lists them instead."""
+    """megatron-core warns of every optional package at import; `doctor` lists them instead.
+
+    Newer versions import torch's compiler of extensions, which logs that there is no CUDA.
+    """
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module=r"megatron\..*")
     warnings.filterwarnings("ignore", message=".*(Apex|Transformer Engine|apex).*")
