@@ -36,8 +36,8 @@ MANY = 16384
 STACKS = ((1.0, False), (1.0, True), (0.5, False))
 """Ways to stack rings: how long they may last, as part of an even share, and whether sizes within
 a node are rounded up to powers of two, which nest."""
-SPARSE_BATCHES = 1.5
-"""Micro-batches per rank below which free plans are tried in waves too."""
+WAVES_PAY = 1.025
+"""Time of the best stacks over what is reachable, above which free plans are tried in waves too."""
 LONG_PAYS = 1.045
 """Time of even waves over the work there is, above which long sequences get their own waves."""
 LONG_PAYS_MUCH = 1.5
@@ -104,9 +104,12 @@ def _candidates(problem: Problem, batch: Batch) -> Iterator[Candidate]:
             yield from waves
         return
     level_s = _reachable_s(problem, batch.lengths)
+    best_s = math.inf
     for part, nest in STACKS:
-        yield _stacks(problem, batch, level_s * part, nest)
-    if problem.lengths.sum() < SPARSE_BATCHES * problem.num_ranks * problem.capacity:
+        candidate = _stacks(problem, batch, level_s * part, nest)
+        best_s = min(best_s, candidate.seconds)
+        yield candidate
+    if best_s > WAVES_PAY * level_s:
         yield from _waves(problem, batch)
 
 
