@@ -261,7 +261,7 @@ def test_a_short_budget_leaves_a_usable_plan_of_a_pipeline() -> None:
         lengths = draw_lengths("bytescale_byted", tokens, 256 << 10, 0)
         problem = Problem.of(lengths, num_ranks, 8192, "aligned", SLOW_PASSING, pipeline=2)
         hasty = plan_hybrid(replace(problem, budget_s=1e-9)).predicted_s
-        assert hasty < 1.5 * plan_hybrid(problem).predicted_s
+        assert hasty < 1.6 * plan_hybrid(problem).predicted_s
         assert hasty <= plan_static_best(problem).predicted_s * (1 + 1e-9)
 
 

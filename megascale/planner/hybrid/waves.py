@@ -16,6 +16,7 @@ import numpy as np
 
 from megascale.arrays import Integers
 from megascale.planner.bound import alone_s, fewest_ranks, needed_offload, smallest_sizes
+from megascale.planner.hybrid.wave_order import order_waves
 from megascale.planner.plan_builder import Placed
 from megascale.planner.problem import Problem
 from megascale.planner.scalar_cost import Clock, Rates
@@ -102,12 +103,16 @@ class Waves:
     """A plan in waves."""
 
     bins: list[Bin]
-    seconds: list[float]
-    """Of each wave."""
+    orders: list[list[int]]
+    """Of execution, the most promising first."""
+    step_s: float
+    """Seconds of a step whose ranks begin each wave together, in the first order."""
 
-    def placed(self) -> list[Placed]:
-        """Micro-batches in execution order, waves longest first."""
-        order = sorted(range(len(self.seconds)), key=lambda wave: -self.seconds[wave])
+    def placed(self) -> list[list[Placed]]:
+        """Micro-batches in each of the orders of execution."""
+        return [self._in_order(order) for order in self.orders]
+
+    def _in_order(self, order: list[int]) -> list[Placed]:
         place = {wave: position for position, wave in enumerate(order)}
         bins = sorted(self.bins, key=lambda one: (place[one.wave], one.ranks[0]))
         return [Placed(one.ranks, one.sequences, one.offload) for one in bins if one.sequences]
@@ -290,7 +295,7 @@ class Sheet:
         seconds = [0.0] * len(self._target_s)
         for one in self.bins:
             seconds[one.wave] = max(seconds[one.wave], one.seconds)
-        return Waves(self.bins, seconds)
+        return Waves(self.bins, *order_waves(seconds, self._problem.pipeline))
 
 
 def even_level(
