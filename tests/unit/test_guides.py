@@ -19,7 +19,7 @@ from tiny_corpus import tiny_config
 from megascale import cli
 from megascale.config import RunConfig
 from megascale.config.load import build_as, options_called, parse_config, read_tree
-from megascale.corpus.recipe import Recipe
+from megascale.corpus.recipe import RECIPE_KEYS, Recipe
 from megascale.monitor.metric_fields import FIELDS, SCORES
 from megascale.planner import PLANNERS
 
@@ -97,8 +97,11 @@ def check_overrides(line):
     is_recipe = line.verb == "prepare" or getattr(line.args, "job", None) == "prepare"
     kind, example = (Recipe, ANY_RECIPE) if is_recipe else (RunConfig, "")
     file = getattr(line.args, "recipe", None) or getattr(line.args, "config", None)
-    text = text_of(file) if file and (ROOT / file).is_file() else example
-    build_as(kind, read_tree(text, "guide"), getattr(line.args, "overrides", None) or [])
+    words = getattr(line.args, "words", None) or getattr(line.args, "overrides", None) or []
+    more = [word for word in words if is_recipe and "=" not in word]
+    for name in (file, *more):
+        text = text_of(name) if name and (ROOT / name).is_file() else example
+        build_as(kind, read_tree(text, "guide"), [word for word in words if word not in more])
 
 
 def test_the_front_page_is_short():
@@ -160,7 +163,7 @@ def test_yaml_in_blocks_is_a_config(name):
     for language, block in blocks_of(name):
         if language == "yaml":
             tree = yaml.safe_load(block)
-            kind = Recipe if "inputs" in tree else RunConfig
+            kind = Recipe if RECIPE_KEYS & tree.keys() else RunConfig
             assert is_dataclass(build_as(kind, read_tree(block, name), where=name))
 
 

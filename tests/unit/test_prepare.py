@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 
 from megascale import cli
 from megascale.corpus.facts import unigram_bits
-from megascale.corpus.prepare import _scratch, fingerprint, prepare
+from megascale.corpus.made import fingerprint
+from megascale.corpus.prepare import _scratch, prepare
 from megascale.corpus.recipe import load_recipe, parse_recipe
 from megascale.corpus.shards import Shard
 from megascale.corpus.sources import describe
