@@ -22,7 +22,7 @@ from megascale.corpus.sources import (
     read_corpus_file,
 )
 from megascale.errors import UserError
-from megascale.parsing import read_json
+from megascale.parsing import is_path, read_json
 from megascale.runtime.files import real_path
 
 CORPUS_NAMES = frozenset(
@@ -144,7 +144,7 @@ def _set_facts(out: Path) -> dict[str, Any] | None:
     try:
         names, left_out = facts["corpora"], facts["left_out"]
         good = facts["format"] == FORMAT and bool(names)
-        good &= all(isinstance(name, str) and Path(name).name == name != "" for name in names)
+        good &= all(is_path(name) and "/" not in name and name not in (".", "..") for name in names)
         good &= all(isinstance(text, str) for text in left_out.values())
     except (KeyError, TypeError, AttributeError):
         good = False

@@ -74,6 +74,7 @@ verb(
     "corpora/corpus",
     "corpora/corpus --context 128",
     "corpora/corpus/train --vocab-size 257 --eod-id 256 --bos-id 3",
+    "config.yaml data.max_epochs=1 data.context_tokens=64",
 )
 verb("status", 1, "run", "run --json")
 verb("report", 1, "run --out out.html")
