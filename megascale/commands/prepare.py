@@ -86,7 +86,7 @@ def recipe_summary(made: Made) -> str:
     lines = [summary(corpus) for corpus in made.corpora]
     lines += [f"warning: source {name!r}: {why}" for name, why in made.left_out.items()]
     if made.several:
-        sources = {one.folder.name: {"path": str(one.folder)} for one in made.corpora}
+        sources = {corpus.folder.name: {"path": str(corpus.folder)} for corpus in made.corpora}
         lines += ["for the config of a run:", dump_yaml({"data": {"sources": sources}}).rstrip()]
     return "\n".join(lines)
 

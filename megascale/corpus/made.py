@@ -58,7 +58,7 @@ class Made:
 
 def fingerprint(recipe: Recipe) -> str:
     """What corpora depend on: the recipe, and name, size and time of change of its inputs."""
-    names = [name for _, one in recipe.named_inputs for name in input_files(one)]
+    names = [name for _, place in recipe.named_inputs for name in input_files(place)]
     path = recipe.tokenizer.path
     if path is not None and Path(path).exists():
         here = Path(path)
@@ -81,9 +81,9 @@ def _plain(recipe: Recipe) -> dict[str, Any]:
     for output in plain.get("outputs", {}).values():
         del output["description"], output["licence"]
     for holder in (plain, *plain.get("outputs", {}).values()):
-        for one in holder["inputs"]:
-            if one["source_column"] is None:
-                del one["source_column"]
+        for place in holder["inputs"]:
+            if place["source_column"] is None:
+                del place["source_column"]
     return plain
 
 
@@ -95,7 +95,7 @@ def fingerprints(recipes: Sequence[Recipe]) -> list[str]:
     own = [fingerprint(recipe) for recipe in recipes]
     if len(recipes) == 1 or recipes[0].tokenizer.kind != "bpe":
         return own
-    return [_digest([one, own]) for one in own]
+    return [_digest([identity, own]) for identity in own]
 
 
 def _digest(value: Any) -> str:
@@ -124,12 +124,12 @@ def find_made(recipe: Recipe, out: Path, identity: str, force: bool) -> Made | N
     facts = _set_facts(out)
     if facts is None and not (out / CORPUS_FILE).is_file():
         raise UserError(f"{out}: exists and is no corpus; give another folder with --out")
-    members = {out} if facts is None else {out / name for name in facts["corpora"]}
+    members = [out] if facts is None else [out / name for name in facts["corpora"]]
     if force:
         _require_replaceable(out, members)
         _require_inputs_elsewhere(recipe, out)
         return None
-    corpora = tuple(_read(folder) for folder in sorted(members))
+    corpora = tuple(map(_read, members))
     _require_same(out, corpora, identity)
     left_out = {} if facts is None else facts["left_out"]
     return Made(out, corpora, facts is not None, left_out)
@@ -167,7 +167,7 @@ def _read(folder: Path) -> Prepared:
 
 def _require_same(out: Path, corpora: Sequence[Prepared], identity: str) -> None:
     """Raise UserError where corpora were made from another recipe or other inputs."""
-    others = [one for one in corpora if one.facts.get("source_fingerprint") != identity]
+    others = [corpus for corpus in corpora if corpus.facts.get("source_fingerprint") != identity]
     if not others:
         return
     tokenizer = others[0].facts["tokenizer"]
@@ -182,12 +182,12 @@ def _require_same(out: Path, corpora: Sequence[Prepared], identity: str) -> None
     )
 
 
-def _require_replaceable(out: Path, members: Collection[Path]) -> None:
+def _require_replaceable(out: Path, members: Sequence[Path]) -> None:
     """Raise UserError where --force would delete anything but corpora."""
     problem = "would be deleted by --force"
     if out not in members:
         require_only(out, {SET_FILE, *(folder.name for folder in members)}, problem)
-    for folder in sorted(members):
+    for folder in members:
         require_only(folder, CORPUS_NAMES, problem)
 
 
@@ -204,6 +204,6 @@ def require_only(folder: Path, names: Collection[str], problem: str) -> None:
 
 
 def _require_inputs_elsewhere(recipe: Recipe, out: Path) -> None:
-    for name in (name for _, one in recipe.named_inputs for name in input_files(one)):
+    for name in (name for _, place in recipe.named_inputs for name in input_files(place)):
         if real_path(name).is_relative_to(real_path(out)):
             raise UserError(f"{name}: an input below {out}, which --force replaces; move it away")

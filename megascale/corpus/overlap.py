@@ -130,8 +130,8 @@ def _count(
         low = np.flatnonzero(digest[step:] == digest[:-step])
         if not len(low):
             break
-        for one, other in ((low, low + step), (low + step, low)):
-            _add(found, parts, part[one], part[other], count[one], document[one])
+        for row, column in ((low, low + step), (low + step, low)):
+            _add(found, parts, part[row], part[column], count[row], document[row])
 
 
 def _add(

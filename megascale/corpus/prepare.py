@@ -117,7 +117,7 @@ def prepare_all(
 def _look(jobs: Sequence[Job], force: bool) -> tuple[list[Job], list[Made | None]]:
     """The jobs with their fingerprints, and what is there already."""
     identities = fingerprints([job.recipe for job in jobs])
-    jobs = [replace(job, identity=one) for job, one in zip(jobs, identities, strict=True)]
+    jobs = [replace(job, identity=identity) for job, identity in zip(jobs, identities, strict=True)]
     return jobs, [find_made(job.recipe, job.out, job.identity, force) for job in jobs]
 
 
@@ -203,8 +203,8 @@ def _begin(jobs: Sequence[Job], sibling: Made | None) -> tuple[list[list[Table]]
 
 def _read_tables(job: Job) -> list[Table]:
     return [
-        replace(read_table(one, job.partial / WORK / f"input-{i}"), output=output)
-        for i, (output, one) in enumerate(job.recipe.named_inputs)
+        replace(read_table(place, job.partial / WORK / f"input-{i}"), output=output)
+        for i, (output, place) in enumerate(job.recipe.named_inputs)
     ]
 
 
@@ -271,11 +271,11 @@ def _finish(job: Job, tables: Sequence[Table], encoder: Encoder, files: Sequence
     fates = decide(recipe, tables, files)
     outputs, left_out = _with_text(recipe, outputs_of(recipe, tables, files), fates)
     trips, skipped = [], []
-    for i, one in enumerate(outputs.corpora):
+    for i, output in enumerate(outputs.corpora):
         documents = outputs.documents(i)
-        trips.append(round_trip(one.label, recipe, tables, tokenizer, fates.among(documents)))
+        trips.append(round_trip(output.label, recipe, tables, tokenizer, fates.among(documents)))
         skipped.append(skipped_of(fates, documents, tables))
-    places = [one.name if recipe.makes_several else "" for one in outputs.corpora]
+    places = [output.name if recipe.makes_several else "" for output in outputs.corpora]
     folders = [job.partial / MADE / place for place in places]
     for folder in folders:
         folder.mkdir(parents=True)
@@ -302,6 +302,8 @@ def _with_text(recipe: Recipe, outputs: Outputs, fates: Fates) -> tuple[Outputs,
 
     Raises UserError for a corpus without, where it is not one source of several.
     """
+    if not outputs.corpora:
+        raise UserError(f"recipe {recipe.name}: no document was read; give it more text")
     reasons = {
         i: nothing_to_train_on(fates, outputs.documents(i)) for i in range(len(outputs.corpora))
     }

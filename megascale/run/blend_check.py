@@ -53,7 +53,7 @@ def check_blend(run: ResolvedRun) -> tuple[str, Findings]:
     findings = Findings()
     unlimited = replace(config, data=replace(config.data, max_epochs=None))
     lengths = expected_lengths(unlimited, sources)
-    read = dict(sum((Counter(one.read) for one in lengths), Counter()))
+    read = dict(sum((Counter(length.read) for length in lengths), Counter()))
     epochs = epochs_read(config, read, source_tokens(sources))
     try:
         check_epochs(config, source_tokens(sources))
@@ -75,8 +75,8 @@ def _table(
 ) -> list[str]:
     """Tokens of the run by source, and how often each source is read."""
     total = max(1, sum(read.values()))
-    about = "about " * any(one.end is None for one in lengths)
-    steps = sum(one.num_steps for one in lengths)
+    about = "about " * any(length.end is None for length in lengths)
+    steps = sum(length.num_steps for length in lengths)
     width = max(map(len, [*epochs, "source"]))
     lines = [
         f"{about}{total:,} tokens of the run in {steps:,} steps, by the weights of the blend",
@@ -120,9 +120,9 @@ def _quoted(names: list[str]) -> str:
 def _overlaps(run: ResolvedRun, findings: Findings) -> list[str]:
     """Compare the documents of all parts."""
     parts = list(_parts(run))
-    found = find_overlap([one.part for one in parts])
-    heldout = [i for i, one in enumerate(parts) if one.is_heldout]
-    train = [i for i, one in enumerate(parts) if not one.is_heldout]
+    found = find_overlap([part.part for part in parts])
+    heldout = [i for i, part in enumerate(parts) if part.is_heldout]
+    train = [i for i, part in enumerate(parts) if not part.is_heldout]
     pairs = [*product(heldout, train), *combinations(train, 2)]
     same = [pair for pair in pairs if _same_tokenizer(*(parts[place] for place in pair))]
     for i, j in same:
@@ -167,12 +167,8 @@ def _parts(run: ResolvedRun) -> Iterator[BlendPart]:
             yield BlendPart(name, True, part, mark_of(info, info.heldout))
 
 
-def _same_tokenizer(one: BlendPart, other: BlendPart) -> bool:
-    return one.mark.difference(other.mark) is None
-
-
-def _name(one: BlendPart) -> str:
-    return f"the held-out set of '{one.source}'" if one.is_heldout else f"train of '{one.source}'"
+def _same_tokenizer(first: BlendPart, second: BlendPart) -> bool:
+    return first.mark.difference(second.mark) is None
 
 
 def _count_leaks(
@@ -186,7 +182,8 @@ def _count_leaks(
     findings.count(
         int(found.documents_pp[place]),
         f"of {heldout.documents:,} held-out documents of '{heldout.source}' "
-        f"({_share(found.tokens_pp[place], heldout)} of their tokens) stand in {_name(train)} too",
+        f"({_share(found.tokens_pp[place], heldout)} of their tokens) stand in train of "
+        f"'{train.source}' too",
         f"held-out document {found.first_pp[place]}",
     )
 
@@ -201,19 +198,19 @@ def _repeats(train: BlendPart, found: Overlap, place: int) -> Iterator[str]:
 
 
 def _shared(
-    one: BlendPart, other: BlendPart, found: Overlap, place: tuple[int, int]
+    first: BlendPart, second: BlendPart, found: Overlap, place: tuple[int, int]
 ) -> Iterator[str]:
     """A note on the documents that two training sets share."""
     back = place[::-1]
     if found.documents_pp[place]:
         yield (
-            f"{found.documents_pp[place]:,} of {one.documents:,} documents of '{one.source}' "
-            f"({_share(found.tokens_pp[place], one)} of its tokens) are in '{other.source}' too, "
-            f"as {found.documents_pp[back]:,} of its {other.documents:,} "
-            f"({_share(found.tokens_pp[back], other)}); the first is document "
-            f"{found.first_pp[place]} of '{one.source}'"
+            f"{found.documents_pp[place]:,} of {first.documents:,} documents of '{first.source}' "
+            f"({_share(found.tokens_pp[place], first)} of its tokens) are in '{second.source}' "
+            f"too, as {found.documents_pp[back]:,} of its {second.documents:,} "
+            f"({_share(found.tokens_pp[back], second)}); the first is document "
+            f"{found.first_pp[place]} of '{first.source}'"
         )
 
 
-def _share(tokens: int, one: BlendPart) -> str:
-    return f"{int(tokens) / max(1, one.tokens):.1%}"
+def _share(tokens: int, part: BlendPart) -> str:
+    return f"{int(tokens) / max(1, part.tokens):.1%}"

@@ -1,12 +1,15 @@
 """The guides: links, pictures, commands, options and paths in them are those of the project."""
 
+import gzip
 import importlib
+import json
 import re
 import shlex
 import subprocess
 import sys
 from dataclasses import fields, is_dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import picture
@@ -19,6 +22,7 @@ from tiny_corpus import tiny_config
 from megascale import cli
 from megascale.config import RunConfig
 from megascale.config.load import build_as, options_called, parse_config, read_tree
+from megascale.corpus import inputs
 from megascale.corpus.recipe import RECIPE_KEYS, Recipe
 from megascale.monitor.metric_fields import FIELDS, SCORES
 from megascale.planner import PLANNERS
@@ -298,3 +302,29 @@ def test_the_python_of_runs_runs(tmp_path):
     own = "print(stopped, rows[-1]['step'], config.train.tokens)"
     said = run_python_of("megascale/run/README.md", tmp_path, own)
     assert said.splitlines()[-1] == "False 2.0 2000"
+
+
+def test_the_commands_for_several_corpora_run(tmp_path, monkeypatch, capsys):
+    text = text_of("data/README.md")
+    section = text[text.index("## Several corpora") : text.index("## Check a corpus")]
+    blocks = FENCE.findall(section)
+    (commands,) = (content for language, content in blocks if not language)
+    config = [content for language, content in blocks if language == "yaml"][-1]
+    rows = [
+        {"text": f"def page {i} " * 9, "meta": {"source": ("web", "code")[i % 2]}}
+        for i in range(600)
+    ]
+    first, second = ("".join(json.dumps(row) + "\n" for row in rows[i::2]) for i in (0, 1))
+    (tmp_path / "texts/more").mkdir(parents=True)
+    (tmp_path / "texts/a.jsonl").write_text(first)
+    (tmp_path / "texts/more/b.jsonl.gz").write_bytes(gzip.compress(second.encode()))
+    (tmp_path / "few.py").write_text("print(1)\n")
+    (tmp_path / "run.yaml").write_text(config)
+    monkeypatch.chdir(tmp_path)
+    few = SimpleNamespace(get_paths=lambda: {"stdlib": str(tmp_path)})
+    monkeypatch.setattr(inputs, "sysconfig", few)
+    for words in commands_in(commands):
+        assert cli.main(words) == 0, words
+    said = capsys.readouterr().out
+    assert "corpora/mixed/code prepared" in said and "corpora/more/python_stdlib prepared" in said
+    assert "web" in said and "80.00%" in said and said.endswith("verdict: good\n")

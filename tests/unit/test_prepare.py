@@ -498,7 +498,7 @@ def test_unigram_bits():
 @pytest.mark.parametrize("path", sorted((ROOT / "data").glob("*.yaml")), ids=lambda p: p.stem)
 def test_recipes_of_this_repository(path):
     recipe = load_recipe(path)
-    assert recipe.description and recipe.licence and recipe.inputs
+    assert recipe.description and recipe.licence and recipe.named_inputs
 
 
 @pytest.mark.parametrize(

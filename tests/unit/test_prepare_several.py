@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -227,6 +228,12 @@ def test_a_source_without_text_to_train_on_is_left_out_and_named(tmp_path, capsy
     assert "source 'blank': no document is left" in capsys.readouterr().err
 
 
+def test_lines_that_are_all_blank_make_nothing(tmp_path):
+    (tmp_path / "a.jsonl").write_text("\n \n")
+    with pytest.raises(UserError, match="recipe x: no document was read; give it more text"):
+        prepare_all([(split_of(tmp_path / "a.jsonl"), tmp_path / "x")], processes=1)
+
+
 # -------------------------------------------------------------------------------------- outputs
 
 
@@ -270,6 +277,11 @@ def test_a_set_is_up_to_date_or_replaced_as_a_whole(tmp_path):
     (again,) = prepare_all([(recipe, out)], processes=1)
     assert [one.reused for one in (*first.corpora, *again.corpora)] == [False] * 2 + [True] * 2
     assert [one.facts for one in again.corpora] == [one.facts for one in first.corpora]
+    backwards = replace(recipe, outputs=dict(reversed(recipe.outputs.items())))
+    (other,) = prepare_all([(backwards, tmp_path / "backwards")], processes=1)
+    (again,) = prepare_all([(backwards, tmp_path / "backwards")], processes=1)
+    assert [one.folder.name for one in again.corpora] == ["web", "code"]
+    shutil.rmtree(tmp_path / "backwards")
     whole = tree(out)
     other = replace(recipe, min_characters=5)
     with pytest.raises(UserError, match="another recipe or other inputs; replace it with --force"):
