@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from megascale.config import RunConfig
 from megascale.config.load import build_as, read_tree
+from megascale.corpus.sources import SET_FILE
 from megascale.errors import UserError
 from megascale.installation import given_or_example
 from megascale.parsing import is_plain_name, read_yaml_text
@@ -222,8 +223,8 @@ def _output_problems(recipe: Recipe) -> Iterator[str | None]:
         yield f"outputs has {len(recipe.outputs)} names; a recipe makes at most {MOST_CORPORA}"
     for name, output in recipe.outputs.items():
         where = f"outputs.{name}"
-        is_short = len(os.fsencode(name)) <= MOST_NAME_BYTES
-        if not _is_folder_name(name) or name.startswith(".") or not is_short:
+        is_free = len(os.fsencode(name)) <= MOST_NAME_BYTES and name.casefold() != SET_FILE
+        if not _is_folder_name(name) or name.startswith(".") or not is_free:
             yield f"outputs: the name '{name}' must do as the name of a folder, without a dot first"
         if not output.inputs:
             yield f"{where}.inputs is empty; give one, e.g. inputs: [{{kind: python_stdlib}}]"

@@ -10,6 +10,7 @@ from collections.abc import Callable, Collection
 from typing import Any
 
 from megascale.corpus.recipe import MOST_CORPORA
+from megascale.corpus.sources import SET_FILE
 from megascale.errors import UserError
 from megascale.parsing import is_plain_name
 
@@ -58,11 +59,11 @@ def require_few(sources: Collection[str]) -> None:
 def folder_names(sources: Collection[str]) -> dict[str, str]:
     """The folder of each source: its name, with `_` for what is not safe in the name of a folder.
 
-    Names that would be the same on some file system get a digest of the source at their end. So
-    the folders follow from the sources alone.
+    Names that would be the same on some file system, or that of another file there, get a digest of
+    the source at their end. So the folders follow from the sources alone.
     """
     plain = {source: _safe(source) for source in sources}
-    met = Counter(name.casefold() for name in plain.values())
+    met = Counter([SET_FILE, *(name.casefold() for name in plain.values())])
     return {
         source: name if met[name.casefold()] == 1 and _fits(name) else _with_digest(source, name)
         for source, name in plain.items()

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megascale import cli
-from megascale.config import parse_config
+from megascale.config import load_config, parse_config
 from megascale.corpus import outputs, source_names
 from megascale.corpus.made import fingerprint
 from megascale.corpus.prepare import prepare, prepare_all
@@ -168,6 +168,14 @@ def test_a_column_of_a_table_that_names_no_source(tmp_path):
             prepare_all([(recipe_of(inputs=[one]), tmp_path / "x")], processes=1)
 
 
+def test_a_recipe_of_several_is_no_config(tmp_path):
+    path = tmp_path / "r.yaml"
+    path.write_text("name: x\noutputs: {a: {inputs: [{kind: python_stdlib}]}}\n")
+    with pytest.raises(UserError, match="is the recipe of a corpus, not the config of a run"):
+        load_config(path)
+    assert load_recipes(str(path), [])[0].makes_several
+
+
 @pytest.mark.parametrize("processes", [1, 2])
 def test_a_column_with_too_many_values_is_refused(tmp_path, monkeypatch, processes):
     assert source_names.MOST_CORPORA == 256
@@ -207,6 +215,16 @@ def test_folders_of_sources_keep_plain_names():
     same = folder_names(["a/b", "a b", "web", "Web"])
     assert len({name.casefold() for name in same.values()}) == 4
     assert same["a/b"].startswith("a_b-") and same["web"].startswith("web-")
+    assert folder_names(["Corpora.json"])["Corpora.json"].startswith("Corpora.json-")
+
+
+def test_a_source_with_the_name_of_the_list(tmp_path):
+    path = put_lines(tmp_path / "a.jsonl", [{"text": "one", "from": "corpora.json"}])
+    split = split_of(path, "from", heldout_fraction=0.0)
+    (made,) = prepare_all([(split, tmp_path / "x")], processes=1)
+    assert texts_of(made.corpora[0].folder) == ["one"]
+    (again,) = prepare_all([(split, tmp_path / "x")], processes=1)
+    assert again.corpora[0].reused and again.corpora[0].facts["source"] == "corpora.json"
 
 
 def test_a_source_without_text_to_train_on_is_left_out_and_named(tmp_path, capsys):
@@ -341,6 +359,7 @@ JSONL = "{kind: jsonl, paths: [a], source_column: s}"
         ("outputs: {a: {}}", r"outputs\.a\.inputs is missing"),
         ("outputs: {a: {inputs: []}}", r"outputs\.a\.inputs is empty"),
         ("outputs: {.a: {inputs: [{kind: python_stdlib}]}}", "name of a folder, without a dot"),
+        ("outputs: {corpora.json: {inputs: [{kind: python_stdlib}]}}", "name of a folder"),
         ("outputs: {a/b: {inputs: [{kind: python_stdlib}]}}", "'a/b' must do as the name"),
         ("outputs: {a: {inputs: [{kind: files}]}}", r"outputs\.a\.inputs\[0\]: .*needs paths"),
         ("outputs: {a: {input: []}}", "unknown key 'outputs.a.input'; did you mean 'inputs'"),
