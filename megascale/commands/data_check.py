@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from megascale.corpus.check import Findings, check_source, length_histogram, plot_lengths
+from megascale.corpus.made import LENGTHS_PICTURE, PLOTS
 from megascale.corpus.sources import describe
 from megascale.errors import UserError
 from megascale.run.blend_check import check_blend
@@ -58,7 +59,7 @@ def run_check(args: argparse.Namespace) -> int:
         print(f"unigram entropy: {info.unigram_bits_per_byte:.3f} bits per byte")
     for part, lengths in findings.lengths.items():
         print(f"lengths, {part}:\n{length_histogram(lengths, context)}")
-    file = (Path(args.plots) if args.plots else _beside(args.corpus)) / "lengths.png"
+    file = (Path(args.plots) if args.plots else _beside(args.corpus)) / LENGTHS_PICTURE
     try:
         require_outputs([Output("--plots", file, picture(".png"), makes_folders=True)])
         plot_lengths(findings.lengths, context, file)
@@ -99,4 +100,4 @@ def _verdict(findings: Findings) -> int:
 
 def _beside(corpus: str) -> Path:
     path = Path(corpus)
-    return (path if path.is_dir() else path.parent) / "plots"
+    return (path if path.is_dir() else path.parent) / PLOTS

@@ -30,6 +30,8 @@ CORPUS_NAMES = frozenset(
     | {f"{part}{ending}" for part in PARTS for ending in (".bin", ".idx")}
 )
 """All that a corpus folder holds, with what readers keep beside its shards."""
+PLOTS, LENGTHS_PICTURE = "plots", "lengths.png"
+"""In a corpus folder, the folder of pictures and the picture that `megascale data check` draws."""
 
 
 @dataclass(frozen=True)
@@ -188,7 +190,8 @@ def _require_replaceable(out: Path, members: Sequence[Path]) -> None:
     if out not in members:
         require_only(out, {SET_FILE, *(folder.name for folder in members)}, problem)
     for folder in members:
-        require_only(folder, CORPUS_NAMES, problem)
+        require_only(folder, {*CORPUS_NAMES, PLOTS}, problem)
+        require_only(folder / PLOTS, {LENGTHS_PICTURE}, problem)
 
 
 def require_only(folder: Path, names: Collection[str], problem: str) -> None:

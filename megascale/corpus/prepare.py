@@ -79,7 +79,7 @@ class Job:
     @property
     def partial(self) -> Path:
         """Its scratch folder."""
-        return self.out.with_name(f"{self.out.name}.partial")
+        return _partial(self.out)
 
 
 def prepare(
@@ -147,6 +147,10 @@ def _make_one(
     return team.lead(lambda: _finish(job, tables, own, files))
 
 
+def _partial(out: Path) -> Path:
+    return out.with_name(f"{out.name}.partial")
+
+
 def _enter(stack: ExitStack, jobs: Sequence[Job]) -> None:
     for job in jobs:
         stack.enter_context(_scratch(job.out))
@@ -158,7 +162,7 @@ def _scratch(out: Path) -> Iterator[Path]:
 
     Raises UserError while another prepare makes `out`.
     """
-    partial, path = (out.with_name(f"{out.name}.{ending}") for ending in ("partial", "lock"))
+    partial, path = _partial(out), out.with_name(f"{out.name}.lock")
     out.parent.mkdir(parents=True, exist_ok=True)
     with open_lock(path) as lock:
         try:

@@ -360,6 +360,18 @@ def test_files_of_the_user_are_never_deleted(tmp_path, place):
     assert (tmp_path / place).read_text() == "mine" and _texts(out) == ["one"]
 
 
+def test_a_corpus_that_was_checked_can_be_replaced(tmp_path):
+    paths, out = _files(tmp_path / "in", {"a": "one"}), tmp_path / "out"
+    prepare(_recipe(paths=paths), out, processes=1)
+    assert cli.main(["data", "check", str(out)]) == 0 and (out / "plots/lengths.png").exists()
+    (out / "plots/mine.png").write_text("mine")
+    with pytest.raises(UserError, match=r"mine\.png would be deleted by --force"):
+        prepare(_recipe(paths=paths), out, processes=1, force=True)
+    (out / "plots/mine.png").unlink()
+    prepare(_recipe(paths=paths), out, processes=1, force=True)
+    assert not (out / "plots").exists() and _texts(out) == ["one"]
+
+
 def test_an_input_in_the_folder_that_is_replaced_is_refused(tmp_path):
     paths, out = _files(tmp_path / "in", {"a": "one"}), tmp_path / "out"
     prepare(_recipe(paths=paths), out, processes=1)
