@@ -82,8 +82,10 @@ def _calibrate(args: argparse.Namespace, lengths: list[int] | None) -> int:
 
     distributed.prepare_device(config.device)
     ranks = distributed.start(config)
+    from megascale.training.capacity import with_own_capacity
+
     try:
-        _run(args, config, ranks, lengths)
+        _run(args, with_own_capacity(config, ranks), ranks, lengths)
     finally:
         distributed.stop()
     return 0

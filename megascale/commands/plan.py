@@ -18,6 +18,7 @@ from megascale.planner import PLANNERS, CostModel, Problem, StepPlan, plan_with,
 from megascale.planner.gantt import LEGEND, plot_gantt, text_gantt
 from megascale.planner.plan import Mode
 from megascale.planner.problem import MOST_RANKS, MOST_STAGES
+from megascale.run.auto_capacity import with_capacity_of
 from megascale.run.describe import describe_drawn, describe_run, static_line
 from megascale.run.on_device import NamedDevice, step_cost
 from megascale.run.resolve import load_run
@@ -83,18 +84,32 @@ def _run_config(args: argparse.Namespace) -> int:
     if args.lengths is None:
         run = load_run(args.config, args.overrides)
         layout = _begin(args, run.config)
+        run = run._replace(config=_with_capacity(run.config, layout, on))
         first = first_step(run.config, layout, run.sources, _cost(run.config, layout, on))
         text = describe_run(run, layout, first, on)
     else:
         tokens = _source_tokens(args.source_tokens)
         drawn = load_drawn_run(args.config, args.overrides, args.lengths, tokens)
         layout = _begin(args, drawn.config)
+        drawn = drawn._replace(config=_with_capacity(drawn.config, layout, on))
         cost = _cost(drawn.config, layout, on)
         first = plan_first(drawn.config, layout, drawn.batch, cost)
         text = describe_drawn(drawn, layout, first, on)
     print(text, end="")
     _write_plan(args, first.plan, first.batch.length, first.problem.cost)
     return 0
+
+
+def _with_capacity(config: RunConfig, layout: Layout, on: NamedDevice | None) -> RunConfig:
+    """With a number where the capacity is `auto`."""
+    if on is not None:
+        return with_capacity_of(config, layout, *on)
+    if config.has_auto_capacity:
+        raise UserError(
+            "planner.capacity_tokens = auto is what a device holds: give --device "
+            f"{', '.join(DEVICES)} or a YAML file, or planner.capacity_tokens=8Ki"
+        )
+    return config
 
 
 def _cost(config: RunConfig, layout: Layout, on: NamedDevice | None) -> CostModel | None:

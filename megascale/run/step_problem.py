@@ -33,6 +33,12 @@ def cost_model(config: RunConfig) -> CostModel:
     return replace(cost, b=0.0, fixed=cost.fixed + padded_s) if padded_s else cost
 
 
+def check_cost(config: RunConfig) -> None:
+    """Raise UserError where `planner.cost` names a file that cannot be used."""
+    if config.planner.cost is not None:
+        measured_cost(config.planner.cost)
+
+
 def padding_s(config: RunConfig, cost: CostModel) -> float:
     """Seconds that tokens take in a micro-batch that is padded to the full capacity; else 0."""
     moe = config.model.moe

@@ -232,12 +232,8 @@ def speedups(config, words, world):
     from megascale.run.step_problem import batches_of, step_problem
 
     config, sources, _ = load_run(config, words)
-    layout, batches, cursor, found = (
-        Layout.of(config, world),
-        batches_of(config, sources),
-        Cursor(),
-        [],
-    )
+    layout, batches = Layout.of(config, world), batches_of(config, sources)
+    cursor, found = Cursor(), []
     while cursor.tokens_seen < config.train.tokens:
         batch, cursor = batches.next(cursor)
         problem = step_problem(config, layout, batch.length)

@@ -3,8 +3,9 @@
 Both directions of a private socket carry pickles: problems in; out, first `READY`, then for each
 problem a pair (kind, content). Kind `PLAN`: the bytes of the plan. `USER_ERROR`: the text of a
 UserError. `FAILURE`: the traceback of any other error. After a `PLAN` comes what `static_seconds`
-says of the problem, apart from the plan, which then never waits for it. Both ends run code of the same user, so
-pickles are safe here, and nothing between them can be damaged, so there are no checksums.
+says of the problem, apart from the plan, which then never waits for it. Both ends run code of the
+same user, so pickles are safe here, and nothing between them can be damaged, so there are no
+checksums.
 """
 
 from __future__ import annotations
