@@ -12,6 +12,7 @@ from numpy.typing import ArrayLike
 
 from megascale.config import Layout, RunConfig
 from megascale.config.load import whole_number
+from megascale.devices.step_time import step_cost
 from megascale.devices.table import DEVICES, device_of
 from megascale.errors import UserError
 from megascale.planner import PLANNERS, CostModel, Problem, StepPlan, plan_with, timeline
@@ -20,7 +21,7 @@ from megascale.planner.plan import Mode
 from megascale.planner.problem import MOST_RANKS, MOST_STAGES
 from megascale.run.auto_capacity import with_capacity_of
 from megascale.run.describe import describe_drawn, describe_run, static_line
-from megascale.run.on_device import NamedDevice, step_cost
+from megascale.run.on_device import NamedDevice
 from megascale.run.resolve import load_run
 from megascale.run.step_problem import first_step, plan_first
 from megascale.run.without_corpus import load_drawn_run
@@ -119,10 +120,18 @@ def _cost(config: RunConfig, layout: Layout, on: NamedDevice | None) -> CostMode
 def _begin(args: argparse.Namespace, config: RunConfig) -> Layout:
     """The layout, after a check of the outputs."""
     _require_outputs(args, args.config, config.planner.cost, args.device, args.lengths)
+    return layout_on(config, args.ranks)
+
+
+def layout_on(config: RunConfig, ranks: str | None) -> Layout:
+    """The layout on as many ranks as `--ranks` says; without it, on the fewest that fit.
+
+    Raises UserError.
+    """
     cut = config.parallel
     fewest = cut.tensor * cut.pipeline * cut.expert
-    ranks = fewest if args.ranks is None else whole_number(args.ranks, "--ranks", 1, MOST_RANKS)
-    return Layout.of(config, ranks)
+    number = fewest if ranks is None else whole_number(ranks, "--ranks", 1, MOST_RANKS)
+    return Layout.of(config, number)
 
 
 def _source_tokens(text: str | None) -> dict[str, int]:

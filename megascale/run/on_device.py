@@ -12,22 +12,14 @@ from numpy.typing import ArrayLike
 
 from megascale.config import Layout, RunConfig
 from megascale.devices.memory import auto_capacity, fullest, most_tokens, with_capacity
-from megascale.devices.rates import (
-    LINK_EFFICIENCY,
-    TokenSeconds,
-    cost_of,
-    cut_of,
-    shape_of,
-    sync_s,
-    token_seconds,
-)
-from megascale.devices.step_time import StepCost, StepTime, step_time
+from megascale.devices.rates import LINK_EFFICIENCY
+from megascale.devices.step_time import StepTime, step_cost, step_time
 from megascale.devices.table import Device, DeviceMemory
 from megascale.errors import UserError
-from megascale.model.counts import batch_flops, count_rank_parameters
+from megascale.model.counts import batch_flops
 from megascale.planner import Problem, StepPlan, plan_with
 from megascale.planner.problem import MOST_RANKS
-from megascale.run.step_problem import measured_cost, padding_s, step_problem
+from megascale.run.step_problem import step_problem
 
 D = TypeVar("D", bound=DeviceMemory)
 DAY_S = 86_400
@@ -71,26 +63,6 @@ class Figures:
     def device_hours(self, tokens: int) -> float:
         """Hours of all devices added up."""
         return 24 * self.days(tokens) * self.world
-
-
-def step_cost(config: RunConfig, layout: Layout, device: Device) -> StepCost:
-    """What steps of this run cost on this device.
-
-    Micro-batches: measured where `planner.cost` names a file, else from the data sheet. The
-    reduction of gradients is from the data sheet in both cases.
-    """
-    cut, shape = cut_of(config, layout), shape_of(config, layout.tensor)
-    held = [count_rank_parameters(config.model, layout, one) for one in range(layout.pipeline)]
-    parameters = max(one.dense + one.expert for one in held)
-    reduction_s = sync_s(parameters, device, cut, layout.hdp)
-    if config.planner.cost is not None:
-        cost = measured_cost(config.planner.cost)
-        return StepCost(cost, TokenSeconds(cost.b, 0.0, 0.0), reduction_s)
-    cost, per_token = cost_of(shape, device, cut), token_seconds(shape, device, cut)
-    padded_s = padding_s(config, cost)
-    if padded_s:
-        cost = replace(cost, b=0.0, fixed=cost.fixed + padded_s)
-    return StepCost(cost, per_token, reduction_s, padded_s)
 
 
 def figures(
