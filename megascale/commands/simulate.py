@@ -198,9 +198,7 @@ def _given_config(args: argparse.Namespace, steps: int) -> Simulation:
     for name in WITHOUT_CONFIG:
         if getattr(args, name) is not None:
             option = name.replace("_", "-")
-            raise UserError(
-                f"--{option} goes without CONFIG; a config says it itself, as an option"
-            )
+            raise UserError(f"--{option} goes without CONFIG, which says it itself")
     _require_outputs(args)
     on = NamedDevice(args.device, device_of(args.device, args.network_gbps))
     config, batches = run_config(args.config, args.overrides, args.lengths, steps)
