@@ -81,9 +81,9 @@ def _calibrate(args: argparse.Namespace, lengths: list[int] | None) -> int:
     from megascale.runtime import distributed
 
     distributed.prepare_device(config.device)
-    ranks = distributed.start(config)
     from megascale.training.capacity import with_own_capacity
 
+    ranks = distributed.start(config)
     try:
         _run(args, with_own_capacity(config, ranks), ranks, lengths)
     finally:

@@ -46,8 +46,6 @@ from megascale.simulate.summary import summary_lines, title
 RESULTS = json_of("a file of megascale simulate --json", "cluster", "lengths", "planners")
 MOST_STEPS = 1000
 """As much as is replayed in minutes."""
-
-
 WITHOUT_CONFIG = {
     "context": "2048Ki",
     "model": "7b",
@@ -182,6 +180,7 @@ def run_simulate(args: argparse.Namespace) -> int:
 
 
 def _given_without_config(args: argparse.Namespace, steps: int) -> Simulation:
+    """A model by name on a cluster that the command line describes."""
     for name, usual in WITHOUT_CONFIG.items():
         if getattr(args, name) is None:
             setattr(args, name, usual)
@@ -195,6 +194,7 @@ def _given_without_config(args: argparse.Namespace, steps: int) -> Simulation:
 
 
 def _given_config(args: argparse.Namespace, steps: int) -> Simulation:
+    """A run of the user's."""
     for name in WITHOUT_CONFIG:
         if getattr(args, name) is not None:
             option = name.replace("_", "-")

@@ -30,7 +30,7 @@ class Rows:
 EVERY_STEP = Rows("every step", lambda step: True)
 NO_ROW = Rows("none; only on the console", lambda step: False)
 WITH_STATIC = Rows(
-    "steps that static could train", lambda step: step.speedup_over_static is not None
+    "steps with a plan of `static` too", lambda step: step.speedup_over_static is not None
 )
 WITH_REPLAY = Rows("runs with replay", lambda step: step.replays)
 WITH_OFFLOAD = Rows("steps with offload", lambda step: bool(step.result.offload_gib))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -65,7 +66,7 @@ class RunOnPaper:
         rate = self.config.planner.host_copy_bytes_per_s
         return "none" if rate is None else f"at {rate / 1e9:g} GB/s"
 
-    @property
+    @cached_property
     def cost(self) -> StepCost:
         """What steps cost, as `megascale plan --device` has it."""
         return step_cost(self.config, self.layout, self.device)

@@ -6,6 +6,7 @@ Without torch.
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from typing import Any, Literal, Protocol
 
 from numpy.typing import ArrayLike
@@ -218,7 +219,7 @@ class Cluster:
         """The model as its cost sees it."""
         return shape_of(self._config(), self.layout.tensor)
 
-    @property
+    @cached_property
     def cost(self) -> StepCost:
         """What steps cost."""
         return step_cost(self._config(self.capacity), self.layout, self.device)

@@ -95,8 +95,8 @@ class PlannerProcess:
         self._owes_static = False
         limit = f"took longer than planner.timeout_s = {self._timeout_s:g} for static's plan"
         with suppress(PlannerFailure), self._within(self._timeout_s, limit):
-            seconds: float | None = pickle.load(self._stream)
-            return seconds
+            seconds = pickle.load(self._stream)
+            return seconds if isinstance(seconds, float) else None
         return None
 
     def close(self) -> None:
