@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import time
 from dataclasses import replace
 
@@ -84,6 +85,14 @@ def plan_or_refuse(problem: Problem) -> StepPlan:
     """Because of what the user wants."""
     if len(problem.lengths) == TROUBLE:
         raise UserError("a sequence does not fit; set planner.capacity_tokens=9")
+    return plan_longest_first(problem)
+
+
+def plan_and_spoil_static(problem: Problem) -> StepPlan:
+    """Well, but the process dies over what comes after the plan."""
+    if len(problem.lengths) == TROUBLE:
+        worker = sys.modules["__main__"]
+        worker.static_seconds = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
     return plan_longest_first(problem)
 
 

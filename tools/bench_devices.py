@@ -21,10 +21,10 @@ from megascale.config import (
     SourceConfig,
     finalize,
 )
-from megascale.devices.step_time import StepTime
+from megascale.devices.step_time import StepTime, step_cost
 from megascale.devices.table import device_of
 from megascale.planner.peers.static import plan_static_rings
-from megascale.run.on_device import Figures, figures, step_cost
+from megascale.run.on_device import Figures, figures
 from megascale.run.step_problem import step_problem
 
 RESULTS = Path(__file__).parents[1] / "configs/results/devices.json"

@@ -135,7 +135,7 @@ def _run(cell: Cell) -> dict[str, Any]:
         cluster.problem(draw_lengths(cell.lengths, BATCH_TOKENS, cell.context, step))
         for step in range(STEPS)
     ]
-    replays = replay(problems, entrants(cell.context), cluster.overhead_s())
+    replays = replay(problems, entrants(cell.context), cluster.cost.reduction_s)
     rows = replay_json(replays, "static", cluster.peak_bytes)
     ring = -(-cell.context // CAPACITY)
     return {

@@ -81,9 +81,11 @@ def _calibrate(args: argparse.Namespace, lengths: list[int] | None) -> int:
     from megascale.runtime import distributed
 
     distributed.prepare_device(config.device)
+    from megascale.training.capacity import with_own_capacity
+
     ranks = distributed.start(config)
     try:
-        _run(args, config, ranks, lengths)
+        _run(args, with_own_capacity(config, ranks), ranks, lengths)
     finally:
         distributed.stop()
     return 0

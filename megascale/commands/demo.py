@@ -21,7 +21,7 @@ from megascale.launch.local_ranks import (
 from megascale.monitor.comparison import Comparison, plot_comparison
 from megascale.run.preflight import check_ranks
 from megascale.run.resolve import load_run
-from megascale.run.step_problem import cost_model, with_shared_context
+from megascale.run.step_problem import check_cost, with_shared_context
 from megascale.runtime.files import write_output
 from megascale.runtime.outputs import Output, json_of, picture, require_outputs
 from megascale.runtime.signals import TWIN_S, StopRequest
@@ -60,7 +60,7 @@ def run_demo(args: argparse.Namespace) -> int:
         require_outputs(_outputs(args.out), [args.config])
         config = load_run(args.config, args.overrides).config
         check_ranks(config, count)
-        cost_model(config)  # a bad cost file is found before ranks are started
+        check_cost(config)  # a bad cost file is found before ranks are started
         return run_ranks(_job(args, count), asked)
     finally:
         asked.restore()
@@ -86,6 +86,7 @@ def _compare_on_rank(args: argparse.Namespace) -> int:
 
     distributed.prepare_device(run.config.device)
     from megascale.runtime.first_rank import on_first_rank
+    from megascale.training.capacity import with_own_capacity
     from megascale.training.compare import compare_on_ranks
 
     config = run.config
@@ -94,7 +95,8 @@ def _compare_on_rank(args: argparse.Namespace) -> int:
     ranks = distributed.start(config)
     try:
         say = partial(print, flush=True) if ranks.rank == 0 else _say_nothing
-        result = compare_on_ranks(run._replace(config=config), ranks, BASELINES, OURS, REPEATS, say)
+        run = run._replace(config=with_own_capacity(config, ranks))
+        result = compare_on_ranks(run, ranks, BASELINES, OURS, REPEATS, say)
         on_first_rank(ranks, lambda: _tell(result, Path(args.out)))
     finally:
         distributed.stop()

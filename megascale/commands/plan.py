@@ -10,6 +10,7 @@ from typing import cast
 
 from megascale.config import Layout, RunConfig
 from megascale.config.load import whole_number
+from megascale.devices.step_time import step_cost
 from megascale.devices.table import DEVICES, device_of
 from megascale.errors import UserError
 from megascale.planner import (
@@ -24,8 +25,9 @@ from megascale.planner import (
 from megascale.planner.gantt import LEGEND, plot_gantt, text_gantt
 from megascale.planner.plan import Mode
 from megascale.planner.problem import MOST_RANKS, MOST_STAGES
+from megascale.run.auto_capacity import with_capacity_of
 from megascale.run.describe import describe_drawn, describe_run, static_line
-from megascale.run.on_device import NamedDevice, step_cost
+from megascale.run.on_device import NamedDevice
 from megascale.run.resolve import load_run
 from megascale.run.step_problem import first_step, plan_first
 from megascale.run.without_corpus import load_drawn_run
@@ -89,18 +91,32 @@ def _run_config(args: argparse.Namespace) -> int:
     if args.lengths is None:
         run = load_run(args.config, args.overrides)
         layout = _begin(args, run.config)
+        run = run._replace(config=_with_capacity(run.config, layout, on))
         first = first_step(run.config, layout, run.sources, _cost(run.config, layout, on))
         text = describe_run(run, layout, first, on)
     else:
         tokens = _source_tokens(args.source_tokens)
         drawn = load_drawn_run(args.config, args.overrides, args.lengths, tokens)
         layout = _begin(args, drawn.config)
+        drawn = drawn._replace(config=_with_capacity(drawn.config, layout, on))
         cost = _cost(drawn.config, layout, on)
         first = plan_first(drawn.config, layout, drawn.batch, cost)
         text = describe_drawn(drawn, layout, first, on)
     print(text, end="")
     _write_plan(args, first.problem, first.plan)
     return 0
+
+
+def _with_capacity(config: RunConfig, layout: Layout, on: NamedDevice | None) -> RunConfig:
+    """With a number where the capacity is `auto`."""
+    if on is not None:
+        return with_capacity_of(config, layout, *on)
+    if config.has_auto_capacity:
+        raise UserError(
+            "planner.capacity_tokens = auto is what a device holds: give --device "
+            f"{', '.join(DEVICES)} or a YAML file, or planner.capacity_tokens=8Ki"
+        )
+    return config
 
 
 def _cost(config: RunConfig, layout: Layout, on: NamedDevice | None) -> CostModel | None:
@@ -110,10 +126,18 @@ def _cost(config: RunConfig, layout: Layout, on: NamedDevice | None) -> CostMode
 def _begin(args: argparse.Namespace, config: RunConfig) -> Layout:
     """The layout, after a check of the outputs."""
     _require_outputs(args, args.config, config.planner.cost, args.device, args.lengths)
+    return layout_on(config, args.ranks)
+
+
+def layout_on(config: RunConfig, ranks: str | None) -> Layout:
+    """The layout on as many ranks as `--ranks` says; without it, on the fewest that fit.
+
+    Raises UserError.
+    """
     cut = config.parallel
     fewest = cut.tensor * cut.pipeline * cut.expert
-    ranks = fewest if args.ranks is None else whole_number(args.ranks, "--ranks", 1, MOST_RANKS)
-    return Layout.of(config, ranks)
+    number = fewest if ranks is None else whole_number(ranks, "--ranks", 1, MOST_RANKS)
+    return Layout.of(config, number)
 
 
 def _source_tokens(text: str | None) -> dict[str, int]:

@@ -71,17 +71,30 @@ def _nearest_cut(config: RunConfig, world: int) -> str:
 def _require_room(config: RunConfig, hdp: int) -> None:
     """The longest sequence must fit all ranks together, offload included."""
     context, capacity = config.data.context_tokens, config.planner.capacity_tokens
-    if capacity is None or context <= capacity * hdp:
+    if capacity is None or config.has_auto_capacity or context <= capacity * hdp:
         return
-    if config.planner.host_copy_bytes_per_s is not None:
-        layers = max(2, config.model.num_layers // config.parallel.pipeline)
-        capacity = capacity * layers // 2
+    capacity = capacity * _halves(config) // 2
     if context > capacity * hdp:
         raise UserError(
             f"data.context_tokens = {context} does not fit the {hdp} ranks of the HDP axis, "
             f"which hold {capacity} tokens each; set planner.capacity_tokens="
             f"{-(-context // hdp)} or above, or start more ranks"
         )
+
+
+def _halves(config: RunConfig) -> int:
+    """How many halves of its capacity a rank holds of one sequence, offload included."""
+    if config.planner.host_copy_bytes_per_s is None:
+        return 2
+    return max(2, config.model.num_layers // config.parallel.pipeline)
+
+
+def least_capacity(config: RunConfig, hdp: int) -> int:
+    """The fewest tokens per rank with which `hdp` ranks hold the longest sequence."""
+    if config.planner.name == "longest_first":
+        return config.data.context_tokens
+    share = -(-config.data.context_tokens // hdp)
+    return -(-2 * share // _halves(config))
 
 
 def divisors(whole: int) -> list[int]:

@@ -76,7 +76,7 @@ def require_numbers(config: RunConfig) -> None:
     """Raise UserError for the first number outside its limits."""
     for section, limits in AT_MOST.items():
         for name, value in _numbers(config, {section: " ".join(limits)}):
-            if value > (most := limits[name.rpartition(".")[2]]):
+            if not isinstance(value, str) and value > (most := limits[name.rpartition(".")[2]]):
                 raise UserError(f"{name} = {value} must be at most {most}")
     for name, value in _numbers(config, AT_LEAST_ONE):
         if value < 1:

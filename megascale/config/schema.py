@@ -16,6 +16,9 @@ from megascale.config.optimizers import OPTIMIZERS
 ByLawFloat = Annotated[float, "steplaw"]
 ByLawInt = Annotated[int, "steplaw"]
 """A number, or the word `steplaw` for it until `optim.steplaw.resolve` has put the number there."""
+ByDeviceInt = Annotated[int, "auto"]
+"""A number, or the word `auto` for it until `run.auto_capacity` has put the number there, once the
+layout and the device are known."""
 
 
 class NameOf:
@@ -313,9 +316,11 @@ class PlannerConfig:
     `static_balanced` and `static_best` are static context parallelism. `module:function` is a
     planner of your own, in a module of the working directory or on the Python path: a function at
     its top that takes a `megascale.planner.Problem` and returns a `StepPlan`."""
-    capacity_tokens: int | None = None
+    capacity_tokens: ByDeviceInt | None = None
     """Most tokens one rank holds in one micro-batch; longer sequences are spread over ranks.
-    Default: `context_tokens`."""
+    Default: `context_tokens`. `auto`: as many as the device holds, up to `context_tokens`, by the
+    memory model of `megascale plan --device`. The device is that of the run, which must be a GPU,
+    or that of `--device`. A resumed run keeps the number."""
     cost: str | None = None
     """Path of a COST.json, as `megascale calibrate` writes it: times of micro-batches measured on
     the machine that trains. None: estimated from the model's shape at an assumed speed."""
@@ -606,6 +611,11 @@ class RunConfig:
     """What is saved, and for how long."""
     monitor: MonitorConfig = field(default_factory=MonitorConfig)
     """What is recorded."""
+
+    @property
+    def has_auto_capacity(self) -> bool:
+        """Whether `planner.capacity_tokens` is still the word `auto`."""
+        return isinstance(self.planner.capacity_tokens, str)
 
     @property
     def run_dirs(self) -> tuple[str, ...]:

@@ -169,7 +169,8 @@ def _divides(name: str, value: int, wholes: Mapping[str, int]) -> None:
 def _validate_data(config: RunConfig) -> None:
     data, capacity = config.data, config.planner.capacity_tokens
     assert capacity is not None
-    if capacity < data.context_tokens and config.planner.name == "longest_first":
+    shares_none = config.planner.name == "longest_first" and not config.has_auto_capacity
+    if shares_none and capacity < data.context_tokens:
         raise UserError(
             f"planner.capacity_tokens = {capacity} is below data.context_tokens = "
             f"{data.context_tokens}, and planner.name = longest_first shares no sequence; "

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from math import lcm
 
 from megascale.config import Layout, RunConfig
-from megascale.devices.table import Device
+from megascale.config.layout import least_capacity
+from megascale.devices.table import DeviceMemory
 from megascale.optim.rank_memory import MemoryEstimate, stage_memory
 
 FRAGMENTATION = 0.05
@@ -38,7 +40,9 @@ class StageMemory:
         return self.counted.total + self.allowance
 
 
-def stage_memories(config: RunConfig, layout: Layout, device: Device) -> tuple[StageMemory, ...]:
+def stage_memories(
+    config: RunConfig, layout: Layout, device: DeviceMemory
+) -> tuple[StageMemory, ...]:
     """The memory of each pipeline stage with micro-batches of full capacity."""
     counted = [stage_memory(config, layout, stage) for stage in range(layout.pipeline)]
     return tuple(
@@ -52,12 +56,12 @@ def stage_memories(config: RunConfig, layout: Layout, device: Device) -> tuple[S
     )
 
 
-def fullest(config: RunConfig, layout: Layout, device: Device) -> int:
+def fullest(config: RunConfig, layout: Layout, device: DeviceMemory) -> int:
     """Bytes that the fullest stage needs."""
     return max(one.total for one in stage_memories(config, layout, device))
 
 
-def most_tokens(config: RunConfig, layout: Layout, device: Device) -> int:
+def most_tokens(config: RunConfig, layout: Layout, device: DeviceMemory) -> int:
     """The largest capacity with which every stage fits, a multiple of 128 tokens; 0: none.
 
     Activations are proportional to the capacity, and nothing else depends on it.
@@ -71,6 +75,18 @@ def most_tokens(config: RunConfig, layout: Layout, device: Device) -> int:
         for none, one in zip(empty, unit, strict=True)
     )
     return max(0, units) * TOKEN_MULTIPLE
+
+
+def auto_capacity(config: RunConfig, layout: Layout, device: DeviceMemory) -> int:
+    """What `planner.capacity_tokens: auto` stands for: `most_tokens`, up to the context.
+
+    A multiple of 128 tokens and of the tensor ranks, which share each micro-batch's tokens, or the
+    context. 0 where the device holds less than the longest sequence needs of each rank.
+    """
+    multiple = lcm(TOKEN_MULTIPLE, layout.tensor)
+    held = most_tokens(config, layout, device) // multiple * multiple
+    tokens = min(held, config.data.context_tokens)
+    return tokens if tokens >= least_capacity(config, layout.hdp) else 0
 
 
 def with_capacity(config: RunConfig, tokens: int) -> RunConfig:

@@ -1,12 +1,24 @@
-"""What the time of a planned step consists of."""
+"""What a step costs on a device, and what the time of a planned step consists of."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
+from functools import cache
 
 import numpy as np
 
-from megascale.devices.rates import TokenSeconds
+from megascale.config import Layout, RunConfig
+from megascale.devices.rates import (
+    TokenSeconds,
+    cost_of,
+    cut_of,
+    shape_of,
+    sync_s,
+    token_seconds,
+)
+from megascale.devices.table import Device
+from megascale.errors import UserError
+from megascale.model.counts import count_rank_parameters
 from megascale.planner import CostModel, Problem, StepPlan, step_s, timeline
 from megascale.planner.timeline import ring_seconds
 
@@ -25,6 +37,42 @@ class StepCost:
     """Gradients summed and weights gathered, after the last micro-batch."""
     padding_s: float = 0.0
     """Of `cost.fixed`: tokens up to the capacity, where every micro-batch is padded."""
+
+
+def step_cost(config: RunConfig, layout: Layout, device: Device) -> StepCost:
+    """What steps of this run cost on this device.
+
+    Micro-batches: measured where `planner.cost` names a file, else from the data sheet. The
+    reduction of gradients is from the data sheet in both cases.
+    """
+    cut, shape = cut_of(config, layout), shape_of(config, layout.tensor)
+    held = [count_rank_parameters(config.model, layout, one) for one in range(layout.pipeline)]
+    parameters = max(one.dense + one.expert for one in held)
+    reduction_s = sync_s(parameters, device, cut, layout.hdp)
+    if config.planner.cost is not None:
+        cost = measured_cost(config.planner.cost)
+        return StepCost(cost, TokenSeconds(cost.b, 0.0, 0.0), reduction_s)
+    cost, per_token = cost_of(shape, device, cut), token_seconds(shape, device, cut)
+    padded_s = padding_s(config, cost)
+    if padded_s:
+        cost = replace(cost, b=0.0, fixed=cost.fixed + padded_s)
+    return StepCost(cost, per_token, reduction_s, padded_s)
+
+
+def padding_s(config: RunConfig, cost: CostModel) -> float:
+    """Seconds that tokens take in a micro-batch that is padded to the full capacity; else 0."""
+    moe = config.model.moe
+    is_padded = moe is not None and moe.dispatcher == "allgather"
+    return cost.b * (config.planner.capacity_tokens or 0) if is_padded else 0.0
+
+
+@cache
+def measured_cost(path: str) -> CostModel:
+    """The costs of a file of `megascale calibrate`, read once: all steps are planned with them."""
+    try:
+        return CostModel.load(path)
+    except UserError as error:
+        raise UserError(f"planner.cost: {error}; megascale calibrate writes one") from None
 
 
 @dataclass(frozen=True)

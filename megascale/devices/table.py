@@ -22,15 +22,28 @@ H100 "80 GB" and 143,771 MiB of an H200 "141 GB"."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Device:
+class DeviceMemory:
+    """What decides whether a run fits a device."""
+
+    memory_bytes: int
+    """Memory of the device."""
+    context_bytes: int = GIB
+    """Memory for the device's context, loaded kernels and work spaces. An assumption."""
+    message_bytes: int = 2 * GIB
+    """Memory for buffers of communicators (NCCL), where there is more than one rank. An
+    assumption."""
+    node_size: int = 8
+    """Devices of a node."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Device(DeviceMemory):
     """Rates of one device by its data sheet, in one direction and without sparsity."""
 
     bf16_flops_per_s: float
     """Peak of matrix products in bf16, sums in fp32."""
     fp32_flops_per_s: float
     """Peak of fp32 without TF32, which training does not use."""
-    memory_bytes: int
-    """Memory of the device."""
     intra_bytes_per_s: float
     """To all other devices of the node together: half of the rate of both directions."""
     inter_bytes_per_s: float
@@ -39,13 +52,6 @@ class Device:
     """To host memory: half of the bus's rate of both directions."""
     peer_bytes_per_s: float | None = None
     """To a single device of the node. None: `intra_bytes_per_s`, as behind a switch."""
-    node_size: int = 8
-    """Devices of a node."""
-    context_bytes: int = GIB
-    """Memory for the device's context, loaded kernels and work spaces. An assumption."""
-    message_bytes: int = 2 * GIB
-    """Memory for buffers of communicators (NCCL), where there is more than one rank. An
-    assumption."""
     source: str = "a file of yours"
     """Where the figures come from."""
 

@@ -29,6 +29,9 @@ class Rows:
 
 EVERY_STEP = Rows("every step", lambda step: True)
 NO_ROW = Rows("none; only on the console", lambda step: False)
+WITH_STATIC = Rows(
+    "steps with a plan of `static` too", lambda step: step.speedup_over_static is not None
+)
 WITH_REPLAY = Rows("runs with replay", lambda step: step.replays)
 WITH_OFFLOAD = Rows("steps with offload", lambda step: bool(step.result.offload_gib))
 WITH_EXPERTS = Rows("models with experts", lambda step: step.result.experts is not None)
@@ -203,6 +206,15 @@ FIELDS: tuple[Field, ...] = (
     Field(
         "plan_over_bound", "", "Predicted time of the step over the lower bound of all plans.",
         lambda step: step.plan.predicted_s / step.plan.lower_bound_s,
+    ),
+    Field(
+        "speedup_over_static", "",
+        "Predicted time of the step under static context parallelism over that of its plan; see "
+        "the planner's guide.",
+        lambda step: step.speedup_over_static,
+        rows=WITH_STATIC,
+        number="{:.2f}".format,
+        console=Shown("{}x static"),
     ),
     Field(
         "skipped", "true or false", "Whether the update of the weights was left out.",

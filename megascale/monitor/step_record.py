@@ -65,6 +65,8 @@ class StepRecord:
     """Of the device of a rank, per second; None where it is not known."""
     bytes_per_token_S: Floats
     """Of the text of each source; NaN where a source does not know its bytes."""
+    static_s: float | None = None
+    """Predicted seconds of static context parallelism; None where there is no such plan."""
 
     @property
     def experts(self) -> ExpertUse:
@@ -78,6 +80,13 @@ class StepRecord:
         tensor = self.config.parallel.tensor
         flops = batch_flops(self.config.model, self.batch.length, tensor)
         return mfu(flops, self.result.seconds, self.world, self.peak_flops)
+
+    @property
+    def speedup_over_static(self) -> float | None:
+        """Predicted seconds of static context parallelism over those of the plan."""
+        if self.static_s is None or not self.plan.predicted_s:
+            return None
+        return self.static_s / self.plan.predicted_s
 
     @property
     def replays(self) -> bool:

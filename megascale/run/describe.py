@@ -16,6 +16,7 @@ from megascale.corpus.batches import Cursor, shares, used_sources
 from megascale.corpus.check import missing_ends
 from megascale.corpus.run_length import RunLength, begin_after, run_length
 from megascale.corpus.sources import SourceInfo
+from megascale.devices.step_time import step_cost
 from megascale.errors import UserError
 from megascale.model import counts
 from megascale.optim.rank_memory import memory_per_rank
@@ -26,7 +27,7 @@ from megascale.run.describe_device import describe_device
 from megascale.run.earlier_runs import unwatched
 from megascale.run.growing import small_and_grown
 from megascale.run.heldout_sets import foreseen
-from megascale.run.on_device import NamedDevice, step_cost
+from megascale.run.on_device import NamedDevice
 from megascale.run.resolve import ResolvedRun, epochs_read, source_tokens
 from megascale.run.same_tokenizer import warn_if_tokenizers_differ
 from megascale.run.start import warn_if_rate_jumps

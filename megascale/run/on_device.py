@@ -2,33 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from itertools import combinations
 from math import gcd
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 from numpy.typing import ArrayLike
 
 from megascale.config import Layout, RunConfig
-from megascale.devices.memory import fullest, most_tokens, with_capacity
-from megascale.devices.rates import (
-    LINK_EFFICIENCY,
-    TokenSeconds,
-    cost_of,
-    cut_of,
-    shape_of,
-    sync_s,
-    token_seconds,
-)
-from megascale.devices.step_time import StepCost, StepTime, step_time
-from megascale.devices.table import Device
+from megascale.devices.memory import auto_capacity, fullest, most_tokens, with_capacity
+from megascale.devices.rates import LINK_EFFICIENCY
+from megascale.devices.step_time import StepTime, step_cost, step_time
+from megascale.devices.table import Device, DeviceMemory
 from megascale.errors import UserError
-from megascale.model.counts import batch_flops, count_rank_parameters
+from megascale.model.counts import batch_flops
 from megascale.planner import Problem, StepPlan, plan_with
 from megascale.planner.problem import MOST_RANKS
-from megascale.run.step_problem import measured_cost, padding_s, step_problem
+from megascale.run.step_problem import step_problem
 
+D = TypeVar("D", bound=DeviceMemory)
 DAY_S = 86_400
 KINDS = ("recompute", "tensor", "ranks", "capacity", "offload")
 """Of changes, in the order in which several of them are made."""
@@ -70,26 +63,6 @@ class Figures:
     def device_hours(self, tokens: int) -> float:
         """Hours of all devices added up."""
         return 24 * self.days(tokens) * self.world
-
-
-def step_cost(config: RunConfig, layout: Layout, device: Device) -> StepCost:
-    """What steps of this run cost on this device.
-
-    Micro-batches: measured where `planner.cost` names a file, else from the data sheet. The
-    reduction of gradients is from the data sheet in both cases.
-    """
-    cut, shape = cut_of(config, layout), shape_of(config, layout.tensor)
-    held = [count_rank_parameters(config.model, layout, one) for one in range(layout.pipeline)]
-    parameters = max(one.dense + one.expert for one in held)
-    reduction_s = sync_s(parameters, device, cut, layout.hdp)
-    if config.planner.cost is not None:
-        cost = measured_cost(config.planner.cost)
-        return StepCost(cost, TokenSeconds(cost.b, 0.0, 0.0), reduction_s)
-    cost, per_token = cost_of(shape, device, cut), token_seconds(shape, device, cut)
-    padded_s = padding_s(config, cost)
-    if padded_s:
-        cost = replace(cost, b=0.0, fixed=cost.fixed + padded_s)
-    return StepCost(cost, per_token, reduction_s, padded_s)
 
 
 def figures(
@@ -183,16 +156,46 @@ def _apply(
     }
     if {"capacity", "offload"} <= set(kinds):  # offload has a smaller capacity already
         return None
-    tried = _Tried((), config, layout)
-    for kind in kinds:
-        found = steps[kind](tried, device)
+    return _in_order([steps[kind] for kind in kinds], _Tried((), config, layout), device)
+
+
+def changes_for_auto(config: RunConfig, layout: Layout, device: DeviceMemory) -> list[str]:
+    """The fewest changes, as on the command line, with which a capacity of `auto` has a value.
+
+    Tried are recomputation, more tensor ranks and more ranks: each alone, then two, then three.
+    """
+    start = _Tried((), config, layout)
+    for number in (1, 2, 3):
+        tried = [
+            _in_order(steps, start, device)
+            for steps in combinations((_recompute, _more_tensor, _more_ranks), number)
+        ]
+        if any(tried):
+            return [" ".join(one.words) for one in tried if one is not None]
+    return []
+
+
+def _in_order(
+    steps: Iterable[Callable[[_Tried, D], _Tried | None]], tried: _Tried, device: D
+) -> _Tried | None:
+    """All of `steps`, of which the last one must make the run fit."""
+    for step in steps:
+        found = step(tried, device)
         if found is None:
             return None
         tried = found
-    return tried if fullest(tried.config, tried.layout, device) <= device.memory_bytes else None
+    return tried if _fits(tried, device) else None
 
 
-def _recompute(tried: _Tried, device: Device) -> _Tried | None:
+def _fits(tried: _Tried, device: DeviceMemory) -> bool:
+    """Whether every stage fits, with some capacity where that is `auto`."""
+    _, config, layout = tried
+    if config.has_auto_capacity:
+        return auto_capacity(config, layout, device) > 0
+    return fullest(config, layout, device) <= device.memory_bytes
+
+
+def _recompute(tried: _Tried, device: DeviceMemory) -> _Tried | None:
     train = tried.config.train
     if train.recompute == "full":
         return None
@@ -200,7 +203,7 @@ def _recompute(tried: _Tried, device: Device) -> _Tried | None:
     return _Tried((*tried.words, "train.recompute=full"), config, tried.layout)
 
 
-def _more_tensor(tried: _Tried, device: Device) -> _Tried | None:
+def _more_tensor(tried: _Tried, device: DeviceMemory) -> _Tried | None:
     """The fewest tensor ranks of a node with which it fits, or the most there can be."""
     model, cut = tried.config.model, tried.config.parallel
     common = gcd(model.num_heads, model.num_kv_heads or 1, model.ffn_hidden_size or 0)
@@ -216,18 +219,18 @@ def _more_tensor(tried: _Tried, device: Device) -> _Tried | None:
         if world != tried.layout.world:
             words = (*words, f"--ranks {world}")
         best = _with_layout(words, config, world) or best
-        if best and fullest(best.config, best.layout, device) <= device.memory_bytes:
+        if best and _fits(best, device):
             return best
     return best
 
 
-def _more_ranks(tried: _Tried, device: Device) -> _Tried | None:
+def _more_ranks(tried: _Tried, device: DeviceMemory) -> _Tried | None:
     """Twice the ranks, and so on: the optimizer's state is cut over all of them."""
     world = tried.layout.world
     while (world := 2 * world) <= MOST_RANKS:
         words = (*(one for one in tried.words if not one.startswith("--ranks")), f"--ranks {world}")
         found = _with_layout(words, tried.config, world)
-        if found and fullest(found.config, found.layout, device) <= device.memory_bytes:
+        if found and _fits(found, device):
             return found
     return None
 

@@ -12,7 +12,7 @@ from megascale.errors import UserError
 from megascale.installation import require_training
 from megascale.optim import steplaw
 from megascale.run.resolve import load_run
-from megascale.run.step_problem import cost_model
+from megascale.run.step_problem import check_cost
 from megascale.runtime.files import broken_link
 from megascale.runtime.placement import node_name
 
@@ -28,7 +28,7 @@ def check_run(config_path: str, overrides: Sequence[str]) -> RunConfig:
     """
     config = load_run(config_path, overrides).config
     refuse_lost_folder(Path(config.run_dir))
-    cost_model(config)
+    check_cost(config)
     check_emergency(config)
     return config
 

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from functools import cache
 
 from numpy.typing import ArrayLike
 
@@ -13,7 +12,7 @@ from megascale.corpus.batches import Cursor, GlobalBatch, GlobalBatches
 from megascale.corpus.shards import Shard
 from megascale.corpus.sources import SourceInfo
 from megascale.devices.memory import with_capacity
-from megascale.errors import UserError
+from megascale.devices.step_time import measured_cost, padding_s
 from megascale.model import counts
 from megascale.model.activations import layer_activation_bytes
 from megascale.planner import CostModel, OffloadModel, Problem, StepPlan, plan_with
@@ -33,20 +32,10 @@ def cost_model(config: RunConfig) -> CostModel:
     return replace(cost, b=0.0, fixed=cost.fixed + padded_s) if padded_s else cost
 
 
-def padding_s(config: RunConfig, cost: CostModel) -> float:
-    """Seconds that tokens take in a micro-batch that is padded to the full capacity; else 0."""
-    moe = config.model.moe
-    is_padded = moe is not None and moe.dispatcher == "allgather"
-    return cost.b * (config.planner.capacity_tokens or 0) if is_padded else 0.0
-
-
-@cache
-def measured_cost(path: str) -> CostModel:
-    """The costs of a file of `megascale calibrate`, read once: all steps are planned with them."""
-    try:
-        return CostModel.load(path)
-    except UserError as error:
-        raise UserError(f"planner.cost: {error}; megascale calibrate writes one") from None
+def check_cost(config: RunConfig) -> None:
+    """Raise UserError where `planner.cost` names a file that cannot be used."""
+    if config.planner.cost is not None:
+        measured_cost(config.planner.cost)
 
 
 def offload_model(config: RunConfig, layout: Layout) -> OffloadModel | None:
@@ -105,7 +94,7 @@ def first_step(
     cost: CostModel | None = None,
 ) -> FirstStep:
     """Deal and plan step 0; see `plan_first`."""
-    batch, _ = batches_of(config, sources).next(Cursor())
+    batch = next(following_batches(config, sources))
     return plan_first(config, layout, batch, cost)
 
 
@@ -121,6 +110,16 @@ def batches_of(config: RunConfig, sources: Mapping[str, SourceInfo]) -> GlobalBa
     """All global batches of a run, as functions of the cursor."""
     shards = {name: Shard.open(info.train) for name, info in sources.items()}
     return GlobalBatches(config.data, shards, config.seed)
+
+
+def following_batches(
+    config: RunConfig, sources: Mapping[str, SourceInfo]
+) -> Iterator[GlobalBatch]:
+    """The batches of a run, from its first step on."""
+    batches, cursor = batches_of(config, sources), Cursor()
+    while True:
+        batch, cursor = batches.next(cursor)
+        yield batch
 
 
 def with_shared_context(config: RunConfig, world: int) -> RunConfig:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from itertools import count
 from pathlib import Path
 from typing import NamedTuple
 
@@ -47,6 +48,11 @@ class DrawnRun(NamedTuple):
     """Of the sources, as far as they were given."""
     missing_start: str | None
     """A `start.checkpoint` that is not there either."""
+
+    def batches(self) -> Iterator[GlobalBatch]:
+        """Batches for all steps, each drawn anew; the first one is `batch`."""
+        documents = _documents(self.lengths, self.config.seed)
+        return (_draw(self.config, documents, step) for step in count())
 
     @property
     def length(self) -> RunLength:
@@ -102,7 +108,11 @@ def load_drawn_run(
         validate(small_and_grown(config)[1])
     if source_tokens:
         check_epochs(config, tokens)
-    return DrawnRun(config, _draw(config, lengths), lengths, dict(source_tokens), missing)
+    context, most = config.data.context_tokens, np.iinfo(np.int32).max
+    if context > most:
+        raise UserError(f"data.context_tokens = {context} must be at most {most}")
+    batch = _draw(config, _documents(lengths, config.seed), 0)
+    return DrawnRun(config, batch, lengths, dict(source_tokens), missing)
 
 
 def _missing_start(config: RunConfig) -> str | None:
@@ -124,16 +134,13 @@ def _tokens(config: RunConfig, given: Mapping[str, int]) -> dict[str, int]:
     return {name: given.get(name, 1) for name in names}
 
 
-def _draw(config: RunConfig, lengths: str) -> GlobalBatch:
-    data = config.data
-    most = np.iinfo(np.int32).max
-    if data.context_tokens > most:
-        raise UserError(f"data.context_tokens = {data.context_tokens} must be at most {most}")
+def _draw(config: RunConfig, documents: Integers, step: int) -> GlobalBatch:
+    """A batch of pieces of `documents`, another one for each step."""
+    data, seed = config.data, config.seed + step
     assert not isinstance(data.global_batch_tokens, str), "steplaw.resolve has put a number there"
-    documents = _documents(lengths, config.seed)
-    drawn = sample_pieces(documents, data.global_batch_tokens, data.context_tokens, config.seed)
+    drawn = sample_pieces(documents, data.global_batch_tokens, data.context_tokens, seed)
     return GlobalBatch(
-        step=0,
+        step=step,
         source=np.zeros(len(drawn), np.int16),
         document=np.arange(len(drawn)),
         start=np.zeros(len(drawn), np.int64),

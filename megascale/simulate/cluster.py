@@ -6,7 +6,8 @@ Without torch.
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from functools import cached_property
+from typing import Any, Literal, Protocol
 
 from numpy.typing import ArrayLike
 
@@ -19,20 +20,19 @@ from megascale.config import (
     RunConfig,
     TrainConfig,
 )
+from megascale.devices.memory import fullest
 from megascale.devices.rates import (
     Cut,
     Shape,
-    cost_of,
     cut_of,
     offload_of,
     paying_offload,
     shape_of,
-    sync_s,
 )
+from megascale.devices.step_time import StepCost, step_cost
 from megascale.devices.table import Device
 from megascale.errors import UserError
 from megascale.model import counts
-from megascale.optim.rank_memory import memory_per_rank
 from megascale.planner import CostModel, OffloadModel, Problem
 from megascale.planner.plan import Mode
 
@@ -141,6 +141,62 @@ def assumed_cost() -> CostModel:
     return counts.default_cost(MODELS[ASSUMED_MODEL].model)
 
 
+class OnPaper(Protocol):
+    """What is simulated: a model, the devices that train it, and how steps are cut."""
+
+    @property
+    def model_name(self) -> str:
+        """By which the model is known."""
+
+    @property
+    def layout(self) -> Layout:
+        """How it is cut over the devices."""
+
+    @property
+    def device_name(self) -> str:
+        """By which the device is known."""
+
+    @property
+    def device(self) -> Device:
+        """Its rates and memory."""
+
+    @property
+    def context(self) -> int:
+        """Where longer documents are cut."""
+
+    @property
+    def capacity(self) -> int:
+        """Tokens of an HDP rank in a micro-batch."""
+
+    @property
+    def batch_tokens(self) -> int:
+        """Tokens of a step."""
+
+    @property
+    def mode(self) -> Mode:
+        """Mode of planning."""
+
+    @property
+    def offload(self) -> str:
+        """How much goes to host memory."""
+
+    @property
+    def cost(self) -> StepCost:
+        """What steps cost."""
+
+    def problem(self, lengths: ArrayLike) -> Problem:
+        """A step of sequences of `lengths` tokens."""
+
+    def peak_bytes(self, kept_tokens: int) -> int:
+        """Memory of a device whose HDP rank keeps activations of so many tokens."""
+
+    def rates(self) -> str:
+        """The begin of a sentence on where rates come from, which `device.source` ends."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything that times and memory follow from, as plain values."""
+
+
 @dataclass(frozen=True)
 class Cluster:
     """A model, the devices that train it, and how steps are cut."""
@@ -163,6 +219,11 @@ class Cluster:
         """The model as its cost sees it."""
         return shape_of(self._config(), self.layout.tensor)
 
+    @cached_property
+    def cost(self) -> StepCost:
+        """What steps cost."""
+        return step_cost(self._config(self.capacity), self.layout, self.device)
+
     @property
     def cut(self) -> Cut:
         """How the model is cut over devices."""
@@ -170,7 +231,7 @@ class Cluster:
 
     def problem(self, lengths: ArrayLike) -> Problem:
         """A step of sequences of `lengths` tokens."""
-        cost = cost_of(self.shape, self.device, self.cut)
+        cost = self.cost.cost
         offload: OffloadModel | None = offload_of(self.shape, self.device, self.cut)
         if offload and self.offload == "paying":
             offload = paying_offload(offload, cost, self.capacity)
@@ -191,18 +252,15 @@ class Cluster:
         """Everything that times and memory follow from, as plain values."""
         value = asdict(self)
         del value["model"]
-        return value | {"cost": asdict(cost_of(self.shape, self.device, self.cut))}
+        return value | {"cost": asdict(self.cost.cost)}
 
-    def overhead_s(self) -> float:
-        """Seconds at the end of a step for gradients and weights."""
-        stages = range(self.layout.pipeline)
-        held = [counts.count_rank_parameters(self.model, self.layout, stage) for stage in stages]
-        parameters = max(one.dense + one.expert for one in held)
-        return sync_s(parameters, self.device, self.cut, self.layout.hdp)
+    def rates(self) -> str:
+        """Where rates come from."""
+        return "Rates have assumed efficiencies; they are those of"
 
     def peak_bytes(self, kept_tokens: int) -> int:
         """Estimate of the memory of a device whose HDP rank keeps activations of so many tokens."""
-        return memory_per_rank(self._config(kept_tokens), self.layout).total
+        return fullest(self._config(kept_tokens), self.layout, self.device)
 
     def _config(self, tokens: int = 1) -> RunConfig:
         layout = self.layout

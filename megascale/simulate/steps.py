@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 
 import numpy as np
 
 from megascale.arrays import Floats
 from megascale.errors import UserError
-from megascale.planner import PLANNERS
+from megascale.planner import PLANNERS, find_planner
 from megascale.planner.peers.static import plan_static_rings
 from megascale.planner.plan import PlanError, StepPlan, kept_share
 from megascale.planner.problem import Planner, Problem
@@ -149,19 +148,19 @@ class Entrant:
     """What is changed in each step's problem for it."""
 
 
-def entrants_of(text: str | None, context: int) -> list[Entrant]:
-    """The baseline, with a mesh for the context, and the planners that `text` names.
+def entrants_of(text: str | None, static: Planner, own: str = "hybrid") -> list[Entrant]:
+    """The planners that `text` names, and `static` as the baseline.
 
-    `text` has names with commas between; None: all planners that can share a sequence. Raises
-    UserError for an unknown one.
+    `text` has names with commas between; None: `own` and all planners that can share a sequence.
+    `own` may be any name that `find_planner` takes. Raises UserError for an unknown name.
     """
-    others = [name for name in PLANNERS if name not in (BASELINE, "longest_first")]
-    names = others if text is None else [name.strip() for name in text.split(",")]
+    sharing = [name for name in PLANNERS if name != "longest_first"]
+    names = [own, *sharing] if text is None else [name.strip() for name in text.split(",")]
     for name in names:
-        if name not in PLANNERS and name != BASELINE:
+        if name not in PLANNERS and name != own:
             raise UserError(f"--planners {name}: unknown; planners are {', '.join(PLANNERS)}")
-    chosen = [Entrant(name, PLANNERS[name]) for name in names if name != BASELINE]
-    return [Entrant(BASELINE, partial(plan_static_mesh, context=context)), *chosen]
+    others = [name for name in dict.fromkeys(names) if name != BASELINE]
+    return [Entrant(BASELINE, static), *(Entrant(name, find_planner(name)) for name in others)]
 
 
 def replay(

@@ -7,11 +7,11 @@ from typing import Any
 
 from megascale.arrays import Integers
 from megascale.devices.table import GIB
-from megascale.simulate.cluster import Cluster
+from megascale.simulate.cluster import OnPaper
 from megascale.simulate.steps import size_labels
 
 
-def title(lengths: str, cluster: Cluster, batches: Sequence[Integers]) -> str:
+def title(lengths: str, cluster: OnPaper, batches: Sequence[Integers]) -> str:
     """What is simulated: the cluster, and the steps of `batches`, drawn from `lengths`."""
     layout = cluster.layout
     longest = max(int(batch.max()) for batch in batches)
@@ -25,7 +25,7 @@ def title(lengths: str, cluster: Cluster, batches: Sequence[Integers]) -> str:
     )
 
 
-def summary_lines(rows: Sequence[dict[str, Any]], cluster: Cluster) -> list[str]:
+def summary_lines(rows: Sequence[dict[str, Any]], cluster: OnPaper) -> list[str]:
     """The tables of `steps.replay_json`'s rows, with notes below."""
     return [*_table(rows), *_ring_sizes(rows, cluster), *_notes(cluster)]
 
@@ -50,7 +50,7 @@ def _table(rows: Sequence[dict[str, Any]]) -> list[str]:
     return lines
 
 
-def _ring_sizes(rows: Sequence[dict[str, Any]], cluster: Cluster) -> list[str]:
+def _ring_sizes(rows: Sequence[dict[str, Any]], cluster: OnPaper) -> list[str]:
     labels = size_labels(cluster.layout.hdp)
     lines = ["", f"{'tokens in rings of':<18}" + "".join(f"{label:>11}" for label in labels)]
     for row in rows:
@@ -60,13 +60,13 @@ def _ring_sizes(rows: Sequence[dict[str, Any]], cluster: Cluster) -> list[str]:
     return lines
 
 
-def _notes(cluster: Cluster) -> list[str]:
+def _notes(cluster: OnPaper) -> list[str]:
     return [
         "",
         "step, x bound: mean time, and over the mean lower bound; idle: waiting for other ranks;",
         "passing: waiting for keys and values; memory: of a device, an estimate, of "
         f"{cluster.device.memory_bytes / GIB:.0f} GiB; plan: time",
-        "of the planner on this machine. Rates have assumed efficiencies; they are those of",
+        f"of the planner on this machine. {cluster.rates()}",
         f"{cluster.device.source}.",
     ]
 

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from megascale.config import RunConfig
-from megascale.corpus.batches import Cursor, GlobalBatch
+from megascale.corpus.batches import GlobalBatch
 from megascale.mesh.reader import MicroBatchReader, TokenSource
 from megascale.model.build import build_model, pack_multiple
 from megascale.monitor.comparison import Comparison, Round, Setting, TimedStep
@@ -22,7 +22,7 @@ from megascale.optim.build import build_optimizer
 from megascale.planner import CostModel, Problem, StepPlan, find_planner
 from megascale.planner.fit import fit_cost
 from megascale.run.resolve import ResolvedRun
-from megascale.run.step_problem import batches_of, cost_model, step_problem
+from megascale.run.step_problem import cost_model, following_batches, step_problem
 from megascale.runtime.distributed import Ranks
 from megascale.training.begin import token_sources
 from megascale.training.calibrate import calibrate
@@ -116,7 +116,7 @@ def compare_on_ranks(
     for line in _introduction(config, setting):
         say(line)
     cost, error = _costs(config, ranks, say)
-    batches = list(islice(_batches(run), repeats + 1))
+    batches = list(islice(following_batches(config, run.sources), repeats + 1))
     rounds = compare_planners(
         Trainers(config, ranks, token_sources(config, run.sources), planners),
         planners,
@@ -178,14 +178,6 @@ def _costs(
     error = float(np.median(np.abs(fit.left_out_errors)))
     say(f"calibrated in {done.seconds:.0f} s: predictions of micro-batches are {error:.0%} off")
     return fit.cost, error
-
-
-def _batches(run: ResolvedRun) -> Iterator[GlobalBatch]:
-    """Those of the run, from its first step on."""
-    batches, cursor = batches_of(run.config, run.sources), Cursor()
-    while True:
-        batch, cursor = batches.next(cursor)
-        yield batch
 
 
 class Progress:

@@ -16,10 +16,10 @@ def train_on_device(
     Without `entered` the run began to make itself ready when this process did.
     """
     from megascale.run.preflight import check_emergency
-    from megascale.run.step_problem import cost_model
+    from megascale.run.step_problem import check_cost
 
     config = run.config
-    cost_model(config)  # a bad cost file is found before there is a run folder
+    check_cost(config)  # a bad cost file is found before there is a run folder
     if world_from_environment()[1] == 1:  # several ranks tell each other, so that one may speak
         check_emergency(config)
     from megascale.runtime import distributed

@@ -44,6 +44,16 @@ class PlannedBatch:
     """Seconds the training loop waited for it."""
     trouble: str | None = None
     """On rank 0, one line where the planner failed and a faster one made the plan."""
+    static: Future[float | None] | None = None
+    """On rank 0, `Planned.static_s`."""
+
+    @property
+    def static_s(self) -> float | None:
+        """Predicted seconds of static context parallelism, on rank 0; None where there are none.
+
+        They are known before the next step's plan, so a step that is done seldom waits for them.
+        """
+        return None if self.static is None else self.static.result()
 
 
 class _Dealt(NamedTuple):
@@ -118,7 +128,7 @@ class Feed:
             self._send_ahead(self._steps[0])
         self._cursor = after
         waited_s = time.perf_counter() - began
-        return PlannedBatch(batch, after, planned.plan, waited_s, planned.trouble)
+        return PlannedBatch(batch, after, planned.plan, waited_s, planned.trouble, planned.static_s)
 
     def close(self) -> None:
         """Drop what was made ahead."""

@@ -44,6 +44,7 @@ from megascale.runtime.heartbeat import begin_pulse, pulse
 from megascale.runtime.logs import STARTER_VARIABLE, log_to, say
 from megascale.runtime.signals import ECHO_S, TWIN_S, StopRequest
 from megascale.training.begin import Run, begin, identities
+from megascale.training.capacity import with_own_capacity
 from megascale.training.feed import PlannedBatch, start_plans
 from megascale.training.grow_checkpoint import write_grown
 from megascale.training.sample import sample_text
@@ -69,6 +70,8 @@ def train(run: ResolvedRun, resume: str | None, command: str, entered: float) ->
         leave.callback(pulse.enter, "ended")
         ranks = distributed.start(config)
         leave.callback(distributed.stop)
+        config = with_own_capacity(config, ranks, resume is not None)
+        run = run._replace(config=config)
         stop = StopRequest(echo_s=TWIN_S if STARTER_VARIABLE in os.environ else ECHO_S)
         leave.callback(stop.restore)
         train_one = partial(_train, command=command, ranks=ranks, stop=stop)

@@ -170,6 +170,7 @@ class Recorder:
             batch=planned.batch,
             plan=planned.plan,
             plan_wait_s=planned.plan_wait_s,
+            static_s=planned.static_s,
             result=result,
             world=self._ranks.world,
             peak_flops=self._peak,

@@ -88,6 +88,7 @@ def overrides(rng: Rng, scene: Scene) -> None:
     given = [
         "train.tokens=20M", "model.num_layers=3", "optim.lr=1e-3", "data.context_tokens=64",
         "train.spikes={action: warn}", "parallel.tensor=2", "run_dir=x", "planner.budget_s=0.5",
+        "planner.capacity_tokens=auto",
     ]  # fmt: skip
     found = load_config(scene.folder / "config.yaml", mutate.words(rng, rng.sample(given, 2)))
     finalize(found, dict.fromkeys(found.data.sources, 1000), 257)

@@ -85,6 +85,9 @@ verb(
     f"{SMALL} --context 4Ki --lengths github",
     f"{SMALL} --lengths file:lengths.txt --planners hybrid",
     f"{SMALL} --lengths corpus:corpora/corpus --tensor 2",
+    "config.yaml --ranks 4 --steps 1 --device a100 --planners hybrid,static_best",
+    "full.yaml --ranks 4 --steps 2 --planners hybrid planner.capacity_tokens=auto",
+    "config.yaml --steps 1 --planners hybrid --lengths web model.vocab_size=300",
 )
 BATCH = "--lengths lengths.txt --ranks 4 --capacity 512"
 verb(
@@ -94,6 +97,7 @@ verb(
     "config.yaml train.tokens=20M model.num_layers=3 optim.lr=1e-3",
     "full.yaml --ranks 4 --json out.json",
     "full.yaml --ranks 2 data.context_tokens=64 parallel.expert=1",
+    "config.yaml --ranks 2 --device h100 planner.capacity_tokens=auto",
     f"{BATCH} --cost cost.json",
     f"{BATCH} --mode aligned --pp 2 --planner hybrid",
 )

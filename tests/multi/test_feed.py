@@ -219,6 +219,27 @@ def test_a_run_does_not_wait_and_says_so(ranks, config, tmp_path, world):
     assert [row["plan_wait_s"] for row in steps] == waits_s
     assert all(row["plan_s"] > 0 and row["plan_over_bound"] >= 1 - 1e-9 for row in steps)
     assert said.count("plan wait") == len(steps)
+    assert [row["speedup_over_static"] for row in steps] == speedups(config, words[2:], world)
+    assert said.count("x static") == len(steps)
+
+
+def speedups(config, words, world):
+    """Of the plans of `plan_slowly` over static's, made here."""
+    from megascale.config import Layout
+    from megascale.corpus.batches import Cursor
+    from megascale.planner import PLANNERS, plan_longest_first
+    from megascale.run.resolve import load_run
+    from megascale.run.step_problem import batches_of, step_problem
+
+    config, sources, _ = load_run(config, words)
+    layout, batches = Layout.of(config, world), batches_of(config, sources)
+    cursor, found = Cursor(), []
+    while cursor.tokens_seen < config.train.tokens:
+        batch, cursor = batches.next(cursor)
+        problem = step_problem(config, layout, batch.length)
+        static = PLANNERS["static"](problem)
+        found.append(static.predicted_s / plan_longest_first(problem).predicted_s)
+    return found
 
 
 # ------------------------------------------------------------------------------------- what fails

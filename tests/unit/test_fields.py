@@ -89,6 +89,13 @@ def test_some_rows_have_more() -> None:
     assert list(row) == [*ALWAYS, *added]
 
 
+def test_the_row_and_the_console_know_the_speed_up_over_static() -> None:
+    row = fields.row_of(record(static_s=3.93))
+    assert row == ALWAYS | {"speedup_over_static": pytest.approx(1.31)}
+    assert "  1.31x static" in Console(200, 0).line(row)
+    assert "static" not in Console(200, 0).line(fields.row_of(record()))
+
+
 def test_the_console_knows_bits_per_byte() -> None:
     assert fields.for_console(record()) == {
         "bits_per_byte": pytest.approx(2.0 * 100 / math.log(2) / 400)

@@ -22,7 +22,7 @@ from megascale.devices.memory import (
     with_capacity,
 )
 from megascale.devices.rates import KNOWN_ERRORS
-from megascale.devices.step_time import StepTime
+from megascale.devices.step_time import StepTime, step_cost
 from megascale.devices.table import DEVICES, GIB
 from megascale.model.counts import batch_flops, count_rank_parameters, flops_per_token
 from megascale.optim.rank_memory import memory_per_rank, stage_memory
@@ -34,7 +34,6 @@ from megascale.run.on_device import (
     figures,
     planned_figures,
     static_figures,
-    step_cost,
 )
 from megascale.run.resolve import load_run
 from megascale.run.step_problem import step_problem

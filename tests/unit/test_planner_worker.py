@@ -18,7 +18,9 @@ from megascale.errors import UserError
 from megascale.planner import PLANNERS, CostModel, OffloadModel, Problem, plan_longest_first
 from megascale.planner.service import ahead as ahead_module
 from megascale.planner.service import process as process_module
+from megascale.planner.service import static_time
 from megascale.planner.service.ahead import MAX_RESTARTS, PlansAhead
+from megascale.planner.service.static_time import static_seconds
 from megascale.planner.service.worker import planner_path
 
 COST = CostModel(a=1e-10, b=1e-7, fixed=1e-5)
@@ -349,3 +351,48 @@ def test_options_that_cannot_work(word, message):
     config = parse_config("data: {sources: {a: {path: b}}}", [f"planner.{word}"])
     with pytest.raises(UserError, match=message):
         finalize(config, {"a": 1}, 257)
+
+
+# ------------------------------------------------------------------------ beside it, static's plan
+
+
+@pytest.mark.parametrize(
+    "mode, pipeline, planner",
+    [("free", 1, "hybrid"), ("aligned", 2, "hybrid"), ("lockstep", 1, "static_best")],
+)
+def test_a_plan_comes_with_the_seconds_of_static(start, mode, pipeline, planner):
+    lengths, slow = [400, 90, 80, 70, 30, 20, 10, 300], (1.0, 1.0, 1.5, 1.0)
+    one = Problem.of(lengths, 4, 200, mode, COST, pipeline=pipeline, slowdown=slow)
+    plans = start(PLANNERS[planner])
+    planned = plans.result(plans.request(one))
+    assert planned.static_s.result() == PLANNERS["static"](one).predicted_s
+    assert planned.static_s.result() >= planned.plan.predicted_s
+
+
+def test_where_there_is_no_time_of_static(start, monkeypatch):
+    hybrid, static = PLANNERS["hybrid"], PLANNERS["static"]
+    two = problem(8)
+    assert static_seconds(two, hybrid) == static(two).predicted_s
+    assert static_seconds(two, static) is None
+    too_long = Problem.of([300, 5], 2, 100, "free", COST)
+    assert static_seconds(too_long, hybrid) is None
+    monkeypatch.setattr(static_time, "MOST_WORK", 16)
+    assert static_seconds(two, hybrid) == static(two).predicted_s
+    assert static_seconds(problem(17), hybrid) is None
+    staged = Problem.of(two.lengths, 2, 100, "aligned", COST, pipeline=2)
+    assert static_seconds(staged, hybrid) is not None
+    three = Problem.of(two.lengths, 2, 100, "aligned", COST, pipeline=3)
+    assert static_seconds(three, hybrid) is None
+    plans = start(planners.plan_or_raise)
+    failed = plans.result(plans.request(problem(planners.TROUBLE)))
+    assert failed.trouble is not None and failed.static_s.result() is None
+
+
+def test_a_process_that_dies_over_static_costs_no_plan(start):
+    plans = start(planners.plan_and_spoil_static)
+    first, second, third = [plans.request(problem(n)) for n in (3, planners.TROUBLE, 4)]
+    assert plans.result(first).static_s.result() == PLANNERS["static"](problem(3)).predicted_s
+    spoiled = plans.result(second)
+    assert spoiled.trouble is None and spoiled.static_s.result() is None
+    assert "killed by SIGKILL" in plans.result(third).trouble
+    assert plans.result(plans.request(problem(5))).trouble is None

@@ -29,6 +29,9 @@ class Planned:
     """`plan.to_bytes()`."""
     trouble: str | None = None
     """One line for the user where this is not the plan that was asked for."""
+    static_s: Future[float | None] | None = None
+    """Predicted seconds of static context parallelism, known soon after the plan; None where
+    `static_seconds` has none and where the planner failed."""
 
 
 class PlansAhead:
@@ -49,6 +52,8 @@ class PlansAhead:
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="plans-ahead")
         """Speaks with the process, checks the plans and starts the process again."""
         self._plans: dict[int, Future[Planned]] = {}
+        self._statics: dict[int, Future[float | None]] = {}
+        """Of the same requests: `Planned.static_s`."""
         self._numbers = count(1)
         self._failures: list[int] = []
         self._lock = threading.Lock()
@@ -59,6 +64,7 @@ class PlansAhead:
         """Have `problem` planned; the number to ask for its plan with."""
         number = next(self._numbers)
         self._plans[number] = self._thread.submit(self._plan, number, problem)
+        self._statics[number] = self._thread.submit(self._static_s)
         return number
 
     def ready(self, number: int) -> bool:
@@ -70,10 +76,12 @@ class PlansAhead:
 
         Raises UserError where the planner did: no plan exists.
         """
-        return self._plans.pop(number).result()
+        static_s = self._statics.pop(number)
+        return replace(self._plans.pop(number).result(), static_s=static_s)
 
     def forget(self, number: int) -> None:
         """Drop a request whose plan nobody will ask for."""
+        del self._statics[number]  # what the process sends after a plan is read in any case
         self._plans.pop(number).cancel()
 
     def close(self) -> None:
@@ -94,6 +102,10 @@ class PlansAhead:
             name, _ = fast_planner(problem)
             trouble = f"{failure}; {name} made this plan instead, and {outlook}"
             return replace(_plan_fast(problem), trouble=trouble)
+
+    def _static_s(self) -> float | None:
+        """Of the plan before, in the order of the thread."""
+        return None if self._process is None else self._process.static_s()
 
     def _replace_process(self, number: int, failure: PlannerFailure) -> str:
         """Start the process again, or never again; says which."""

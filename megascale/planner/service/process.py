@@ -43,6 +43,8 @@ class PlannerProcess:
         self._timeout_s = timeout_s
         self._is_ready = False
         self._is_late = False
+        self._owes_static = False
+        """The last answer was a plan, and its `static_s` has not been read."""
         self._process: subprocess.Popen[bytes] | None = None
         self._start_error: OSError | None = None
         path = planner_path(planner)
@@ -56,6 +58,8 @@ class PlannerProcess:
 
     def plan(self, problem: Problem) -> bytes:
         """The bytes of the plan for `problem`; they are not checked. One thread may call this.
+
+        It calls `static_s` before it asks for the next plan.
 
         Raises UserError where the planner does. Raises PlannerFailure where the planner raises
         anything else, and where the process does not start, ends, is late or sends something else.
@@ -78,7 +82,22 @@ class PlannerProcess:
             details = content.decode()
             last = details.strip().splitlines()[-1]
             raise PlannerFailure(f"the planner failed ({last})", details)
+        self._owes_static = True
         return content
+
+    def static_s(self) -> float | None:
+        """What `static_seconds` says of the problem of the last plan; None where there is none.
+
+        A process that fails at it costs no plan: the next call of `plan` raises.
+        """
+        if not self._owes_static:
+            return None
+        self._owes_static = False
+        limit = f"took longer than planner.timeout_s = {self._timeout_s:g} for static's plan"
+        with suppress(PlannerFailure), self._within(self._timeout_s, limit):
+            seconds = pickle.load(self._stream)
+            return seconds if isinstance(seconds, float) else None
+        return None
 
     def close(self) -> None:
         """End the process; it has nothing to lose. Any thread may call this, more than once."""

@@ -2,8 +2,10 @@
 
 Both directions of a private socket carry pickles: problems in; out, first `READY`, then for each
 problem a pair (kind, content). Kind `PLAN`: the bytes of the plan. `USER_ERROR`: the text of a
-UserError. `FAILURE`: the traceback of any other error. Both ends run code of the same user, so
-pickles are safe here, and nothing between them can be damaged, so there are no checksums.
+UserError. `FAILURE`: the traceback of any other error. After a `PLAN` comes what `static_seconds`
+says of the problem, apart from the plan, which then never waits for it. Both ends run code of the
+same user, so pickles are safe here, and nothing between them can be damaged, so there are no
+checksums.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ from importlib import import_module
 
 from megascale.errors import UserError
 from megascale.planner.problem import Planner, Problem
+from megascale.planner.service.static_time import static_seconds
 
 READY, PLAN, USER_ERROR, FAILURE = "ready", "plan", "user error", "failure"
 IGNORED_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
@@ -55,7 +58,12 @@ def serve(planner_path: str, descriptor: int, parent: int) -> None:
         while True:
             pickle.dump(message, stream)
             stream.flush()
-            message = _answer(planner, pickle.load(stream))
+            problem: Problem = pickle.load(stream)
+            kind, _ = message = _answer(planner, problem)
+            if kind == PLAN:
+                pickle.dump(message, stream)
+                stream.flush()
+                message = _static_s(planner, problem)
     os._exit(0)
 
 
@@ -66,6 +74,15 @@ def _answer(planner: Planner, problem: Problem) -> tuple[str, bytes]:
         return USER_ERROR, str(error).encode()
     except Exception:
         return FAILURE, traceback.format_exc().encode()
+
+
+def _static_s(planner: Planner, problem: Problem) -> float | None:
+    """`static_seconds`; an error there is no reason to lose a plan, and goes to the log."""
+    try:
+        return static_seconds(problem, planner)
+    except Exception:
+        traceback.print_exc()
+        return None
 
 
 def _end_with(parent: int) -> None:
