@@ -78,12 +78,13 @@ verb(
 )
 verb("status", 1, "run", "run --json")
 verb("report", 1, "run --out out.html")
-SMALL = "--ranks 64 --steps 1 --batch-tokens 64Ki --budget-s 0"
+SMALL = "--ranks 64 --steps 1 --batch-tokens 64Ki --planners hybrid,bytescale"
+"""No `--budget-s`: planners would spend all of a large one, as asked."""
 verb(
     "simulate",
     1,
     f"{SMALL} --context 4Ki --lengths github",
-    f"{SMALL} --lengths file:lengths.txt --planners hybrid",
+    f"{SMALL} --lengths file:lengths.txt --mode free",
     f"{SMALL} --lengths corpus:corpora/corpus --tensor 2",
     "config.yaml --ranks 4 --steps 1 --device a100 --planners hybrid,static_best",
     "full.yaml --ranks 4 --steps 2 --planners hybrid planner.capacity_tokens=auto",
