@@ -17,6 +17,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megascale.config import MoeConfig, RunConfig
 from megascale.config.optimizers import OPTIMIZERS
+from megascale.fused.swiglu import use_in_megatron
 from megascale.mesh.offload import Offloader
 from megascale.model.balance import Balance
 from megascale.model.counts import padded_vocab_size
@@ -37,6 +38,8 @@ def build_model(config: RunConfig, ranks: Ranks) -> Model:
     Gradients are summed over ranks, never averaged.
     """
     core = transformer_config(config, ranks)
+    if core.bias_activation_fusion:
+        use_in_megatron()
     network = Gpt(
         config=core,
         transformer_layer_spec=_block_spec(config, core),

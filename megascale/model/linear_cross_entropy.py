@@ -11,7 +11,6 @@ Shape suffixes: T tokens, C tokens of a chunk, D hidden size, V rows of the voca
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +18,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from megascale.fused.softmax import Softmax, differentiate, summarise
 from megascale.model.counts import loss_chunk_tokens
 
 
@@ -112,19 +112,17 @@ def _losses(
     The gradients of the masked sum are written to the first of `gradients` (C, D) and added to the
     second (V, D). The mask is applied on the narrow sides of the products.
     """
-    exact = torch.promote_types(hidden_CD.dtype, torch.float32)
-    logits_CV = (hidden_CD @ weight_VD.T).to(exact)
-    logits_CV[:, part.known :] = -math.inf
-    place = _place(targets_C, part)
-    losses_C, scale_C1 = _exponentiate(logits_CV, place, part.group)
+    rows_C = _rows(targets_C, part)
+    softmax = summarise(hidden_CD @ weight_VD.T, part.known, rows_C)
+    losses_C, scale_C = _over_ranks(softmax, part.group)
     if gradients is None:
         return losses_C
-    _differentiate(logits_CV, place, scale_C1)
-    logits_CV = logits_CV.to(hidden_CD.dtype)
-    torch.mm(logits_CV, weight_VD, out=gradients[0])
+    gradient_CV = differentiate(softmax, scale_C, part.known, rows_C, hidden_CD.dtype)
+    del softmax
+    torch.mm(gradient_CV, weight_VD, out=gradients[0])
     gradients[0].mul_(mask_C[:, None])
-    counted_CD = (hidden_CD * mask_C[:, None]).to(hidden_CD.dtype)
-    _add_product(gradients[1], logits_CV.T, counted_CD)
+    counted_CD = torch.mul(hidden_CD, mask_C[:, None], out=torch.empty_like(hidden_CD))
+    _add_product(gradients[1], gradient_CV.T, counted_CD)
     return losses_C
 
 
@@ -143,43 +141,24 @@ def _chunks(tokens: int, rows: int, element_bytes: int) -> Iterator[slice]:
         yield slice(start, min(start + step, tokens))
 
 
-def _place(targets_C: torch.Tensor, part: VocabularyPart) -> tuple[torch.Tensor, torch.Tensor]:
-    """(C, 1): the row of each target, 0 where another rank has it; whether this rank has it."""
-    row_C1 = (targets_C - part.first)[:, None]
-    is_mine_C1 = (row_C1 >= 0) & (row_C1 < part.rows)
-    return row_C1.where(is_mine_C1, 0), is_mine_C1
+def _rows(targets_C: torch.Tensor, part: VocabularyPart) -> torch.Tensor:
+    """The row of each target; -1 where another rank has it."""
+    rows_C = targets_C - part.first
+    return rows_C.where((rows_C >= 0) & (rows_C < part.rows), -1)
 
 
-def _exponentiate(
-    logits_CV: torch.Tensor,
-    place: tuple[torch.Tensor, torch.Tensor],
-    group: dist.ProcessGroup | None,
+def _over_ranks(
+    softmax: Softmax, group: dist.ProcessGroup | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Losses (C), and the factor (C, 1) that makes probabilities of what `logits_CV` become:
-    exponentials over this rank's largest."""
-    row_C1, is_mine_C1 = place
-    lowest = torch.finfo(logits_CV.dtype).min  # a rank may have padded rows alone, all -inf
-    most_C1 = logits_CV.amax(dim=-1, keepdim=True).clamp_(min=lowest)
-    target_C1 = logits_CV.gather(1, row_C1).where(is_mine_C1, 0)
-    logits_CV.sub_(most_C1).exp_()
-    total_C1 = logits_CV.sum(dim=-1, keepdim=True)
+    """Losses (C) over the rows of all ranks, and the factor (C) that makes probabilities of this
+    rank's exponentials."""
+    most_C, total_C, target_C = softmax.most_C, softmax.total_C, softmax.target_C
     if group is None:
-        return (total_C1.log() + most_C1 - target_C1)[:, 0], total_C1.reciprocal()
-    highest_C1 = most_C1.clone()
-    dist.all_reduce(highest_C1, op=dist.ReduceOp.MAX, group=group)
-    to_highest_C1 = (most_C1 - highest_C1).exp_()
-    sums_2C1 = torch.stack([total_C1 * to_highest_C1, target_C1])
-    dist.all_reduce(sums_2C1, group=group)
-    total_C1, target_C1 = sums_2C1
-    return (total_C1.log() + highest_C1 - target_C1)[:, 0], to_highest_C1 / total_C1
-
-
-def _differentiate(
-    exponentials_CV: torch.Tensor,
-    place: tuple[torch.Tensor, torch.Tensor],
-    scale_C1: torch.Tensor,
-) -> None:
-    """Turn them into the gradient of the loss: probabilities, less 1 at the target."""
-    row_C1, is_mine_C1 = place
-    exponentials_CV.mul_(scale_C1)
-    exponentials_CV.scatter_add_(1, row_C1, -is_mine_C1.to(exponentials_CV.dtype))
+        return total_C.log() + most_C - target_C, total_C.reciprocal()
+    highest_C = most_C.clone()
+    dist.all_reduce(highest_C, op=dist.ReduceOp.MAX, group=group)
+    to_highest_C = (most_C - highest_C).exp_()
+    sums_2C = torch.stack([total_C * to_highest_C, target_C])
+    dist.all_reduce(sums_2C, group=group)
+    total_C, target_C = sums_2C
+    return total_C.log() + highest_C - target_C, to_highest_C / total_C
