@@ -28,22 +28,23 @@ class _Rotary(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, cos, sin):  # type: ignore[no-untyped-def]
         ctx.save_for_backward(cos, sin)
-        return _turn(q, k, cos, sin)
+        return _turn(q, k, cos, sin, False)
 
     @staticmethod
     def backward(ctx, for_query, for_key):  # type: ignore[no-untyped-def]
         cos, sin = ctx.saved_tensors
-        return *_turn(for_query, for_key, cos, -sin), None, None
+        return *_turn(for_query, for_key, cos, sin, True), None, None
 
 
 def _turn(
-    q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+    q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, is_back: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
     if use_kernel(q):
         from megascale.fused.triton_rotary import turn
 
-        query, key = turn(q, k, cos, sin)
+        query, key = turn(q, k, cos, sin, is_back)
         return query, key
+    sin = -sin if is_back else sin
     return turn_plain(q, cos, sin), turn_plain(k, cos, sin)
 
 

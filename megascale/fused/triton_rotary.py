@@ -12,9 +12,9 @@ BLOCK_HEADS = 8
 
 @torch.library.custom_op("megascale::turn", mutates_args=())
 def turn(
-    q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+    q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, is_back: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """What `rotary.turn_plain` makes of both."""
+    """What `rotary.turn_plain` makes of both, or with `is_back` of both and the negative sines."""
     q, k = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k))
     query, key = _like(q), _like(k)
     tokens, half = len(q), q.shape[-1] // 2
@@ -26,12 +26,13 @@ def turn(
             *(cos.contiguous(), sin.contiguous(), blocks[0], half),
             HALF=triton.next_power_of_2(half),
             HEADS=BLOCK_HEADS,
+            BACK=is_back,
         )
     return query, key
 
 
 @turn.register_fake
-def _(q, k, cos, sin):  # type: ignore[no-untyped-def]
+def _(q, k, cos, sin, is_back):  # type: ignore[no-untyped-def]
     return _like(q), _like(k)
 
 
@@ -44,12 +45,14 @@ def _turn(
     q, query, q_token, q_head, query_heads,
     k, key, k_token, k_head, key_heads,
     cos, sin, query_blocks, half,
-    HALF: tl.constexpr, HEADS: tl.constexpr,
+    HALF: tl.constexpr, HEADS: tl.constexpr, BACK: tl.constexpr,
 ):  # fmt: skip
     token, block = tl.program_id(0).to(tl.int64), tl.program_id(1)
     pair = tl.arange(0, HALF)
     c = tl.load(cos + token * half + pair, mask=pair < half, other=0.0)[None, :]
     s = tl.load(sin + token * half + pair, mask=pair < half, other=0.0)[None, :]
+    if BACK:
+        s = -s
     if block < query_blocks:
         head = block * HEADS + tl.arange(0, HEADS)[:, None]
         _heads(q + token * q_token, query, token, q_head, head, query_heads, c, s, half, pair)

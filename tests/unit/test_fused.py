@@ -43,9 +43,10 @@ def rotary_agrees(dtype, allowed):
         q, k = product[:, :heads], product[:, heads : heads + groups]
         angle = random(tokens, 1, size // 2)
         table = angle.cos(), angle.sin()
-        found = triton_rotary.turn(q, k, *table)
-        for one, x in zip(found, (q, k), strict=True):
-            check("rotary", one, rotary.turn_plain(x, *table), allowed)
+        for is_back, sin in ((False, table[1]), (True, -table[1])):
+            found = triton_rotary.turn(q, k, *table, is_back)
+            for one, x in zip(found, (q, k), strict=True):
+                check("rotary", one, rotary.turn_plain(x, table[0], sin), allowed)
 
 
 def softmax_agrees(dtype, allowed):
@@ -177,7 +178,7 @@ from megascale.fused import triton_merge, triton_rotary, triton_softmax, triton_
 
 
 KERNELS = [
-    (triton_rotary._turn, "q query k key", "cos sin", dict(HALF=64, HEADS=8)),
+    (triton_rotary._turn, "q query k key", "cos sin", dict(HALF=64, HEADS=8, BACK=True)),
     (triton_softmax._summarise, "logits", "most total target", dict(BLOCK=4096)),
     (triton_softmax._differentiate, "logits", "most scale", dict(BLOCK=4096)),
     *((triton_swiglu._gate, "x output", "weights", dict(WEIGHTED=weighted, BLOCK=1024))
