@@ -25,7 +25,7 @@ def merge(
     if use_kernel(out_THD):
         from megascale.fused.triton_merge import merge as launch
 
-        first, indices = (rows.start, None) if isinstance(rows, slice) else (0, rows)
+        first, indices = (rows.start or 0, None) if isinstance(rows, slice) else (0, rows)
         launch(out_THD, lse_TH, first, indices, part_QHD, part_lse_QH)
     else:
         merge_plain(out_THD, lse_TH, rows, part_QHD, part_lse_QH)

@@ -81,7 +81,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
             raise RuntimeError("linear_cross_entropy: a second backward pass has no gradients")
         hidden, for_weight = ctx.gradients
         ctx.gradients = None
-        for_weight = _accumulated(ctx.weight, for_weight, gradient)
+        if ctx.needs_input_grad[1]:
+            for_weight = _accumulated(ctx.weight, for_weight, gradient)
         return hidden.mul_(gradient), for_weight, None, None, None, None
 
 

@@ -91,6 +91,15 @@ def test_the_gradient_of_weights_goes_to_the_buffer_of_megatron_core(is_tied: bo
     assert not torch.equal(weight.main_grad, 1 + rounded.float())
 
 
+def test_frozen_weights_get_no_gradient() -> None:
+    hidden, weight, *others = drawn()
+    weight.main_grad, weight.grad_added_to_main_grad = torch.zeros(ROWS, WIDTH), False
+    part = VocabularyPart(ROWS, ROWS)
+    linear_cross_entropy(hidden.requires_grad_(), weight, *others, part).backward()
+    assert hidden.grad is not None and hidden.grad.any()
+    assert weight.grad is None and not weight.main_grad.any()
+
+
 def test_bf16_is_no_further_from_the_truth_than_all_logits(chunks_of_128: None) -> None:
     """The truth is in fp64, with hidden states and weights that bf16 can write. Chunks are added
     in fp32, so that their number costs nothing."""
