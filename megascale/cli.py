@@ -22,12 +22,12 @@ from megascale.runtime.terminal import escaped_output
 VERBS = {
     "prepare": (
         "megascale.commands.prepare:prepare",
-        "turn text into a corpus of indexed shards",
+        "turn text into corpora of indexed shards",
         "megascale prepare data/python_stdlib.yaml",
     ),
     "data check": (
         "megascale.commands.data_check:check",
-        "find faults in a corpus before training on it",
+        "find faults in a corpus, or in the sources of a run, before training",
         "megascale data check corpora/python_stdlib",
     ),
     "infowindow train-m1": (

@@ -43,6 +43,12 @@ class Verdict:
     """Busiest rank's micro-batches, and once per further stage its largest one again."""
     lower_bound_s: float
     """Seconds that no plan can beat, whatever its mode."""
+    pipeline_bound_s: float
+    """Seconds that no plan of whole sequences can beat with the stages of the pipeline."""
+
+    def bound_s(self, mode: str) -> float:
+        """The bound that counts in `mode`."""
+        return self.pipeline_bound_s if mode == "aligned" else self.lower_bound_s
 
     def mode_s(self, mode: str) -> float:
         """The step time that counts in `mode`."""
@@ -68,11 +74,12 @@ def judge(
     if set(cost) != set(COST_KEYS):
         raise ValueError(f"cost has keys {sorted(cost)}; the neutral model knows {COST_KEYS}")
     tokens = np.asarray(lengths, dtype=np.int64)
-    bound_s = lower_bound_s(tokens, plan["num_ranks"], plan["capacity"], cost, _gain(plan))
+    bounded = tokens, plan["num_ranks"], plan["capacity"], cost, _gain(plan)
+    bounds_s = lower_bound_s(*bounded), pipeline_bound_s(*bounded, pipeline)
     flat = Flat.of(plan)
     problems = _not_the_step(flat, plan["num_ranks"], len(tokens))
     if problems:
-        return Verdict(tuple(problems), *[float("inf")] * 4, bound_s)
+        return Verdict(tuple(problems), *[float("inf")] * 4, *bounds_s)
     problems = _broken_rules(flat, plan, tokens)
     seconds = _ring_seconds(flat, tokens, cost)
     if slowdown is not None:
@@ -88,7 +95,8 @@ def judge(
         lock_s=float(slowest.sum()),
         pipeline_s=_run_pipeline(flat, seconds, pipeline),
         pipeline_proxy_s=_pipeline_proxy_s(flat, seconds, pipeline),
-        lower_bound_s=bound_s,
+        lower_bound_s=bounds_s[0],
+        pipeline_bound_s=bounds_s[1],
     )
 
 
@@ -312,7 +320,7 @@ def lower_bound_s(
     if not len(tokens):
         return 0.0
     held = capacity * gain
-    fewest = np.minimum(np.maximum(1, np.ceil(tokens / held - 1e-9)), num_ranks)
+    fewest = _fewest(tokens, held, num_ranks)
     shared = np.maximum(fewest, 2)
     latency = cost["latency"] * np.log2(shared) / held
     extra = np.where(fewest == 1, 0.0, np.inf)
@@ -324,6 +332,28 @@ def lower_bound_s(
     work = cost["a"] * tokens**2 + (cost["b"] + extra) * tokens
     even_s = work.sum() / num_ranks + cost["fixed"] * tokens.sum() / (num_ranks * held)
     return max(float(even_s), _longest_alone_s(tokens.max(), fewest.max(), num_ranks, cost))
+
+
+def pipeline_bound_s(
+    lengths: ArrayLike, num_ranks: int, capacity: int, cost: Cost, gain: float, stages: int
+) -> float:
+    """Seconds that no plan of whole sequences can beat on a pipeline of `stages`.
+
+    The longest sequence passes all stages. The last stage waits until a first micro-batch has
+    passed the others, and after its work a last one passes them again.
+    """
+    even_s = lower_bound_s(lengths, num_ranks, capacity, cost, gain)
+    bound_s = even_s + (stages - 1) * cost["fixed"]
+    tokens = np.asarray(lengths, dtype=np.float64)
+    if not len(tokens):
+        return bound_s
+    fewest = _fewest(tokens.max(), capacity * gain, num_ranks)
+    return max(bound_s, stages * _longest_alone_s(tokens.max(), float(fewest), num_ranks, cost))
+
+
+def _fewest(tokens: ArrayLike, held: float, num_ranks: int) -> Floats:
+    fewest: Floats = np.clip(np.ceil(np.asarray(tokens) / held - 1e-9), 1, num_ranks)
+    return fewest
 
 
 def _longest_alone_s(longest: float, fewest: float, num_ranks: int, cost: Cost) -> float:

@@ -8,13 +8,19 @@ from collections import Counter
 from pathlib import Path
 from typing import cast
 
-from numpy.typing import ArrayLike
-
 from megascale.config import Layout, RunConfig
 from megascale.config.load import whole_number
 from megascale.devices.table import DEVICES, device_of
 from megascale.errors import UserError
-from megascale.planner import PLANNERS, CostModel, Problem, StepPlan, plan_with, timeline
+from megascale.planner import (
+    PLANNERS,
+    CostModel,
+    Problem,
+    StepPlan,
+    fill_bound_s,
+    plan_with,
+    timeline,
+)
 from megascale.planner.gantt import LEGEND, plot_gantt, text_gantt
 from megascale.planner.plan import Mode
 from megascale.planner.problem import MOST_RANKS, MOST_STAGES
@@ -93,7 +99,7 @@ def _run_config(args: argparse.Namespace) -> int:
         first = plan_first(drawn.config, layout, drawn.batch, cost)
         text = describe_drawn(drawn, layout, first, on)
     print(text, end="")
-    _write_plan(args, first.plan, first.batch.length, first.problem.cost)
+    _write_plan(args, first.problem, first.plan)
     return 0
 
 
@@ -132,7 +138,7 @@ def _run_lengths(args: argparse.Namespace) -> int:
     tokens = int(problem.lengths.sum())
     print(f"{len(problem.lengths):,} sequences of {tokens:,} tokens on {plan.num_ranks:,} ranks")
     print(f"  planned by            {args.planner or 'hybrid'} in {plan.plan_s * 1e3:.1f} ms")
-    print(f"  predicted             {plan.predicted_s:.6g} s, {_over(plan)} the lower bound")
+    print(f"  predicted             {plan.predicted_s:.6g} s, {_over(problem, plan)}")
     print(f"  micro-batches         {len(plan.rings):,}, {shared:,} on rings of 2 ranks or more")
     print(f"  imbalance             {times.imbalance:.3f} (time over mean busy time)")
     print(f"  {static_line(problem, plan)}")
@@ -142,12 +148,18 @@ def _run_lengths(args: argparse.Namespace) -> int:
             f"  {row}" for row in text_gantt(plan, problem.lengths, problem.cost).splitlines()
         )
     )
-    _write_plan(args, plan, problem.lengths, problem.cost)
+    _write_plan(args, problem, plan)
     return 0
 
 
-def _over(plan: StepPlan) -> str:
-    return f"{plan.predicted_s / plan.lower_bound_s:.3f} x" if plan.lower_bound_s else "equal to"
+def _over(problem: Problem, plan: StepPlan) -> str:
+    """The time over the lower bound, and with pipeline stages over that of work cut at will."""
+    if not plan.lower_bound_s:
+        return "equal to the lower bound"
+    over = f"{plan.predicted_s / plan.lower_bound_s:.3f} x the lower bound"
+    if problem.pipeline == 1:
+        return over
+    return f"{over}, {plan.predicted_s / fill_bound_s(problem):.3f} x the fill bound"
 
 
 def _problem(args: argparse.Namespace) -> Problem:
@@ -181,11 +193,10 @@ def _require_outputs(args: argparse.Namespace, *reads: str | None) -> None:
     require_outputs(outputs, reads)
 
 
-def _write_plan(
-    args: argparse.Namespace, plan: StepPlan, lengths: ArrayLike, cost: CostModel
-) -> None:
+def _write_plan(args: argparse.Namespace, problem: Problem, plan: StepPlan) -> None:
+    lengths, cost = problem.lengths, problem.cost
     if args.json:
-        text = json.dumps(plan.to_json()) + "\n"
+        text = json.dumps(plan.to_json() | {"fill_bound_s": fill_bound_s(problem)}) + "\n"
         write_as_asked("--json", args.json, lambda path: write_output(path, text))
     if args.gantt:
         write_as_asked("--gantt", args.gantt, lambda path: plot_gantt(plan, lengths, cost, path))

@@ -1,4 +1,4 @@
-"""`megascale prepare`: turn text into a corpus of indexed shards."""
+"""`megascale prepare`: turn text into corpora of indexed shards."""
 
 from __future__ import annotations
 
@@ -8,21 +8,29 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from megascale.corpus.made import Made, Prepared
 from megascale.corpus.mpi_processes import Team, launched_rank
-from megascale.corpus.prepare import Prepared, prepare
-from megascale.corpus.recipe import load_recipe
+from megascale.corpus.prepare import prepare_all
+from megascale.corpus.recipe import Recipe, load_recipes
 from megascale.corpus.round_trip import losses
 from megascale.errors import UserError
+from megascale.parsing import dump_yaml
 
 
 def add_prepare_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of `megascale prepare`."""
     parser.add_argument("recipe", metavar="RECIPE", help="YAML file, e.g. of the folder data/")
     parser.add_argument(
-        "overrides", metavar="a.b=c", nargs="*", help="options of the recipe to set otherwise"
+        "words",
+        metavar="RECIPE|a.b=c",
+        nargs="*",
+        help="more recipes, of one tokenizer with it; options of all recipes to set otherwise",
     )
     parser.add_argument(
-        "--out", metavar="DIR", help="folder to make; default: corpora/NAME, with the recipe's name"
+        "--out",
+        metavar="DIR",
+        help="folder to make; default: corpora/NAME, with the recipe's name. Of several recipes: "
+        "the folder that gets the folder NAME of each",
     )
     parser.add_argument(
         "--tokenizer",
@@ -41,20 +49,27 @@ def add_prepare_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run_prepare(args: argparse.Namespace) -> int:
-    """Prepare the corpus and print what it holds; returns the exit status."""
+    """Prepare the corpora and print what they hold; returns the exit status."""
     try:
         team = Team()
-        overrides = [*tokenizer_override(args.tokenizer), *args.overrides]
-        recipe = team.lead(lambda: load_recipe(args.recipe, overrides))
-        out = Path(args.out) if args.out else Path("corpora") / recipe.name
-        prepared = prepare(recipe, out, args.processes, args.force)
+        words = [*tokenizer_override(args.tokenizer), *args.words]
+        recipes = team.lead(lambda: load_recipes(args.recipe, words))
+        wanted = [(recipe, _folder(recipe, args.out, len(recipes))) for recipe in recipes]
+        made = prepare_all(wanted, args.processes, args.force)
     except UserError:
         if launched_rank() == 0:
             raise
         return 2  # every rank meets the same error; one speaks
     if team.rank == 0:
-        print(summary(prepared), flush=True)
+        print("\n".join(map(recipe_summary, made)), flush=True)
     return 0
+
+
+def _folder(recipe: Recipe, out: str | None, num_recipes: int) -> Path:
+    """The folder to make of one of the recipes."""
+    if out is None:
+        return Path("corpora") / recipe.name
+    return Path(out) if num_recipes == 1 else Path(out) / recipe.name
 
 
 def tokenizer_override(given: str | None) -> list[str]:
@@ -64,6 +79,16 @@ def tokenizer_override(given: str | None) -> list[str]:
     kind, _, path = given.partition(":")
     wanted = {"kind": kind} | ({"path": path} if path else {})
     return [f"tokenizer={json.dumps(wanted)}"]
+
+
+def recipe_summary(made: Made) -> str:
+    """What became of a recipe, as text: its corpora, and how a config names several."""
+    lines = [summary(corpus) for corpus in made.corpora]
+    lines += [f"warning: source {name!r}: {why}" for name, why in made.left_out.items()]
+    if made.several:
+        sources = {corpus.folder.name: {"path": str(corpus.folder)} for corpus in made.corpora}
+        lines += ["for the config of a run:", dump_yaml({"data": {"sources": sources}}).rstrip()]
+    return "\n".join(lines)
 
 
 def summary(prepared: Prepared) -> str:

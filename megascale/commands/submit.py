@@ -26,7 +26,8 @@ def add_submit_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of `megascale submit`."""
     add = parser.add_argument
     add("config", metavar="CONFIG", help="YAML file of the run; with --job prepare, of a corpus")
-    add("overrides", nargs="*", metavar="a.b=c", help="options that replace those of the file")
+    more = "options that replace those of the file; with --job prepare more recipes too"
+    add("overrides", nargs="*", metavar="a.b=c", help=more)
     add("--job", choices=("train", "prepare"), default="train", help="default: train")
     add("--sweep", metavar="LIST", help="a run for every line of this file, which holds overrides")
     add("--dry-run", action="store_true", help="print the batch script instead of submitting it")

@@ -44,7 +44,7 @@ def load_config(
             f"config {path}: {reason}; give the path of a YAML file, e.g. configs/quickstart.yaml"
         ) from None
     tree = read_tree(text, str(path))
-    if "inputs" in tree:
+    if "inputs" in tree or "outputs" in tree:
         raise UserError(
             f"{path} is the recipe of a corpus, not the config of a run; 'megascale prepare "
             f"{path}' makes the corpus, which a config then names in data.sources"

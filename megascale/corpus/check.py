@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
-import sys
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import xxhash
 from numpy.typing import NDArray
 
 from megascale.arrays import Integers
 from megascale.corpus.cache import read_numbers
+from megascale.corpus.overlap import document_digest
 from megascale.corpus.round_trip import LOSSY, losses
 from megascale.corpus.shards import Shard
 from megascale.corpus.sources import SourceInfo, read_corpus_file, sha256_of
 from megascale.corpus.special_tokens import Refused
 from megascale.corpus.tokenizers import FastTokenizer, Tokenizer, encode_each, load_tokenizer
 from megascale.errors import UserError
+from megascale.runtime.progress import announced
 
 DECODED_DOCUMENTS = 2000
 """Documents that are decoded and encoded again, spread evenly; the rest is checked as ids."""
@@ -138,7 +137,7 @@ def _check_part(
     met: dict[str, list[int]] = {}
     decoded, stride = 0, max(1, shard.num_documents // DECODED_DOCUMENTS)
     for document, tokens in _documents(part, shard):
-        digests[document] = xxhash.xxh3_64_intdigest(tokens.tobytes())
+        digests[document] = document_digest(tokens)
         problems = _id_problems(tokens, info, tokenizer)
         if tokenizer is not None and document % stride == 0 and not problems:
             size = None if sizes is None else int(sizes[document])
@@ -210,14 +209,8 @@ def _text_problems(tokens: NDArray[Any], tokenizer: Tokenizer, size: int | None)
 
 def _documents(part: str, shard: Shard) -> Iterator[tuple[int, NDArray[Any]]]:
     """Every document, with progress on stderr when it takes long."""
-    began, shown = time.monotonic(), time.monotonic()
-    for document in range(shard.num_documents):
-        yield document, shard.read(document)
-        now = time.monotonic()
-        if now - shown > 2:
-            shown, done = now, (document + 1) / shard.num_documents
-            left = (now - began) * (1 - done) / done
-            print(f"checking {part}: {done:.0%}, {left:.0f} s left", file=sys.stderr)
+    every = ((document, shard.read(document)) for document in range(shard.num_documents))
+    return announced(every, shard.num_documents, f"checking {part}")
 
 
 def length_histogram(lengths: NDArray[Any], context_tokens: int) -> str:

@@ -17,8 +17,9 @@ from typing import Any
 import numpy as np
 
 from megascale.arrays import Tokens
-from megascale.corpus.inputs import Table, read_document
+from megascale.corpus.inputs import Table, read_documents
 from megascale.corpus.round_trip import RoundTrip, compare_texts, is_drawn, stride_of
+from megascale.corpus.source_names import require_few
 from megascale.corpus.special_tokens import Refused
 from megascale.corpus.tokenizers import Tokenizer, encode_each, open_tokenizer, token_dtype
 
@@ -85,10 +86,11 @@ def encode_rows(
     """Tokenize a contiguous range of rows; returns the Arrow files, in order of the rows.
 
     Columns: verdict int8 (GOOD, EMPTY, INVALID, REFUSED for one that the tokenizer has no ids
-    for), why (text, of a refusal), high and low uint64 (hash of the text), bytes int64 (of
-    UTF-8), tokens (bytes of the ids, the end of the document included); and of documents that
-    were decoded again returned int64 (bytes that come back), changed, and weight int64, bytes of
-    text for which the document stands, 0 where it was not decoded.
+    for), why (text, of a refusal), source (text, where documents name theirs), high and low uint64
+    (hash of the text), bytes int64 (of UTF-8), tokens (bytes of the ids, the end of the document
+    included); and of documents that were decoded again returned int64 (bytes that come back),
+    changed, and weight int64, bytes of text for which the document stands, 0 where it was not
+    decoded.
     """
     if not len(rows):
         return ()
@@ -109,6 +111,7 @@ def encode_rows(
                     "first_row": rows.start,
                     "encoder": encoder,
                     "stride": stride_of(table.num_bytes(), encoder.kind),
+                    "sources": set(),
                 },
                 features=_features(),
                 remove_columns=dataset.column_names,
@@ -153,7 +156,8 @@ def _interruptible() -> Iterator[None]:
 def _features() -> Any:
     from datasets import Features, Value
 
-    kinds = {"verdict": "int8", "why": "string", "high": "uint64", "low": "uint64"}
+    kinds = {"verdict": "int8", "why": "string", "source": "string"}
+    kinds |= {"high": "uint64", "low": "uint64"}
     kinds |= {"bytes": "int64", "weight": "int64", "returned": "int64", "changed": "bool"}
     return Features(
         {name: Value(kind) for name, kind in (kinds | {"tokens": "large_binary"}).items()}
@@ -167,14 +171,15 @@ def _encode_batch(
     first_row: int,
     encoder: Encoder,
     stride: int,
+    sources: set[str],
 ) -> Any:
+    """`sources` are those that the documents of this process have named, which are counted."""
     import pyarrow as pa
 
-    rows = [first_row + i for i in indices]
-    values = batch.column(table.column).cast("large_binary").to_pylist()
-    raws = [
-        read_document(table, row, value or b"") for row, value in zip(rows, values, strict=True)
-    ]
+    documents = read_documents(table, [first_row + i for i in indices], batch)
+    raws, named = [raw for raw, _ in documents], [source for _, source in documents]
+    sources.update(source for source in named if source is not None)
+    require_few(sources)
     judged = [text_of(raw, encoder.min_characters) for raw in raws]
     hashes = [hash_of(raw) for raw in raws]
     encoded = _encode_good(encoder.tokenizer(), judged)
@@ -194,6 +199,7 @@ def _encode_batch(
         {
             "verdict": pa.array(verdicts, pa.int8()),
             "why": pa.array([str(i) if isinstance(i, Refused) else "" for i in encoded]),
+            "source": pa.array(named, pa.string()),
             "high": pa.array([high for high, _ in hashes], pa.uint64()),
             "low": pa.array([low for _, low in hashes], pa.uint64()),
             "bytes": pa.array([len(raw) for raw in raws], pa.int64()),

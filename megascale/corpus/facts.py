@@ -9,7 +9,7 @@ import numpy as np
 
 from megascale.arrays import Integers
 from megascale.corpus.outcomes import Fates, returned_train_bytes
-from megascale.corpus.recipe import Recipe
+from megascale.corpus.outputs import Output
 from megascale.corpus.shards import Shard
 from megascale.corpus.sources import FORMAT, RETURNED, TOKENIZER_FOLDER, sha256_of
 from megascale.corpus.tokenizers import FastTokenizer, Tokenizer, token_dtype
@@ -18,17 +18,18 @@ _COUNT_TOKENS = 1 << 22
 
 
 def corpus_facts(
-    recipe: Recipe,
+    output: Output,
     folder: Path,
     tokenizer: Tokenizer,
     fates: Fates,
     trip: dict[str, Any],
+    skipped: dict[str, Any],
     identity: str,
 ) -> dict[str, Any]:
     """The content of corpus.json for the shards and files in `folder`.
 
-    `trip` is what `round_trip` found, and gets the number of unknown tokens; `identity` is the
-    recipe's fingerprint.
+    `trip` is what `round_trip` found, and gets the number of unknown tokens; `skipped` is what
+    `skipped_of` counted; `identity` is the recipe's fingerprint.
     """
     parts = {"train": fates.keep & ~fates.heldout, "heldout": fates.heldout}
     counts = _token_counts(folder / "train", tokenizer.vocab_size)
@@ -40,9 +41,10 @@ def corpus_facts(
     }
     return {
         "format": FORMAT,
-        "name": recipe.name,
-        "description": recipe.description,
-        "licence": recipe.licence,
+        "name": output.name,
+        **({} if output.source is None else {"source": output.source}),
+        "description": output.description,
+        "licence": output.licence,
         "tokenizer": _tokenizer_facts(tokenizer),
         **{
             name: {
@@ -55,7 +57,7 @@ def corpus_facts(
         },
         "unigram_bits_per_byte": unigram_bits(counts) / returned["train"],
         "round_trip": trip,
-        "skipped": fates.skipped,
+        "skipped": skipped,
         "source_fingerprint": identity,
         "files": {
             str(path.relative_to(folder)): {

@@ -9,7 +9,7 @@ from __future__ import annotations
 import glob
 import os
 import sysconfig
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from json import JSONDecodeError
@@ -19,6 +19,7 @@ from typing import Any, Literal
 from megascale.corpus.compressed_files import other_format, reading
 from megascale.corpus.parquet_columns import count_rows, text_rows
 from megascale.corpus.recipe import InputConfig
+from megascale.corpus.source_names import checked_source
 from megascale.errors import UserError
 from megascale.parsing import parse_text
 from megascale.runtime.files import broken_link
@@ -27,6 +28,8 @@ from megascale.runtime.progress import progress
 _BATCH_BYTES = 1 << 24
 _MOST_KEYS = 8
 """Of a line, that are named in a message."""
+_Row = tuple[int, bytes, bytes | None]
+"""Number, content and source of a document."""
 _UNITS = {"line": "line", "text": "row"}
 """What a row of a file is called."""
 
@@ -45,6 +48,12 @@ class Table:
     arrow_files: tuple[str, ...]
     names: tuple[str, ...] = ()
     """The input file that each Arrow file was made of, where there is one."""
+    source: str | None = None
+    """Key or column that names the source of a document; None: no document names one."""
+    source_in: str = "source"
+    """Which column of the Arrow files of texts holds the source."""
+    output: str | None = None
+    """Name of the output that the documents are of, where the recipe has outputs."""
 
     def open(self) -> Any:
         """The rows, memory-mapped, as a `datasets.Dataset`."""
@@ -128,22 +137,30 @@ def read_table(one: InputConfig, work: Path) -> Table:
             arrow_files = [
                 _write_rows(work / f"{i}.arrow", _lines(name, bar)) for i, name in enumerate(files)
             ]
-        return Table(label, "line", "content", one.text_column, tuple(arrow_files), tuple(files))
+        rows = tuple(arrow_files)
+        key, source = one.text_column, one.source_column
+        return Table(label, "line", "content", key, rows, tuple(files), source)
     if one.kind == "parquet":
+        columns = [one.text_column, *([one.source_column] if one.source_column else [])]
         with progress(sum(map(count_rows, files)), f"reading {label}", " rows") as bar:
             arrow_files = [
-                _write_rows(
-                    work / f"{i}.arrow", enumerate(text_rows(name, one.text_column, bar), 1)
-                )
+                _write_rows(work / f"{i}.arrow", _numbered(text_rows(name, columns, bar)))
                 for i, name in enumerate(files)
             ]
-        return Table(label, "text", "content", "", tuple(arrow_files), tuple(files))
-    listing = _write_rows(work / "files.arrow", enumerate(map(os.fsencode, files), 1))
+        rows = tuple(arrow_files)
+        return Table(label, "text", "content", "", rows, tuple(files), one.source_column)
+    listing = _write_rows(work / "files.arrow", _numbered([os.fsencode(name)] for name in files))
     return Table(label, "path", "content", "", (listing,))
 
 
-def _lines(path: str, bar: Any) -> Iterator[tuple[int, bytes]]:
-    """(number, content) of each line that is not blank."""
+def _numbered(rows: Iterable[Sequence[bytes | None]]) -> Iterator[_Row]:
+    """Rows of a text and perhaps a source, each with its number."""
+    for number, (text, *source) in enumerate(rows, 1):
+        yield number, text or b"", source[0] if source else None
+
+
+def _lines(path: str, bar: Any) -> Iterator[_Row]:
+    """Each line that is not blank."""
     with reading(path) as (file, raw):
         before = 0
         for number, line in enumerate(file, 1):
@@ -153,28 +170,33 @@ def _lines(path: str, bar: Any) -> Iterator[tuple[int, bytes]]:
             bar.update(at - before)
             before = at
             if line.strip():
-                yield number, line
+                yield number, line, None
 
 
-def _write_rows(path: Path, rows: Iterable[tuple[int, bytes]]) -> str:
-    """Write (number, content) rows as an Arrow stream, in batches of bounded size."""
+def _write_rows(path: Path, rows: Iterable[_Row]) -> str:
+    """Write rows as an Arrow stream, in batches of bounded size."""
     import pyarrow as pa
 
-    schema = pa.schema([("content", pa.large_binary()), ("number", pa.int64())])
-    batch: list[tuple[int, bytes]] = []
+    columns = [
+        ("number", pa.int64()),
+        ("content", pa.large_binary()),
+        ("source", pa.large_binary()),
+    ]
+    schema = pa.schema(columns)
+    batch: list[_Row] = []
     size = 0
 
     def write(writer: Any) -> None:
-        numbers = pa.array([number for number, _ in batch], pa.int64())
-        content = pa.array([row for _, row in batch], pa.large_binary())
-        writer.write_batch(pa.record_batch([content, numbers], schema))
+        values = [[row[i] for row in batch] for i in range(len(columns))]
+        arrays = [pa.array(value, kind) for value, (_, kind) in zip(values, columns, strict=True)]
+        writer.write_batch(pa.record_batch(arrays, schema))
         batch.clear()
 
     path.parent.mkdir(parents=True, exist_ok=True)
     with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, schema) as writer:
         for row in rows:
             batch.append(row)
-            size += len(row[1]) + 64
+            size += len(row[1]) + len(row[2] or b"") + 64
             if size >= _BATCH_BYTES:
                 write(writer)
                 size = 0
@@ -187,24 +209,35 @@ def _through_datasets(one: InputConfig, work: Path) -> Table:
 
     label = str(one.name)
     dataset = _load(one, label)
-    if one.text_column not in dataset.column_names:
-        raise UserError(
-            f"inputs: {label} has no column '{one.text_column}'; set text_column to one of "
-            f"{', '.join(dataset.column_names)}"
-        )
-    kind = dataset.features[one.text_column]
-    if getattr(kind, "dtype", None) not in ("string", "large_string", "binary", "large_binary"):
-        raise UserError(
-            f"inputs: column '{one.text_column}' of {label} holds {getattr(kind, 'dtype', kind)} "
-            "and no text; set text_column to one that does"
-        )
+    for option, column in (
+        ("text_column", one.text_column),
+        ("source_column", one.source_column),
+    ):
+        if column is not None:
+            _require_text_column(dataset, label, option, column)
     if "[" in one.split:  # a part of its files: copied out, because a table is whole files
         dataset.save_to_disk(str(work / "slice"))
         dataset = datasets.load_from_disk(str(work / "slice"))
     files = tuple(entry["filename"] for entry in dataset.cache_files)
     if not files:
         raise UserError(f"inputs: {label}: no rows")
-    return Table(label, "text", one.text_column, "", files)
+    return Table(
+        label, "text", one.text_column, "", files, (), one.source_column, one.source_column or ""
+    )
+
+
+def _require_text_column(dataset: Any, label: str, option: str, column: str) -> None:
+    if column not in dataset.column_names:
+        raise UserError(
+            f"inputs: {label} has no column '{column}'; set {option} to one of "
+            f"{', '.join(dataset.column_names)}"
+        )
+    kind = dataset.features[column]
+    if getattr(kind, "dtype", None) not in ("string", "large_string", "binary", "large_binary"):
+        raise UserError(
+            f"inputs: column '{column}' of {label} holds {getattr(kind, 'dtype', kind)} and no "
+            f"text; set {option} to one that does"
+        )
 
 
 def _load(one: InputConfig, label: str) -> Any:
@@ -234,29 +267,51 @@ def _split_of(saved: Any, one: InputConfig) -> Any:
     )
 
 
-def read_document(table: Table, row: int, value: bytes) -> bytes:
-    """The text of a row as bytes, which may be no UTF-8.
+def read_documents(table: Table, rows: Sequence[int], batch: Any) -> list[tuple[bytes, str | None]]:
+    """The text of each row as bytes, which may be no UTF-8, and the source that it names.
 
-    Raises UserError for a file that cannot be read and for a line that is no JSON with the text.
+    `batch` has the Arrow columns of these `rows` of the table. Raises UserError for a file that
+    cannot be read, a line that is no JSON with the text, and a source that cannot be a name.
     """
-    if table.content == "text":
-        return value
+    values = batch.column(table.column).cast("large_binary").to_pylist()
+    named: list[Any] = [None] * len(values)
+    if table.source is not None and table.content == "text":
+        named = batch.column(table.source_in).cast("large_binary").to_pylist()
+    return [
+        _document(table, row, value or b"", source)
+        for row, value, source in zip(rows, values, named, strict=True)
+    ]
+
+
+def _document(table: Table, row: int, value: bytes, source: Any) -> tuple[bytes, str | None]:
+    """The text and the source of one row; `source` is that of a table of texts."""
+    if table.content == "path":
+        with reading(os.fsdecode(value)) as (file, _):
+            return file.read(), None
+    text = value
     if table.content == "line":
-        return _parse(table, row, value)
-    with reading(os.fsdecode(value)) as (file, _):
-        return file.read()
+        tree = _parse(table, row, value)
+        text = _text_in(table, row, value, tree)
+        source = _source_in(table, row, value, tree)
+    if table.source is None:
+        return text, None
+    return text, checked_source(source, table.source, lambda: table.where(row, value))
 
 
-def _parse(table: Table, row: int, line: bytes) -> bytes:
-    """The text of a line of JSON; null is empty, as in Parquet."""
+def _parse(table: Table, row: int, line: bytes) -> Any:
+    """The value of a line of JSON; None for a line that is none."""
     try:
-        value = parse_text(line)
+        return parse_text(line)
     except JSONDecodeError:
-        value = 0
+        return None
     except ValueError as error:
         raise UserError(f"{table.where(row, line)}: {error}; leave the line out") from None
+
+
+def _text_in(table: Table, row: int, line: bytes, tree: Any) -> bytes:
+    """The text of a line of JSON; null is empty, as in Parquet."""
     try:
-        text = _under(value, table.key)
+        text = _under(tree, table.key)
     except (KeyError, TypeError):
         text = 0
     if text is None:
@@ -264,12 +319,25 @@ def _parse(table: Table, row: int, line: bytes) -> bytes:
     if not isinstance(text, str):
         raise UserError(
             f"{table.where(row, line)}: not a JSON object with text under '{table.key}'; mend the "
-            f"line or set text_column{_hint(line, value)}"
+            f"line or set text_column{_hint(line, tree)}"
         )
     try:
         return text.encode("utf-8", "surrogateescape")
     except UnicodeEncodeError:
         return text.encode("utf-8", "surrogatepass")
+
+
+def _source_in(table: Table, row: int, line: bytes, tree: Any) -> Any:
+    """What a line of JSON has under the key of its source."""
+    if table.source is None:
+        return None
+    try:
+        return _under(tree, table.source)
+    except (KeyError, TypeError):
+        raise UserError(
+            f"{table.where(row, line)}: nothing under '{table.source}'; mend the line or set "
+            f"source_column{_hint(line, tree)}"
+        ) from None
 
 
 def _hint(line: bytes, value: Any) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from megascale.arrays import Booleans, Integers
 from megascale.corpus.encode import EMPTY, GOOD, INVALID, REFUSED, text_of
-from megascale.corpus.inputs import Table, read_document
+from megascale.corpus.inputs import Table, read_documents
 from megascale.corpus.recipe import Recipe
 from megascale.corpus.round_trip import example_of
 from megascale.corpus.tokenizers import Tokenizer
@@ -20,8 +20,11 @@ from megascale.errors import UserError
 
 @dataclass(frozen=True)
 class Fates:
-    """What becomes of each document, in order."""
+    """What becomes of each document of a recipe, or of those of a corpus of it, in order."""
 
+    verdict: NDArray[np.int8]
+    repeated: Booleans
+    """Good documents that are left out because one before has the same text."""
     keep: Booleans
     heldout: Booleans
     num_bytes: Integers
@@ -31,7 +34,10 @@ class Fates:
     """Bytes of a decoded document that come back."""
     changed: Booleans
     """Text that does not come back."""
-    skipped: dict[str, Any]
+
+    def among(self, documents: Booleans) -> Fates:
+        """The same, where other documents than these count as not kept."""
+        return replace(self, keep=self.keep & documents, heldout=self.heldout & documents)
 
 
 def heldout_below(recipe: Recipe) -> int:
@@ -40,41 +46,62 @@ def heldout_below(recipe: Recipe) -> int:
 
 
 def decide(recipe: Recipe, tables: Sequence[Table], files: Sequence[str]) -> Fates:
-    """Which documents stay, and which of them are held out. Raises UserError where none stay."""
+    """Which documents of a recipe stay, and which of them are held out.
+
+    Raises UserError for text that the tokenizer or the recipe refuses.
+    """
     verdict = _column(files, "verdict", np.int8)
     high, low = _column(files, "high", np.uint64), _column(files, "low", np.uint64)
     good = verdict == GOOD
     again = good & _repeated(high, low, good) if recipe.deduplicate else np.zeros_like(good)
     invalid = np.flatnonzero(verdict == INVALID)
-    first = _where(tables, int(invalid[0])) if len(invalid) else None
-    if first is not None and recipe.invalid_utf8 == "error":
+    if len(invalid) and recipe.invalid_utf8 == "error":
         raise UserError(
-            f"{first}: not UTF-8, and so are {len(invalid):,} documents in all; mend them or set "
-            "invalid_utf8=skip"
+            f"{_where(tables, int(invalid[0]))}: not UTF-8, and so are {len(invalid):,} documents "
+            "in all; mend them or set invalid_utf8=skip"
         )
-    skipped = {
-        "empty": int((verdict == EMPTY).sum()),
-        "duplicates": int(again.sum()),
-        "invalid_utf8": len(invalid),
-        "first_invalid_utf8": first,
-    }
     _require_none_refused(tables, files, np.flatnonzero(verdict == REFUSED))
     keep = good & ~again
-    heldout = keep & (high < np.uint64(heldout_below(recipe)))
-    if not (keep & ~heldout).any():
-        raise UserError(
-            f"recipe {recipe.name}: no document is left to train on, of {len(good):,} read "
-            f"({skipped['empty']:,} empty, {len(invalid):,} not UTF-8, {int(heldout.sum()):,} "
-            "held out); give it more text"
-        )
     return Fates(
+        verdict,
+        again,
         keep,
-        heldout,
+        heldout=keep & (high < np.uint64(heldout_below(recipe))),
         num_bytes=_column(files, "bytes", np.int64),
         weight=_column(files, "weight", np.int64),
         returned=_column(files, "returned", np.int64),
         changed=_column(files, "changed", np.bool_),
-        skipped=skipped,
+    )
+
+
+def skipped_of(fates: Fates, documents: Booleans, tables: Sequence[Table]) -> dict[str, Any]:
+    """How many of the documents of a corpus were left out, and why, for corpus.json."""
+    invalid = np.flatnonzero(documents & (fates.verdict == INVALID))
+    return {
+        "empty": int((documents & (fates.verdict == EMPTY)).sum()),
+        "duplicates": int((documents & fates.repeated).sum()),
+        "invalid_utf8": len(invalid),
+        "first_invalid_utf8": _where(tables, int(invalid[0])) if len(invalid) else None,
+    }
+
+
+def nothing_to_train_on(fates: Fates, documents: Booleans) -> str | None:
+    """A line where no document of a corpus is left to train on; None where one is."""
+    corpus = fates.among(documents)
+    if (corpus.keep & ~corpus.heldout).any():
+        return None
+    counts = {
+        "empty": documents & (fates.verdict == EMPTY),
+        "not UTF-8": documents & (fates.verdict == INVALID),
+        "held out": corpus.heldout,
+        "duplicates of others": documents & fates.repeated,
+    }
+    said = {what: f"{int(chosen.sum()):,} {what}" for what, chosen in counts.items()}
+    if not counts["duplicates of others"].any():
+        del said["duplicates of others"]
+    return (
+        f"no document is left to train on, of {int(documents.sum()):,} read "
+        f"({', '.join(said.values())})"
     )
 
 
@@ -120,38 +147,40 @@ def _repeated(high: NDArray[np.uint64], low: NDArray[np.uint64], good: Booleans)
 
 
 def _where(tables: Sequence[Table], document: int) -> str:
-    table, row, value = _row(tables, document)
-    return table.where(row, value)
+    table, row, batch = _row(tables, document)
+    (value,) = batch.column(table.column).cast("large_binary").to_pylist()
+    return table.where(row, value or b"")
 
 
-def _row(tables: Sequence[Table], document: int) -> tuple[Table, int, bytes]:
-    """The table of a document, its row there and what the row holds."""
+def _row(tables: Sequence[Table], document: int) -> tuple[Table, int, Any]:
+    """The table of a document, its row there and the Arrow columns of that row."""
     for table in tables:
         rows = table.open().with_format("arrow")
         if document < len(rows):
-            value = rows[document : document + 1].column(table.column).cast("large_binary")
-            return table, document, value[0].as_py() or b""
+            return table, document, rows[document : document + 1]
         document -= len(rows)
     raise IndexError(document)
 
 
 def round_trip(
-    recipe: Recipe, tables: Sequence[Table], tokenizer: Tokenizer, fates: Fates
+    label: str, recipe: Recipe, tables: Sequence[Table], tokenizer: Tokenizer, fates: Fates
 ) -> dict[str, Any]:
     """How much of the text that was decoded again came back, with the first that did not.
 
-    Raises UserError where nothing of train did.
+    `fates` are those of one corpus, which is called `label` in messages. Raises UserError where
+    nothing of train came back.
     """
     seen = fates.keep & (fates.weight > 0)
     changed = np.flatnonzero(seen & fates.changed)
     first = None
     if len(changed):
-        row = _row(tables, int(changed[0]))
-        _, text = text_of(read_document(*row), recipe.min_characters)
+        table, row, batch = _row(tables, int(changed[0]))
+        ((raw, _),) = read_documents(table, [row], batch)
+        _, text = text_of(raw, recipe.min_characters)
         first = {"document": _where(tables, int(changed[0]))} | example_of(tokenizer, text)
     if not returned_train_bytes(fates):
         raise UserError(
-            f"recipe {recipe.name}: no text comes back from the ids of its tokenizer; choose a "
+            f"{label}: no text comes back from the ids of its tokenizer; choose a "
             "tokenizer that knows the characters of this text"
         )
     return {

@@ -1,8 +1,8 @@
-"""The text column of Parquet files, and nothing else of them."""
+"""The columns of texts and their sources in Parquet files, and nothing else of them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import islice
 from typing import Any
 
@@ -16,12 +16,15 @@ _MOST_NAMES = 12
 """Of columns, in a message."""
 
 
-def text_rows(path: str, column: str, bar: Any) -> Iterator[bytes]:
-    """The texts of a Parquet file in order; null is empty.
+_OPTIONS = ("text_column", "source_column")
 
-    `column` is the name of a column, or the path of a field in nested ones, as `meta.text`. Other
-    columns are not read and may be of any type. `bar` counts rows. Raises UserError for a file that
-    cannot be read or has no such text.
+
+def text_rows(path: str, columns: Sequence[str], bar: Any) -> Iterator[tuple[bytes | None, ...]]:
+    """The texts of a Parquet file in order, and their sources where that column is given too.
+
+    `columns` has the text's and perhaps the source's: each the name of a column, or the path of a
+    field in nested ones, as `meta.text`. Other columns are not read and may be of any type. `bar`
+    counts rows. Raises UserError for a file that cannot be read or has no such text.
     """
     import pyarrow as pa
     import pyarrow.parquet as parquet
@@ -34,11 +37,13 @@ def text_rows(path: str, column: str, bar: Any) -> Iterator[bytes]:
         if not head.startswith(MAGIC) and (other := other_format(head)) is not None:
             raise UserError(f"{path}: is {other}")
         with parquet.ParquetFile(path) as file:
-            steps = _steps_to(file.schema_arrow, column)
-            _require_text(path, file.schema_arrow, column, steps)
-            for batch in file.iter_batches(_BATCH_ROWS, columns=[".".join(steps)]):
+            steps = [_steps_to(file.schema_arrow, column) for column in columns]
+            for option, column, names in zip(_OPTIONS, columns, steps, strict=False):
+                _require_text(path, file.schema_arrow, option, column, names)
+            wanted = list(dict.fromkeys(".".join(names) for names in steps))
+            for batch in file.iter_batches(_BATCH_ROWS, columns=wanted):
                 bar.update(len(batch))
-                yield from _texts(batch, steps)
+                yield from zip(*(_texts(batch, names) for names in steps), strict=True)
     except (pa.ArrowException, OSError) as error:
         reason = getattr(error, "strerror", None) or " ".join(str(error).split())[:200]
         raise UserError(
@@ -63,7 +68,7 @@ def _steps_to(schema: Any, column: str) -> list[str]:
     return [column] if column in schema.names else column.split(".")
 
 
-def _require_text(path: str, schema: Any, column: str, steps: list[str]) -> None:
+def _require_text(path: str, schema: Any, option: str, column: str, steps: list[str]) -> None:
     import pyarrow as pa
 
     kind = pa.struct(list(schema))
@@ -72,26 +77,26 @@ def _require_text(path: str, schema: Any, column: str, steps: list[str]) -> None
         if len(same) > 1:
             raise UserError(
                 f"inputs: {path} has {len(same)} columns named '{step}'; write the file again with "
-                "a name for each, or set text_column to another"
+                f"a name for each, or set {option} to another"
             )
         if not same:
             raise UserError(
-                f"inputs: {path} has no column '{column}'; {_columns_with_text(schema)}"
+                f"inputs: {path} has no column '{column}'; {_columns_with_text(schema, option)}"
             )
         kind = kind.field(step).type
     if not _holds_text(kind):
         raise UserError(
             f"inputs: column '{column}' of {path} holds {kind} and no text; "
-            f"{_columns_with_text(schema)}"
+            f"{_columns_with_text(schema, option)}"
         )
 
 
-def _columns_with_text(schema: Any) -> str:
-    """What `text_column` can be: the columns that hold text, nested ones by their path."""
+def _columns_with_text(schema: Any, option: str) -> str:
+    """What `option` can be: the columns that hold text, nested ones by their path."""
     found = list(islice(_text_paths(schema, ""), _MOST_NAMES))
     if not found:
         return f"no column holds text; they are {', '.join(schema.names[:_MOST_NAMES])}"
-    return f"set text_column to one that holds text: {', '.join(found)}"
+    return f"set {option} to one that holds text: {', '.join(found)}"
 
 
 def _text_paths(parent: Any, prefix: str) -> Iterator[str]:
@@ -119,7 +124,7 @@ def _text_types() -> list[Any]:
     return [getattr(types, f"is_{name}") for name in names if hasattr(types, f"is_{name}")]
 
 
-def _texts(batch: Any, steps: list[str]) -> Iterator[bytes]:
+def _texts(batch: Any, steps: list[str]) -> Iterator[bytes | None]:
     import pyarrow as pa
     import pyarrow.compute as compute
 
@@ -129,4 +134,4 @@ def _texts(batch: Any, steps: list[str]) -> Iterator[bytes]:
     if pa.types.is_dictionary(values.type):
         values = values.dictionary_decode()
     for value in values.cast(pa.large_binary()):
-        yield value.as_py() or b""
+        yield value.as_py()

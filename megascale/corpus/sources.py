@@ -19,6 +19,8 @@ from megascale.parsing import is_path, read_json
 from megascale.reading import open_regular
 
 CORPUS_FILE = "corpus.json"
+SET_FILE = "corpora.json"
+"""In a folder of several corpora of one recipe."""
 FORMAT = 1
 PARTS = ("train", "heldout")
 SAMPLED_BLOCKS, BLOCK_BYTES = 32, 4096
@@ -165,6 +167,9 @@ def _nothing_there(path: Path) -> str:
         return f"leave out the ending {path.suffix}: a pair of files is named {prefix}"
     if path.name == CORPUS_FILE and path.is_file():
         return f"give the folder of the corpus, {path.parent}"
+    corpora = sorted(str(one.parent) for one in path.glob(f"*/{CORPUS_FILE}"))
+    if corpora:
+        return f"a folder of {len(corpora)} corpora; give one of them, such as {corpora[0]}"
     prefixes = sorted(str(one.with_suffix("")) for one in path.glob("*.idx"))
     if prefixes:
         return f"a folder without {CORPUS_FILE}; give a pair of its files, such as {prefixes[0]}"

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megascale.config import load_config
-from megascale.corpus.recipe import load_recipe
+from megascale.corpus.recipe import load_recipes
 from megascale.errors import UserError
 from megascale.launch.slurm import BatchJob, script_path, time_limit_s
 from megascale.launch.sweep import check_sweep, read_sweep
@@ -24,6 +24,7 @@ class Request:
     config: str
     """YAML file of the run, or of the corpus."""
     overrides: tuple[str, ...]
+    """Overrides of options; more recipes among them where corpora are prepared."""
     nodes: tuple[int, int]
     """The fewest and the most nodes that work."""
     spare_nodes: int
@@ -52,8 +53,8 @@ class Request:
 
 
 def corpus_job(request: Request) -> BatchJob:
-    """The job that prepares a corpus. Raises UserError for a recipe that cannot be."""
-    load_recipe(request.config, request.overrides)  # before it waits in a queue
+    """The job that prepares corpora. Raises UserError for a recipe that cannot be."""
+    load_recipes(request.config, request.overrides)  # before it waits in a queue
     own = {"ntasks-per-node": str(request.ranks_per_node), "job-name": Path(request.config).stem}
     return BatchJob(
         "prepare",

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 from megascale.exports import lazily
 from megascale.planner.bound import lower_bound_s
 from megascale.planner.cost import CostModel
+from megascale.planner.fill_bound import fill_bound_s
 from megascale.planner.hybrid.search import plan_hybrid
 from megascale.planner.peers.bytescale import plan_bytescale, plan_bytescale_naive
 from megascale.planner.peers.flexsp import plan_flexsp
@@ -38,6 +39,7 @@ __all__ = [
     "StepPlan",
     "Timeline",
     "complete",
+    "fill_bound_s",
     "find_planner",
     "lower_bound_s",
     "plan_bytescale",

@@ -148,26 +148,33 @@ def lower_bound_s(problem: Problem) -> float:
     it, and the work of all sequences spread evenly, each on the smallest ring that memory and the
     bound itself allow (a smaller one would take longer than the whole step). Every rank runs at
     least one micro-batch, and no micro-batch holds more than its capacity.
+
+    With P pipeline stages a sequence passes all of them, so it takes P times its time on one; and
+    the last stage waits for P - 1 forwards before its work, and P - 1 backwards follow it.
     """
+    stages = problem.pipeline
+    fill_s = (stages - 1) * problem.cost.fixed
     lengths = np.unique(problem.lengths)
     if not len(lengths):
-        return problem.cost.fixed
+        return problem.cost.fixed + fill_s
     problem = replace(problem, cost=_cheapest_inside(problem.cost))
     gain = problem.offload.gain(1.0) if problem.offload else 1.0
     times = np.bincount(np.searchsorted(lengths, problem.lengths)).astype(np.float64)
     fewest = np.minimum(memory_sizes(problem, lengths, gain), problem.num_ranks)
     held = problem.capacity * gain
-    low = _even_s(problem, lengths, times, fewest, held, np.inf)
-    if np.all(alone_s(problem, lengths, fewest) <= low):
+    low = _even_s(problem, lengths, times, fewest, held, np.inf) + fill_s
+    longest_s = stages * float(alone_s(problem, lengths, fewest).max())
+    if longest_s <= low:
         return low
-    high = max(low, float(alone_s(problem, lengths, fewest).max()))
+    high = longest_s
     for _ in range(30):
         middle = (low + high) / 2
-        sizes = smallest_sizes(problem, lengths, fewest, middle)
-        if np.all(sizes) and _even_s(problem, lengths, times, sizes, held, middle) <= middle:
-            high = middle
-        else:
-            low = middle
+        sizes = smallest_sizes(problem, lengths, fewest, middle / stages)
+        fits = bool(np.all(sizes))
+        if fits:
+            even_s = _even_s(problem, lengths, times, sizes, held, middle / stages)
+            fits = even_s + fill_s <= middle
+        low, high = (low, middle) if fits else (middle, high)
     return low
 
 

@@ -25,7 +25,8 @@ LEGEND = "longest sequence > 1/2 of capacity '#', > 1/8 '=', shorter '-', paddin
 
 
 def text_gantt(plan: StepPlan, lengths: ArrayLike, cost: CostModel, width: int = 72) -> str:
-    """The plan as text, `width` columns for the longest of step time and lower bound.
+    """One pipeline stage of the plan as text, `width` columns for the longer of its time and the
+    lower bound of the step.
 
     At most 16 ranks are shown, evenly from the busiest to the least busy. A `|` after the bars
     marks the lower bound.
@@ -72,9 +73,9 @@ def _longest_tokens(plan: StepPlan, lengths: ArrayLike) -> Integers:
 
 
 def plot_gantt(plan: StepPlan, lengths: ArrayLike, cost: CostModel, path: str | Path) -> None:
-    """Write the plan as a picture (format by the ending of `path`).
+    """Write one pipeline stage of the plan as a picture (format by the ending of `path`).
 
-    Bars are coloured by their longest sequence; dashed, the lower bound. Times of an
+    Bars are coloured by their longest sequence; dashed, the lower bound of the step. Times of an
     uncalibrated cost model are shown in units of the lower bound.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -92,13 +93,13 @@ def plot_gantt(plan: StepPlan, lengths: ArrayLike, cost: CostModel, path: str | 
     label = axes.text(bound, 1.005, "lower bound", ha="right", va="bottom", transform=above)
     label.set(color=_BOUND_COLOUR, fontsize=9)
     axes.set_xlabel("predicted time (ms)" if cost.calibrated else "time / lower bound")
-    axes.set_title(_title(plan, lengths, times), loc="left", fontsize=11, pad=18)
+    axes.set_title(_title(plan, lengths), loc="left", fontsize=11, pad=18)
     figure.savefig(path, dpi=150)
 
 
-def _title(plan: StepPlan, lengths: ArrayLike, times: Timeline) -> str:
+def _title(plan: StepPlan, lengths: ArrayLike) -> str:
     tokens = np.asarray(lengths, dtype=np.int64)
-    over = times.total_s / plan.lower_bound_s if plan.lower_bound_s > 0 else 1.0
+    over = plan.predicted_s / plan.lower_bound_s if plan.lower_bound_s > 0 else 1.0
     return (
         f"{len(tokens):,} sequences, {int(tokens.sum()):,} tokens on {plan.num_ranks:,} ranks "
         f"({plan.mode}): {over:.3f}x the lower bound"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from itertools import pairwise
 from typing import Any, Literal
 
@@ -94,7 +94,12 @@ class StepPlan:
 
     @staticmethod
     def from_json(value: dict[str, Any]) -> StepPlan:
-        """Inverse of `to_json`, also after a round trip through JSON text."""
+        """Inverse of `to_json`, also after a round trip through JSON text.
+
+        Fields that this version does not know are left out.
+        """
+        known = {one.name for one in fields(StepPlan)}
+        value = {name: one for name, one in value.items() if name in known}
         rings = tuple(
             Ring(**{**ring, "ranks": tuple(ring["ranks"]), "sequences": tuple(ring["sequences"])})
             for ring in value["rings"]

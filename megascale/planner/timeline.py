@@ -100,7 +100,7 @@ def step_s(
     members = [_members(plan, one)[:2] for one in waves]
     free_s = np.zeros((pipeline, plan.num_ranks))
     done_s = np.zeros((2, pipeline, len(waves), plan.num_ranks))
-    for stage, backward, index in _one_forward_one_backward(pipeline, len(waves)):
+    for stage, backward, index in one_forward_one_backward(pipeline, len(waves)):
         ranks, starts = members[index]
         begin_s = free_s[stage, ranks]
         before = stage + 1 if backward else stage - 1
@@ -124,7 +124,7 @@ def _together(plan: StepPlan, ranks: Integers, starts: Integers, begin_s: Second
     return begin_s
 
 
-def _one_forward_one_backward(pipeline: int, count: int) -> Iterator[tuple[int, int, int]]:
+def one_forward_one_backward(pipeline: int, count: int) -> Iterator[tuple[int, int, int]]:
     """(stage, is backward, index) of all micro-batches, in an order that respects 1F1B."""
     orders = []
     for stage in range(pipeline):

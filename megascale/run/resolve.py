@@ -40,9 +40,20 @@ class ResolvedRun(NamedTuple):
 def load_run(config_path: str | Path, overrides: Sequence[str] = ()) -> ResolvedRun:
     """Read a config, its corpora and the checkpoint that it starts from, and finalize it.
 
-    Raises UserError for everything that is wrong with either, among it a model vocabulary
-    smaller than a corpus's, sources of different tokenizers, and such that would be read more than
-    `data.max_epochs` times.
+    Raises UserError as `read_run` does, for sources of different tokenizers, and for such that
+    would be read more than `data.max_epochs` times.
+    """
+    run = read_run(config_path, overrides)
+    require_same_tokenizer(run.config, run.sources)
+    check_epochs(run.config, source_tokens(run.sources))
+    return run
+
+
+def read_run(config_path: str | Path, overrides: Sequence[str] = ()) -> ResolvedRun:
+    """Like `load_run`, where sources need not go together.
+
+    Raises UserError for what is wrong with the config or with a corpus, among it a model vocabulary
+    smaller than a corpus's.
     """
     config = load_config(config_path, overrides)
     start = start_of(config)
@@ -59,10 +70,8 @@ def load_run(config_path: str | Path, overrides: Sequence[str] = ()) -> Resolved
     config = with_replay_blend(finalize(config, new, largest))
     find_planner(config.planner.name)
     _check_vocabulary(config, sources)
-    require_same_tokenizer(config, sources)
     if start is not None:
         require_model(config, start)
-    check_epochs(config, tokens)
     if config.growth is not None:
         validate(small_and_grown(config)[1])
     return ResolvedRun(config, sources, start)

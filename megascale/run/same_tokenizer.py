@@ -22,7 +22,7 @@ def require_same_tokenizer(config: RunConfig, sources: Mapping[str, SourceInfo])
     """
     if config.data.allow_different_tokenizers:
         return
-    for first, name, difference in _differences(config, sources):
+    for first, name, difference in tokenizer_differences(config, sources):
         raise UserError(
             f"sources '{first}' and '{name}' were made by different tokenizers ({difference}): the "
             "same ids mean other text; prepare one of them again with the other's tokenizer, or "
@@ -37,7 +37,7 @@ def warn_if_tokenizers_differ(
 
     Of a checkpoint only what is still there can be compared.
     """
-    for first, name, difference in _differences(config, sources):
+    for first, name, difference in tokenizer_differences(config, sources):
         yield (
             f"sources '{first}' and '{name}' were made by different tokenizers ({difference}), as "
             "data.allow_different_tokenizers allows: the same ids mean other text"
@@ -54,7 +54,7 @@ def warn_if_tokenizers_differ(
             )
 
 
-def _differences(
+def tokenizer_differences(
     config: RunConfig, sources: Mapping[str, SourceInfo]
 ) -> Iterator[tuple[str, str, str]]:
     """Pairs of sources that differ, and in what: each once, beside the first that it differs from.

@@ -31,7 +31,7 @@ def warnings_of(
     be evaluated, `num_sequences` are those of step 0, and `length` is that of the run.
     """
     return [
-        *_data(config, epochs, has_heldout),
+        *data_warnings(config, epochs, has_heldout),
         *_stages(config, length),
         *_model(config, layout, num_sequences),
         *_steps(config, length),
@@ -39,9 +39,10 @@ def warnings_of(
     ]
 
 
-def _data(
+def data_warnings(
     config: RunConfig, epochs: Mapping[str, float], has_heldout: Mapping[str, bool]
 ) -> Iterator[str]:
+    """Those of `warnings_of` that are about sources."""
     data = config.data
     for name, passes in epochs.items():
         if passes > MANY_EPOCHS:

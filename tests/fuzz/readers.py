@@ -15,15 +15,18 @@ from fuzz.harness import Target, Wrong
 from fuzz.scene import (
     CONFIG,
     COST,
+    DOCUMENTS,
     EVENTS,
     EXPERTS,
     INDEX,
     LINEAGE,
     LLAMA,
+    OUTPUTS,
     PULSE,
     QWEN_MOE,
     RECIPE,
     SCHEDULE,
+    SPLIT,
     TOKENIZER_CONFIG,
     Scene,
 )  # fmt: skip
@@ -92,10 +95,13 @@ def overrides(rng: Rng, scene: Scene) -> None:
 
 @reader(6)
 def recipe(rng: Rng, scene: Scene) -> None:
-    """A recipe."""
+    """A recipe of one corpus or of several."""
     from megascale.corpus.recipe import load_recipe
 
-    load_recipe(written(scene, "case.yaml", mutate.yaml_text(rng, RECIPE)))
+    example = rng.choice((RECIPE, SPLIT, OUTPUTS))
+    found = load_recipe(written(scene, "case.yaml", mutate.yaml_text(rng, example)))
+    if not found.named_inputs or found.makes_several != (found.is_split or bool(found.outputs)):
+        raise Wrong("a recipe that makes nothing")
 
 
 @reader(5)
@@ -399,11 +405,33 @@ def coded_file(rng: Rng, scene: Scene) -> None:
 
 @reader(3)
 def document_line(rng: Rng, scene: Scene) -> None:
-    """A line of JSON with a document."""
-    from megascale.corpus.inputs import Table, read_document
+    """A line of JSON with a document that names its source, and the folder of that."""
+    import pyarrow as pa
 
-    table = Table("x", "line", "line", "text", ())
-    read_document(table, 0, mutate.json_bytes(rng, {"text": "a cat", "id": 3, "meta": {"a": [1]}}))
+    from megascale.corpus.inputs import Table, read_documents
+    from megascale.corpus.source_names import folder_names
+
+    table = Table("x", "line", "line", "text", (), source=rng.choice((None, "meta.from")))
+    line = mutate.json_bytes(rng, rng.choice(DOCUMENTS))
+    ((text, source),) = read_documents(table, [0], pa.table({"line": [line]}))
+    if not isinstance(text, bytes) or (source is None) != (table.source is None):
+        raise Wrong(f"a document {text!r} of source {source!r}")
+    for name in folder_names([source] if source is not None else []).values():
+        if Path(name).name != name or len(name.encode()) > 128:
+            raise Wrong(f"the folder {name!r} of source {source!r}")
+
+
+@reader(2)
+def set_file(rng: Rng, scene: Scene) -> None:
+    """corpora.json, which says what may be replaced."""
+    from megascale.corpus.made import find_made
+    from megascale.corpus.recipe import parse_recipe
+
+    recipe = parse_recipe("{name: x, inputs: [{kind: jsonl, paths: [sources.jsonl]}]}")
+    value = {"format": 1, "name": "x", "source_fingerprint": "0", "corpora": ["a", "b"],
+             "left_out": {"c": "no document"}}  # fmt: skip
+    path = written(scene, "set/corpora.json", mutate.json_bytes(rng, value))
+    find_made(recipe, path.parent, "0", force=True)
 
 
 @reader(2)

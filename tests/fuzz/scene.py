@@ -127,6 +127,31 @@ RECIPE: dict[str, Any] = {
     "min_characters": 2,
     "tokenizer": {"kind": "bytes"},
 }
+SPLIT: dict[str, Any] = {
+    "name": "split",
+    "inputs": [
+        {"kind": "jsonl", "paths": ["sources.jsonl"], "source_column": "meta.from"},
+        {"kind": "jsonl", "paths": ["sources.jsonl"], "text_column": "note", "source_column": "by"},
+    ],
+    "heldout_fraction": 0.2,
+    "tokenizer": {"kind": "bpe", "vocab_size": 260},
+}
+OUTPUTS: dict[str, Any] = {
+    "name": "outputs",
+    "licence": "Apache-2.0",
+    "outputs": {
+        "web": {"inputs": [{"kind": "jsonl", "paths": ["texts.jsonl"]}], "description": "Lines."},
+        "code": {"inputs": [{"kind": "files", "paths": ["*.yaml"], "exclude": ["x*"]}]},
+    },
+    "deduplicate": False,
+}
+"""Recipes of several corpora."""
+DOCUMENTS: list[dict[str, Any]] = [
+    {"text": "a cat sat here", "note": "one", "by": "a/b", "meta": {"from": "web"}},
+    {"text": "a dog did not", "note": None, "by": "a b", "meta": {"from": "code", "id": 3}},
+    {"text": "two", "note": "three", "by": "web", "meta": {"from": "web"}},
+]
+"""Documents that name their sources."""
 TOKENIZER_CONFIG = {
     "tokenizer_class": "PreTrainedTokenizerFast",
     "model_max_length": 1000000000000000019884624838656,
@@ -150,6 +175,8 @@ class Scene:
         shutil.copytree(self.folder / "run", whole)
         (self.folder / "cost.json").write_text(json.dumps(COST))
         (self.folder / "lengths.txt").write_text("100\n2000\n30\n4096\n64\n" * 3)
+        lines = "".join(json.dumps(document) + "\n" for document in DOCUMENTS)
+        (self.folder / "sources.jsonl").write_text(lines)
         (self.folder / "full.yaml").write_text(yaml.safe_dump(CONFIG))
         (self.folder / "small.txt").write_text("the cat sat on the mat\n" * 4)
         (self.folder / "sweep.txt").write_text("optim.lr=1e-3 run_dir='a b'\nseed=2 run_dir=c\n")

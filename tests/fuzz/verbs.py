@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 
 from fuzz import mutate, readers
 from fuzz.harness import Target, Wrong
-from fuzz.scene import COST, LINEAGE, RECIPE, Scene
+from fuzz.scene import COST, DOCUMENTS, LINEAGE, OUTPUTS, RECIPE, SPLIT, Scene
 
 Rng = random.Random
 VERBS: dict[str, tuple[Target, int]] = {}
@@ -74,6 +74,7 @@ verb(
     "corpora/corpus",
     "corpora/corpus --context 128",
     "corpora/corpus/train --vocab-size 257 --eod-id 256 --bos-id 3",
+    "config.yaml data.max_epochs=1 data.context_tokens=64",
 )
 verb("status", 1, "run", "run --json")
 verb("report", 1, "run --out out.html")
@@ -184,12 +185,15 @@ def prepare(rng: Rng, scene: Scene) -> None:
     """`prepare` of a changed recipe, or of changed documents."""
     shutil.rmtree(scene.folder / "made", ignore_errors=True)
     if rng.random() < 0.5:
-        readers.written(scene, "case.yaml", mutate.yaml_text(rng, RECIPE))
+        example = rng.choice((RECIPE, SPLIT, OUTPUTS))
+        readers.written(scene, "case.yaml", mutate.yaml_text(rng, example))
         call(["prepare", "case.yaml", "--out", "made"])
         return
-    texts = [{"text": "a cat sat here"}, {"text": "a dog did not"}, {"text": "two"}]
-    readers.written(scene, "case.jsonl", readers.a_log(rng, texts))
-    call(["prepare", "corpus.yaml", "--out", "made", "inputs=[{kind: jsonl, paths: [case.jsonl]}]"])
+    readers.written(scene, "case.jsonl", readers.a_log(rng, DOCUMENTS))
+    inputs = "inputs=[{kind: jsonl, paths: [case.jsonl]}]"
+    if rng.random() < 0.5:
+        inputs = "inputs=[{kind: jsonl, paths: [case.jsonl], source_column: meta.from}]"
+    call(["prepare", "corpus.yaml", "--out", "made", inputs])
 
 
 @of_file("infowindow", 1)

@@ -1,12 +1,15 @@
 """The guides: links, pictures, commands, options and paths in them are those of the project."""
 
+import gzip
 import importlib
+import json
 import re
 import shlex
 import subprocess
 import sys
 from dataclasses import fields, is_dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import picture
@@ -19,7 +22,8 @@ from tiny_corpus import tiny_config
 from megascale import cli
 from megascale.config import RunConfig
 from megascale.config.load import build_as, options_called, parse_config, read_tree
-from megascale.corpus.recipe import Recipe
+from megascale.corpus import inputs
+from megascale.corpus.recipe import RECIPE_KEYS, Recipe
 from megascale.monitor.metric_fields import FIELDS, SCORES
 from megascale.planner import PLANNERS
 
@@ -97,8 +101,11 @@ def check_overrides(line):
     is_recipe = line.verb == "prepare" or getattr(line.args, "job", None) == "prepare"
     kind, example = (Recipe, ANY_RECIPE) if is_recipe else (RunConfig, "")
     file = getattr(line.args, "recipe", None) or getattr(line.args, "config", None)
-    text = text_of(file) if file and (ROOT / file).is_file() else example
-    build_as(kind, read_tree(text, "guide"), getattr(line.args, "overrides", None) or [])
+    words = getattr(line.args, "words", None) or getattr(line.args, "overrides", None) or []
+    more = [word for word in words if is_recipe and "=" not in word]
+    for name in (file, *more):
+        text = text_of(name) if name and (ROOT / name).is_file() else example
+        build_as(kind, read_tree(text, "guide"), [word for word in words if word not in more])
 
 
 def test_the_front_page_is_short():
@@ -160,7 +167,7 @@ def test_yaml_in_blocks_is_a_config(name):
     for language, block in blocks_of(name):
         if language == "yaml":
             tree = yaml.safe_load(block)
-            kind = Recipe if "inputs" in tree else RunConfig
+            kind = Recipe if RECIPE_KEYS & tree.keys() else RunConfig
             assert is_dataclass(build_as(kind, read_tree(block, name), where=name))
 
 
@@ -295,3 +302,29 @@ def test_the_python_of_runs_runs(tmp_path):
     own = "print(stopped, rows[-1]['step'], config.train.tokens)"
     said = run_python_of("megascale/run/README.md", tmp_path, own)
     assert said.splitlines()[-1] == "False 2.0 2000"
+
+
+def test_the_commands_for_several_corpora_run(tmp_path, monkeypatch, capsys):
+    text = text_of("data/README.md")
+    section = text[text.index("## Several corpora") : text.index("## Check a corpus")]
+    blocks = FENCE.findall(section)
+    (commands,) = (content for language, content in blocks if not language)
+    config = [content for language, content in blocks if language == "yaml"][-1]
+    rows = [
+        {"text": f"def page {i} " * 9, "meta": {"source": ("web", "code")[i % 2]}}
+        for i in range(600)
+    ]
+    first, second = ("".join(json.dumps(row) + "\n" for row in rows[i::2]) for i in (0, 1))
+    (tmp_path / "texts/more").mkdir(parents=True)
+    (tmp_path / "texts/a.jsonl").write_text(first)
+    (tmp_path / "texts/more/b.jsonl.gz").write_bytes(gzip.compress(second.encode()))
+    (tmp_path / "few.py").write_text("print(1)\n")
+    (tmp_path / "run.yaml").write_text(config)
+    monkeypatch.chdir(tmp_path)
+    few = SimpleNamespace(get_paths=lambda: {"stdlib": str(tmp_path)})
+    monkeypatch.setattr(inputs, "sysconfig", few)
+    for words in commands_in(commands):
+        assert cli.main(words) == 0, words
+    said = capsys.readouterr().out
+    assert "corpora/mixed/code prepared" in said and "corpora/more/python_stdlib prepared" in said
+    assert "web" in said and "80.00%" in said and said.endswith("verdict: good\n")

@@ -29,7 +29,7 @@ from megascale.planner.bound import (
     needed_offload,
     smallest_sizes,
 )
-from megascale.planner.plan import kept_share
+from megascale.planner.plan import Mode, kept_share
 from megascale.planner.plan_builder import Placed, complete
 from megascale.planner.scalar_cost import Clock
 from megascale.simulate.lengths import draw_lengths
@@ -97,13 +97,15 @@ def test_every_plan_is_valid_deterministic_and_no_better_than_the_bound(problem:
     num_ranks=st.integers(1, 3),
     capacity=st.integers(14, 40),
     cost=costs,
+    stages=st.integers(1, 4),
 )
 def test_bound_and_plan_against_every_plan_there_is(
-    lengths: list[int], num_ranks: int, capacity: int, cost: CostModel
+    lengths: list[int], num_ranks: int, capacity: int, cost: CostModel, stages: int
 ) -> None:
     """All ways to give up to three sequences rings, to join those of equal rings, and to order."""
     capacity = max(capacity, -(-max(lengths) // num_ranks))
-    problem = Problem.of(lengths, num_ranks, capacity, "free", cost)
+    mode: Mode = "free" if stages == 1 else "aligned"
+    problem = Problem.of(lengths, num_ranks, capacity, mode, cost, pipeline=stages)
     optimum_s = min(complete(problem, placed, 0.0).predicted_s for placed in _all_plans(problem))
     assert lower_bound_s(problem) <= optimum_s * (1 + 1e-9)
     assert plan_hybrid(problem).predicted_s <= 2 * optimum_s + 1e-12
@@ -261,7 +263,7 @@ def test_a_short_budget_leaves_a_usable_plan_of_a_pipeline() -> None:
         lengths = draw_lengths("bytescale_byted", tokens, 256 << 10, 0)
         problem = Problem.of(lengths, num_ranks, 8192, "aligned", SLOW_PASSING, pipeline=2)
         hasty = plan_hybrid(replace(problem, budget_s=1e-9)).predicted_s
-        assert hasty < 1.5 * plan_hybrid(problem).predicted_s
+        assert hasty < 1.6 * plan_hybrid(problem).predicted_s
         assert hasty <= plan_static_best(problem).predicted_s * (1 + 1e-9)
 
 

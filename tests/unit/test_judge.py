@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from judge import judge, lower_bound_s
+from judge import judge, lower_bound_s, pipeline_bound_s
 from processor_time import processor_s
 
 from megascale.planner import CostModel, Placed, Problem, complete, step_s, timeline
@@ -142,6 +142,10 @@ def test_bound_by_hand():
     longest = lower_bound_s([90], 4, 90, cheap)
     assert longest == pytest.approx(2 + (81 + 90) / 4)
     assert lower_bound_s([], 4, 90, COST) == 0
+    assert pipeline_bound_s([90], 4, 90, cheap, 1.0, 3) == pytest.approx(3 * longest)
+    assert pipeline_bound_s([10] * 8, 4, 100, COST, 1.0, 1) == pytest.approx(even)
+    many = lower_bound_s([10] * 800, 4, 100, COST)
+    assert pipeline_bound_s([10] * 800, 4, 100, COST, 1.0, 3) == pytest.approx(many + 2 * 2.0)
 
 
 def test_foreign_cost_keys_are_refused():
@@ -183,6 +187,7 @@ def test_judge_and_planner_agree(case):
         staged = step_s(plan, problem.lengths, problem.cost, problem.pipeline)
         assert verdict.pipeline_s == pytest.approx(staged)
     assert verdict.lower_bound_s <= verdict.free_s * (1 + 1e-9)
+    assert verdict.pipeline_bound_s <= verdict.pipeline_s * (1 + 1e-9)
     assert verdict.free_s <= verdict.lock_s * (1 + 1e-9)
 
 

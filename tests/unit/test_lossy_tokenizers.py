@@ -172,7 +172,9 @@ def sampled(lengths, returned, stride, rng):
     drawn = [is_drawn(int(low), int(size), stride) for low, size in zip(lows, lengths)]
     yes = np.ones(len(lengths), dtype=bool)
     weight = np.where(drawn, np.maximum(lengths, stride), 0)
-    return Fates(yes, ~yes, lengths, weight, np.where(drawn, returned, 0), lengths > returned, {})
+    back = np.where(drawn, returned, 0)
+    verdict = np.zeros(len(lengths), dtype=np.int8)
+    return Fates(verdict, ~yes, yes, ~yes, lengths, weight, back, lengths > returned)
 
 
 def test_a_sample_is_right_for_documents_of_any_length():

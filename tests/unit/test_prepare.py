@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 
 from megascale import cli
 from megascale.corpus.facts import unigram_bits
-from megascale.corpus.prepare import _scratch, fingerprint, prepare
+from megascale.corpus.made import fingerprint
+from megascale.corpus.prepare import _scratch, prepare
 from megascale.corpus.recipe import load_recipe, parse_recipe
 from megascale.corpus.shards import Shard
 from megascale.corpus.sources import describe
@@ -359,6 +360,18 @@ def test_files_of_the_user_are_never_deleted(tmp_path, place):
     assert (tmp_path / place).read_text() == "mine" and _texts(out) == ["one"]
 
 
+def test_a_corpus_that_was_checked_can_be_replaced(tmp_path):
+    paths, out = _files(tmp_path / "in", {"a": "one"}), tmp_path / "out"
+    prepare(_recipe(paths=paths), out, processes=1)
+    assert cli.main(["data", "check", str(out)]) == 0 and (out / "plots/lengths.png").exists()
+    (out / "plots/mine.png").write_text("mine")
+    with pytest.raises(UserError, match=r"mine\.png would be deleted by --force"):
+        prepare(_recipe(paths=paths), out, processes=1, force=True)
+    (out / "plots/mine.png").unlink()
+    prepare(_recipe(paths=paths), out, processes=1, force=True)
+    assert not (out / "plots").exists() and _texts(out) == ["one"]
+
+
 def test_an_input_in_the_folder_that_is_replaced_is_refused(tmp_path):
     paths, out = _files(tmp_path / "in", {"a": "one"}), tmp_path / "out"
     prepare(_recipe(paths=paths), out, processes=1)
@@ -497,7 +510,7 @@ def test_unigram_bits():
 @pytest.mark.parametrize("path", sorted((ROOT / "data").glob("*.yaml")), ids=lambda p: p.stem)
 def test_recipes_of_this_repository(path):
     recipe = load_recipe(path)
-    assert recipe.description and recipe.licence and recipe.inputs
+    assert recipe.description and recipe.licence and recipe.named_inputs
 
 
 @pytest.mark.parametrize(

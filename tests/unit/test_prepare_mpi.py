@@ -68,6 +68,40 @@ def _tree(folder):
     return {str(path.relative_to(folder)): path.read_bytes() for path in paths}
 
 
+def _recipes_of_several(folder):
+    """A recipe with outputs, and one whose documents name their sources."""
+    rows = (
+        f'{{"text": "line {i % 90}", "from": "{"web code talk".split()[i * i % 7 % 3]}"}}\n'
+        for i in range(150)
+    )
+    (folder / "named.jsonl").write_text("".join(rows))
+    (folder / "outputs.yaml").write_text(
+        "name: outputs\nheldout_fraction: 0.1\noutputs:\n"
+        "  files: {inputs: [{kind: files, paths: ['in/*']}]}\n"
+        "  lines: {inputs: [{kind: jsonl, paths: [more.jsonl]}]}\n"
+    )
+    (folder / "split.yaml").write_text(
+        "name: split\nheldout_fraction: 0.1\n"
+        "inputs: [{kind: jsonl, paths: [named.jsonl], source_column: from}]\n"
+    )
+
+
+def test_three_ranks_write_several_corpora_as_one_does(mpiexec, tmp_path):
+    _corpus_text(tmp_path)
+    _recipes_of_several(tmp_path)
+    prepare = [sys.executable, "-m", "megascale", "prepare", "outputs.yaml", "split.yaml"]
+    prepare += ["tokenizer={kind: bpe, vocab_size: 280}", "--out"]
+    alone = _run([*prepare, "alone", "--processes", "1"], tmp_path)
+    assert alone.returncode == 0, alone.stderr
+    many = _run([mpiexec, "-n", "3", *prepare, "many"], tmp_path)
+    assert many.returncode == 0, many.stderr
+    first, second = _tree(tmp_path / "alone"), _tree(tmp_path / "many")
+    corpora = {name.removesuffix("/train.bin") for name in first if name.endswith("train.bin")}
+    named = {"split/web", "split/code", "split/talk"}
+    assert corpora == {"outputs/files", "outputs/lines"} | named
+    assert first == second
+
+
 @pytest.mark.parametrize("tokenizer", ["the recipe's", "infowindow:book"])
 def test_three_ranks_write_the_bytes_of_one(mpiexec, tmp_path, tokenizer):
     _corpus_text(tmp_path)

@@ -15,6 +15,7 @@ from megascale.monitor.speeds import GRID, RankSpeeds
 from megascale.planner import PlansAhead, Problem, plan_hybrid, plan_longest_first
 from megascale.planner.bound import lower_bound_s
 from megascale.planner.plan_builder import complete
+from megascale.simulate.lengths import draw_lengths
 
 paces = st.sampled_from([1.0, 1.05, 1.3, 2.0, 4.0])
 
@@ -152,3 +153,17 @@ def test_a_resumed_run_counts_as_the_run_would_have():
     assert [again.at(step) for step in range(60)] == [speeds.at(step) for step in range(60)]
     assert not RankSpeeds([0, 1, 2], 2).go_on(saved)
     assert again.go_on(None) and again.at(50) == speeds.at(50)
+
+
+@pytest.mark.parametrize(("mode", "most"), [("free", 1.03), ("lockstep", 1.25), ("aligned", 1.25)])
+def test_rings_keep_to_ranks_of_one_speed(mode, most):
+    """Every second node takes twice as long, and only a fifth of the work is in short sequences.
+    A ring with ranks of both kinds would waste half of the fast ones (lockstep mode: 1.44)."""
+    lengths = draw_lengths("github", None, 128 << 10, 0, num_sequences=512)
+    slow = tuple(2.0 if rank // 8 % 2 else 1.0 for rank in range(64))
+    problem = Problem.of(lengths, 64, 16 << 10, mode, FLEXSP, slowdown=slow)
+    plan = plan_hybrid(problem)
+    plan.check(lengths)
+    mixed = [ring for ring in plan.rings if len({slow[rank] for rank in ring.ranks}) > 1]
+    assert len(mixed) <= 2
+    assert plan.predicted_s <= most * plan.lower_bound_s

@@ -16,6 +16,7 @@ from megascale.planner.bound import (
     nested_sizes,
     smallest_sizes,
 )
+from megascale.planner.hybrid.wave_order import order_waves
 from megascale.planner.hybrid.waves import LongWave, even_level, long_waves
 from megascale.planner.problem import Problem
 
@@ -83,12 +84,9 @@ class Level:
     """Ranks of the rings that sequences of even waves share; 0: long ones have their own."""
 
     def step_s(self, pipeline: int) -> float:
-        """Seconds of the step; stages wait for the longest wave while a pipeline fills."""
-        waves_s = [wave.seconds for wave in self.long]
-        longest_s = max(waves_s, default=0.0)
-        if self.num_waves:
-            longest_s = max(longest_s, self.seconds)
-        return self.num_waves * self.seconds + sum(waves_s) + (pipeline - 1) * longest_s
+        """Seconds of the step, its waves in the best order."""
+        waves_s = [wave.seconds for wave in self.long] + [self.seconds] * self.num_waves
+        return order_waves(waves_s, pipeline)[1]
 
 
 def even_levels(problem: Problem, batch: Batch) -> list[Level]:

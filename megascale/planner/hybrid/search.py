@@ -36,8 +36,8 @@ MANY = 16384
 STACKS = ((1.0, False), (1.0, True), (0.5, False))
 """Ways to stack rings: how long they may last, as part of an even share, and whether sizes within
 a node are rounded up to powers of two, which nest."""
-SPARSE_BATCHES = 1.5
-"""Micro-batches per rank below which free plans are tried in waves too."""
+WAVES_PAY = 1.025
+"""Time of the best stacks over what is reachable, above which free plans are tried in waves too."""
 LONG_PAYS = 1.045
 """Time of even waves over the work there is, above which long sequences get their own waves."""
 LONG_PAYS_MUCH = 1.5
@@ -71,7 +71,7 @@ def plan_hybrid(problem: Problem) -> StepPlan:
     for candidate in _of_few(problem, batch):
         if best is None or candidate.seconds < best.seconds:
             best = candidate
-    return complete(problem, best.placed() if best else [], began)
+    return _fastest(problem, best.placed() if best else [[]], began)
 
 
 Way = tuple[float, Callable[[Sheet, list[int]], bool]]
@@ -83,7 +83,8 @@ class Candidate:
     """A plan and what it is predicted to take."""
 
     seconds: float
-    placed: Callable[[], list[Placed]]
+    placed: Callable[[], list[list[Placed]]]
+    """Its micro-batches, in one order of execution or several."""
 
 
 def _candidates(problem: Problem, batch: Batch) -> Iterator[Candidate]:
@@ -104,9 +105,12 @@ def _candidates(problem: Problem, batch: Batch) -> Iterator[Candidate]:
             yield from waves
         return
     level_s = _reachable_s(problem, batch.lengths)
+    best_s = math.inf
     for part, nest in STACKS:
-        yield _stacks(problem, batch, level_s * part, nest)
-    if problem.lengths.sum() < SPARSE_BATCHES * problem.num_ranks * problem.capacity:
+        candidate = _stacks(problem, batch, level_s * part, nest)
+        best_s = min(best_s, candidate.seconds)
+        yield candidate
+    if best_s > WAVES_PAY * level_s:
         yield from _waves(problem, batch)
 
 
@@ -122,17 +126,18 @@ def _in_turn(*kinds: Iterator[Candidate]) -> Iterator[Candidate]:
                 yield candidate
 
 
-def _shelved(problem: Problem, seconds: float, placed: Callable[[], list[Placed]]) -> Candidate:
+def _shelved(
+    problem: Problem, seconds: float, placed: Callable[[], list[list[Placed]]]
+) -> Candidate:
     if max(problem.slowdown, default=1.0) > 1:  # which shelves know nothing of
-        return _of_peer(complete(problem, placed(), 0.0))
+        return _of_peer(_fastest(problem, placed()))
     return Candidate(seconds, placed)
 
 
 def _of_peer(plan: StepPlan) -> Candidate:
     rings = [ring for ring in plan.rings if ring.sequences]
-    return Candidate(
-        plan.predicted_s, lambda: [Placed(one.ranks, one.sequences, one.offload) for one in rings]
-    )
+    placed = [Placed(one.ranks, one.sequences, one.offload) for one in rings]
+    return Candidate(plan.predicted_s, lambda: [placed])
 
 
 def _of_few(problem: Problem, batch: Batch) -> Iterator[Candidate]:
@@ -152,7 +157,12 @@ def _of_few(problem: Problem, batch: Batch) -> Iterator[Candidate]:
         for rounded in (True, False):
             found = shelve(problem, batch, limit_s, rounded)
             if found is not None:
-                yield _of_peer(complete(problem, found[1](), 0.0))
+                yield _of_peer(_fastest(problem, found[1]()))
+
+
+def _fastest(problem: Problem, orders: list[list[Placed]], began: float | None = None) -> StepPlan:
+    plans = (complete(problem, placed, began) for placed in orders)
+    return min(plans, key=lambda plan: plan.predicted_s)
 
 
 def _reachable_s(problem: Problem, lengths: Integers) -> float:
@@ -190,7 +200,7 @@ def _stacks(problem: Problem, batch: Batch, limit_s: float, nest: bool) -> Candi
     stacks = Stacks(problem, batch.tokens)
     stacks.add_rings(rings, ring_sizes)
     stacks.level(stacks.fill_gaps(singles))
-    return Candidate(stacks.seconds, stacks.placed)
+    return Candidate(stacks.seconds, lambda: [stacks.placed()])
 
 
 def _waves(problem: Problem, batch: Batch) -> Iterator[Candidate]:
@@ -282,8 +292,7 @@ def _filled(problem: Problem, batch: Batch, level: Level, way: Way) -> Candidate
             sheet.open_rest(max(1, level.shared))
             if fill(sheet, singles):
                 waves = sheet.waves()
-                seconds = sum(waves.seconds) + (problem.pipeline - 1) * max(waves.seconds)
-                return Candidate(seconds, waves.placed)
+                return Candidate(waves.step_s, waves.placed)
     return None
 
 

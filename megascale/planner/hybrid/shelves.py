@@ -10,7 +10,6 @@ from __future__ import annotations
 import bisect
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
 
 import numpy as np
 
@@ -22,6 +21,7 @@ from megascale.planner.bound import (
     sizes_within,
 )
 from megascale.planner.hybrid.levels import Batch
+from megascale.planner.hybrid.wave_order import order_waves
 from megascale.planner.plan_builder import Placed
 from megascale.planner.problem import Problem
 from megascale.planner.scalar_cost import Clock
@@ -60,8 +60,9 @@ def longest_s(problem: Problem, batch: Batch) -> float:
 
 def shelve(
     problem: Problem, batch: Batch, limit_s: float, rounded: bool = True
-) -> tuple[float, Callable[[], list[Placed]]] | None:
-    """(seconds of a step, its micro-batches) with rings that last at most `limit_s`.
+) -> tuple[float, Callable[[], list[list[Placed]]]] | None:
+    """(seconds of a step, its micro-batches in orders of execution) with rings that last at most
+    `limit_s`.
 
     Sizes are `rounded` to powers of two and whole nodes, which stand side by side without rest;
     others may lie across nodes though they would fit one, and then the seconds are too few.
@@ -81,9 +82,10 @@ def shelve(
                 break
         else:
             waves.append(([shelf], problem.num_ranks - shelf.size))
-    seconds = [members[0].seconds for members, _ in waves]
-    step_s = sum(seconds) + (problem.pipeline - 1) * max(seconds)
-    return step_s, partial(_placed, problem, [members for members, _ in waves])
+    wave_s = [members[0].seconds for members, _ in waves]
+    orders, step_s = order_waves(wave_s, problem.pipeline)
+    in_order = [[waves[wave][0] for wave in order] for order in orders]
+    return step_s, lambda: [_placed(problem, members) for members in in_order]
 
 
 def _filled(problem: Problem, batch: Batch, sizes: np.ndarray, limit_s: float) -> list[Shelf]:

@@ -15,7 +15,15 @@ from dataclasses import dataclass
 import numpy as np
 
 from megascale.arrays import Integers
-from megascale.planner.bound import alone_s, fewest_ranks, needed_offload, smallest_sizes
+from megascale.planner.bound import (
+    alone_s,
+    fewest_ranks,
+    needed_offload,
+    sizes_within,
+    smallest_sizes,
+)
+from megascale.planner.hybrid.free_ranks import FreeRanks
+from megascale.planner.hybrid.wave_order import order_waves
 from megascale.planner.plan_builder import Placed
 from megascale.planner.problem import Problem
 from megascale.planner.scalar_cost import Clock, Rates
@@ -102,86 +110,19 @@ class Waves:
     """A plan in waves."""
 
     bins: list[Bin]
-    seconds: list[float]
-    """Of each wave."""
+    orders: list[list[int]]
+    """Of execution, the most promising first."""
+    step_s: float
+    """Seconds of a step whose ranks begin each wave together, in the first order."""
 
-    def placed(self) -> list[Placed]:
-        """Micro-batches in execution order, waves longest first."""
-        order = sorted(range(len(self.seconds)), key=lambda wave: -self.seconds[wave])
+    def placed(self) -> list[list[Placed]]:
+        """Micro-batches in each of the orders of execution."""
+        return [self._in_order(order) for order in self.orders]
+
+    def _in_order(self, order: list[int]) -> list[Placed]:
         place = {wave: position for position, wave in enumerate(order)}
         bins = sorted(self.bins, key=lambda one: (place[one.wave], one.ranks[0]))
         return [Placed(one.ranks, one.sequences, one.offload) for one in bins if one.sequences]
-
-
-class FreeRanks:
-    """Ranks of each wave that no ring has taken yet, counted by node."""
-
-    def __init__(self, num_waves: int, num_ranks: int, node_size: int) -> None:
-        self._node_size = node_size
-        self._sizes = np.full(-(-num_ranks // node_size), node_size, dtype=np.int64)
-        self._sizes[-1] = num_ranks - (len(self._sizes) - 1) * node_size
-        self._free = np.tile(self._sizes, (num_waves, 1))
-        self._by_free: list[list[tuple[int, int]]] | None = None
-
-    def take_across(self, size: int, wave: int | None) -> tuple[int, tuple[int, ...]] | None:
-        """(wave, ranks) for a ring that spans nodes: of the fullest wave with room unless given.
-
-        Whole nodes are taken first, so that what is left serves rings within a node. To be
-        called before `take_within`, or where that found nothing.
-        """
-        totals = self._free.sum(axis=1)
-        waves = np.flatnonzero(totals >= size) if wave is None else np.array([wave])
-        if not len(waves) or totals[waves[0]] < size:
-            return None
-        wave = int(waves[totals[waves].argmin()])
-        ranks: list[int] = []
-        free = self._free[wave]
-        for node in np.argsort(-free, kind="stable").tolist():
-            if size - len(ranks) < free[node]:
-                break
-            ranks += self._cut(wave, node, int(free[node]))
-        if len(ranks) < size:
-            fits = np.where(free >= size - len(ranks), free, self._node_size + 1)
-            ranks += self._cut(wave, int(fits.argmin()), size - len(ranks))
-        self._by_free = None
-        return wave, tuple(ranks)
-
-    def take_in_wave(self, size: int, wave: int) -> tuple[int, tuple[int, ...]] | None:
-        """(wave, ranks) for a ring within one node of a wave, the fullest that has room."""
-        free = self._free[wave]
-        fits = np.where(free >= size, free, self._node_size + 1)
-        node = int(fits.argmin())
-        if fits[node] > self._node_size:
-            return None
-        self._by_free = None
-        return wave, tuple(self._cut(wave, node, size))
-
-    def take_within(self, size: int) -> tuple[int, tuple[int, ...]] | None:
-        """(wave, ranks) for a ring within one node, the fullest that has room for it."""
-        if self._by_free is None:
-            self._by_free = [[] for _ in range(self._node_size + 1)]
-            for wave, node in np.argwhere(self._free > 0)[::-1].tolist():
-                self._by_free[self._free[wave, node]].append((wave, node))
-        for nodes in self._by_free[size:]:
-            if nodes:
-                wave, node = nodes.pop()
-                ranks = self._cut(wave, node, size)
-                self._by_free[self._free[wave, node]].append((wave, node))
-                return wave, tuple(ranks)
-        return None
-
-    def rest(self) -> list[tuple[int, int]]:
-        """(wave, rank) of all that is left."""
-        left = []
-        for wave, node in np.argwhere(self._free > 0).tolist():
-            end = node * self._node_size + int(self._sizes[node])
-            left += [(wave, rank) for rank in range(end - int(self._free[wave, node]), end)]
-        return left
-
-    def _cut(self, wave: int, node: int, size: int) -> list[int]:
-        begin = node * self._node_size + int(self._sizes[node] - self._free[wave, node])
-        self._free[wave, node] -= size
-        return list(range(begin, begin + size))
 
 
 class Sheet:
@@ -192,35 +133,55 @@ class Sheet:
         self._problem, self._tokens, self._target_s = problem, tokens, target_s
         self._clock, self._a = Clock(problem.cost), problem.cost.a
         self._node_size = problem.cost.node_size
-        self._free = FreeRanks(len(target_s), problem.num_ranks, self._node_size)
         self._order = problem.fast_first()
+        self._free = FreeRanks(problem, len(target_s), self._order)
+        self._paces = sorted(set(problem.slowdown)) or [1.0]
         self.bins: list[Bin] = []
 
     def add_rings(self, sequences: list[int], sizes: list[int], wave: int | None = None) -> bool:
         """Give each sequence, largest ring first, a ring of its own; False if one has no room.
 
-        In any wave, or in the given one.
+        In any wave, or in the given one. `sizes` are those that fast ranks need. A ring has ranks
+        of one pace where such are left, the fastest first; slower ones are more of them.
         """
         order = sorted(zip(sizes, sequences, strict=True), key=lambda one: (-one[0], one[1]))
-        for size, sequence in order:
+        limit_s = self._target_s[-1 if wave is None else wave]
+        lengths = np.array([self._tokens[sequence] for _, sequence in order], dtype=np.int64)
+        by_pace = [[size for size, _ in order]]
+        for pace in self._paces[1:]:
+            by_pace.append(sizes_within(self._problem, lengths, limit_s / pace).tolist())
+        for at, (size, sequence) in enumerate(order):
             taken = None
-            if size <= self._node_size:
-                free = self._free
-                taken = free.take_within(size) if wave is None else free.take_in_wave(size, wave)
-            taken = taken or self._free.take_across(size, wave)
+            for pace, needed in zip(self._paces, by_pace, strict=True):
+                taken = taken or self._take(needed[at], wave, pace)
+            if taken is None and len(self._paces) > 1:
+                taken = self._take(size, wave, None)
             if taken is None:
                 return False
             self._open(*taken, sequence)
         return True
 
+    def _take(
+        self, size: int, wave: int | None, pace: float | None
+    ) -> tuple[int, tuple[int, ...]] | None:
+        """A wave and places in it for a ring of `size` ranks of one pace, or of all."""
+        taken, free = None, self._free
+        if size <= self._node_size:
+            taken = (
+                free.take_within(size, pace)
+                if wave is None
+                else free.take_in_wave(size, wave, pace)
+            )
+        return taken or free.take_across(size, wave, pace)
+
     def open_rest(self, size: int) -> None:
         """Open micro-batches on rings of `size` ranks while there is room, then on single ranks."""
-        while size > 1:
-            taken = self._free.take_within(size) if size <= self._node_size else None
-            taken = taken or self._free.take_across(size, None)
-            if taken is None:
-                break
-            self._open(*taken)
+        for pace in [*self._paces, *([None] if len(self._paces) > 1 else [])]:
+            while size > 1:
+                taken = self._take(size, None, pace)
+                if taken is None:
+                    break
+                self._open(*taken)
         for wave, rank in self._free.rest():
             self._open(wave, (rank,))
 
@@ -290,7 +251,7 @@ class Sheet:
         seconds = [0.0] * len(self._target_s)
         for one in self.bins:
             seconds[one.wave] = max(seconds[one.wave], one.seconds)
-        return Waves(self.bins, seconds)
+        return Waves(self.bins, *order_waves(seconds, self._problem.pipeline))
 
 
 def even_level(
