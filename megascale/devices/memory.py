@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from dataclasses import dataclass, replace
 from math import lcm
 
@@ -64,17 +65,17 @@ def fullest(config: RunConfig, layout: Layout, device: DeviceMemory) -> int:
 def most_tokens(config: RunConfig, layout: Layout, device: DeviceMemory) -> int:
     """The largest capacity with which every stage fits, a multiple of 128 tokens; 0: none.
 
-    Activations are proportional to the capacity, and nothing else depends on it.
+    A larger capacity never needs less memory.
     """
-    empty, unit = (
-        stage_memories(with_capacity(config, tokens), layout, device)
-        for tokens in (0, TOKEN_MULTIPLE)
-    )
-    units = min(
-        (device.memory_bytes - none.total) // max(1, one.total - none.total)
-        for none, one in zip(empty, unit, strict=True)
-    )
-    return max(0, units) * TOKEN_MULTIPLE
+
+    def is_too_large(units: int) -> bool:
+        return fullest(with_capacity(config, units * TOKEN_MULTIPLE), layout, device) > (
+            device.memory_bytes
+        )
+
+    # a token needs at least one byte
+    units = range(1, device.memory_bytes // TOKEN_MULTIPLE)
+    return bisect_left(units, True, key=is_too_large) * TOKEN_MULTIPLE
 
 
 def auto_capacity(config: RunConfig, layout: Layout, device: DeviceMemory) -> int:

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from megascale.fused.merge import merge
 from megascale.mesh.kernels import Call, Kernel, Rows, kernel_for
 from megascale.mesh.ring_share import RingShare
 
@@ -72,7 +73,7 @@ class _RingAttention(torch.autograd.Function):
             exchange.begin()
             for call in calls[hop]:
                 key, value = here[0, call.keys], here[1, call.keys]
-                _join(out, lse, call.queries, *kernel.forward(q[call.queries], key, value, call))
+                merge(out, lse, call.queries, *kernel.forward(q[call.queries], key, value, call))
             exchange.finish()
             here = coming
         out = out.to(q.dtype)
@@ -123,16 +124,6 @@ def _add_gradients(kernel: Kernel, call: Call, given: Any, dq: Any, part: Any) -
     dq[rows] += dquery
     part[0, keys] += dkey
     part[1, keys] += dvalue
-
-
-def _join(
-    out: torch.Tensor, lse: torch.Tensor, rows: Rows, part: torch.Tensor, part_lse: torch.Tensor
-) -> None:
-    """Add a partial result to `rows`: softmax over the union of the keys seen so far."""
-    before, part_lse = lse[rows], part_lse.to(lse.dtype)
-    weight = torch.sigmoid(part_lse - before)[..., None]
-    out[rows] = torch.lerp(out[rows], part.to(out.dtype), weight)
-    lse[rows] = torch.logaddexp(before, part_lse)
 
 
 class _Exchange:

@@ -7,7 +7,13 @@ model and counts what autograd keeps. All functions want a finalized config.
 from __future__ import annotations
 
 from megascale.config import Layout, ModelConfig, RunConfig
-from megascale.model.counts import attentions, known, logits_per_token
+from megascale.model.counts import (
+    attentions,
+    known,
+    logits_per_token,
+    loss_chunk_tokens,
+    padded_vocab_size,
+)
 
 FP32_BYTES = 4
 
@@ -16,23 +22,21 @@ def activation_bytes(config: RunConfig, layout: Layout, stage: int) -> int:
     """Bytes of activations at the peak of a micro-batch of full capacity, by pipeline stage.
 
     Under 1F1B a stage holds one micro-batch for itself and one for each stage after it. Of each it
-    keeps `layer_activation_bytes` in every layer. The last stage adds the peak of the output head.
-    With full recomputation one layer's activations come back at a time, after the head's are gone,
-    so the larger of the two counts.
+    keeps `layer_activation_bytes` in every layer. The last stage adds the peak of the output head,
+    `head_bytes`. With full recomputation one layer's activations come back at a time, after the
+    head's are gone, so the larger of the two counts.
 
     An 8B model (32 layers of 4096, 32 heads and 8 groups of 128, feed-forward 14336, 128,256
-    ids) at 16,384 tokens in bf16: 150,152 bytes in each layer are 73.3 GiB, the head's 785,920
-    are 12.0 GiB, together 85.3. Under full recomputation 8,192 bytes in each layer are 4.0 GiB,
-    with the head 16.0. The allocations of both were tracked on tensors without storage: 85.3 and
-    16.0 GiB.
+    ids) at 16,384 tokens in bf16: 139,400 bytes per token in each layer are 68.1 GiB, and the head
+    takes 2.8. Under full recomputation 8,192 bytes per token in each layer are 4.0 GiB.
     """
     tokens = known(config.planner.capacity_tokens)
     num_layers, in_flight = config.model.num_layers // layout.pipeline, layout.pipeline - stage
     kept = in_flight * num_layers * layer_activation_bytes(config, layout)
-    head = _head_bytes(config, layout) if stage == layout.pipeline - 1 else 0
+    head = head_bytes(config, layout) if stage == layout.pipeline - 1 else 0
     if config.train.recompute == "full":
-        return tokens * (kept + max(head, _layer_bytes(config, layout)))
-    return tokens * (kept + head)
+        return tokens * kept + max(head, tokens * _layer_bytes(config, layout))
+    return tokens * kept + head
 
 
 def layer_activation_bytes(config: RunConfig, layout: Layout) -> int:
@@ -43,6 +47,24 @@ def layer_activation_bytes(config: RunConfig, layout: Layout) -> int:
     if config.train.recompute == "full":
         return _element_bytes(config) * (config.model.hidden_size // _hidden_cut(config, layout))
     return _layer_bytes(config, layout)
+
+
+def head_bytes(config: RunConfig, layout: Layout) -> int:
+    """Bytes at the peak of the output head, while the loss of a full micro-batch is computed.
+
+    Per token: input and output of the last norm, and the gradient of the output. The last two are
+    whole on every tensor rank, so sequence parallelism gathers an output beside its own part. Per
+    token of a chunk: logits, whose place their gradient takes, and the output times the loss mask.
+    Once: the gradient of the output weights in fp32. See `model.linear_cross_entropy`.
+    """
+    model, element, cut = config.model, _element_bytes(config), _hidden_cut(config, layout)
+    width = model.hidden_size
+    hidden = (2 * width // cut + (2 if cut > 1 else 1) * width) * element
+    logits = logits_per_token(model, layout.tensor) // layout.tensor
+    tokens = known(config.planner.capacity_tokens)
+    chunk = min(tokens, loss_chunk_tokens(logits, element))
+    weights = padded_vocab_size(model, layout.tensor) // layout.tensor * width * FP32_BYTES
+    return tokens * hidden + chunk * (logits + width) * element + weights
 
 
 def ring_buffer_bytes(config: RunConfig, layout: Layout) -> int:
@@ -66,21 +88,21 @@ def _layer_bytes(config: RunConfig, layout: Layout) -> int:
     """What the operations of one layer keep per token for their backward pass.
 
     In elements of the precision: inputs and outputs of the norms, 4 hidden (2 in a parallel
-    block); queries and keys after the rotary embedding, the product that has the values, and the
-    output, (3 heads + 3 groups) of a head's size, and queries before their norm if there is one;
-    SwiGLU's two inputs and its output, 3 feed-forward. Beside these in bytes: a norm's and a
-    head's fp32 scalars, and the layer's copies of the rotary tables, of which fp32 needs none.
+    block); queries and keys after the rotary embedding, values and output, (2 heads + 2 groups) of
+    a head's size; SwiGLU's two inputs and its output, 3 feed-forward. Norms of queries and keys
+    keep queries before them, and for the keys the product that has the values too: another (2 heads
+    + groups). Beside these in bytes: a norm's and a head's fp32 scalars. The rotary tables are
+    those of the micro-batch.
     """
     model, element = config.model, _element_bytes(config)
     norms = 1 if model.parallel_block else 2
     hidden = 2 * norms * model.hidden_size * element + norms * FP32_BYTES
     heads, groups, size = model.num_heads, known(model.num_kv_heads), known(model.head_dim)
-    attention = 3 * (heads + groups) * size * element + heads * FP32_BYTES
+    attention = 2 * (heads + groups) * size * element + heads * FP32_BYTES
     if model.qk_norm:
-        attention += heads * size * element + (heads + groups) * FP32_BYTES
-    tables = 4 * (size // 2) * element if element < FP32_BYTES else 0
+        attention += (2 * heads + groups) * size * element + (heads + groups) * FP32_BYTES
     cut = attentions(model) * attention + _feed_forward_bytes(model, element)
-    whole = attentions(model) * tables + _router_bytes(model, element)
+    whole = _router_bytes(model, element)
     return hidden // _hidden_cut(config, layout) + cut // layout.tensor + whole
 
 
@@ -108,18 +130,6 @@ def _router_bytes(model: ModelConfig, element: int) -> int:
         kept += moe.attention_experts * model.hidden_size * element
         kept += moe.attention_experts * (FP32_BYTES + element) + model.hidden_size * FP32_BYTES
     return kept
-
-
-def _head_bytes(config: RunConfig, layout: Layout) -> int:
-    """Per token, at the peak of the last stage: while the loss is computed.
-
-    The last norm's input and output, and the logits with their softmax in fp32, which in an fp32
-    run takes the logits' own place.
-    """
-    element = _element_bytes(config)
-    hidden = 2 * config.model.hidden_size * element // _hidden_cut(config, layout)
-    logits = logits_per_token(config.model, layout.tensor) // layout.tensor
-    return hidden + logits * (FP32_BYTES + (element if element < FP32_BYTES else 0))
 
 
 def _element_bytes(config: RunConfig) -> int:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from megascale.config import RopeScalingConfig
+from megascale.fused.rotary import rotate
 from megascale.mesh.packed_attention import attend
 from megascale.mesh.packing import Segments
 
@@ -34,6 +35,9 @@ class PackedAttention(torch.nn.Module):
         self.head_dim: int = config.kv_channels
         self.rope_base, self.rope_scaling = rope_base, rope_scaling
         self.window = window
+        self.keeps_product: bool = config.qk_layernorm
+        """Whether the norm of keys keeps its input, a view of the product with the weights of
+        queries, keys and values. Else a copy of the values frees that product."""
 
     def forward(
         self,
@@ -54,7 +58,9 @@ class PackedAttention(torch.nn.Module):
             segments.rotary = rotary_table(
                 segments.positions_T, self.head_dim, self.rope_base, self.rope_scaling
             )
-        query, key = rotate(query, segments.rotary), rotate(key, segments.rotary)
+        query, key = rotate(query, key, segments.rotary)
+        if not self.keeps_product:
+            value = value.contiguous()
         out_THD, _ = attend(query, key, value, segments, causal=True, window=self.window)
         return out_THD.reshape(out_THD.shape[0], -1)
 
@@ -79,10 +85,3 @@ def _slowed(turning: torch.Tensor, scaling: RopeScalingConfig) -> torch.Tensor:
     turns = scaling.original_tokens * turning / (2 * math.pi)
     kept = ((turns - scaling.low_turns) / (scaling.high_turns - scaling.low_turns)).clamp(0, 1)
     return turning * (kept + (1 - kept) / scaling.factor)
-
-
-def rotate(x_THD: torch.Tensor, table: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
-    """Turn the pair (i, i + D/2) of every head by its angle, as Llama does."""
-    cos, sin = (part.to(x_THD.dtype) for part in table)
-    first, second = x_THD.chunk(2, dim=-1)
-    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)

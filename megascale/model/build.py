@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
-from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import (
@@ -18,9 +17,11 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megascale.config import MoeConfig, RunConfig
 from megascale.config.optimizers import OPTIMIZERS
+from megascale.fused.swiglu import use_in_megatron
 from megascale.mesh.offload import Offloader
 from megascale.model.balance import Balance
 from megascale.model.counts import padded_vocab_size
+from megascale.model.gpt import Gpt
 from megascale.model.initialise import initialise
 from megascale.model.layers import LayerMask, final_norm, layer_spec, use_transformer_engine
 from megascale.model.model import Model
@@ -37,7 +38,9 @@ def build_model(config: RunConfig, ranks: Ranks) -> Model:
     Gradients are summed over ranks, never averaged.
     """
     core = transformer_config(config, ranks)
-    network = GPTModel(
+    if core.bias_activation_fusion:
+        use_in_megatron()
+    network = Gpt(
         config=core,
         transformer_layer_spec=_block_spec(config, core),
         vocab_size=padded_vocab_size(config.model, config.parallel.tensor),

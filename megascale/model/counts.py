@@ -17,6 +17,15 @@ from megascale.planner.cost import CostModel
 
 BACKWARD_AND_FORWARD = 3
 """A backward pass multiplies twice per weight and per score, a forward pass once."""
+LOSS_CHUNK_BYTES = 512 * 2**20
+"""Most bytes of the logits that exist at a time, in the precision of the model.
+
+At 128K ids in bf16 these are 2,048 tokens. Adding a chunk's part to the fp32 gradient of the output
+weights reads and writes 8 bytes for 2 operations per token of the chunk: 512 operations per byte.
+Current GPUs are limited by memory below 160 to 300. Small vocabularies take one chunk.
+"""
+LOSS_CHUNK_MULTIPLE = 128
+"""Of the tokens of a chunk, but for the last: so tiles of matrix products are full."""
 
 
 def padded_vocab_size(model: ModelConfig, tensor: int = 1) -> int:
@@ -31,6 +40,12 @@ def padded_vocab_size(model: ModelConfig, tensor: int = 1) -> int:
 def logits_per_token(model: ModelConfig, tensor: int) -> int:
     """Logits that all tensor ranks compute. One alone leaves out the padded rows."""
     return padded_vocab_size(model, tensor) if tensor > 1 else known(model.vocab_size)
+
+
+def loss_chunk_tokens(rows: int, element_bytes: int) -> int:
+    """Tokens whose logits exist at a time, with `rows` logits of `element_bytes` for each."""
+    most = LOSS_CHUNK_BYTES // (rows * element_bytes)
+    return max(LOSS_CHUNK_MULTIPLE, most // LOSS_CHUNK_MULTIPLE * LOSS_CHUNK_MULTIPLE)
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,9 @@ from typing import Any
 
 import torch
 from megatron.core import parallel_state
-from megatron.core.models.gpt import GPTModel
+
+from megascale.model.gpt import Gpt
+from megascale.model.linear_cross_entropy import VocabularyPart
 
 VOCABULARY = ("embedding.word_embeddings.weight", "output_layer.weight")
 """Global names of the weights with a row for each id."""
@@ -20,7 +22,7 @@ CUDA_MULTIPLE = 64
 """Of logits on one CUDA rank: 128 bytes in bf16, without which matrix products are slow."""
 
 
-def exclude_padding(model: GPTModel, vocab_size: int, device: torch.device) -> None:
+def exclude_padding(model: Gpt, vocab_size: int, device: torch.device) -> None:
     """Take the padded rows of `model`, as this rank holds it, out of its logits.
 
     Without tensor parallelism they are left out of the product. Tensor ranks need logits of one
@@ -38,7 +40,10 @@ def exclude_padding(model: GPTModel, vocab_size: int, device: torch.device) -> N
     if rows < held:
         head.output_size_per_partition = rows  # what it checks a given weight against
         head.register_forward_pre_hook(partial(_cut_weight, rows=rows), with_kwargs=True)
-    known = ids_among(rows, parallel_state.get_tensor_model_parallel_rank() * rows, vocab_size)
+    first = parallel_state.get_tensor_model_parallel_rank() * rows
+    known = ids_among(rows, first, vocab_size)
+    group = parallel_state.get_tensor_model_parallel_group() if tensor > 1 else None
+    model.vocabulary = VocabularyPart(rows, known, first, group)
     if known < rows:
         head.register_forward_hook(partial(_mask_logits, known=known))
 
@@ -48,7 +53,7 @@ def ids_among(rows: int, first: int, vocab_size: int) -> int:
     return min(max(vocab_size - first, 0), rows)
 
 
-def _vocabulary_weights(model: GPTModel) -> list[Any]:
+def _vocabulary_weights(model: Gpt) -> list[Any]:
     """The embedding and the head where this rank has them. A tied head has no weight of its own,
     but for the copy on the last of several pipeline stages."""
     embedding = [model.embedding.word_embeddings.weight] if model.pre_process else []

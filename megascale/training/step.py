@@ -159,20 +159,20 @@ def _forward(
     model.timer.micro_batch()
     pulse.mark()
     with model.offloader.micro_batch(batch.offload):
-        loss_T = chunk(
+        output = chunk(
             input_ids=batch.tokens_T[None],
             position_ids=batch.segments.positions_T[None],
             attention_mask=None,
             labels=batch.targets_T[None],
+            loss_mask=batch.loss_mask_T[None],
             packed_seq_params=batch.segments,
         )
 
-    def summed(loss_T: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        loss_sum = (loss_T.flatten().float() * batch.loss_mask_T).sum()
+    def report(loss_sum: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         tokens = torch.tensor(batch.num_tokens, dtype=torch.int32, device=loss_sum.device)
         return loss_sum, tokens, torch.stack([loss_sum.detach().double(), tokens.double()])
 
-    return loss_T, summed
+    return output, report
 
 
 def _sum_over_ranks(ranks: Ranks, values: list[float]) -> list[float]:

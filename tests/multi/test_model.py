@@ -82,3 +82,33 @@ def test_losses_and_gradients_are_those_of_a_plain_model(ranks, overrides):
     ((loss_error, grad_error, grad_size),) = ranks(1, compare_with_plain, overrides)
     assert loss_error < 1e-5
     assert grad_error < 1e-4 * grad_size
+
+
+def compare_as_on_cuda(overrides):
+    """`compare_with_plain`, with the fused SwiGLU of CUDA; and its largest error in experts."""
+    from megatron.core.transformer.moe import experts
+
+    from megascale.model import build
+
+    usual = build.transformer_config
+
+    def fused(config, ranks):
+        core = usual(config, ranks)
+        core.bias_activation_fusion = True
+        return core
+
+    build.transformer_config = fused
+    try:
+        found = compare_with_plain(overrides)
+    finally:
+        build.transformer_config = usual
+    x, weights = torch.randn(5, 12), torch.rand(5, 1)
+    expected = torch.nn.functional.silu(x[:, :6]) * x[:, 6:] * weights
+    weighted = experts.weighted_bias_swiglu_impl(x, None, weights, False)
+    return *found, (weighted - expected).abs().max().item()
+
+
+def test_the_fused_swiglu_of_cuda_is_that_of_a_plain_model(ranks):
+    ((loss_error, grad_error, grad_size, weighted_error),) = ranks(1, compare_as_on_cuda, ())
+    assert loss_error < 1e-5 and weighted_error < 1e-6
+    assert grad_error < 1e-4 * grad_size

@@ -233,11 +233,12 @@ def test_offload_is_free_where_bytescale_found_it_free():
     """Ratio 0.5 at 64K tokens costs nothing; at 256K, all of it is free.
 
     ByteScale finds that 0.6 is no longer free. With SwiGLU's product recomputed, as CUDA's fused
-    kernel does, layers keep a sixth less, so here that is so from 0.7 on.
+    kernel does, and without the product of queries, keys and values, layers keep a quarter less,
+    so here that is so from 0.75 on.
     """
     problem = paper_cluster().problem(np.array([9]))
     offload = problem.offload
-    for tokens, free, not_free in ((64 << 10, 0.5, 0.7), (256 << 10, 1.0, None)):
+    for tokens, free, not_free in ((64 << 10, 0.5, 0.75), (256 << 10, 1.0, None)):
         forward_s = problem.cost.compute_s(tokens) / 3 / offload.stage_layers
         most = forward_s / (tokens * offload.bytes_per_token / offload.copy_bytes_per_s)
         assert most >= free
