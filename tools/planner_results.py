@@ -97,7 +97,7 @@ def plot(rows: Sequence[Row], batches: Mapping[str, str], path: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    from megascale.monitor.plots import STYLE
+    from megascale.monitor.plot_style import STYLE
 
     with matplotlib.rc_context({**STYLE, "figure.figsize": (14.0, 2.2 + 0.32 * len(batches))}):
         figure = Figure(layout="constrained")

@@ -12,8 +12,10 @@ from numpy.typing import ArrayLike
 
 from megascale.config import Layout, RunConfig
 from megascale.config.load import whole_number
+from megascale.corpus.batches import used_sources
 from megascale.devices.table import DEVICES, device_of
 from megascale.errors import UserError
+from megascale.monitor.quantities import show_names
 from megascale.planner import PLANNERS, CostModel, Problem, StepPlan, plan_with, timeline
 from megascale.planner.gantt import LEGEND, plot_gantt, text_gantt
 from megascale.planner.plan import Mode
@@ -85,15 +87,19 @@ def _run_config(args: argparse.Namespace) -> int:
         layout = _begin(args, run.config)
         first = first_step(run.config, layout, run.sources, _cost(run.config, layout, on))
         text = describe_run(run, layout, first, on)
+        corpus = show_names(used_sources(run.config.data.stages))
     else:
         tokens = _source_tokens(args.source_tokens)
         drawn = load_drawn_run(args.config, args.overrides, args.lengths, tokens)
         layout = _begin(args, drawn.config)
         cost = _cost(drawn.config, layout, on)
         first = plan_first(drawn.config, layout, drawn.batch, cost)
-        text = describe_drawn(drawn, layout, first, on)
+        text, corpus = (
+            describe_drawn(drawn, layout, first, on),
+            show_names([Path(args.lengths).name]),
+        )
     print(text, end="")
-    _write_plan(args, first.plan, first.batch.length, first.problem.cost)
+    _write_plan(args, first.plan, first.batch.length, first.problem.cost, corpus)
     return 0
 
 
@@ -142,7 +148,7 @@ def _run_lengths(args: argparse.Namespace) -> int:
             f"  {row}" for row in text_gantt(plan, problem.lengths, problem.cost).splitlines()
         )
     )
-    _write_plan(args, plan, problem.lengths, problem.cost)
+    _write_plan(args, plan, problem.lengths, problem.cost, show_names([Path(args.lengths).name]))
     return 0
 
 
@@ -182,10 +188,12 @@ def _require_outputs(args: argparse.Namespace, *reads: str | None) -> None:
 
 
 def _write_plan(
-    args: argparse.Namespace, plan: StepPlan, lengths: ArrayLike, cost: CostModel
+    args: argparse.Namespace, plan: StepPlan, lengths: ArrayLike, cost: CostModel, corpus: str
 ) -> None:
     if args.json:
         text = json.dumps(plan.to_json()) + "\n"
         write_as_asked("--json", args.json, lambda path: write_output(path, text))
     if args.gantt:
-        write_as_asked("--gantt", args.gantt, lambda path: plot_gantt(plan, lengths, cost, path))
+        write_as_asked(
+            "--gantt", args.gantt, lambda path: plot_gantt(plan, lengths, cost, path, corpus)
+        )

@@ -19,6 +19,7 @@ from megascale.monitor.metric_fields import field_called
 from megascale.monitor.quantities import clock, show_duration
 from megascale.monitor.story import PARTS, Story, read_story
 from megascale.reading import MOST_TEXT_BYTES, read_whole
+from megascale.run.ancestry import earlier_parts
 from megascale.runtime.files import real_path, write_output
 from megascale.runtime.outputs import Output, begins_with, require_outputs
 from megascale.runtime.terminal import escape_controls
@@ -86,7 +87,8 @@ def _pictures(run: Path) -> dict[str, bytes]:
 
     with TemporaryDirectory() as folder:
         try:
-            return {path.stem: path.read_bytes() for path in plot_run([run], Path(folder))}
+            written = plot_run([run], Path(folder), {run: earlier_parts(run)})
+            return {path.stem: path.read_bytes() for path in written}
         except UserError:
             return {}
 

@@ -1,8 +1,12 @@
-"""Counts, durations and moments as short text."""
+"""Counts, durations, moments and names as short text."""
 
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
+
+MOST_NAMES, MOST_NAME_CHARACTERS = 4, 28
+"""Of a list of names, and of each of them."""
 
 
 def show_count(count: float) -> str:
@@ -31,3 +35,13 @@ def show_duration(seconds: float) -> str:
 def clock(seconds: float) -> str:
     """A moment, in seconds since the epoch, as local date and time."""
     return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(seconds))
+
+
+def show_names(names: Sequence[str]) -> str:
+    """Names in a row, for a title: the first few, and how many more there are."""
+    shown = [
+        name if len(name) <= MOST_NAME_CHARACTERS else f"{name[: MOST_NAME_CHARACTERS - 3]}..."
+        for name in names[:MOST_NAMES]
+    ]
+    more = len(names) - len(shown)
+    return ", ".join(shown) + (f" and {more} more" if more else "")

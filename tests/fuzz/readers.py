@@ -277,7 +277,7 @@ def curves(rng: Rng, scene: Scene) -> None:
     """Logs, as the plots read them."""
     from megascale.monitor.experts import read_shares
     from megascale.monitor.metrics import rewind
-    from megascale.monitor.plots import load_curves, smooth
+    from megascale.monitor.run_curves import load_curves, smooth
     from megascale.monitor.stragglers import read_slowdowns
 
     run = run_of(rng, scene)

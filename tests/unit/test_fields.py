@@ -19,7 +19,8 @@ from megascale.monitor import metric_fields as fields
 from megascale.monitor.console import Console
 from megascale.monitor.metric_fields import Curve, Field, Picture, Shown
 from megascale.monitor.metrics import MetricsWriter
-from megascale.monitor.plots import load_curves, plot_run
+from megascale.monitor.plots import plot_run
+from megascale.monitor.run_curves import load_curves
 from megascale.monitor.step_record import StepRecord, StepResult
 from megascale.training.evaluate import HeldoutScore
 

@@ -22,7 +22,7 @@ from megascale.monitor.device import mfu, peak_flops
 from megascale.monitor.events import EventLog
 from megascale.monitor.metrics import MetricsWriter, flatten, read_rows
 from megascale.monitor.profile import profiler
-from megascale.monitor.quantities import show_count, show_duration
+from megascale.monitor.quantities import show_count, show_duration, show_names
 from megascale.monitor.trackers import TRACKERS
 from megascale.runtime.logs import say, settle_console
 
@@ -314,6 +314,20 @@ def test_counts_are_short(count: float, shown: str) -> None:
 )  # fmt: skip
 def test_durations_are_short(seconds: float, shown: str) -> None:
     assert show_duration(seconds) == shown
+
+
+@pytest.mark.parametrize(
+    ("names", "shown"),
+    [
+        ([], ""),
+        (["web"], "web"),
+        (["web", "code"], "web, code"),
+        (list("abcdefg"), "a, b, c, d and 3 more"),
+        (["x" * 28, "y" * 29], f"{'x' * 28}, {'y' * 25}..."),
+    ],
+)
+def test_names_fit_into_a_title(names: list[str], shown: str) -> None:
+    assert show_names(names) == shown
 
 
 # --------------------------------------------------------------------------------------- device
