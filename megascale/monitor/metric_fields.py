@@ -144,9 +144,10 @@ FIRST_PICTURES = (LOSS, BITS_PER_BYTE, LEARNING_RATE, SPEED, GRAD_NORM, BALANCE,
 
 LEAST_WAIT_S = 0.01
 """Mean wait for plans from which the console shows it."""
+SPEEDUP = "speedup_over_static"
+"""Field: predicted step time of the static plan of a batch over that of the plan."""
 CONSOLE_ORDER = (
-    "loss", "bits_per_byte", "grad_norm", "lr", "tokens_per_s", "speedup_over_static", "mfu",
-    "plan_wait_s",
+    "loss", "bits_per_byte", "grad_norm", "lr", "tokens_per_s", SPEEDUP, "mfu", "plan_wait_s",
 )  # fmt: skip
 """Fields of the console's line from left to right; others that it shows follow them."""
 
@@ -155,6 +156,7 @@ FIELDS: tuple[Field, ...] = (
     Field(
         "tokens_seen", "tokens", "Loss tokens of all these steps.",
         lambda step: step.cursor.tokens_seen,
+        number="{:,}".format,
     ),
     Field(
         "num_tokens", "tokens", "Loss tokens of this step.", lambda step: step.result.num_tokens

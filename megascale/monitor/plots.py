@@ -178,8 +178,8 @@ def _draw(path: Path, picture: Picture, view: _View) -> None:
 def _set_titles(axes: Axes, picture: Picture, view: _View) -> None:
     """What is shown, of which run, and under it what the run reads."""
     name = f" - {view.own[0].name}" if view.is_single else ""
-    style = {"x": 0.01, "ha": "left", "fontsize": 14, "fontweight": "bold"}
-    axes.figure.suptitle(f"{picture.title}{name}", **style)  # type: ignore[arg-type]
+    title = axes.figure.suptitle(f"{picture.title}{name}", x=0.01, ha="left")
+    title.set(fontsize=14, fontweight="bold")
     if view.corpora:
         axes.set_title(f"trained on {view.corpora}", fontsize=10, fontweight="normal", pad=8)
 

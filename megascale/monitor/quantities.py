@@ -1,4 +1,4 @@
-"""Counts, durations, moments and names as short text."""
+"""Counts, sizes, durations, moments and names as short text."""
 
 from __future__ import annotations
 
@@ -18,6 +18,16 @@ def show_count(count: float) -> str:
         if count < 999.95:
             return f"{count:.1f}{unit}"
     return f"{count / 1000:.1f}T"
+
+
+def show_bytes(number: float) -> str:
+    """Bytes in the largest binary unit: 12.0 B, 1.5 MiB, 85.3 GiB."""
+    value, unit = float(number), "B"
+    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
+        if value < 1024 or unit == "TiB":
+            break
+        value /= 1024
+    return f"{value:.1f} {unit}"
 
 
 def show_duration(seconds: float) -> str:

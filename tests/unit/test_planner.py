@@ -299,7 +299,7 @@ def test_a_colour_of_a_gantt_picture_is_the_same_length_in_all_pictures(tmp_path
     with pictures.drawn_figures() as drawn:
         plot_gantt(plan, lengths, COST, tmp_path / "plan.png")
     axes, bar = drawn[0].axes
-    assert bar.get_ylim() == (64, 2**20)
+    assert bar.get_ylim() == pytest.approx((64, 2**20))
     ticks = [label.get_text() for label in bar.get_yticklabels()]
     assert ticks == ["64", "256", "1,024", "4,096", "16,384", "65,536", "262,144", "1,048,576"]
     (bars,) = axes.collections
