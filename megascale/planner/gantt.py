@@ -21,7 +21,7 @@ MAX_TEXT_ROWS = 16
 _MARKS = ((0.5, "#"), (0.125, "="), (0.0, "-"))
 _PADDING_COLOUR = (0.87, 0.87, 0.87, 1.0)
 _BOUND_COLOUR = "#b2182b"
-COLOURED_TOKENS = 4**3, 4**10
+COLOURED_TOKENS = 4**4, 4**9
 """Lengths of the first and the last colour; shorter and longer sequences have these two."""
 LEGEND = "longest sequence > 1/2 of capacity '#', > 1/8 '=', shorter '-', padding '.'"
 
@@ -143,7 +143,7 @@ def _draw_bars(axes: Axes, plan: StepPlan, longest: Integers, times: Timeline, u
     axes.yaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_ylabel("rank")
     axes.spines[["top", "right"]].set_visible(False)
-    ticks = [4**power for power in range(3, 11)]
+    ticks = [4**power for power in range(4, 10)]
     bar = axes.figure.colorbar(
         scale, ax=axes, pad=0.01, ticks=ticks, format="{x:,.0f}", extend="both"
     )

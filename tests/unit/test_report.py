@@ -21,7 +21,7 @@ train: {tokens: 81920}
 EMBEDDING = 1000 * 64
 LAYER = 2 * 64 + 64 * (64 + 2 * 32) + 64 * 64 + 3 * 64 * 128
 PARAMETERS = EMBEDDING + 2 * LAYER + 64
-"""Tied embeddings, the last norm; of a layer its norms, queries, keys and values, output, feed-forward."""
+"""Tied embeddings, the last norm; of a layer norms, queries, keys, values, output, feed-forward."""
 START = {
     "time": "2026-11-30T10:00:00.000+00:00", "event": "start", "began": 1796032790.1, "step": 0,
     "total_steps": 20, "world": 8, "command": "megascale train c.yaml --ranks 8",
