@@ -94,10 +94,8 @@ def _run_config(args: argparse.Namespace) -> int:
         layout = _begin(args, drawn.config)
         cost = _cost(drawn.config, layout, on)
         first = plan_first(drawn.config, layout, drawn.batch, cost)
-        text, corpus = (
-            describe_drawn(drawn, layout, first, on),
-            show_names([Path(args.lengths).name]),
-        )
+        text = describe_drawn(drawn, layout, first, on)
+        corpus = show_names([Path(args.lengths).name])
     print(text, end="")
     _write_plan(args, first.plan, first.batch.length, first.problem.cost, corpus)
     return 0

@@ -12,9 +12,13 @@ from megascale.monitor.quantities import show_bytes, show_duration
 HIDDEN = ("time", "event", "step", "spent", "began", "layout", "total_steps", "tokens_seen")
 """Fields that a table of events shows elsewhere, or that say nothing in it."""
 TEXTS: dict[str, tuple[str, ...]] = {
-    "start": ("{world} ranks on {device}: {command}", "{world} ranks: {command}", "{world} ranks"),
+    "start": ("on {world} x {device}: {command}", "ranks {world}: {command}", "ranks {world}"),
     "stop": ("{asked}",),
-    "save": ("{error}", "checkpoint of {bytes}, training stood still for {seconds}"),
+    "save": (
+        "{error}",
+        "{emergency} of {bytes}, written in {seconds}",
+        "checkpoint of {bytes}, written in {seconds}",
+    ),
     "skip": (
         "update left out: loss {loss}, gradient norm {grad_norm}",
         "update left out: loss {loss}",
@@ -39,7 +43,11 @@ TEXTS: dict[str, tuple[str, ...]] = {
     "routing": ("{problem}",),
 }
 """What is said of a kind of event: the first text all of whose fields the event has."""
-ENDS = {True: "stopped by a signal", False: "reached its end"}
+YES_OR_NO = {
+    "asked": ("stopped by a signal", "reached its end"),
+    "emergency": ("emergency copy", "checkpoint"),
+}
+"""What true and false mean, by field; in others they are yes and no."""
 _FIELD = re.compile(r"{(\w+)}")
 
 
@@ -59,7 +67,7 @@ def event_text(event: Mapping[str, Any]) -> str:
 def show_field(name: str, value: Any) -> str:
     """A value of an event as a person reads it, by the name of its field."""
     if isinstance(value, bool):
-        return ENDS[value] if name == "asked" else ("yes" if value else "no")
+        return YES_OR_NO.get(name, ("yes", "no"))[not value]
     if isinstance(value, int | float):
         return _number(name, value)
     if isinstance(value, Mapping):

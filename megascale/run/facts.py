@@ -17,6 +17,11 @@ from megascale.run.origin import home_of
 
 LAYOUT = {"tensor": "tensor", "pipeline": "pipeline", "hdp": "HDP"}
 """Axes of ranks, as the event of a start names them, and as people do."""
+HELDOUT_TITLES = (
+    "held-out set", "loss", "first loss", "bits per byte", "first bits per byte", "tokens scored",
+    "step",
+)  # fmt: skip
+"""Of the table of held-out scores."""
 
 
 def what_it_is(run_dir: Path, story: Story) -> Iterator[tuple[str, str]]:
@@ -57,12 +62,6 @@ def heldout_row(one: HeldOut) -> tuple[str, ...]:
     tokens += f" of {whole:,}" if tokens and isinstance(whole, int) else ""
     cells = [_score(which, name) for name in ("loss", "bits_per_byte") for which in _both(one)]
     return (one.source, *cells, tokens, f"{one.step:,}")
-
-
-HELDOUT_TITLES = (
-    "held-out set", "loss", "first loss", "bits per byte", "first bits per byte", "tokens scored",
-    "step",
-)  # fmt: skip
 
 
 def _both(one: HeldOut) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
@@ -114,7 +113,7 @@ def _of_start(start: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     device, nodes = _text(start, "device"), start.get("nodes")
     if device:
         where = f" on {nodes} nodes" if isinstance(nodes, int) and nodes > 1 else ""
-        yield "device", f"{device}{where}"
+        yield "device", f"{start.get('world')} x {device}{where}"
     versions = start.get("versions")
     if isinstance(versions, dict):
         yield "code", ", ".join(f"{name} {version}" for name, version in versions.items())

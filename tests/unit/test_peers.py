@@ -9,6 +9,7 @@ import time
 import bench_planner
 import numpy as np
 import peers
+import pictures
 import planner_results
 import pytest
 from bench_planner import Job, Row, Scenario, corpus_lengths, in_process
@@ -232,6 +233,20 @@ def test_results_are_read_as_they_were_written(tmp_path):
     assert "| free | hybrid |" in lines and "| s1 | 1.100 |" in lines
     assert "| aligned | longest first |" in lines and "| s1 | 1.300! |" in lines
     assert lines[-1] == "| s2 | late |"
+
+
+def test_the_picture_of_the_guide_can_be_read(tmp_path):
+    batches, rows = planner_results.read_results(planner_results.RESULTS / "planner.json")
+    with pictures.drawn_figures() as drawn:
+        planner_results.plot(rows, batches, tmp_path / "planner.png")
+    pictures.require_readable(drawn[0])
+    texts = [text for text, _ in pictures.texts_of(drawn[0])]
+    assert all(any(text.endswith(f"  {name}") for text in texts) for name in batches)
+    duels = [duel for mode in bench_planner.MODES for duel in planner_results.duels(rows, mode)]
+    assert len(duels) == 3 * len(batches)
+    assert all(
+        any(text.endswith(planner_results.NAMES[one.peer]) for text in texts) for one in duels
+    )
 
 
 def test_the_picture_is_drawn_again_without_measuring(tmp_path, capsys, monkeypatch):

@@ -15,6 +15,7 @@ from megascale.monitor.plot_style import EARLIER, colour
 from megascale.monitor.plots import plot_run
 from megascale.monitor.run_curves import DrawnRun, go_on_from, load_curves, smooth
 from megascale.run.ancestry import earlier_parts
+from megascale.simulate.step_time_plot import plot_rows
 
 PICTURES = ["loss", "bits_per_byte", "learning_rate", "speed", "grad_norm"]
 
@@ -152,6 +153,27 @@ def test_titles_say_what_a_run_reads(tmp_path: Path) -> None:
         texts = [text for text, _ in pictures.texts_of(figure)]
         assert "trained on web, code" in texts, texts
         pictures.require_readable(figure)
+
+
+def test_a_simulation_says_what_stands_at_its_bars(tmp_path: Path) -> None:
+    rows = [
+        {
+            "planner": "static",
+            "step_s": 4.0,
+            "idle_share": 0.5,
+            "passing_share": 0.25,
+            "speedup": 1,
+        },
+        {"planner": "hybrid", "step_s": 2.0, "idle_share": 0, "passing_share": 0.5, "speedup": 2.0},
+        {"planner": "broken", "problem": "no plan"},
+    ]
+    with pictures.drawn_figures() as drawn:
+        plot_rows(rows, "7b on 64 x h100, github", tmp_path / "simulation.png")
+    pictures.require_readable(drawn[0])
+    (axes,) = drawn[0].axes
+    assert [text.get_text() for text in axes.texts] == [" 1.00x", " 2.00x"]
+    assert axes.get_xlabel().endswith("at the end of a bar: speed over static")
+    assert [bar.get_width() for bar in axes.patches] == [1, 1, 1, 1, 2, 0]
 
 
 def test_numbers_on_axes_are_round(tmp_path: Path) -> None:

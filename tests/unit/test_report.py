@@ -103,7 +103,7 @@ def test_what_stands_on_top(run):
         "without embeddings): 2 layers of 64",
         "data": "web, code; context 512, 4,096 tokens a step",
         "layout": "8 ranks = tensor 2 x pipeline 1 x HDP 4, bf16",
-        "device": "NVIDIA H100 80GB HBM3 on 2 nodes",
+        "device": "8 x NVIDIA H100 80GB HBM3 on 2 nodes",
         "code": "megascale 0.2.0 at commit abc, torch 2.11.0",
         "lineage": "from step 3,000 of base (12.3M tokens), by start.checkpoint",
     }
@@ -131,9 +131,11 @@ def test_what_an_earlier_version_did_not_write_is_left_out(run):
 @pytest.mark.parametrize(
     ("event", "text"),
     [
-        (START, "8 ranks on NVIDIA H100 80GB HBM3: megascale train c.yaml --ranks 8"),
-        ({"event": "start", "world": 2}, "2 ranks"),
-        (SAVE, "checkpoint of 5.5 MiB, training stood still for 0.35 s"),
+        (START, "on 8 x NVIDIA H100 80GB HBM3: megascale train c.yaml --ranks 8"),
+        ({"event": "start", "world": 2}, "ranks 2"),
+        (SAVE, "checkpoint of 5.5 MiB, written in 0.35 s"),
+        ({**SAVE, "emergency": True}, "emergency copy of 5.5 MiB, written in 0.35 s"),
+        ({"event": "save", "bytes": 12, "seconds": 61}, "checkpoint of 12.0 B, written in 1m01s"),
         ({**SAVE, "error": "disk full"}, "disk full"),
         (STOP, "reached its end"),
         ({**STOP, "asked": True}, "stopped by a signal"),
@@ -183,8 +185,8 @@ def test_a_browser_shows_the_whole_report(browser, run, width):
     assert dict(facts)["lineage"].startswith("from step 3,000 of base")
     assert heldout[1][:3] == ["web", "0.2000", "0.4000"]
     assert [row[1:] for row in events[1:3]] == [
-        ["start", "0", "8 ranks on NVIDIA H100 80GB HBM3: megascale train c.yaml --ranks 8"],
-        ["save", "1,000", "checkpoint of 5.5 MiB, training stood still for 0.35 s"],
+        ["start", "0", "on 8 x NVIDIA H100 80GB HBM3: megascale train c.yaml --ranks 8"],
+        ["save", "1,000", "checkpoint of 5.5 MiB, written in 0.35 s"],
     ]
     assert seen["texts"][0] == "def f(x):\n    return <b>x</b>" and seen["elements"] == []
     pictures = {name: size for name, *size in seen["images"]}
