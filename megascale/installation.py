@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
 import sys
 from functools import cache
 from importlib.util import find_spec
@@ -41,6 +42,8 @@ MODULES = {
 """The modules of the packages that each extra of `pyproject.toml` installs; "": without any."""
 NEEDED_BY_RANKS = ("megatron-core", "torch")
 """Packages without which no rank can be started."""
+GIT_S = 10.0
+"""What git may take to say at which commit a checkout is."""
 
 
 def shipped_dir(name: str) -> Path:
@@ -144,3 +147,37 @@ def _installed_from() -> str | None:
         return None
     kind = facts.get("vcs_info", {}).get("vcs")
     return f"{kind}+{address}" if kind else address
+
+
+def versions() -> dict[str, str]:
+    """The versions of this code and of what ranks need, by package.
+
+    The version of a checkout is followed by its commit, and by "changed" where files differ.
+    """
+    from importlib import metadata  # here, since few commands need it
+
+    from megascale import __version__
+
+    found = {"megascale": " ".join(filter(None, (__version__, _commit())))}
+    for name in reversed(NEEDED_BY_RANKS):
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def _commit() -> str:
+    """The commit of the checkout that this code is in; empty where there is none, or no git."""
+    checkout = Path(__file__).parents[1]
+    if not (checkout / ".git").exists():
+        return ""
+    command = ["git", "-C", str(checkout), "--no-optional-locks", "describe", "--always"]
+    command += ["--dirty= changed", "--abbrev=10", "--exclude=*"]
+    try:
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=GIT_S, stdin=subprocess.DEVNULL
+        )
+    except (OSError, subprocess.TimeoutExpired, UnicodeDecodeError):
+        return ""
+    return f"at commit {done.stdout.strip()}" if done.returncode == 0 else ""

@@ -20,31 +20,34 @@ import statistics
 import sys
 import sysconfig
 import time
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 from judge import COST_KEYS, judge
 from numpy.typing import NDArray
 from peers import PEERS, import_megatron_core
+from planner_results import (
+    MODES,
+    NAMES,
+    OURS,
+    PIPELINE,
+    RESULTS,
+    Row,
+    plot,
+    ratio_text,
+    read_results,
+    results_json,
+)
 
 from megascale.planner import PLANNERS, CostModel, Placed, Planner, Problem, StepPlan, complete
 from megascale.simulate.lengths import draw_lengths
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-
-RESULTS = Path(__file__).parents[1] / "configs" / "results"
-MODES = ("free", "lockstep", "aligned")
-PIPELINE = 4
 LIMIT_S = 120.0
 FLEXSP_SOLVER_S = 30.0
 FLEXSP_RANKS = 64
-LEAST_EXCESS = 1e-3
-"""Lower edge of the picture."""
 KI, MI = 1 << 10, 1 << 20
 
 COST = {
@@ -119,18 +122,6 @@ TIMED = {
 }
 """Plan times promised: what, and at most how many milliseconds."""
 
-OURS = "hybrid"
-ORDER = (
-    OURS,
-    "bytescale",
-    "flexsp",
-    "static",
-    "static_best",
-    "lpt",
-    "lpt_best",
-    "verl_kk",
-    "megatron_core",
-)
 MODELESS = ("flexsp", "megatron_core")
 """Planners that decide the same in every mode; they run once per scenario."""
 
@@ -154,22 +145,6 @@ class Job:
     scenario: str
     planner: str
     modes: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class Row:
-    """One plan, judged."""
-
-    scenario: str
-    planner: str
-    mode: str
-    ratio: float | None = None
-    """Step time over the neutral lower bound; None where there is no plan."""
-    proxy: float | None = None
-    """In aligned mode, the same with peers.md's proxy of 1F1B."""
-    plan_s: float | None = None
-    problem: str = ""
-    """Why there is no plan, or which rule it breaks."""
 
 
 def find_planner(name: str) -> Planner:
@@ -325,25 +300,12 @@ def table(rows: Sequence[Row], scenarios: Sequence[str], mode: str) -> str:
     planners = list(dict.fromkeys(planner for planner, _ in by_place))
     head = f"{'':<15}" + "".join(f"{name:>8}" for name in scenarios)
     lines = [f"{mode}: time over the lower bound, then time to plan", head]
-    for cell in (_ratio_cell, _time_cell):
+    for cell in (ratio_text, _time_cell):
         for planner in planners:
             cells = [cell(by_place.get((planner, name))) for name in scenarios]
             lines.append(f"{planner:<15}" + "".join(f"{one:>8}" for one in cells))
         lines.append("")
     return "\n".join(lines)
-
-
-NO_PLAN = (("no plan in", "late"), ("sequence", "wrong"), ("ring", "wrong"))
-"""How the table calls what has no time, by how its problem begins."""
-
-
-def _ratio_cell(row: Row | None) -> str:
-    if row is None:
-        return "-"
-    if row.ratio is None:
-        return next((word for start, word in NO_PLAN if row.problem.startswith(start)), "crash")
-    broken = "!" if row.problem else ""
-    return f"{row.ratio:.3f}{broken}" if row.ratio < 100 else f"{row.ratio:.0f}{broken}"
 
 
 def _time_cell(row: Row | None) -> str:
@@ -391,79 +353,26 @@ def summary(rows: Sequence[Row]) -> list[str]:
     return lines
 
 
-def plot(rows: Sequence[Row], scenarios: Sequence[str], path: Path) -> None:
-    """What each planner takes beyond the lower bound, by scenario, a panel for each mode."""
-    import matplotlib
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    from megascale.monitor.plots import STYLE
-
-    with matplotlib.rc_context({**STYLE, "figure.figsize": (11.0, 12.0)}):
-        figure = Figure(layout="constrained")
-        FigureCanvasAgg(figure)
-        panels = figure.subplots(len(MODES), 1)
-        for mode, axes in zip(MODES, panels, strict=True):
-            _plot_mode([row for row in rows if row.mode == mode], scenarios, axes)
-            stages = f", {PIPELINE} pipeline stages" if mode == "aligned" else ""
-            axes.set_title(f"{mode}{stages}: step time beyond the lower bound")
-        panels[0].legend(ncols=5, loc="lower center", bbox_to_anchor=(0.5, 1.1))
-        panels[-1].set_xlabel("scenario; hollow: breaks a rule; missing: no plan")
-        figure.savefig(path)
-
-
-def _plot_mode(rows: Sequence[Row], scenarios: Sequence[str], axes: Axes) -> None:
-    from megascale.monitor.plots import COLOURS, MARKERS
-
-    planners = list(dict.fromkeys(row.planner for row in rows))
-    for position, planner in enumerate(planners):
-        own = [row for row in rows if row.planner == planner and row.ratio is not None]
-        shift = (position - (len(planners) - 1) / 2) * 0.09
-        x = [scenarios.index(row.scenario) + shift for row in own]
-        y = [max(LEAST_EXCESS, row.ratio - 1) for row in own if row.ratio is not None]
-        colour = (*COLOURS, "#a6761d")[ORDER.index(planner) if planner in ORDER else -1]
-        axes.scatter(
-            x,
-            y,
-            s=70 if planner == OURS else 32,
-            marker=f"{MARKERS}<"[ORDER.index(planner) if planner in ORDER else -1],
-            facecolors=["none" if row.problem else colour for row in own],
-            edgecolors=colour,
-            label=planner,
-            zorder=3,
-        )
-    axes.set_yscale("log")
-    ticks = [0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30]
-    axes.set_yticks(ticks, [f"{tick:.1%}" if tick < 0.01 else f"{tick:.0%}" for tick in ticks])
-    axes.minorticks_off()
-    axes.set_xticks(range(len(scenarios)), scenarios)
-
-
 def to_json(
     rows: Sequence[Row], times: list[dict[str, object]], seed: int, cost: dict[str, float]
 ) -> str:
-    """All results as JSON, a planner and mode a line."""
-    results: dict[str, dict[str, object]] = {}
-    for row in rows:
-        values = asdict(row)
-        kept = {name: values[name] for name in ("ratio", "proxy", "plan_s", "problem")}
-        rounded = {k: round(v, 4) if isinstance(v, float) else v for k, v in kept.items() if v}
-        results.setdefault(f"{row.mode} {row.planner}", {})[row.scenario] = rounded
+    """All results as JSON."""
     names = {row.scenario for row in rows}
-    about = {name: one.describe() for name, one in SCENARIOS.items() if name in names}
     machine = f"{os.cpu_count()} cores, {platform.machine()}, Python {platform.python_version()}"
-    head = {"machine": machine, "seed": seed, "cost": cost, "scenarios": about, "summary": None}
-    lines = [f" {json.dumps(key)}: {json.dumps(value)}" for key, value in head.items() if value]
-    lines.append(f' "summary": {json.dumps(summary(rows))}')
-    lines.append(f' "plan_times": {json.dumps(times)}')
-    body = ",\n".join(f"  {json.dumps(key)}: {json.dumps(one)}" for key, one in results.items())
-    return "{\n" + ",\n".join(lines) + ',\n "results": {\n' + body + "\n }\n}\n"
+    head = {"machine": machine, "seed": seed, "cost": cost, "scenarios": about(names)}
+    head = {key: value for key, value in head.items() if value}
+    return results_json({**head, "summary": summary(rows), "plan_times": times}, rows)
+
+
+def about(names: Collection[str]) -> dict[str, str]:
+    """What the scenarios of these names are, in the order of all."""
+    return {name: one.describe() for name, one in SCENARIOS.items() if name in names}
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
     """Options of `bench.py planner`."""
     parser = argparse.ArgumentParser(prog="bench.py planner", description=__doc__)
-    known = [name for name in ORDER if name in PEERS or name in PLANNERS]
+    known = [name for name in NAMES if name in PEERS or name in PLANNERS]
     parser.add_argument("--quick", action="store_true", help=f"only {', '.join(QUICK)}, no FlexSP")
     parser.add_argument("--only", metavar="S1,S2", help=f"of {', '.join(SCENARIOS)}; no plan times")
     parser.add_argument("--planners", metavar="A,B", help=f"of {', '.join(known)}; no plan times")
@@ -471,6 +380,9 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0, help="of the drawn lengths")
     parser.add_argument("--cost", type=Path, help="COST.json instead of FlexSP's 7B fit")
     parser.add_argument("--out", type=Path, help="folder; default: configs/results, if all ran")
+    parser.add_argument(
+        "--redraw", action="store_true", help="measure nothing: draw planner.json of that folder"
+    )
     options = parser.parse_args(arguments)
     subset = options.quick or options.only or options.planners
     options.asked = bool(options.planners)
@@ -479,7 +391,9 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     quick = [name for name in known if name != "flexsp"] if options.quick else known
     options.planners = _chosen(parser, options.planners, quick, [*PLANNERS, *PEERS])
     standard = options.seed == 0 and options.cost is None and not subset
-    options.out = options.out or (RESULTS if standard else None)
+    options.out = options.out or (RESULTS if standard or options.redraw else None)
+    if options.redraw and not (options.out / "planner.json").is_file():
+        parser.error(f"--redraw: there is no planner.json in {options.out}; give --out its folder")
     options.cost = json.loads(options.cost.read_text()) if options.cost else COST
     if set(options.cost) != set(COST_KEYS):
         parser.error(f"--cost must be an object with keys {', '.join(COST_KEYS)}")
@@ -499,9 +413,19 @@ def _chosen(
     return names
 
 
+def redraw(folder: Path) -> None:
+    """Draw `planner.png` from the `planner.json` beside it."""
+    batches, rows = read_results(folder / "planner.json")
+    plot(rows, batches, folder / "planner.png")
+    print(f"written: {folder}/planner.png")
+
+
 def bench_planner(arguments: Sequence[str]) -> None:
-    """Run all jobs, print the tables, and write JSON and picture."""
+    """Run all jobs, print the tables, and write JSON and picture; or draw the picture alone."""
     options = parse(arguments)
+    if options.redraw:
+        redraw(options.out)
+        return
     if "megatron_core" in options.planners:
         import_megatron_core()
     gc.freeze()  # else collections in children walk and copy all that is imported here
@@ -525,7 +449,7 @@ def bench_planner(arguments: Sequence[str]) -> None:
         options.out.mkdir(parents=True, exist_ok=True)
         written = to_json(rows, times, options.seed, options.cost)
         (options.out / "planner.json").write_text(written, encoding="utf-8")
-        plot(rows, options.scenarios, options.out / "planner.png")
+        plot(rows, about(options.scenarios), options.out / "planner.png")
         print(f"written: {options.out}/planner.json, {options.out}/planner.png")
 
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from megascale.corpus.check import Findings, check_source, length_histogram, plot_lengths
+from megascale.corpus.check import Findings, check_source
+from megascale.corpus.document_lengths import length_histogram, plot_lengths
 from megascale.corpus.made import LENGTHS_PICTURE, PLOTS
 from megascale.corpus.sources import describe
 from megascale.errors import UserError
 from megascale.run.blend_check import check_blend
 from megascale.run.resolve import read_run
+from megascale.runtime.files import real_path
 from megascale.runtime.outputs import Output, picture, require_outputs
 
 CONTEXT_TOKENS = 4096
@@ -62,7 +64,8 @@ def run_check(args: argparse.Namespace) -> int:
     file = (Path(args.plots) if args.plots else _beside(args.corpus)) / LENGTHS_PICTURE
     try:
         require_outputs([Output("--plots", file, picture(".png"), makes_folders=True)])
-        plot_lengths(findings.lengths, context, file)
+        name = real_path(args.corpus).name
+        plot_lengths(findings.lengths["train"], context, name, file)
         print(f"wrote {file}")
     except (OSError, UserError) as error:  # a verdict is worth more than a picture
         said = getattr(error, "strerror", None) or error

@@ -10,9 +10,11 @@ from typing import cast
 
 from megascale.config import Layout, RunConfig
 from megascale.config.load import whole_number
+from megascale.corpus.batches import used_sources
 from megascale.devices.step_time import step_cost
 from megascale.devices.table import DEVICES, device_of
 from megascale.errors import UserError
+from megascale.monitor.quantities import show_names
 from megascale.planner import (
     PLANNERS,
     CostModel,
@@ -94,6 +96,7 @@ def _run_config(args: argparse.Namespace) -> int:
         run = run._replace(config=_with_capacity(run.config, layout, on))
         first = first_step(run.config, layout, run.sources, _cost(run.config, layout, on))
         text = describe_run(run, layout, first, on)
+        corpus = show_names(used_sources(run.config.data.stages))
     else:
         tokens = _source_tokens(args.source_tokens)
         drawn = load_drawn_run(args.config, args.overrides, args.lengths, tokens)
@@ -102,8 +105,9 @@ def _run_config(args: argparse.Namespace) -> int:
         cost = _cost(drawn.config, layout, on)
         first = plan_first(drawn.config, layout, drawn.batch, cost)
         text = describe_drawn(drawn, layout, first, on)
+        corpus = show_names([Path(args.lengths).name])
     print(text, end="")
-    _write_plan(args, first.problem, first.plan)
+    _write_plan(args, first.problem, first.plan, corpus)
     return 0
 
 
@@ -172,7 +176,7 @@ def _run_lengths(args: argparse.Namespace) -> int:
             f"  {row}" for row in text_gantt(plan, problem.lengths, problem.cost).splitlines()
         )
     )
-    _write_plan(args, problem, plan)
+    _write_plan(args, problem, plan, show_names([Path(args.lengths).name]))
     return 0
 
 
@@ -217,10 +221,12 @@ def _require_outputs(args: argparse.Namespace, *reads: str | None) -> None:
     require_outputs(outputs, reads)
 
 
-def _write_plan(args: argparse.Namespace, problem: Problem, plan: StepPlan) -> None:
+def _write_plan(args: argparse.Namespace, problem: Problem, plan: StepPlan, corpus: str) -> None:
     lengths, cost = problem.lengths, problem.cost
     if args.json:
         text = json.dumps(plan.to_json() | {"fill_bound_s": fill_bound_s(problem)}) + "\n"
         write_as_asked("--json", args.json, lambda path: write_output(path, text))
     if args.gantt:
-        write_as_asked("--gantt", args.gantt, lambda path: plot_gantt(plan, lengths, cost, path))
+        write_as_asked(
+            "--gantt", args.gantt, lambda path: plot_gantt(plan, lengths, cost, path, corpus)
+        )

@@ -8,6 +8,7 @@ from pathlib import Path
 from megascale.config import RunConfig, StageConfig, finalize, load_config
 from megascale.errors import UserError
 from megascale.optim import steplaw
+from megascale.run.ancestry import earlier_parts
 from megascale.run.resolve import load_run
 from megascale.runtime.outputs import Output, picture, require_outputs
 
@@ -41,7 +42,7 @@ def run_plot(args: argparse.Namespace) -> int:
     from megascale.monitor.plots import plot_run
 
     try:
-        written = plot_run(runs, out)
+        written = plot_run(runs, out, {run: earlier_parts(run) for run in runs})
     except OSError as error:
         raise UserError(f"--out {out}: {error.strerror}; choose a folder you may write") from None
     for path in written:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import base64
-import json
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from html import escape as escape_html
@@ -14,27 +13,35 @@ from typing import Any
 
 from megascale.commands.status import LIVELY, show_step, start_rows
 from megascale.errors import UserError
+from megascale.monitor.event_texts import event_text, show_field
 from megascale.monitor.events import at
-from megascale.monitor.metric_fields import field_called
 from megascale.monitor.quantities import clock, show_duration
+from megascale.monitor.run_figures import read_figures
 from megascale.monitor.story import PARTS, Story, read_story
 from megascale.reading import MOST_TEXT_BYTES, read_whole
+from megascale.run.ancestry import earlier_parts
+from megascale.run.facts import HELDOUT_TITLES, heldout_row, how_far_it_is, what_it_is
 from megascale.runtime.files import real_path, write_output
 from megascale.runtime.outputs import Output, begins_with, require_outputs
 from megascale.runtime.terminal import escape_controls
 
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #222; margin: 2rem auto; max-width: 76rem;
-  padding: 0 1rem }
+  padding: 0 1rem; overflow-wrap: break-word }
 h1 { font-size: 1.5rem; margin-bottom: 0 } h2 { font-size: 1.1rem; margin-top: 2rem }
-table { border-collapse: collapse } td, th { text-align: left; padding: .15rem 1.2rem .15rem 0 }
+table { border-collapse: collapse }
+td, th { text-align: left; vertical-align: top; padding: .15rem 1.2rem .15rem 0 }
 th { color: #777; font-weight: normal }
+.wide { overflow-x: auto }
+h1, .facts td { overflow-wrap: anywhere } .facts td:first-child { color: #777; white-space: nowrap }
 td.n { text-align: right; font-variant-numeric: tabular-nums }
 .bar { display: flex; height: 1.4rem; border-radius: 4px; overflow: hidden; margin: .6rem 0 }
 .bar span { display: block } .key { display: inline-block; width: .8rem; height: .8rem;
   border-radius: 2px; margin-right: .4rem }
-.pictures { display: grid; grid-template-columns: repeat(auto-fit, minmax(30rem, 1fr)); gap: 1rem }
+.pictures { display: grid; gap: 1rem;
+  grid-template-columns: repeat(auto-fit, minmax(min(30rem, 100%), 1fr)) }
 img { width: 100% } pre { background: #f6f6f6; padding: 1rem; overflow-x: auto; font-size: 13px }
+pre.sample { white-space: pre-wrap; max-height: 16rem; overflow-y: auto }
 details { margin: .6rem 0 } summary { cursor: pointer }
 """
 COLOURS = {
@@ -50,6 +57,7 @@ COLOURS = {
     "other": "#bbbbbb",
 }
 MOST_EVENTS = 500
+MOST_SAMPLE_CHARACTERS = 4000
 PAGE = begins_with("a page of megascale report", b"<!doctype html>", [b"<h2>Goodput "])
 
 
@@ -86,7 +94,8 @@ def _pictures(run: Path) -> dict[str, bytes]:
 
     with TemporaryDirectory() as folder:
         try:
-            return {path.stem: path.read_bytes() for path in plot_run([run], Path(folder))}
+            written = plot_run([run], Path(folder), {run: earlier_parts(run)})
+            return {path.stem: path.read_bytes() for path in written}
         except UserError:
             return {}
 
@@ -98,8 +107,18 @@ def render(run: Path, story: Story, pictures: Mapping[str, bytes], now: float) -
     yield '<html lang="en"><head><meta charset="utf-8">'
     yield '<meta name="viewport" content="width=device-width, initial-scale=1">'
     yield f"<title>{name}</title><style>{STYLE}</style></head><body>"
-    yield f"<h1>{name}</h1><p>{escape(story.state(now))}, told on {clock(now)}</p>"
-    yield _table([], _facts(story, now))
+    yield f"<h1>{name}</h1><p>{escape(story.state(now))}, seen on {clock(now)}</p>"
+    figures = read_figures(run)
+    facts = (
+        *_progress(story, now),
+        *how_far_it_is(story, figures.speedup),
+        *what_it_is(run, story),
+    )
+    yield f'<div class="facts">{_rows([], facts)}</div>'
+    if figures.heldout:
+        yield "<h2>Held-out text</h2>"
+        yield _table(HELDOUT_TITLES, map(heldout_row, figures.heldout))
+    yield from _sample(story)
     yield f"<h2>Goodput {story.goodput:.1%} of {show_duration(story.wall_s)}</h2>"
     yield from _goodput(story)
     yield "<h2>Starts</h2>"
@@ -119,18 +138,23 @@ def render(run: Path, story: Story, pictures: Mapping[str, bytes], now: float) -
     yield "</body></html>"
 
 
-def _facts(story: Story, now: float) -> Iterator[tuple[str, str]]:
+def _progress(story: Story, now: float) -> Iterator[tuple[str, str]]:
     yield "done", show_step(story)
-    last = story.last
-    if last:
-        for title, name in (("tokens", "tokens_seen"), ("loss", "loss"), ("speed", "tokens_per_s")):
-            value = last[name]
-            yield title, "not finite" if value is None else field_called(name).in_words(value)
     if story.eta_s and story.state(now).startswith(LIVELY):
         yield "time left", show_duration(story.eta_s)
     command = story.resume_command(now)
     if command is not None:
         yield "continue it with", command
+
+
+def _sample(story: Story) -> Iterator[str]:
+    """What the model wrote at the end."""
+    samples = [event for event in story.events if event["event"] == "sample"]
+    if samples:
+        prompt, text = (str(samples[-1].get(name, "")) for name in ("prompt", "text"))
+        shown = escape(f"{prompt}{text}"[:MOST_SAMPLE_CHARACTERS])
+        yield f"<h2>Sample after {escape(repr(prompt[:80]))}</h2>"
+        yield f'<pre class="sample">{shown}</pre>'
 
 
 def _goodput(story: Story) -> Iterator[str]:
@@ -140,14 +164,14 @@ def _goodput(story: Story) -> Iterator[str]:
     for name, seconds in parts.items():
         style = f"width:{seconds / whole:.4%};background:{COLOURS[name]}"
         yield f'<span style="{style}" title="{name} {show_duration(seconds)}"></span>'
-    yield "</div><table>"
+    yield '</div><div class="wide"><table>'
     for name, seconds in parts.items():
         key = f'<span class="key" style="background:{COLOURS[name]}"></span>'
         yield (
             f'<tr><td>{key}{name}</td><td class="n">{show_duration(seconds)}</td>'
             f'<td class="n">{seconds / whole:.1%}</td><td>{PARTS[name]}</td></tr>'
         )
-    yield "</table>"
+    yield "</table></div>"
 
 
 def _events(story: Story) -> Iterator[str]:
@@ -155,7 +179,7 @@ def _events(story: Story) -> Iterator[str]:
     if len(events) > MOST_EVENTS:
         yield f"<p>the last {MOST_EVENTS} of {len(events):,}; all are in events.jsonl</p>"
     rows = [
-        (clock(at(event)), str(event["event"]), str(event.get("step", "")), _detail(event))
+        (clock(at(event)), str(event["event"]).replace("_", " "), _step(event), event_text(event))
         for event in events[-MOST_EVENTS:]
     ]
     yield "<details open><summary>newest last</summary>"
@@ -163,14 +187,19 @@ def _events(story: Story) -> Iterator[str]:
     yield "</details>"
 
 
-def _detail(event: Mapping[str, Any]) -> str:
-    shown = {k: v for k, v in event.items() if k not in ("time", "event", "step", "spent", "began")}
-    return ", ".join(f"{key} {json.dumps(value)}" for key, value in shown.items())
+def _step(event: Mapping[str, Any]) -> str:
+    return show_field("step", event["step"]) if event.get("step") is not None else ""
 
 
 def _table(titles: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    """A table that can be scrolled where it is wider than the page."""
+    return f'<div class="wide">{_rows(titles, rows)}</div>'
+
+
+def _rows(titles: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
     head = "".join(f"<th>{escape(title)}</th>" for title in titles)
+    head = f"<tr>{head}</tr>" if head else ""
     body = "".join(
         "<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows
     )
-    return f"<table><tr>{head}</tr>{body}</table>"
+    return f"<table>{head}{body}</table>"

@@ -23,7 +23,6 @@ from megascale.runtime.progress import announced
 
 DECODED_DOCUMENTS = 2000
 """Documents that are decoded and encoded again, spread evenly; the rest is checked as ids."""
-BAR_WIDTH = 40
 SAMPLED_ENDS = 256
 """Documents whose last token is looked at when a run begins."""
 NO_END = "do not end in the end-of-document id"
@@ -211,59 +210,3 @@ def _documents(part: str, shard: Shard) -> Iterator[tuple[int, NDArray[Any]]]:
     """Every document, with progress on stderr when it takes long."""
     every = ((document, shard.read(document)) for document in range(shard.num_documents))
     return announced(every, shard.num_documents, f"checking {part}")
-
-
-def length_histogram(lengths: NDArray[Any], context_tokens: int) -> str:
-    """Documents and tokens by length, in powers of two, as text."""
-    lines, total = [], max(1, int(lengths.sum(dtype=np.int64)))
-    powers = np.ceil(np.log2(np.maximum(lengths, 1))).astype(int)
-    counts = np.bincount(powers)
-    for power in range(int(powers.min()) if len(powers) else 0, len(counts)):
-        share = int(lengths[powers == power].sum(dtype=np.int64)) / total
-        bar = "#" * round(BAR_WIDTH * counts[power] / counts.max())
-        lines.append(f"  to {2**power:>11,}  {counts[power]:>9,}  {share:>6.1%}  {bar}")
-    longer = int(lengths[lengths > context_tokens].sum(dtype=np.int64)) / total
-    head = f"  {'tokens':>14}  {'documents':>9}  {'tokens':>6}"
-    tail = f"  {longer:.1%} of the tokens are in documents longer than {context_tokens:,} tokens"
-    return "\n".join([head, *lines, tail])
-
-
-def plot_lengths(parts: dict[str, NDArray[Any]], context_tokens: int, path: Path) -> None:
-    """The same as a picture: documents, and tokens, over length."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8, 4.5), layout="constrained")
-    axes = figure.subplots()
-    longest = max(int(lengths.max(initial=2)) for lengths in parts.values())
-    bins = np.geomspace(1, longest + 1, 48).tolist()
-    lengths = parts["train"]
-    axes.hist(lengths, bins, color="#4c72b0", alpha=0.85, label="documents")
-    axes.set(xscale="log", xlabel="tokens of a document", ylabel="documents")
-    tokens = axes.twinx()
-    tokens.hist(
-        lengths,
-        bins,
-        weights=lengths / 1e6,
-        histtype="step",
-        color="#dd8452",
-        linewidth=2,
-        label="tokens (right axis)",
-    )
-    tokens.set_ylabel("million tokens in them")
-    for one in (axes, tokens):
-        one.set_ylim(top=1.18 * one.get_ylim()[1])  # room for the legend
-    axes.axvline(context_tokens, color="#555555", linestyle="--", linewidth=1)
-    axes.annotate(
-        f" context {context_tokens:,}",
-        (context_tokens, 0.97),
-        xycoords=("data", "axes fraction"),
-        va="top",
-        color="#555555",
-    )
-    handles = axes.get_legend_handles_labels()[0] + tokens.get_legend_handles_labels()[0]
-    axes.legend(handles=handles, loc="upper left", frameon=False)
-    for spines in (axes.spines, tokens.spines):
-        spines["top"].set_visible(False)
-    axes.set_title(f"{len(lengths):,} documents, {int(lengths.sum(dtype=np.int64)):,} tokens")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)

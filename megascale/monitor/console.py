@@ -66,7 +66,8 @@ class Console:
                 self._since_line[field.name].append(row[field.name])
 
     def line(self, row: Mapping[str, Any]) -> str:
-        """One line of a row, with the fields of `monitor.metric_fields` that the console shows."""
+        """One line of a row: percent, step, the fields that `monitor.metric_fields` shows here,
+        and the time left. What is not known, or not finite, is left out."""
         self.take(row)
         step, eta = int(row["step"]), self.eta_s()
         row = {**row, **{name: fmean(values) for name, values in self._since_line.items()}}

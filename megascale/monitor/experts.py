@@ -27,6 +27,9 @@ COLLAPSED_PART, COLLAPSED_STEPS = 0.8, 10
 """A layer has collapsed where one expert gets this part of all it could, or this part of the
 experts gets nothing, in so many steps in a row."""
 
+MOST_COLUMNS = 4
+"""Heat maps beside one another."""
+
 
 class CollapseWatch:
     """Notices when a router sends (nearly) everything to few experts."""
@@ -135,40 +138,56 @@ def _shares_of(row: Mapping[str, Any]) -> tuple[int, list[str], Floats] | None:
 
 
 def plot_shares(sources: Sequence[str], shares_SLE: Floats, title: str, path: Path) -> None:
-    """Heat maps of layers over experts: load of all, then what each source uses more or less.
+    """Heat maps of layers over experts, of all sources together and of each.
 
-    Experts stand in the order of the source that uses them most, so that specialists of a
-    source lie side by side.
+    A colour means the same everywhere, also in two pictures: how often an expert is chosen, over
+    even use. Sources count alike in the first map.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    num_sources, num_layers, num_experts = shares_SLE.shape
-    columns = 1 + (num_sources if num_sources > 1 else 0)
-    size = (1.2 + 2.6 * columns, 1.6 + 0.28 * max(4, num_layers))
+    maps = use_over_even(sources, shares_SLE)
+    num_layers = shares_SLE.shape[1]
+    columns = min(len(maps), MOST_COLUMNS)
+    rows = -(-len(maps) // columns)
+    size = (max(6.0, 2.0 + 2.8 * columns), 1.1 + rows * (0.9 + 0.2 * max(6, num_layers)))
     figure = Figure(figsize=size, layout="constrained", dpi=150)
     FigureCanvasAgg(figure)
-    pooled = shares_SLE.mean(axis=0)
-    order = np.argsort(shares_SLE.argmax(axis=0), axis=1, kind="stable")
-    panels = figure.subplots(1, columns, squeeze=False)[0]
-    _heat(panels[0], np.take_along_axis(pooled, order, 1) * num_experts, "mean of sources")
-    for axes, name, shares in zip(panels[1:], sources, shares_SLE, strict=False):
-        over = np.divide(shares, pooled, out=np.zeros_like(shares), where=pooled > 0)
-        _heat(axes, np.take_along_axis(over, order, 1), name)
-    panels[0].set_ylabel("layer")
-    image = panels[0].images[0]
-    bar = figure.colorbar(image, ax=panels.tolist(), extend="max")
-    bar.set_label("use, over even use (left)\nor the sources' mean (right)", fontsize=8)
-    figure.suptitle(title, fontsize=11, x=0.01, ha="left")
+    panels = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
+    for axes, (name, use_LE) in zip(panels.flat, maps, strict=False):
+        _heat(axes, use_LE, name)
+    for axes in panels.flat[len(maps) :]:
+        axes.set_visible(False)
+    for axes in panels[:, 0]:
+        axes.set_ylabel("layer")
+    image = panels[0, 0].images[0]
+    bar = figure.colorbar(
+        image, ax=panels.ravel().tolist(), extend="max", ticks=[0, 0.5, 1, 1.5, 2]
+    )
+    bar.set_label("choices of the expert (1: even use)", fontsize=9)
+    figure.suptitle(title, fontsize=12, fontweight="bold", x=0.01, ha="left")
     figure.savefig(path)
 
 
-def _heat(axes: Axes, values_LE: Floats, title: str) -> None:
+def use_over_even(sources: Sequence[str], shares_SLE: Floats) -> list[tuple[str, Floats]]:
+    """(title, values [L, E]) of the maps: of several sources their mean first, then each."""
+    num_experts = shares_SLE.shape[2]
+    maps = [(name, one * num_experts) for name, one in zip(sources, shares_SLE, strict=True)]
+    if len(maps) == 1:
+        return maps
+    return [("all sources", shares_SLE.mean(axis=0) * num_experts), *maps]
+
+
+def _heat(axes: Axes, use_LE: Floats, title: str) -> None:
     from matplotlib.ticker import MaxNLocator
 
-    num_layers, num_experts = values_LE.shape
+    num_layers, num_experts = use_LE.shape
     extent = (0.5, num_experts + 0.5, num_layers + 0.5, 0.5)
-    axes.imshow(values_LE, cmap="RdBu_r", vmin=0, vmax=2, aspect="auto", extent=extent)
-    axes.set_title(title, fontsize=10)
-    axes.set_xlabel("expert, sorted")
-    axes.yaxis.set_major_locator(MaxNLocator("auto", steps=[1, 2, 5, 10], integer=True))
+    axes.imshow(
+        use_LE, cmap="RdBu_r", vmin=0, vmax=2, aspect="auto", extent=extent,
+        interpolation="nearest",
+    )  # fmt: skip
+    axes.set_title(title, fontsize=10, loc="left")
+    axes.set_xlabel("expert")
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_locator(MaxNLocator("auto", steps=[1, 2, 5, 10], integer=True))

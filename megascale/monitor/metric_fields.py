@@ -7,6 +7,7 @@ A new field is a new record.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from statistics import median
@@ -45,6 +46,8 @@ class Shown:
     """With {} for the number."""
     is_mean: bool = False
     """Whether it is the mean over the steps since the last line."""
+    at_least: float = -math.inf
+    """Smaller values are not worth their place on the line, and are left out."""
 
 
 @dataclass(frozen=True)
@@ -98,8 +101,11 @@ class Field:
     """None: no picture shows it."""
 
     def on_console(self, value: Any) -> str:
-        """What the console says of a value; empty where it says nothing, or the value is null."""
-        if self.console is None or value is None:
+        """What the console says of a value; empty where the field has no place there, where the
+        value is null, not finite or too small."""
+        if self.console is None or value is None or not math.isfinite(value):
+            return ""
+        if value < self.console.at_least:
             return ""
         return self.console.text.format(self.number(value))
 
@@ -139,11 +145,21 @@ REPLAY = Picture(
 FIRST_PICTURES = (LOSS, BITS_PER_BYTE, LEARNING_RATE, SPEED, GRAD_NORM, BALANCE, REPLAY)
 """Drawn in this order, before pictures that only a record names."""
 
+LEAST_WAIT_S = 0.01
+"""Mean wait for plans from which the console shows it."""
+SPEEDUP = "speedup_over_static"
+"""Field: predicted step time of the static plan of a batch over that of the plan."""
+CONSOLE_ORDER = (
+    "loss", "bits_per_byte", "grad_norm", "lr", "tokens_per_s", SPEEDUP, "mfu", "plan_wait_s",
+)  # fmt: skip
+"""Fields of the console's line from left to right; others that it shows follow them."""
+
 FIELDS: tuple[Field, ...] = (
     Field("step", "steps", "Steps done.", lambda step: step.cursor.step),
     Field(
         "tokens_seen", "tokens", "Loss tokens of all these steps.",
         lambda step: step.cursor.tokens_seen,
+        number="{:,}".format,
     ),
     Field(
         "num_tokens", "tokens", "Loss tokens of this step.", lambda step: step.result.num_tokens
@@ -198,10 +214,11 @@ FIELDS: tuple[Field, ...] = (
     Field("plan_s", "s", "Time to make the plan.", lambda step: step.plan.plan_s),
     Field(
         "plan_wait_s", "s",
-        "Time that the training loop waited for the plan; the console shows the mean.",
+        "Time that the training loop waited for the plan; the console shows a mean of 10 ms or "
+        "more.",
         lambda step: step.plan_wait_s,
         number=lambda value: f"{1000 * value:.1f} ms",
-        console=Shown("plan wait {}", is_mean=True),
+        console=Shown("plan wait {}", is_mean=True, at_least=LEAST_WAIT_S),
     ),
     Field(
         "plan_over_bound", "", "Predicted time of the step over the lower bound of all plans.",
@@ -251,7 +268,7 @@ FIELDS: tuple[Field, ...] = (
         rows=WITH_EXPERTS,
     ),
 )  # fmt: skip
-"""In the order of the rows, and of the console's line."""
+"""In the order of the rows."""
 
 SCORES: tuple[ScoreField, ...] = (
     ScoreField("loss", "nats per token", "Mean loss of the held-out tokens.", LOSS),
@@ -279,8 +296,10 @@ def row_of(step: StepRecord) -> dict[str, Any]:
 
 
 def shown_fields() -> list[tuple[Field, Shown]]:
-    """What the console shows, in its order."""
-    return [(field, field.console) for field in FIELDS if field.console is not None]
+    """What the console shows, in CONSOLE_ORDER."""
+    shown = [(field, field.console) for field in FIELDS if field.console is not None]
+    places = {name: place for place, name in enumerate(CONSOLE_ORDER)}
+    return sorted(shown, key=lambda one: places.get(one[0].name, len(places)))
 
 
 def for_console(step: StepRecord) -> dict[str, Any]:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,10 +10,29 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from megascale.arrays import Floats
-from megascale.errors import UserError
 from megascale.monitor.experts import plot_shares, read_shares
-from megascale.monitor.metric_fields import SCORES, Curve, Picture, drawn_fields, pictures
-from megascale.monitor.metrics import METRICS_FILE, has_numbers, read_rows
+from megascale.monitor.metric_fields import Curve, Picture, drawn_fields, pictures
+from megascale.monitor.plot_style import (
+    ALARM,
+    DASHES,
+    EARLIER,
+    MARKERS,
+    STYLE,
+    colour,
+    count_units,
+    short_rate,
+)
+from megascale.monitor.quantities import show_names
+from megascale.monitor.run_curves import (
+    Curves,
+    DrawnRun,
+    EarlierPart,
+    drawn_scores,
+    go_on_from,
+    load_curves,
+    smooth,
+    source_names,
+)
 from megascale.monitor.stragglers import plot_ranks, read_slowdowns
 from megascale.runtime.files import real_path
 from megascale.runtime.outputs import Output, picture, require_outputs
@@ -23,55 +41,19 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 
-COLOURS = ("#2166ac", "#d6604d", "#1b9e77", "#7b3294", "#e08214", "#4d4d4d", "#c51b7d", "#35978f")
-MARKERS = "osD^vPX*"
-ALARM = "#c0392b"
-DASHES = (0, (4, 2))
-STYLE: Any = {
-    "agg.path.chunksize": 10_000,
-    "axes.axisbelow": True,
-    "axes.edgecolor": "#9a9a9a",
-    "axes.grid": True,
-    "axes.labelcolor": "#404040",
-    "axes.spines.right": False,
-    "axes.spines.top": False,
-    "axes.titlelocation": "left",
-    "axes.titlepad": 14,
-    "axes.titlesize": 14,
-    "axes.titleweight": "bold",
-    "figure.dpi": 150,
-    "figure.figsize": (9.0, 5.2),
-    "font.size": 10.5,
-    "grid.color": "#e6e6e6",
-    "grid.linewidth": 0.8,
-    "legend.frameon": False,
-    "lines.solid_capstyle": "round",
-    "xtick.color": "#606060",
-    "ytick.color": "#606060",
-}
-
-
-@dataclass(frozen=True)
-class Curves:
-    """What a run recorded; arrays of one entry per step, NaN where nothing finite was seen."""
-
-    name: str
-    step: Floats
-    tokens: Floats
-    columns: dict[str, Floats]
-    """The fields that pictures show; all NaN where the run does not have one."""
-    heldout: dict[str, dict[str, Floats]]
-    """Source to arrays: tokens, and the scores that pictures show; an entry per evaluation."""
-
-
-def plot_run(run_dirs: Sequence[Path], out: Path) -> list[Path]:
+def plot_run(
+    run_dirs: Sequence[Path],
+    out: Path,
+    earlier: Mapping[Path, Sequence[EarlierPart]] | None = None,
+) -> list[Path]:
     """Draw the pictures of `monitor.metric_fields` into the folder `out`, of one or more runs.
 
     And the use of experts and the speed of ranks, a picture for each run that has them. Several
-    runs share the axes of each other picture. Returns the files written; a picture is left out
-    where no run has what it shows, such as bits per byte without held-out text. Raises UserError
-    for a folder that holds no run, for a run with fewer than two recorded steps, and where a
-    picture would take the place of another file; OSError where `out` cannot be written.
+    runs share the axes of each other picture. `earlier` has what each run goes on from, oldest
+    first: the curves of these stand before its own. Returns the files written; a picture is left
+    out where no run has what it shows, such as bits per byte without held-out text. Raises
+    UserError for a folder that holds no run, for a run with fewer than two recorded steps, and
+    where a picture would take the place of another file; OSError where `out` cannot be written.
     """
     import matplotlib
 
@@ -79,105 +61,78 @@ def plot_run(run_dirs: Sequence[Path], out: Path) -> list[Path]:
     names = [real_path(path).name for path in run_dirs]
     if len(set(names)) < len(names):
         names = [str(path) for path in run_dirs]
-    runs = [load_curves(path, name) for path, name in zip(run_dirs, names, strict=True)]
+    before = earlier or {}
+    runs = [
+        go_on_from(before.get(path, ()), load_curves(path, name))
+        for path, name in zip(run_dirs, names, strict=True)
+    ]
+    view = _View(runs, run_dirs)
     out.mkdir(parents=True, exist_ok=True)
-    chosen = [one for one in pictures() if one.is_always_drawn or _is_shown(one, runs)]
-    of_runs = list(_of_runs(run_dirs, runs, out))
+    chosen = [one for one in pictures() if one.is_always_drawn or _is_shown(one, view.own)]
+    of_runs = list(_of_runs(run_dirs, names, out))
     files = [out / f"{one.name}.png" for one in chosen]
     written = files + [path for path, _ in of_runs]
     require_outputs([Output("--out", path, picture(".png")) for path in written])
     with matplotlib.rc_context(STYLE):
         for path, one in zip(files, chosen, strict=True):
-            _draw(path, one, runs)
+            _draw(path, one, view)
     for path, draw_run in of_runs:
         draw_run(path)
     return written
 
 
+class _View:
+    """The runs of a picture, and what came before them."""
+
+    def __init__(self, runs: Sequence[DrawnRun], run_dirs: Sequence[Path]) -> None:
+        self.own = [run.own for run in runs]
+        self.earlier = _earlier_once(runs, {real_path(path) for path in run_dirs})
+        self.branches = sorted(
+            {max(one.tokens[-1] for one in run.earlier.values()) for run in runs if run.earlier}
+        )
+        """Tokens at which runs went on from others."""
+        names = (name for path in run_dirs for name in source_names(path))
+        self.corpora = show_names(list(dict.fromkeys(names)))
+
+    @property
+    def is_single(self) -> bool:
+        """Whether one run is drawn, so that a colour tells the field."""
+        return len(self.own) == 1
+
+    @property
+    def ends(self) -> tuple[float, float]:
+        """The first and the last tokens that are shown."""
+        first = min((*self.own, *self.earlier), key=lambda one: one.tokens[0])
+        is_cut = bool(self.earlier) and first.step[0] > 1
+        return first.tokens[0] if is_cut else 0.0, max(one.tokens[-1] for one in self.own)
+
+
+def _earlier_once(runs: Sequence[DrawnRun], drawn: set[Path]) -> list[Curves]:
+    """What came before the runs, without those that are drawn themselves; of each the longest."""
+    found: dict[Path, Curves] = {}
+    for run in runs:
+        for folder, curves in run.earlier.items():
+            if real_path(folder) in drawn:
+                continue
+            if folder not in found or len(found[folder].step) < len(curves.step):
+                found[folder] = curves
+    return list(found.values())
+
+
 def _of_runs(
-    run_dirs: Sequence[Path], runs: Sequence[Curves], out: Path
+    run_dirs: Sequence[Path], names: Sequence[str], out: Path
 ) -> Iterator[tuple[Path, Callable[[Path], None]]]:
     """(file, how to draw it) of the pictures that show one run each."""
-    for run_dir, run in zip(run_dirs, runs, strict=True):
-        suffix = f"_{run.name.replace('/', '_')}" if len(runs) > 1 else ""
+    for run_dir, name in zip(run_dirs, names, strict=True):
+        suffix = f"_{name.replace('/', '_')}" if len(names) > 1 else ""
         found = read_shares(run_dir)
         if found is not None:
-            title = f"Use of experts at step {found[0]}"
+            title = f"Use of experts at step {found[0]:,} - {name}"
             yield out / f"experts{suffix}.png", partial(plot_shares, *found[1:], title)
         steps, over = read_slowdowns(run_dir)
         if steps:
-            title = "Time of ranks for the same work"
+            title = f"Time of ranks for the same work - {name}"
             yield out / f"ranks{suffix}.png", partial(plot_ranks, steps, over, title)
-
-
-def load_curves(run_dir: Path, name: str) -> Curves:
-    """Read a run's metrics; `name` is what its curves are called. Raises UserError."""
-    try:
-        rows = read_rows(run_dir / METRICS_FILE)
-    except OSError as error:
-        raise UserError(
-            f"{run_dir} holds no readable {METRICS_FILE} ({error.strerror}); "
-            "give the run_dir of a run that has trained"
-        ) from None
-    rows = [row for row in rows if has_numbers(row, "tokens_seen")]
-    steps = [row for row in rows if "loss" in row]
-    if len(steps) < 2:
-        raise UserError(f"{run_dir}: {len(steps)} step(s) recorded so far; a curve needs two")
-    return Curves(
-        name=name,
-        step=_column(steps, "step"),
-        tokens=_column(steps, "tokens_seen"),
-        columns={column: _column(steps, column) for column in drawn_fields()},
-        heldout=_heldout([row for row in rows if _is_scored(row.get("eval"))]),
-    )
-
-
-def smooth(values: Floats) -> Floats:
-    """Running mean over about a thirtieth of the run, taken twice; NaN entries are passed over.
-
-    The window is centred, and narrows towards the start, so the steep first steps neither lag
-    nor vanish; at the end it is cut off, because a single last step is mostly noise.
-    """
-    half = len(values) // 60
-    return _running_mean(_running_mean(values, half), half)
-
-
-def _running_mean(values: Floats, half: int) -> Floats:
-    index = np.arange(len(values))
-    reach = np.minimum(half, index)
-    begin, end = index - reach, np.minimum(len(values), index + reach + 1)
-    finite = np.isfinite(values)
-    sums = np.concatenate([[0.0], np.cumsum(np.where(finite, values, 0.0))])
-    counts = np.concatenate([[0], np.cumsum(finite)])
-    seen = counts[end] - counts[begin]
-    means = (sums[end] - sums[begin]) / np.maximum(seen, 1)
-    return np.where(seen > 0, means, np.nan)
-
-
-def _column(rows: Sequence[dict[str, Any]], name: str) -> Floats:
-    return np.array([_number(row.get(name)) for row in rows])
-
-
-def _number(value: Any) -> float:
-    return float(value) if isinstance(value, int | float) else np.nan
-
-
-def _is_scored(scores: Any) -> bool:
-    return isinstance(scores, dict) and all(isinstance(one, dict) for one in scores.values())
-
-
-def _heldout(rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, Floats]]:
-    scores: dict[str, dict[str, Floats]] = {}
-    for source in sorted({source for row in rows for source in row["eval"]}):
-        seen = [row for row in rows if source in row["eval"]]
-        inner = [row["eval"][source] for row in seen]
-        scores[source] = {name: _column(inner, name) for name in _drawn_scores()}
-        scores[source]["tokens"] = _column(seen, "tokens_seen")
-    return scores
-
-
-def _drawn_scores() -> dict[str, Picture]:
-    return {score.name: score.picture for score in SCORES if score.picture is not None}
 
 
 def _curves_of(picture: Picture) -> Iterator[tuple[str, Curve]]:
@@ -186,7 +141,7 @@ def _curves_of(picture: Picture) -> Iterator[tuple[str, Curve]]:
 
 
 def _scores_of(picture: Picture) -> Iterator[str]:
-    return (name for name, one in _drawn_scores().items() if one == picture)
+    return (name for name, one in drawn_scores().items() if one == picture)
 
 
 def _is_shown(picture: Picture, runs: Sequence[Curves]) -> bool:
@@ -197,50 +152,64 @@ def _is_shown(picture: Picture, runs: Sequence[Curves]) -> bool:
     return any(np.isfinite(column).any() for column in columns)
 
 
-def _draw(path: Path, picture: Picture, runs: list[Curves]) -> None:
+def _draw(path: Path, picture: Picture, view: _View) -> None:
     from matplotlib.figure import Figure
-    from matplotlib.ticker import EngFormatter
 
     figure = Figure(layout="constrained")
     axes = figure.add_subplot()
-    _draw_curves(axes, list(_curves_of(picture)), runs)
+    _draw_earlier(axes, picture, view)
+    _draw_curves(axes, list(_curves_of(picture)), view)
     for name in _scores_of(picture):
-        _draw_scores(axes, runs, name)
+        _draw_scores(axes, view, name)
     _set_values_axis(axes, picture)
-    axes.set_title(picture.title if len(runs) > 1 else f"{picture.title} - {runs[0].name}")
-    axes.set_xlim(0, max(run.tokens[-1] for run in runs) * 1.02)
-    axes.set_xlabel("tokens seen")
-    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+    _set_titles(axes, picture, view)
+    first, last = view.ends
+    axes.set_xlim(first, last + 0.02 * (last - first))
+    axes.set_xlabel("tokens seen" + ", those of earlier runs included" * bool(view.branches))
+    axes.xaxis.set_major_formatter(count_units())
     axes.tick_params(length=3)
-    _add_steps_axis(axes, runs)
-    if axes.get_legend_handles_labels()[1]:
-        axes.legend(ncols=2 if len(axes.get_legend_handles_labels()[1]) > 6 else 1)
+    _add_steps_axis(axes, view)
+    labels = axes.get_legend_handles_labels()[1]
+    if labels:
+        axes.legend(ncols=2 if len(labels) > 6 else 1)
     figure.savefig(path)
 
 
+def _set_titles(axes: Axes, picture: Picture, view: _View) -> None:
+    """What is shown, of which run, and under it what the run reads."""
+    name = f" - {view.own[0].name}" if view.is_single else ""
+    title = axes.figure.suptitle(f"{picture.title}{name}", x=0.01, ha="left")
+    title.set(fontsize=14, fontweight="bold")
+    if view.corpora:
+        axes.set_title(f"trained on {view.corpora}", fontsize=10, fontweight="normal", pad=8)
+
+
 def _set_values_axis(axes: Axes, picture: Picture) -> None:
-    from matplotlib.ticker import EngFormatter, LogFormatter, PercentFormatter, StrMethodFormatter
+    from matplotlib.ticker import LogLocator, NullLocator, PercentFormatter
 
     if picture.scale == "log":
         axes.set_yscale("log")
-        axes.yaxis.set_major_formatter(LogFormatter())
-        axes.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(1.5, 0.5)))
-    formatters = {
-        "scientific": StrMethodFormatter("{x:.1e}"),
-        "engineering": EngFormatter(sep=""),
-        "percent": PercentFormatter(xmax=1),
-    }
-    if picture.numbers in formatters:
-        axes.yaxis.set_major_formatter(formatters[picture.numbers])
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_minor_locator(NullLocator())
+        axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    if picture.numbers == "scientific":
+        axes.yaxis.set_major_formatter(lambda value, _: short_rate(value))
+    elif picture.numbers == "engineering":
+        axes.yaxis.set_major_formatter(count_units())
+    elif picture.numbers == "percent":
+        axes.yaxis.set_major_formatter(PercentFormatter(xmax=1))
     if picture.from_zero:
         axes.set_ylim(bottom=0)
 
 
-def _add_steps_axis(axes: Axes, runs: list[Curves]) -> None:
+def _add_steps_axis(axes: Axes, view: _View) -> None:
     """Steps along the top: those of the run that saw the most tokens."""
-    longest = max(runs, key=lambda run: run.tokens[-1])
-    tokens = np.concatenate([[0.0], longest.tokens, longest.tokens[-1:] * 2])
-    steps = np.concatenate([[0.0], longest.step, longest.step[-1:] * 2])
+    longest = max(view.own, key=lambda run: run.tokens[-1])
+    before = view.earlier if view.is_single else []
+    seen = [one.tokens for one in (*before, longest)]
+    done = [one.step for one in (*before, longest)]
+    tokens = np.concatenate([[0.0], *seen, longest.tokens[-1:] * 2])
+    steps = np.concatenate([[0.0], *done, longest.step[-1:] * 2])
     top = axes.secondary_xaxis(
         "top",
         functions=(
@@ -248,23 +217,46 @@ def _add_steps_axis(axes: Axes, runs: list[Curves]) -> None:
             lambda values: np.interp(np.asarray(values), steps, tokens),
         ),
     )
-    top.set_xlabel("steps" if len(runs) == 1 else f"steps of {longest.name}", fontsize=9)
+    top.set_xlabel("steps" if view.is_single else f"steps of {longest.name}", fontsize=9)
     top.spines["top"].set_visible(False)
     top.tick_params(length=3, labelsize=9)
 
 
-def _draw_curves(axes: Axes, curves: list[tuple[str, Curve]], runs: list[Curves]) -> None:
+def _draw_earlier(axes: Axes, picture: Picture, view: _View) -> None:
+    """The curves of the runs that were gone on from: grey, up to a line where a branch begins."""
+    for run in view.earlier:
+        label = f"before: {run.name}"
+        for name, curve in _curves_of(picture):
+            values = run.columns[name] - curve.minus
+            if curve.style != "marks" and np.isfinite(values).any():
+                look = {"color": EARLIER, "linestyle": "solid"}
+                _draw_curve(axes, run.tokens, values, curve.style, label, look)
+                label = ""
+        for name in _scores_of(picture):
+            for score in run.heldout.values():
+                axes.plot(
+                    score["tokens"], score[name], color=EARLIER, linestyle=DASHES, linewidth=1.1,
+                    marker=".", label=label or None,
+                )  # fmt: skip
+                label = ""
+    for index, tokens in enumerate(view.branches):
+        label = "branch" if index == 0 else ""
+        axes.axvline(tokens, color=EARLIER, linestyle="dotted", linewidth=1.4, label=label or None)
+
+
+def _draw_curves(axes: Axes, curves: list[tuple[str, Curve]], view: _View) -> None:
     """The fields of a picture: of several runs the colour tells the run, else the field."""
+    runs, is_named = view.own, bool(view.branches) or not view.is_single
     marks = [(name, curve) for name, curve in curves if curve.style == "marks"]
     lines = [(name, curve) for name, curve in curves if curve.style != "marks"]
-    several = len(runs) > 1
     for position, run in enumerate(runs):
         for order, (name, curve) in enumerate(lines):
             values = run.columns[name] - curve.minus
             if np.isfinite(values).any():
                 line = "solid" if order == 0 else DASHES
-                look = {"color": _colour(position if several else order), "linestyle": line}
-                label = _label(curve, values, run.name if several else "")
+                place = order if view.is_single else position
+                look = {"color": colour(place), "linestyle": line}
+                label = _label(curve, values, run.name if is_named else "")
                 _draw_curve(axes, run.tokens, values, curve.style, label, look)
     for name, curve in marks:
         places = np.concatenate([run.tokens[run.columns[name] == 1] for run in runs])
@@ -283,7 +275,7 @@ def _draw_curve(
 
 
 def _label(curve: Curve, values: Floats, run: str) -> str:
-    """What the legend calls a curve; `run` is empty where it is the only one."""
+    """What the legend calls a curve; `run` is empty where nothing else is drawn."""
     own = curve.label or ("smoothed" if curve.style == "trend" and not run else "")
     parts = [": ".join(filter(None, (run, own)))]
     if curve.summary is not None:
@@ -291,19 +283,17 @@ def _label(curve: Curve, values: Floats, run: str) -> str:
     return ", ".join(filter(None, parts))
 
 
-def _draw_scores(axes: Axes, runs: list[Curves], column: str) -> None:
+def _draw_scores(axes: Axes, view: _View, column: str) -> None:
     """Held-out scores: of several runs the colour tells the run, else the source."""
-    sources = sorted({source for run in runs for source in run.heldout})
-    for position, run in enumerate(runs):
+    sources = sorted({source for run in view.own for source in run.heldout})
+    for position, run in enumerate(view.own):
         for source, score in run.heldout.items():
             place = sources.index(source)
-            several = len(runs) > 1
-            colour = _colour(position if several else place + 1)
             label = f"held-out {source}, last {_last(score[column])}"
             axes.plot(
                 score["tokens"],
                 score[column],
-                color=colour,
+                color=colour(place + 1 if view.is_single else position),
                 marker=MARKERS[place % len(MARKERS)],
                 markersize=5.5,
                 markeredgecolor="white",
@@ -311,14 +301,10 @@ def _draw_scores(axes: Axes, runs: list[Curves], column: str) -> None:
                 linewidth=1.1,
                 linestyle=DASHES,
                 zorder=4,
-                label=f"{run.name}: {label}" if several else label,
+                label=label if view.is_single else f"{run.name}: {label}",
             )
 
 
 def _last(values: Floats) -> str:
     finite = values[np.isfinite(values)]
     return f"{finite[-1]:.3f}" if len(finite) else "n/a"
-
-
-def _colour(position: int) -> str:
-    return COLOURS[position % len(COLOURS)]

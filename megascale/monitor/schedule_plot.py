@@ -11,12 +11,11 @@ import numpy as np
 from megascale.arrays import Floats
 from megascale.config import GrowthConfig, RunConfig, SegmentConfig, StageConfig
 from megascale.corpus.batches import shares, used_sources
-from megascale.monitor.plots import COLOURS, STYLE
+from megascale.monitor.plot_style import COLOURS, STYLE, count_units, short_rate
 from megascale.optim.schedule import joints, lr_at
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.ticker import EngFormatter
 
 SAMPLES = 2000
 CURVE_COLOUR = COLOURS[0]
@@ -100,7 +99,7 @@ def _draw_rate(
     rates = np.array([lr_at(int(one), segments) for one in seen])
     axes.plot(begin + seen, rates, color=CURVE_COLOUR, linewidth=2.2)
     axes.fill_between(begin + seen, rates, color=CURVE_COLOUR, alpha=0.08, linewidth=0)
-    units = _token_units()
+    units = count_units()
     labelled = -whole
     for joint, lr in joints(segments):
         if 0 < joint < tokens:
@@ -130,12 +129,6 @@ def _mark_growth(axes: Axes, growth: GrowthConfig, tokens: int) -> None:
         fontsize=9.5,
         color=INK,
     )
-
-
-def short_rate(lr: float) -> str:
-    """A rate as people write it: 1.65e-4."""
-    mantissa, exponent = f"{lr:.2e}".split("e")
-    return f"{mantissa.rstrip('0').rstrip('.')}e{int(exponent)}" if lr else "0"
 
 
 def _mark(axes: Axes, tokens: int, lr: float, label: str, offset: tuple[int, int]) -> None:
@@ -180,14 +173,5 @@ def _name_sources(axes: Axes, stages: Sequence[StageConfig]) -> None:
 def _label_tokens(axes: Axes, tokens: int) -> None:
     axes.set_xlim(0, tokens)
     axes.set_xlabel("tokens seen")
-    axes.xaxis.set_major_formatter(_token_units())
+    axes.xaxis.set_major_formatter(count_units())
     axes.tick_params(length=3)
-
-
-def _token_units() -> EngFormatter:
-    """Numbers with the suffixes of a config: 20B, not 20G."""
-    from matplotlib.ticker import EngFormatter
-
-    units = EngFormatter(sep="")
-    units.ENG_PREFIXES = {**units.ENG_PREFIXES, 3: "K", 9: "B"}
-    return units

@@ -111,7 +111,8 @@ def plot_ranks(steps: Sequence[int], over: Floats, title: str, path: Path) -> No
         over.T, cmap="RdBu_r", vmin=0.8, vmax=1.2, aspect="auto", extent=extent,
         interpolation="nearest",
     )  # fmt: skip
-    axes.set(title=title, xlabel="step", ylabel="rank")
+    axes.set(xlabel="step", ylabel="rank")
+    axes.set_title(title, loc="left", fontsize=12, fontweight="bold")
     axes.yaxis.set_major_locator(MaxNLocator("auto", steps=[1, 2, 5, 10], integer=True))
     bar = figure.colorbar(image, extend="both")
     bar.set_label("time over the middle\nrank's, same work", fontsize=8)

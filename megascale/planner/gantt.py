@@ -21,6 +21,8 @@ MAX_TEXT_ROWS = 16
 _MARKS = ((0.5, "#"), (0.125, "="), (0.0, "-"))
 _PADDING_COLOUR = (0.87, 0.87, 0.87, 1.0)
 _BOUND_COLOUR = "#b2182b"
+COLOURED_TOKENS = 4**4, 4**9
+"""Lengths of the first and the last colour; shorter and longer sequences have these two."""
 LEGEND = "longest sequence > 1/2 of capacity '#', > 1/8 '=', shorter '-', padding '.'"
 
 
@@ -72,17 +74,23 @@ def _longest_tokens(plan: StepPlan, lengths: ArrayLike) -> Integers:
     return np.array(longest, dtype=np.int64)
 
 
-def plot_gantt(plan: StepPlan, lengths: ArrayLike, cost: CostModel, path: str | Path) -> None:
+def plot_gantt(
+    plan: StepPlan, lengths: ArrayLike, cost: CostModel, path: str | Path, corpus: str = ""
+) -> None:
     """Write one pipeline stage of the plan as a picture (format by the ending of `path`).
 
-    Bars are coloured by their longest sequence; dashed, the lower bound of the step. Times of an
-    uncalibrated cost model are shown in units of the lower bound.
+    Bars are coloured by their longest sequence, in every picture alike; dashed, the lower bound
+    of the step. Times of an uncalibrated cost model are shown in units of the lower bound.
+    `corpus` is what the title says of the origin of the sequences.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     times = timeline(plan, lengths, cost)
-    unit = 1e3 if cost.calibrated else 1 / (plan.lower_bound_s or 1.0)
+    unit, label = 1 / (plan.lower_bound_s or 1.0), "time / lower bound"
+    if cost.calibrated:
+        is_long = times.total_s >= 1
+        unit, label = (1.0, "predicted time (s)") if is_long else (1e3, "predicted time (ms)")
     figure = Figure(figsize=(10, min(12.0, 2.4 + 0.32 * plan.num_ranks)), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
@@ -90,19 +98,20 @@ def plot_gantt(plan: StepPlan, lengths: ArrayLike, cost: CostModel, path: str | 
     bound = plan.lower_bound_s * unit
     axes.axvline(bound, color=_BOUND_COLOUR, linestyle="--", linewidth=1.4)
     above = axes.get_xaxis_transform()
-    label = axes.text(bound, 1.005, "lower bound", ha="right", va="bottom", transform=above)
-    label.set(color=_BOUND_COLOUR, fontsize=9)
-    axes.set_xlabel("predicted time (ms)" if cost.calibrated else "time / lower bound")
-    axes.set_title(_title(plan, lengths), loc="left", fontsize=11, pad=18)
+    mark = axes.text(bound, 1.005, "lower bound", ha="right", va="bottom", transform=above)
+    mark.set(color=_BOUND_COLOUR, fontsize=9)
+    axes.set_xlabel(label)
+    axes.set_title(_title(plan, lengths, corpus), loc="left", fontsize=11, pad=18)
     figure.savefig(path, dpi=150)
 
 
-def _title(plan: StepPlan, lengths: ArrayLike) -> str:
+def _title(plan: StepPlan, lengths: ArrayLike, corpus: str) -> str:
     tokens = np.asarray(lengths, dtype=np.int64)
     over = plan.predicted_s / plan.lower_bound_s if plan.lower_bound_s > 0 else 1.0
+    above = f"One step of {corpus}\n" if corpus else ""
     return (
-        f"{len(tokens):,} sequences, {int(tokens.sum()):,} tokens on {plan.num_ranks:,} ranks "
-        f"({plan.mode}): {over:.3f}x the lower bound"
+        f"{above}{len(tokens):,} sequences, {int(tokens.sum()):,} tokens on {plan.num_ranks:,} "
+        f"ranks ({plan.mode}): {over:.3f}x the lower bound"
     )
 
 
@@ -113,10 +122,8 @@ def _draw_bars(axes: Axes, plan: StepPlan, longest: Integers, times: Timeline, u
     from matplotlib.colors import LogNorm
     from matplotlib.ticker import MaxNLocator
 
-    real = longest[longest > 0]
-    low, high = (int(real.min()), int(real.max())) if len(real) else (1, 2)
-    scale = ScalarMappable(LogNorm(low, max(high, low + 1)), colormaps["viridis"])
-    colours = scale.to_rgba(np.maximum(longest, low))
+    scale = ScalarMappable(LogNorm(*COLOURED_TOKENS), colormaps["viridis"])
+    colours = scale.to_rgba(np.clip(longest, *COLOURED_TOKENS))
     colours[longest == 0] = _PADDING_COLOUR
     bars = [(position, rank) for position, ring in enumerate(plan.rings) for rank in ring.ranks]
     positions, ranks = np.array(bars).T
@@ -137,8 +144,10 @@ def _draw_bars(axes: Axes, plan: StepPlan, longest: Integers, times: Timeline, u
     axes.yaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_ylabel("rank")
     axes.spines[["top", "right"]].set_visible(False)
-    ticks = np.unique(np.geomspace(low, max(high, low + 1), 6).round())
-    bar = axes.figure.colorbar(scale, ax=axes, pad=0.01, ticks=ticks, format="{x:,.0f}")
+    ticks = [4**power for power in range(4, 10)]
+    bar = axes.figure.colorbar(
+        scale, ax=axes, pad=0.01, ticks=ticks, format="{x:,.0f}", extend="both"
+    )
     bar.minorticks_off()
     bar.set_label("longest sequence (tokens)")
 

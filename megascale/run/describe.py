@@ -19,6 +19,7 @@ from megascale.corpus.sources import SourceInfo
 from megascale.devices.step_time import step_cost
 from megascale.errors import UserError
 from megascale.model import counts
+from megascale.monitor.quantities import show_bytes
 from megascale.optim.rank_memory import memory_per_rank
 from megascale.optim.schedule import joints, lr_at
 from megascale.planner import PLANNERS, Problem, StepPlan, timeline
@@ -180,7 +181,7 @@ def _grown(config: RunConfig, layout: Layout, first: FirstStep) -> list[str]:
     _, grown, growth = small_and_grown(config)
     title = f"grown model             {growth.operator} x {growth.factor}"
     memory = memory_per_rank(grown, layout)
-    room = f"  memory per rank       {_bytes(memory.total)} on the fullest pipeline stage"
+    room = f"  memory per rank       {show_bytes(memory.total)} on the fullest pipeline stage"
     return [title, *_model(grown, first)[1:], room]
 
 
@@ -215,14 +216,16 @@ def _layout(config: RunConfig, layout: Layout) -> list[str]:
 
 def _memory(config: RunConfig, layout: Layout) -> list[str]:
     memory = memory_per_rank(config, layout)
-    rings = [f"  buffers of rings      {_bytes(memory.rings)} (estimate)"] if memory.rings else []
+    rings = (
+        [f"  buffers of rings      {show_bytes(memory.rings)} (estimate)"] if memory.rings else []
+    )
     return [
-        f"memory per rank         {_bytes(memory.total)} on the fullest pipeline stage",
-        f"  weights               {_bytes(memory.weights)}",
-        f"  gradients             {_bytes(memory.gradients)}",
-        f"  optimizer             {_bytes(memory.optimizer)}",
-        f"  activations           {_bytes(memory.activations)} (estimate)",
-        *rings,
+        f"memory per rank         {show_bytes(memory.total)} on the fullest pipeline stage",
+        f"  weights               {show_bytes(memory.weights)}",
+        f"  gradients             {show_bytes(memory.gradients)}",
+        f"  optimizer             {show_bytes(memory.optimizer)}",
+        f"  activations           {show_bytes(memory.activations)} (estimate)",
+        *([f"  buffers of rings      {rings} (estimate)"] if memory.rings else []),
     ]
 
 
@@ -346,12 +349,3 @@ def _files(config: RunConfig) -> list[str]:
         lines["tensorboard/"] = "the same numbers for TensorBoard"
     width = len(str(run_dir)) + 1 + max(map(len, lines))
     return ["files"] + [f"  {f'{run_dir}/{name}':<{width}}  {what}" for name, what in lines.items()]
-
-
-def _bytes(number: int) -> str:
-    value, unit = float(number), "B"
-    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
-        if value < 1024 or unit == "TiB":
-            break
-        value /= 1024
-    return f"{value:.1f} {unit}"

@@ -109,7 +109,7 @@ def plot_fit(done: Calibration, fit: Fit, path: str) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    from megascale.monitor.plots import COLOURS, MARKERS, STYLE
+    from megascale.monitor.plot_style import COLOURS, MARKERS, STYLE
 
     sizes = np.array([one.size for one in done.measurements])
     with rc_context(STYLE):

@@ -18,6 +18,7 @@ from megascale.corpus.batches import Cursor
 from megascale.corpus.heldout import HeldoutPart
 from megascale.corpus.run_length import RunLength, is_over
 from megascale.corpus.sources import SourceInfo
+from megascale.installation import versions
 from megascale.model.balance import ExpertUse
 from megascale.monitor.console import Console
 from megascale.monitor.device import peak_flops
@@ -81,7 +82,8 @@ class Recorder:
         self._failures: set[str] = set()
         self._finish_s = HURRIED_S
         self._bytes_per_token = bytes_per_token(sources[name] for name in config.data.sources)
-        self._peak = peak_flops(_device_name(ranks), config.train.precision)
+        self._device = _device_name(ranks)
+        self._peak = peak_flops(self._device, config.train.precision)
         self._spent = TimeSpent()
         if not self._speaks:
             return
@@ -140,6 +142,10 @@ class Recorder:
             total_steps=self._total_steps(cursor),
             world=ranks.world,
             layout=asdict(layout),
+            precision=self._config.train.precision,
+            device=self._device,
+            nodes=len(set(self._nodes)),
+            versions=versions(),
             command=self._folder.command,
         )
         if cursor.step:

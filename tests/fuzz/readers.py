@@ -22,6 +22,7 @@ from fuzz.scene import (
     LINEAGE,
     LLAMA,
     OUTPUTS,
+    PARENT,
     PULSE,
     QWEN_MOE,
     RECIPE,
@@ -253,6 +254,10 @@ def run_of(rng: Rng, scene: Scene) -> Path:
     for name, values in logs.items():
         whole = "".join(json.dumps(row) + "\n" for row in values).encode()
         written(scene, f"run/{name}", a_log(rng, values) if name == chosen else whole)
+    parent = {**PARENT, "checkpoint": str(scene.folder / "whole/checkpoints/00000004")}
+    origin = {**LINEAGE, "parents": [parent]}
+    is_branch = rng.random() < 0.5
+    written(scene, "run/lineage.json", mutate.json_bytes(rng, origin) if is_branch else b"{}")
     return scene.folder / "run"
 
 
@@ -284,13 +289,15 @@ def curves(rng: Rng, scene: Scene) -> None:
     """Logs, as the plots read them."""
     from megascale.monitor.experts import read_shares
     from megascale.monitor.metrics import rewind
-    from megascale.monitor.plots import load_curves, smooth
+    from megascale.monitor.run_curves import go_on_from, load_curves, smooth
     from megascale.monitor.stragglers import read_slowdowns
+    from megascale.run.ancestry import earlier_parts
 
     run = run_of(rng, scene)
     read_shares(run)
     read_slowdowns(run)
-    smooth(load_curves(run, "run").columns["loss"])
+    drawn = go_on_from(earlier_parts(run), load_curves(run, "run"))
+    smooth(drawn.own.columns["loss"])
     rewind(run / "metrics.jsonl", 4)
 
 

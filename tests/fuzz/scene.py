@@ -31,6 +31,8 @@ EVENTS: list[dict[str, Any]] = [
     {
         "time": TIME.format(2), "event": "start", "began": 1796022939.1, "step": 0, "world": 2,
         "total_steps": 16, "command": "megascale train config.yaml",
+        "layout": {"world": 2, "tensor": 1, "pipeline": 1, "expert": 1, "hdp": 2},
+        "precision": "fp32", "device": "cpu", "nodes": 1, "versions": {"megascale": "0.2.0"},
     },
     {"time": TIME.format(4), "event": "progress", "step": 3, "spent": SPENT},
     {"time": TIME.format(5), "event": "skip", "step": 3, "loss": 9.0},
@@ -42,6 +44,8 @@ EVENTS: list[dict[str, Any]] = [
     {"time": TIME.format(10), "event": "rewind", "last_step": 3, "step_s": 0.1, "written": 1.79e9},
     {"time": TIME.format(12), "event": "save", "step": 4, "bytes": 139912, "seconds": 0.1},
     {"time": TIME.format(13), "event": "leave", "why": "a node was lost"},
+    {"time": TIME.format(13), "event": "straggler", "rank": 1, "node": "n0", "slowdown": 1.2},
+    {"time": TIME.format(13), "event": "sample", "prompt": "def ", "text": "f(x):\n"},
     {"time": TIME.format(14), "event": "stop", "step": 8, "spent": SPENT, "asked": False},
 ]  # fmt: skip
 EXPERTS = {

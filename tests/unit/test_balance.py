@@ -5,6 +5,7 @@ import math
 from types import SimpleNamespace
 
 import numpy as np
+import pictures
 import pytest
 import torch
 
@@ -316,8 +317,17 @@ def test_the_record_is_read_and_drawn(tmp_path):
     log.close()
     step, sources, shares = read_shares(tmp_path)
     assert (step, sources) == (4, ["a", "b"]) and shares.tolist() == [[[0.5, 0.5]], [[0.0, 1.0]]]
-    plot_shares(sources, shares, "two", tmp_path / "experts.png")
-    assert (tmp_path / "experts.png").read_bytes().startswith(b"\x89PNG")
+    with pictures.drawn_figures() as drawn:
+        plot_shares(sources, shares, "two", tmp_path / "experts.png")
+    pictures.require_readable(drawn[0])
+    *maps, bar = drawn[0].axes
+    use = [axes.images[0] for axes in maps if axes.images]
+    shown = [image.get_array().tolist() for image in use]
+    assert shown == [[[0.5, 1.5]], [[1.0, 1.0]], [[0.0, 2.0]]]  # all, a, b: over even use
+    assert {image.get_clim() for image in use} == {(0, 2)}  # whatever the run does
+    assert [axes.get_title(loc="left") for axes in maps[:3]] == ["all sources", "a", "b"]
+    assert {axes.get_xlabel() for axes in maps} == {"expert"}
+    assert "1: even use" in bar.get_ylabel()
     ExpertLog(tmp_path, 2).close()  # a resume goes back to step 2
     assert read_shares(tmp_path)[0] == 2
     rows = (tmp_path / "experts.jsonl").read_text().splitlines()

@@ -4,6 +4,7 @@ import json
 import shutil
 
 import numpy as np
+import pictures
 import pytest
 
 from megascale import cli
@@ -11,8 +12,12 @@ from megascale.corpus.check import (
     LOSSY,
     OTHER_SIZE,
     check_source,
-    length_histogram,
     missing_ends,
+)
+from megascale.corpus.document_lengths import (
+    length_histogram,
+    plot_lengths,
+    shares_by_length,
 )
 from megascale.corpus.prepare import prepare
 from megascale.corpus.recipe import parse_recipe
@@ -174,6 +179,32 @@ def test_histogram():
         ["128", "1", "90.9%"],
     ]
     assert "90.9% of the tokens are in documents longer than 4 tokens" in text
+
+
+def test_shares_of_the_picture_are_those_of_the_text():
+    documents, tokens = shares_by_length(np.array([1, 2, 3, 4, 5, 100, 4000]), 4)
+    assert documents.shape == tokens.shape == (2, 21)  # up to 2**20, whatever the corpus has
+    expected = np.zeros((2, 21))
+    expected[0, :3] = 1 / 7, 1 / 7, 2 / 7
+    expected[1, [3, 7, 12]] = 1 / 7
+    np.testing.assert_allclose(documents, expected)
+    assert tokens[0, 2] == pytest.approx(7 / 4115)
+    assert tokens[1, [3, 7, 12]] == pytest.approx([5 / 4115, 100 / 4115, 4000 / 4115])
+    assert tokens.sum() == pytest.approx(1)
+    halves, _ = shares_by_length(np.array([5, 7]), 6)  # one power, on both sides of the context
+    assert halves[:, 3].tolist() == [0.5, 0.5]
+    longest, _ = shares_by_length(np.array([2**22 + 1]), 6)
+    assert longest.shape == (2, 24) and longest[1, 23] == 1
+
+
+@pytest.mark.parametrize("lengths", [[1], [9, 100, 4000], list(range(1, 3000)), [2**25, 3]])
+@pytest.mark.parametrize("context", [4, 4096, 2**20])
+def test_nothing_is_printed_over_anything_in_the_picture(tmp_path, lengths, context):
+    with pictures.drawn_figures() as drawn:
+        plot_lengths(np.array(lengths), context, "my-corpus", tmp_path / "lengths.png")
+    pictures.require_readable(drawn[0])
+    texts = [text for text, _ in pictures.texts_of(drawn[0])]
+    assert any(text.startswith("Lengths of my-corpus: ") for text in texts)
 
 
 def test_command_line(corpus, tmp_path, capsys):

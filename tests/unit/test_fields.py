@@ -19,7 +19,8 @@ from megascale.monitor import metric_fields as fields
 from megascale.monitor.console import Console
 from megascale.monitor.metric_fields import Curve, Field, Picture, Shown
 from megascale.monitor.metrics import MetricsWriter
-from megascale.monitor.plots import load_curves, plot_run
+from megascale.monitor.plots import plot_run
+from megascale.monitor.run_curves import load_curves
 from megascale.monitor.step_record import StepRecord, StepResult
 from megascale.training.evaluate import HeldoutScore
 
@@ -104,10 +105,27 @@ def test_the_console_knows_bits_per_byte() -> None:
 
 def test_a_line_has_the_mean_wait_since_the_last_line() -> None:
     console = Console(200, 0)
-    row = ALWAYS | {"plan_wait_s": 0.001}
+    row = ALWAYS | {"plan_wait_s": 0.01}
     console.take(row | {"step": 1})
-    assert "plan wait 2.0 ms" in console.line(row | {"step": 2, "plan_wait_s": 0.003})
-    assert "plan wait 1.0 ms" in console.line(row)
+    assert "plan wait 20.0 ms" in console.line(row | {"step": 2, "plan_wait_s": 0.03})
+    assert "plan wait 10.0 ms" in console.line(row)
+    assert "plan wait" not in console.line(row | {"plan_wait_s": 0.0099})
+
+
+def test_the_console_has_its_own_order() -> None:
+    names = [field.name for field, _ in fields.shown_fields()]
+    assert names == [name for name in fields.CONSOLE_ORDER if name in names]
+    assert names[:5] == ["loss", "bits_per_byte", "grad_norm", "lr", "tokens_per_s"]
+
+
+def test_the_speed_up_over_static_has_its_place_after_the_speed(monkeypatch) -> None:
+    new = Field(
+        "speedup_over_static", "", "Predicted.", lambda step: 1.25, console=Shown("{}x static")
+    )
+    others = tuple(field for field in fields.FIELDS if field.name != new.name)
+    monkeypatch.setattr(fields, "FIELDS", (*others, new))
+    line = Console(200, 0).line(ALWAYS | {"mfu": 0.5, "speedup_over_static": 1.25})
+    assert line.endswith("25 tok/s  1.25x static  MFU 50.0 %")
 
 
 def test_scores_have_their_attributes_in_order() -> None:
@@ -134,7 +152,7 @@ def test_a_new_record_is_in_rows_on_the_console_and_in_a_picture(tmp_path, monke
         *(ALWAYS | {"step": 1, "tokens_seen": 100}).items(),
         ("wait_share", 0.0005),
     ]
-    assert "plan wait 2.0 ms  waits 0.05%" in console.line(row)
+    assert console.line(row).endswith("25 tok/s  waits 0.05%")
     assert set(load_curves(tmp_path, "a").columns["wait_share"]) == {0.0005}
     path = plot_run([tmp_path], tmp_path / "out")[-1]
     assert path.name == "waits.png"

@@ -1,6 +1,8 @@
 """What `pyproject.toml` promises, what a verb says without its packages, and named examples."""
 
 import json
+import shutil
+import subprocess
 import sys
 import tomllib
 from importlib import metadata
@@ -9,7 +11,7 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 
-from megascale import cli, installation
+from megascale import __version__, cli, installation
 from megascale.config import load_config
 from megascale.corpus.recipe import load_recipe
 from megascale.errors import UserError
@@ -241,3 +243,41 @@ def test_prepare_under_mpi_says_what_to_install(monkeypatch, capsys):
         monkeypatch.setenv("PMI_RANK", rank)
         assert cli.main(["prepare", "data/python_stdlib.yaml"]) == 2
         assert capsys.readouterr().err == said
+
+
+def test_versions_are_those_of_the_code_and_of_what_ranks_need() -> None:
+    found = installation.versions()
+    assert found["megascale"].split()[0] == __version__
+    for name in ("torch", "megatron-core"):
+        assert found[name] == metadata.version(name)
+
+
+def test_a_checkout_says_its_commit_and_whether_files_differ(tmp_path, monkeypatch) -> None:
+    if shutil.which("git") is None:
+        pytest.skip("needs git")
+    module = tmp_path / "checkout" / "megascale" / "installation.py"
+    module.parent.mkdir(parents=True)
+    module.write_text("here = 1\n")
+
+    def git(*words: str) -> str:
+        who = ("-c", "user.name=a", "-c", "user.email=a@b")
+        command = ["git", *who, "-C", str(tmp_path / "checkout"), *words]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    monkeypatch.setattr(installation, "__file__", str(module))
+    assert installation._commit() == ""  # no checkout
+    git("init", "-q")
+    git("add", ".")
+    git("commit", "-qm", "first")
+    git("tag", "v9")
+    commit = git("rev-parse", "--short=10", "HEAD")
+    assert installation._commit() == f"at commit {commit}"
+    module.write_text("here = 2\n")
+    assert installation._commit() == f"at commit {commit} changed"
+    # an install inside somebody else's repository is no checkout of this code
+    inner = module.parent / "site-packages" / "megascale" / "installation.py"
+    monkeypatch.setattr(installation, "__file__", str(inner))
+    assert installation._commit() == ""
+    monkeypatch.setattr(installation, "__file__", str(module))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert installation._commit() == ""  # no git

@@ -22,7 +22,7 @@ from megascale.monitor.device import mfu, peak_flops
 from megascale.monitor.events import EventLog
 from megascale.monitor.metrics import MetricsWriter, flatten, read_rows
 from megascale.monitor.profile import profiler
-from megascale.monitor.quantities import show_count, show_duration
+from megascale.monitor.quantities import show_count, show_duration, show_names
 from megascale.monitor.trackers import TRACKERS
 from megascale.runtime.logs import say, settle_console
 
@@ -217,11 +217,23 @@ def test_a_line_reads_as_documented() -> None:
         clock.now += 100.0 if step == 1 else 0.56  # the first step compiles
         console.tick(step)
     assert console.line(row(84, bits_per_byte=3.38, grad_norm=0.5312, mfu=None)) == (
-        " 42.0 %  step  84/200  loss 2.3456  bits/byte 3.380  lr 2.9e-04  grad norm 0.53  "
-        "41.2K tok/s  plan wait 0.3 ms  ETA 1m05s"
+        " 42.0 %  step  84/200  loss 2.3456  bits/byte 3.380  grad norm 0.53  lr 2.9e-04  "
+        "41.2K tok/s  ETA 1m05s"
     )
-    assert "MFU 41.2 %" in console.line(row(84, mfu=0.412))
-    assert "bits/byte" not in console.line(row(84))
+    slow = row(84, mfu=0.412, plan_wait_s=0.0123)
+    assert console.line(slow) == (
+        " 42.0 %  step  84/200  loss 2.3456  lr 2.9e-04  41.2K tok/s  MFU 41.2 %  "
+        "plan wait 12.3 ms  ETA 1m05s"
+    )
+
+
+@pytest.mark.parametrize("nothing", [None, float("nan"), float("inf")])
+def test_what_is_not_known_has_no_place_on_the_line(nothing: float | None) -> None:
+    console = Console(200, 0)
+    names = "loss bits_per_byte grad_norm lr tokens_per_s mfu plan_wait_s speedup_over_static"
+    assert console.line({"step": 1, **dict.fromkeys(names.split(), nothing)}) == (
+        "  0.5 %  step   1/200"
+    )
 
 
 def test_bytes_are_those_of_the_sources_that_a_batch_reads() -> None:
@@ -245,7 +257,7 @@ def test_time_left_counts_evaluations_but_not_the_first_step() -> None:
     console.tick(51)
     assert console.eta_s() is None
     line = console.line(row(51))
-    assert line.endswith("plan wait 0.3 ms") and "n/a" not in line
+    assert line.endswith("41.2K tok/s")
     clock.now += 1.0
     console.tick(52)
     assert console.eta_s() == pytest.approx(48.0)
@@ -302,6 +314,20 @@ def test_counts_are_short(count: float, shown: str) -> None:
 )  # fmt: skip
 def test_durations_are_short(seconds: float, shown: str) -> None:
     assert show_duration(seconds) == shown
+
+
+@pytest.mark.parametrize(
+    ("names", "shown"),
+    [
+        ([], ""),
+        (["web"], "web"),
+        (["web", "code"], "web, code"),
+        (list("abcdefg"), "a, b, c, d and 3 more"),
+        (["x" * 28, "y" * 29], f"{'x' * 28}, {'y' * 25}..."),
+    ],
+)
+def test_names_fit_into_a_title(names: list[str], shown: str) -> None:
+    assert show_names(names) == shown
 
 
 # --------------------------------------------------------------------------------------- device

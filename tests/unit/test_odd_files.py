@@ -20,8 +20,8 @@ from megascale.launch.driver import _cause
 from megascale.monitor.events import read_events
 from megascale.monitor.experts import read_shares
 from megascale.monitor.metrics import read_rows
-from megascale.monitor.plots import load_curves
 from megascale.monitor.rank_states import read_heartbeats
+from megascale.monitor.run_curves import load_curves
 from megascale.monitor.sessions import Session
 from megascale.monitor.story import Story, _overlap, read_story
 from megascale.monitor.stragglers import read_slowdowns

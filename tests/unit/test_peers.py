@@ -9,12 +9,15 @@ import time
 import bench_planner
 import numpy as np
 import peers
+import pictures
+import planner_results
 import pytest
 from bench_planner import Job, Row, Scenario, corpus_lengths, in_process
 from hypothesis import given
 from hypothesis import strategies as st
 from judge import judge
 from peers import karmarkar_karp, plan_megatron_core, plan_verl_kk
+from PIL import Image
 
 from megascale.errors import UserError
 from megascale.planner import CostModel, OffloadModel, Problem, find_planner
@@ -196,6 +199,67 @@ def test_bench_writes_table_json_and_picture(tmp_path, capsys):
             ratio = found["results"][f"{mode} {name}"]["o1"]["ratio"]
             assert 1.0 <= ratio < 4 and float(cell) == pytest.approx(ratio, abs=6e-4)
     assert (tmp_path / "planner.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_a_picture_sets_ours_against_the_best_valid_plan_of_each_batch():
+    rows = [
+        Row("s1", "hybrid", "free", 1.1),
+        Row("s1", "lpt", "free", 1.32),
+        Row("s1", "static_best", "free", 1.21),
+        Row("s1", "verl_kk", "free", 1.001, problem="ring above its capacity: 0 and 0 more"),
+        Row("s2", "hybrid", "free", 1.25),
+        Row("s2", "flexsp", "free", 1.0),
+        Row("s3", "hybrid", "free", None, problem="sequence not placed"),
+        Row("s3", "lpt", "free", 1.0),
+        Row("s1", "lpt", "lockstep", 1.0),
+    ]
+    (first, second) = planner_results.duels(rows, "free")
+    assert (first.scenario, first.peer) == ("s1", "static_best")
+    assert first.excess == pytest.approx(0.1)
+    assert (second.scenario, second.peer, second.excess) == ("s2", "flexsp", pytest.approx(-0.2))
+    assert planner_results.duels(rows, "lockstep") == []
+
+
+def test_results_are_read_as_they_were_written(tmp_path):
+    rows = [
+        Row("s1", "hybrid", "free", 1.1, None, 0.25),
+        Row("s1", "lpt", "aligned", 1.3, 1.2, 0.5, "ring above its capacity"),
+        Row("s2", "lpt", "aligned", problem="no plan in 120 s"),
+    ]
+    (tmp_path / "planner.json").write_text(bench_planner.to_json(rows, [], 0, COST))
+    batches, again = planner_results.read_results(tmp_path / "planner.json")
+    assert again == rows and batches == bench_planner.about(["s1", "s2"])
+    lines = list(planner_results.tables(rows, batches))
+    assert "| free | hybrid |" in lines and "| s1 | 1.100 |" in lines
+    assert "| aligned | longest first |" in lines and "| s1 | 1.300! |" in lines
+    assert lines[-1] == "| s2 | late |"
+
+
+def test_the_picture_of_the_guide_can_be_read(tmp_path):
+    batches, rows = planner_results.read_results(planner_results.RESULTS / "planner.json")
+    with pictures.drawn_figures() as drawn:
+        planner_results.plot(rows, batches, tmp_path / "planner.png")
+    pictures.require_readable(drawn[0])
+    texts = [text for text, _ in pictures.texts_of(drawn[0])]
+    assert all(any(text.endswith(f"  {name}") for text in texts) for name in batches)
+    duels = [duel for mode in bench_planner.MODES for duel in planner_results.duels(rows, mode)]
+    assert len(duels) == 3 * len(batches)
+    assert all(
+        any(text.endswith(planner_results.NAMES[one.peer]) for text in texts) for one in duels
+    )
+
+
+def test_the_picture_is_drawn_again_without_measuring(tmp_path, capsys, monkeypatch):
+    rows = [Row("s1", "hybrid", "free", 1.1, None, 0.1), Row("s1", "lpt", "free", 1.3, None, 0.1)]
+    (tmp_path / "planner.json").write_text(bench_planner.to_json(rows, [], 0, COST))
+    monkeypatch.setattr(bench_planner, "in_process", None)
+    bench_planner.bench_planner(["--redraw", "--out", str(tmp_path)])
+    assert capsys.readouterr().out == f"written: {tmp_path}/planner.png\n"
+    image = np.asarray(Image.open(tmp_path / "planner.png").convert("RGB")).astype(int)
+    assert np.all(np.abs(image - (0x21, 0x66, 0xAC)) < 12, axis=-1).sum() > 500  # the bar
+    with pytest.raises(SystemExit):
+        bench_planner.bench_planner(["--redraw", "--out", str(tmp_path / "none")])
+    assert "there is no planner.json" in capsys.readouterr().err
 
 
 def test_unknown_names_are_refused(capsys):

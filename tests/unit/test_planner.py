@@ -1,15 +1,18 @@
 """Plans keep their invariants, stay near the bound, and are the same bytes everywhere."""
 
 import json
+import math
 import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pictures
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from matplotlib import colormaps
 from processor_time import processor_s
 
 from megascale.errors import UserError
@@ -280,9 +283,30 @@ def test_text_gantt_of_many_ranks_shows_some_busiest_first() -> None:
 def test_gantt_picture_is_written(tmp_path: Path, num_ranks: int) -> None:
     lengths = [100, 100, 50, 3]
     plan = longest_first(lengths, num_ranks, 200, "free", COST)
-    plot_gantt(plan, lengths, COST, tmp_path / "plan.png")
+    with pictures.drawn_figures() as drawn:
+        plot_gantt(plan, lengths, COST, tmp_path / "plan.png", "web, code")
     assert (tmp_path / "plan.png").read_bytes().startswith(b"\x89PNG")
     assert (tmp_path / "plan.png").stat().st_size > 5000
+    pictures.require_readable(drawn[0])
+    assert any(
+        text.startswith("One step of web, code\n") for text, _ in pictures.texts_of(drawn[0])
+    )
+
+
+@pytest.mark.parametrize("lengths", [[256] * 8, [16, 1000, 70000], [5_000_000, 100]])
+def test_a_colour_of_a_gantt_picture_is_the_same_length_in_all_pictures(tmp_path, lengths) -> None:
+    plan = longest_first(lengths, 2, 10_000_000, "free", COST)
+    with pictures.drawn_figures() as drawn:
+        plot_gantt(plan, lengths, COST, tmp_path / "plan.png")
+    axes, bar = drawn[0].axes
+    assert bar.get_ylim() == pytest.approx((2**8, 2**18))
+    ticks = [label.get_text() for label in bar.get_yticklabels()]
+    assert ticks == ["256", "1,024", "4,096", "16,384", "65,536", "262,144"]
+    (bars,) = axes.collections
+    for ring, colour in zip(plan.rings, bars.get_facecolors(), strict=True):
+        longest = max(lengths[i] for i in ring.sequences)
+        part = np.clip((math.log2(longest) - 8) / (18 - 8), 0, 1)
+        np.testing.assert_allclose(colour, colormaps["viridis"](part), atol=0.01)
 
 
 def test_planner_needs_numpy_only() -> None:

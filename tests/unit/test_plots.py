@@ -5,12 +5,17 @@ import json
 from pathlib import Path
 
 import numpy as np
+import pictures
 import pytest
 from PIL import Image
 
 from megascale.commands.plot import add_plot_arguments, run_plot
 from megascale.errors import UserError
-from megascale.monitor.plots import load_curves, plot_run, smooth
+from megascale.monitor.plot_style import EARLIER, colour
+from megascale.monitor.plots import plot_run
+from megascale.monitor.run_curves import DrawnRun, go_on_from, load_curves, smooth
+from megascale.run.ancestry import earlier_parts
+from megascale.simulate.step_time_plot import plot_rows
 
 PICTURES = ["loss", "bits_per_byte", "learning_rate", "speed", "grad_norm"]
 
@@ -47,6 +52,138 @@ def test_curves_hold_what_the_run_recorded(tmp_path: Path) -> None:
     np.testing.assert_array_equal(np.flatnonzero(run.columns["skipped"]), [1])
     np.testing.assert_array_equal(run.heldout["web"]["tokens"], [5000, 10000])
     np.testing.assert_array_equal(run.heldout["web"]["bits_per_byte"], [3.0, 3.0])
+
+
+def branch_of(parent: Path, run: Path, step: int) -> None:
+    """Let `run` go on from a checkpoint of `parent`."""
+    checkpoint = {"checkpoint": str(parent / "checkpoints" / f"{step:08d}"), "step": step}
+    parents = [{**checkpoint, "tokens_seen": 1000 * step}]
+    origin = {"made_by": "start.checkpoint", "parents": parents}
+    (run / "lineage.json").write_text(json.dumps(origin))
+
+
+def drawn_runs(*runs: Path) -> list[DrawnRun]:
+    return [go_on_from(earlier_parts(run), load_curves(run, run.name)) for run in runs]
+
+
+def test_a_branch_goes_on_from_its_parent(tmp_path: Path) -> None:
+    base, branch = make_run(tmp_path / "base", 30), make_run(tmp_path / "branch", 12)
+    branch_of(base, branch, 20)
+    (run,) = drawn_runs(branch)
+    np.testing.assert_array_equal(run.own.tokens, 20_000 + 1000 * np.arange(1, 13))
+    np.testing.assert_array_equal(run.own.step, 20 + np.arange(1, 13))
+    np.testing.assert_array_equal(run.own.heldout["web"]["tokens"], [25_000, 30_000])
+    (parent,) = run.earlier.values()
+    # of the parent's 20 steps no more than the branch's 12,000 tokens, and none after step 20
+    np.testing.assert_array_equal(parent.tokens, 1000 * np.arange(8, 21))
+    np.testing.assert_allclose(parent.columns["loss"], 5.0 / np.arange(8, 21))
+    np.testing.assert_array_equal(parent.heldout["web"]["tokens"], [10_000, 15_000, 20_000])
+
+
+def test_a_branch_of_a_branch_begins_with_both(tmp_path: Path) -> None:
+    runs = [make_run(tmp_path / name, steps) for name, steps in (("a", 6), ("b", 9), ("c", 30))]
+    branch_of(runs[0], runs[1], 4)
+    branch_of(runs[1], runs[2], 5)
+    (run,) = drawn_runs(runs[2])
+    first, second = run.earlier.values()
+    assert [one.name for one in (first, second)] == ["a", "b"]
+    np.testing.assert_array_equal(first.tokens, 1000 * np.arange(1, 5))
+    np.testing.assert_array_equal(second.tokens, 4000 + 1000 * np.arange(1, 6))
+    np.testing.assert_array_equal(run.own.tokens[[0, -1]], [10_000, 39_000])
+
+
+@pytest.mark.parametrize("parents", [0, 2])
+def test_what_is_no_branch_begins_at_zero(tmp_path: Path, parents: int) -> None:
+    """Neither one without a parent, nor one that was merged, nor one whose parent is gone."""
+    base, run = make_run(tmp_path / "base", 30), make_run(tmp_path / "run", 12)
+    branch_of(base, run, 20)
+    origin = json.loads((run / "lineage.json").read_text())
+    origin["parents"] *= parents
+    (run / "lineage.json").write_text(json.dumps(origin))
+    assert drawn_runs(run)[0].own.tokens[0] == 1000 and not drawn_runs(run)[0].earlier
+    branch_of(tmp_path / "gone", run, 20)
+    assert drawn_runs(run)[0].own.tokens[0] == 1000
+    branch_of(run, run, 3)  # no run comes from itself
+    assert not earlier_parts(run)
+
+
+def test_pictures_of_a_branch_show_and_name_its_parent(tmp_path: Path) -> None:
+    base, branch = make_run(tmp_path / "base", 30), make_run(tmp_path / "branch", 12)
+    branch_of(base, branch, 20)
+    with pictures.drawn_figures() as drawn:
+        assert plot(str(branch)) == 0
+    loss = drawn[0]
+    pictures.require_readable(loss)
+    axes = loss.axes[0]
+    grey = [line for line in axes.lines if line.get_color() == EARLIER]
+    assert {"before: base", "branch"} <= {line.get_label() for line in grey}
+    (parent,) = [line for line in grey if line.get_label() == "before: base"]
+    np.testing.assert_array_equal(parent.get_xdata(), 1000 * np.arange(8, 21))
+    (own,) = [line for line in axes.lines if line.get_label() == "branch: training"]
+    assert own.get_xdata()[0] == 21_000 and own.get_color() == colour(0)
+    (border,) = [line for line in axes.lines if line.get_label() == "branch"]
+    assert list(border.get_xdata()) == [20_000, 20_000]
+    assert axes.get_xlim()[0] == 8000
+    assert axes.get_xlabel() == "tokens seen, those of earlier runs included"
+    # steps along the top go on, too
+    to_steps = axes.child_axes[0]._functions[0]
+    np.testing.assert_allclose(to_steps(np.array([8000, 20_000, 32_000])), [8, 20, 32])
+
+
+def test_a_parent_that_is_drawn_itself_is_not_drawn_twice(tmp_path: Path) -> None:
+    base, branch = make_run(tmp_path / "base", 30), make_run(tmp_path / "branch", 12)
+    branch_of(base, branch, 20)
+    with pictures.drawn_figures() as drawn:
+        assert plot(str(base), str(branch)) == 0
+    labels = [line.get_label() for line in drawn[0].axes[0].lines]
+    assert "base: training" in labels and "branch: training" in labels
+    assert not any(label.startswith("before") for label in labels)
+    assert drawn[0].axes[0].get_xlim()[0] == 0
+
+
+def test_titles_say_what_a_run_reads(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "a", 30)
+    (run / "config.yaml").write_text(
+        "model: {vocab_size: 257}\ntrain: {tokens: 1000}\n"
+        "data: {sources: {web: {path: w}, code: {path: c}}}\n"
+    )
+    with pictures.drawn_figures() as drawn:
+        assert plot(str(run)) == 0
+    for figure in drawn:
+        texts = [text for text, _ in pictures.texts_of(figure)]
+        assert "trained on web, code" in texts, texts
+        pictures.require_readable(figure)
+
+
+def test_a_simulation_says_what_stands_at_its_bars(tmp_path: Path) -> None:
+    rows = [
+        {
+            "planner": "static",
+            "step_s": 4.0,
+            "idle_share": 0.5,
+            "passing_share": 0.25,
+            "speedup": 1,
+        },
+        {"planner": "hybrid", "step_s": 2.0, "idle_share": 0, "passing_share": 0.5, "speedup": 2.0},
+        {"planner": "broken", "problem": "no plan"},
+    ]
+    with pictures.drawn_figures() as drawn:
+        plot_rows(rows, "7b on 64 x h100, github", tmp_path / "simulation.png")
+    pictures.require_readable(drawn[0])
+    (axes,) = drawn[0].axes
+    assert [text.get_text() for text in axes.texts] == [" 1.00x", " 2.00x"]
+    assert axes.get_xlabel().endswith("at the end of a bar: speed over static")
+    assert [bar.get_width() for bar in axes.patches] == [1, 1, 1, 1, 2, 0]
+
+
+def test_numbers_on_axes_are_round(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "a", 30)
+    with pictures.drawn_figures() as drawn:
+        assert plot(str(run)) == 0
+    labels = [label for figure in drawn for label in pictures.tick_labels_of(figure)]
+    assert {"0", "5K", "10K", "1e-3"} <= set(labels)
+    numbers = [label.rstrip("KMB%") for label in labels]
+    assert all(len(number.strip("0").replace(".", "")) <= 4 for number in numbers), labels
 
 
 def test_pictures_lie_in_the_run_folder(tmp_path: Path, capsys) -> None:

@@ -9,7 +9,8 @@ from PIL import Image
 from megascale import cli
 from megascale.config import SegmentConfig, StageConfig
 from megascale.corpus.shards import ShardWriter
-from megascale.monitor.schedule_plot import sampled_tokens, short_rate, stage_spans
+from megascale.monitor.plot_style import short_rate
+from megascale.monitor.schedule_plot import sampled_tokens, stage_spans
 from megascale.optim import steplaw
 
 RUN = """

@@ -3,8 +3,6 @@
 import errno
 import json
 import os
-import shutil
-import subprocess
 from contextlib import ExitStack
 from datetime import UTC, datetime
 
@@ -378,18 +376,3 @@ def test_the_report_is_one_page_that_quotes_what_it_shows(write, capsys):
     assert main(["report", str(run), "--out", str(run / "config.yaml" / "x.html")]) == 2
     assert main(["report", str(run), "--out", "/dev/null"]) == 0
     assert not os.path.isfile("/dev/null")  # no file has taken its place
-
-
-@pytest.mark.skipif(shutil.which("chromium") is None, reason="needs Debian's chromium")
-def test_a_browser_shows_the_report(write, tmp_path):
-    run = write([*FIRST, *SECOND], 60)
-    assert main(["report", str(run)]) == 0
-    quiet = "--disable-gpu --disable-quic --no-first-run --disable-background-networking".split()
-    done = subprocess.run(
-        ["chromium", "--headless", "--no-sandbox", *quiet, "--disable-component-update",
-         "--disable-sync", f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom",
-         f"file://{run}/report.html"],
-        capture_output=True, text=True, timeout=120,
-    )  # fmt: skip
-    assert done.returncode == 0
-    assert "Goodput" in done.stdout and done.stdout.count("<img") == 4
