@@ -2,7 +2,7 @@
 
 Every plan is completed to its public JSON and judged by tools/judge.py, which shares no code with
 the planner. Shown is its time over the neutral lower bound, in free mode, in lockstep, and in
-aligned mode with four pipeline stages (1F1B; a pipeline's filling is not in the bound), and the
+aligned mode with four pipeline stages (1F1B; there also over the fill bound), and the
 time to plan. FlexSP runs by default on the small scenarios only, with 30 s for all
 programs it solves.
 """
@@ -42,7 +42,16 @@ from planner_results import (
     results_json,
 )
 
-from megascale.planner import PLANNERS, CostModel, Placed, Planner, Problem, StepPlan, complete
+from megascale.planner import (
+    PLANNERS,
+    CostModel,
+    Placed,
+    Planner,
+    Problem,
+    StepPlan,
+    complete,
+    fill_bound_s,
+)
 from megascale.simulate.lengths import draw_lengths
 
 LIMIT_S = 120.0
@@ -165,15 +174,12 @@ def run_job(job: Job, seed: int, cost: dict[str, float]) -> list[Row]:
         else:
             plan = completed_as(decided, problem)
         verdict = judge(json.loads(json.dumps(plan.to_json())), lengths, cost, PIPELINE)
-        ratio: float | None = verdict.mode_s(mode) / verdict.lower_bound_s
-        ratio = ratio if math.isfinite(ratio) else None
-        proxy = (
-            verdict.pipeline_proxy_s / verdict.lower_bound_s
-            if ratio and mode == "aligned"
-            else None
-        )
+        ratio = fill = None
+        if math.isfinite(step_s := verdict.mode_s(mode)):
+            ratio = step_s / verdict.bound_s(mode)
+            fill = step_s / fill_bound_s(problem) if mode == "aligned" else None
         problems = "; ".join(verdict.problems)
-        rows.append(Row(job.scenario, job.planner, mode, ratio, proxy, plan_s, problems))
+        rows.append(Row(job.scenario, job.planner, mode, ratio, fill, plan_s, problems))
     return rows
 
 

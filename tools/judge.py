@@ -39,8 +39,6 @@ class Verdict:
     """Step time where the k-th micro-batches of all ranks begin together."""
     pipeline_s: float
     """Step time of 1F1B over the stages; infinite where the plan's order deadlocks it."""
-    pipeline_proxy_s: float
-    """Busiest rank's micro-batches, and once per further stage its largest one again."""
     lower_bound_s: float
     """Seconds that no plan can beat, whatever its mode."""
     pipeline_bound_s: float
@@ -79,7 +77,7 @@ def judge(
     flat = Flat.of(plan)
     problems = _not_the_step(flat, plan["num_ranks"], len(tokens))
     if problems:
-        return Verdict(tuple(problems), *[float("inf")] * 4, *bounds_s)
+        return Verdict(tuple(problems), *[float("inf")] * 3, *bounds_s)
     problems = _broken_rules(flat, plan, tokens)
     seconds = _ring_seconds(flat, tokens, cost)
     if slowdown is not None:
@@ -94,7 +92,6 @@ def judge(
         free_s=float(end_s.max(initial=0.0)),
         lock_s=float(slowest.sum()),
         pipeline_s=_run_pipeline(flat, seconds, pipeline),
-        pipeline_proxy_s=_pipeline_proxy_s(flat, seconds, pipeline),
         lower_bound_s=bounds_s[0],
         pipeline_bound_s=bounds_s[1],
     )
@@ -237,14 +234,6 @@ def _run_free(flat: Flat, seconds: Floats) -> tuple[Floats, Integers]:
     ends = _longest_paths(seconds, *edges)
     waves = _longest_paths(np.ones(len(seconds)), *edges).astype(np.int64) - 1
     return ends, waves
-
-
-def _pipeline_proxy_s(flat: Flat, seconds: Floats, pipeline: int) -> float:
-    member_s = seconds[flat.rings]
-    busy_s = np.bincount(flat.ranks, member_s, 1)
-    largest_s = np.zeros(len(busy_s))
-    np.maximum.at(largest_s, flat.ranks, member_s)
-    return float((busy_s + (pipeline - 1) * largest_s).max())
 
 
 def _run_pipeline(flat: Flat, seconds: Floats, pipeline: int) -> float:

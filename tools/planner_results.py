@@ -42,9 +42,9 @@ class Row:
     planner: str
     mode: str
     ratio: float | None = None
-    """Step time over the neutral lower bound; None where there is no plan."""
-    proxy: float | None = None
-    """In aligned mode, the same with peers.md's proxy of 1F1B."""
+    """Step time over the judge's bound of the mode; None where there is no plan."""
+    fill: float | None = None
+    """In aligned mode, step time over the fill bound: that of 1F1B if work could be cut at will."""
     plan_s: float | None = None
     problem: str = ""
     """Why there is no plan, or which rule it breaks."""
@@ -174,7 +174,7 @@ def results_json(head: Mapping[str, Any], rows: Sequence[Row]) -> str:
     """`planner.json`: what `head` says, then all rows, a planner and mode a line."""
     results: dict[str, dict[str, object]] = {}
     for row in rows:
-        kept = {name: getattr(row, name) for name in ("ratio", "proxy", "plan_s", "problem")}
+        kept = {name: getattr(row, name) for name in ("ratio", "fill", "plan_s", "problem")}
         rounded = {k: round(v, 4) if isinstance(v, float) else v for k, v in kept.items() if v}
         results.setdefault(f"{row.mode} {row.planner}", {})[row.scenario] = rounded
     lines = [f" {json.dumps(key)}: {json.dumps(value)}" for key, value in head.items()]

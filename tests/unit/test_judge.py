@@ -58,7 +58,6 @@ def test_three_readings_by_hand():
     assert verdict.problems == ()
     assert verdict.free_s == pytest.approx(12)
     assert verdict.lock_s == pytest.approx(9 + 6)
-    assert verdict.pipeline_proxy_s == pytest.approx(12 + 9)
     # Rank 0, stage 1: waits for forward 0 (3 s), then 3 + 6 + 1 + 2; stage 0 ends with backward 0
     # from 12 on (6 s) and backward 1 (2 s).
     assert verdict.pipeline_s == pytest.approx(20)
@@ -69,7 +68,6 @@ def test_a_ring_waits_for_its_last_rank():
     verdict = judge(plan_of([([0], [0], 0), ([0, 1], [1], 1)]), [9, 4], cost, pipeline=1)
     assert verdict.free_s == verdict.pipeline_s == pytest.approx(11)
     assert verdict.lock_s == pytest.approx(11)
-    assert verdict.pipeline_proxy_s == pytest.approx(11)
     assert verdict.mode_s("free") == verdict.free_s and verdict.mode_s("lockstep") == verdict.lock_s
 
 
