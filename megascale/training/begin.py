@@ -39,6 +39,7 @@ from megascale.run.resolve import ResolvedRun
 from megascale.run.resume import compare_configs, compare_sources, softmax_changes
 from megascale.run.start import Start, find_start, taken_over
 from megascale.run.step_problem import batches_of, plan_lengths, step_problem
+from megascale.run.warnings import cuda_warnings
 from megascale.runtime.distributed import (
     Ranks,
     cores_are_shared,
@@ -109,6 +110,8 @@ def begin(
         folder.path, config.checkpoint, ranks, _emergency(folder.path, config, ranks, resume)
     )
     cursor, notes = _restore(learner, resolved, folder, resume, spikes, speeds, saver.emergency)
+    if config.device == "auto" and ranks.device.type == "cuda":  # else the description has them
+        notes = [*notes, *cuda_warnings(config)]
     batches = batches_of(config, sources)
     feed = Feed(
         batches,
