@@ -34,8 +34,7 @@ folder=.venv-fake-cuda-$("$base" -c 'import sys; print("%d.%d" % sys.version_inf
 constraints=tools/constraints_fake_cuda.txt
 if [ -n "$torch" ]; then
     folder=$folder-torch-$torch
-    mkdir -p "$folder"
-    constraints=$folder/constraints.txt
+    constraints=$(mktemp)
     sed "s/^torch==.*/torch==$torch/" tools/constraints_fake_cuda.txt >"$constraints"
 fi
 packages=("torch" "megatron-core>=0.16.1,<0.20" pytest pytest-timeout)
@@ -49,6 +48,7 @@ made=$(timeout "$INSTALL_TIMEOUT_S" bash -c 'set -euo pipefail
     make_environment "$@" >&2 && echo "$python"' make "$folder" "$base" "" "$constraints" \
     "${packages[@]}") || cannot "the environment could not be made in $INSTALL_TIMEOUT_S s"
 python=$PWD/$made
+[ -z "$torch" ] || rm -f "$constraints"
 "$python" -c 'import sys, torch; sys.exit(torch.version.cuda is None)' ||
     cannot "torch here is built without CUDA"
 
@@ -61,5 +61,5 @@ export MEGASCALE_FAKE_CUDA=$libraries/first.so PYTHONPATH=$PWD OMP_NUM_THREADS=1
 if [ -n "$measure" ]; then
     LD_PRELOAD=$libraries/first.so exec "$python" -W ignore tests/fake_cuda/measure.py "$@"
 fi
-LD_PRELOAD=$libraries/first.so exec "$python" -m pytest --timeout 200 -p no:cacheprovider --confcutdir tests/fake_cuda \
-    tests/fake_cuda "$@"
+LD_PRELOAD=$libraries/first.so exec "$python" -m pytest --timeout 200 -p no:cacheprovider \
+    --confcutdir tests/fake_cuda tests/fake_cuda "$@"

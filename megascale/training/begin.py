@@ -27,7 +27,7 @@ from megascale.corpus.run_length import is_over, run_length
 from megascale.corpus.shards import Shard
 from megascale.corpus.sources import SourceInfo, identity
 from megascale.mesh.reader import MicroBatchReader, TokenSource
-from megascale.model.build import build_model, pack_multiple
+from megascale.model.build import build_model
 from megascale.monitor.speeds import RankSpeeds
 from megascale.optim.build import build_optimizer
 from megascale.planner.service.ahead import PlansAhead
@@ -50,6 +50,7 @@ from megascale.runtime.first_rank import on_first_rank
 from megascale.runtime.signals import StopRequest
 from megascale.training.evaluate import HeldoutSet, heldout_sets
 from megascale.training.feed import Feed
+from megascale.training.reading import reader_of
 from megascale.training.recorder import Recorder
 from megascale.training.spikes import SpikeWatch
 from megascale.training.step import Learner
@@ -136,13 +137,7 @@ def begin(
         sources=sources,
         learner=learner,
         feed=feed,
-        reader=MicroBatchReader(
-            token_sources(config, sources),
-            ranks.hdp_rank,
-            pack_multiple(config),
-            ranks.device,
-            ranks.axis,
-        ),
+        reader=reader_of(config, ranks, token_sources(config, sources)),
         heldout=heldout,
         saver=saver,
         recorder=recorder,

@@ -6,7 +6,7 @@ import contextlib
 import traceback
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -43,7 +43,7 @@ class Counts:
     syncs: Counter[str] = field(default_factory=Counter)
     """Where the host waits for the device: what, and the function that asks for it."""
     copies: Counter[str] = field(default_factory=Counter)
-    """Copies from the host that do not wait, by the function that starts them."""
+    """Copies to the device for which the host does not wait, by the function that starts them."""
     start_bytes: int = 0
     peak_bytes: int = 0
     """Most device memory of tensors at a time."""
@@ -130,6 +130,7 @@ class Device(TorchDispatchMode):
         if func.namespace == "c10d":
             self.send(name, given[0])
         elif not self._fused:
+            made = _tensors([results, _changed(func, args, kwargs)])
             self._count(name if not func.is_view else "view", given, made)
         return results
 
@@ -148,7 +149,9 @@ class Device(TorchDispatchMode):
                 self._hold(tensor)
         if name in NO_KERNEL or not any(map(_is_on_device, (*given, *made))):
             return
-        read = {} if name.startswith("zero") else {id(one): one for one in given}
+        read = {id(one): one for one in given if not name.startswith("zero")}
+        if name == "copy_":  # its target is written only
+            read.pop(id(given[0]), None)
         moved = [one for one in (*read.values(), *made) if _is_on_device(one)]
         self.counts.launches[name] += 1
         self.counts.bytes[name] += sum(map(_dense_bytes, moved))
@@ -166,7 +169,7 @@ class Device(TorchDispatchMode):
         host = target if _is_on_device(source) else source
         pins_itself = name == "_to_copy" and _is_on_device(source)  # what a free copy returns
         if free and (pins_itself or host.is_pinned()):
-            self.counts.copies[caller()] += 1
+            self.counts.copies[caller()] += not _is_on_device(source)
         else:
             self.sync("copy to host" if _is_on_device(source) else "copy to device")
 
@@ -191,6 +194,19 @@ def caller() -> str:
         if any(part in frame.filename for part in OURS) and "fake_cuda" not in frame.filename:
             return f"{'/'.join(frame.filename.split('/')[-2:])}:{frame.name}"
     return "nowhere"
+
+
+def _changed(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> list[Any]:
+    """The arguments that an operator writes to and does not return, as fused optimizers do."""
+    if func._schema.returns:
+        return []
+    arguments = func._schema.arguments
+    given = {**dict(zip((one.name for one in arguments), args, strict=False)), **kwargs}
+    return [
+        given[one.name]
+        for one in arguments
+        if one.alias_info is not None and one.alias_info.is_write and one.name in given
+    ]
 
 
 def _is_on_device(value: Any) -> bool:

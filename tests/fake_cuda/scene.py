@@ -6,6 +6,7 @@ import contextlib
 import inspect
 import os
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -43,9 +44,8 @@ class Scene:
     def read(self, *rings: tuple[Sequence[int], Sequence[int]]) -> list[Any]:
         """This rank's micro-batches of a plan with these rings, each (ranks, lengths), as the
         reader of a run makes them."""
-        from megascale.mesh.reader import MicroBatchReader
-        from megascale.model.build import pack_multiple
         from megascale.planner import Ring, StepPlan
+        from megascale.training.reading import reader_of
 
         ranks, lengths, planned = self.learner.ranks, [], []
         for index, (members, tokens) in enumerate(rings):
@@ -57,9 +57,7 @@ class Scene:
         batch = SimpleNamespace(
             source=zeros, document=zeros, start=zeros, length=zeros + np.array(lengths)
         )
-        multiple = pack_multiple(self.config)
-        reader = MicroBatchReader([_Source()], ranks.hdp_rank, multiple, ranks.device, ranks.axis)
-        return list(reader.read(plan, batch))
+        return list(reader_of(self.config, ranks, [_Source()]).read(plan, batch))
 
     def step(self, micro_batches: Sequence[Any]) -> Any:
         """A training step of a run that has these micro-batches on this rank.
@@ -87,6 +85,7 @@ class _Source:
 def scene(*overrides: str, world: int = 1, rank: int = 0) -> Iterator[Scene]:
     """A run with these options, on rank `rank` of `world`."""
     from megascale.config import finalize, parse_config
+    from megascale.mesh import transfer
 
     config = finalize(parse_config(CONFIG, overrides), {"random": 10**9}, 128256)
     top_k = config.model.moe.top_k if config.model.moe else 1
@@ -98,6 +97,7 @@ def scene(*overrides: str, world: int = 1, rank: int = 0) -> Iterator[Scene]:
         leave.enter_context(patch.object(fake_device, "on_sync", device.sync))
         leave.enter_context(_values(config))
         leave.enter_context(_messages(device))
+        leave.enter_context(patch.object(transfer, "ThreadPoolExecutor", _SameThread))
         learner = _learner(config)
         leave.enter_context(_compiled(device))
         yield Scene(config, learner, device)
@@ -137,6 +137,25 @@ def _learner(config: Any) -> Any:
     with patch.object(build, "initialise"):  # it computes weights, which do not exist
         model = build.build_model(config, ranks)
     return Learner(config, ranks, model, build_optimizer(config, model))
+
+
+class _SameThread:
+    """In the place of a pool of threads, which would make real tensors."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, *args: Any) -> None:
+        pass
+
+    def submit(self, function: Any, *args: Any) -> Future[Any]:
+        """The result at once."""
+        future: Future[Any] = Future()
+        future.set_result(function(*args))
+        return future
 
 
 class _Work:

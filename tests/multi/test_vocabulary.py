@@ -40,7 +40,9 @@ class Model:
         self.ids = [drawn.integers(0, VOCAB, n + 1) for n in (31, 1, 17)]
         self.ids[0][:3] = 0, VOCAB - 1, VOCAB - 1
         bag = [TokenSequence(ids[:-1], ids[1:]) for ids in self.ids]
-        self.batch = pack(bag, 256, pack_multiple(self.config), self.ranks.device)
+        self.batch = pack(
+            bag, 256, pack_multiple(self.config, self.ranks.device), self.ranks.device
+        )
         self.tokens = sum(len(ids) - 1 for ids in self.ids)
 
     def padded(self) -> list[tuple[Any, int]]:
