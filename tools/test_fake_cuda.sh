@@ -10,8 +10,8 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 . tools/environment.sh
 
-NEEDED_GB=9          # packages and the files that pip unpacks on the way
-INSTALL_TIMEOUT_S=240
+NEEDED_GB=9 # packages and the files that pip unpacks on the way
+INSTALL_TIMEOUT_S=${INSTALL_TIMEOUT_S:-3600}
 
 cannot() {
     echo "NO FAKE CUDA: $1" >&2

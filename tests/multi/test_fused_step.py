@@ -25,33 +25,28 @@ def fused_run(overrides: list[str], steps: int) -> Any:
     return run
 
 
-def norms_and_states(overrides: list[str]) -> Any:
-    """(norm by megatron-core, norm of ours) before a step; (losses, state) after three steps, of a
-    plain and of a fused run."""
+def norms_and_state(overrides: list[str], fused: bool) -> Any:
+    """After three steps: the norm by megatron-core and ours, and then losses, state and number of
+    steps after a fourth."""
     import torch
 
     from megascale.optim.build import apply_gradients
-    from megascale.optim.fused import fuse, gradient_norm
+    from megascale.optim.fused import gradient_norm
 
-    found = []
-    for fused in (False, True):
-        run = Run(overrides)
-        if fused:
-            fuse(run.optimizer.inner)
-        losses = run.train(range(3))
-        core = run.optimizer.core
-        core.prepare_grads()
-        norms = float(core.get_grad_norm()), float(gradient_norm(core, run.ranks.device))
-        apply_gradients(run.model, run.optimizer, 64, 1.0, torch.tensor(True))
-        found.append((norms, losses, run.state(), run.optimizer.steps))
-    return found
+    run = fused_run(overrides, 0) if fused else Run(overrides)
+    losses, core = run.train(range(3)), run.optimizer.core
+    core.prepare_grads()
+    norms = float(core.get_grad_norm()), float(gradient_norm(core, run.ranks.device))
+    apply_gradients(run.model, run.optimizer, 64, 1.0, torch.tensor(True))
+    return norms, losses, run.state(), run.optimizer.steps
 
 
 @pytest.mark.parametrize("world, overrides", LAYOUTS, ids=str)
 def test_a_fused_step_is_the_plain_step(ranks: Any, world: int, overrides: list[str]) -> None:
     import torch
 
-    for plain, fused in ranks(world, norms_and_states, overrides):
+    both = [ranks(world, norms_and_state, overrides, fused) for fused in (False, True)]
+    for plain, fused in zip(*both):
         for norm, ours in (plain[0], fused[0]):
             assert ours == pytest.approx(norm, rel=1e-6) and norm > 0
         assert fused[1] == pytest.approx(plain[1], rel=1e-5)
@@ -88,11 +83,8 @@ def test_a_step_that_is_not_finite_changes_nothing(
 
 
 def continued(folder: str, overrides: list[str], saves: bool) -> Any:
-    """Losses and state after six steps, in one go or loaded after the third."""
-    from megascale.optim.fused import fuse
-
-    run = Run(overrides)
-    fuse(run.optimizer.inner)
+    """Losses of the steps after the second and the state then; the second is saved or loaded."""
+    run = fused_run(overrides, 0)
     if saves:
         run.train(range(2))
         run.save(run.saver(folder), 2)
