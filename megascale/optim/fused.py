@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+TORCH_ADAM = (torch.optim.Adam, torch.optim.AdamW)
 SMALLEST_NORM = 1e-6
 """Added to a norm that is divided by."""
 
@@ -21,15 +22,21 @@ def fuse(inner: Sequence[Any]) -> None:
     """Let torch's own Adam, in megatron-core's optimizers `inner`, update all weights of a group in
     one kernel. Others, such as that of Transformer Engine, stay as they are."""
     for one in inner:
-        if isinstance(one.optimizer, (torch.optim.Adam, torch.optim.AdamW)):
+        if isinstance(one.optimizer, TORCH_ADAM):
             for group in (one.optimizer.defaults, *one.optimizer.param_groups):
                 group["fused"] = True
 
 
 def is_fused(inner: Sequence[Any]) -> bool:
-    """Whether all of these optimizers are."""
-    groups = [group for one in inner for group in one.optimizer.param_groups]
-    return all(group.get("fused") for group in groups) and bool(groups)
+    """Whether all of these optimizers are; the same on all ranks, each of which has weights.
+
+    In groups of other optimizers `fused` may mean something else.
+    """
+    return bool(inner) and all(
+        isinstance(one.optimizer, TORCH_ADAM)
+        and all(group["fused"] is True for group in one.optimizer.param_groups)
+        for one in inner
+    )
 
 
 def step_on_device(
