@@ -129,7 +129,7 @@ def gradients(overrides, plans, exact=False, loads=None):
                 micro_batches = list(micro_batches)
                 model.balance.adopt(look(learner, micro_batches, count))
             model.balance.begin(count, sum(LENGTHS))
-        sums = torch.tensor(run_micro_batches(learner, micro_batches, count))
+        sums = run_micro_batches(learner, micro_batches, count)
         dist.all_reduce(sums)
         if not exact:
             finalize_model_grads(model.chunks)

@@ -136,7 +136,7 @@ def trained(overrides: tuple[str, ...]) -> Any:
         for box in boxes(model.model, None)
         if id(box.holder()) in ids
     ]
-    reported = trained_sum / model.tokens if model.ranks.reports_loss else None
+    reported = float(trained_sum) / model.tokens if model.ranks.reports_loss else None
     assert all(weight.main_grad.isfinite().all() for weight, _ in model.padded())
     return loss_sum / tokens, reported, parts, padding
 
