@@ -31,3 +31,13 @@ def ranks(rank_pools):
     `runtime.distributed.start`; it is followed by `stop`.
     """
     return rank_pools.run
+
+
+@pytest.fixture(autouse=True, scope="module")
+def hidden_devices(request):
+    """Processes that a test starts run on CPU, also on a machine with GPUs; but those of tests/gpu
+    see the devices."""
+    with pytest.MonkeyPatch.context() as patch:
+        if request.path.parent.name != "gpu":
+            patch.setenv("CUDA_VISIBLE_DEVICES", "")
+        yield

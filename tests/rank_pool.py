@@ -26,7 +26,9 @@ threads each behind."""
 class RankPools:
     """Pools of 1 to 4 ranks, started when first asked for and used again."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: str = "cpu") -> None:
+        """`device` is that of the ranks, cpu or cuda."""
+        self._device = device
         self._workers: list[Worker] = []
 
     def run(
@@ -40,7 +42,7 @@ class RankPools:
         # one that was killed from outside fails no test but the one that it was in
         self._workers = [worker for worker in self._workers if worker.process.is_alive()]
         while len(self._workers) < world:
-            self._workers.append(Worker())
+            self._workers.append(Worker(self._device))
         workers, port = self._workers[:world], free_port()
         task = (function.__module__, function.__qualname__, args)
         for rank, worker in enumerate(workers):
@@ -57,7 +59,7 @@ class RankPools:
         for rank, worker in enumerate(workers):
             if worker.num_threads() > MOST_THREADS:
                 worker.kill()
-                self._workers[rank] = Worker()
+                self._workers[rank] = Worker(self._device)
         errors = [f"rank {rank}: {text}" for rank, (ok, text) in enumerate(answers) if not ok]
         if errors:
             raise AssertionError("\n".join(errors))
@@ -78,12 +80,12 @@ class RankPools:
 class Worker:
     """One process, which takes calls until it is killed."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: str) -> None:
         context = mp.get_context("spawn")
         self.pipe, theirs = context.Pipe()
         handle, self._dump = tempfile.mkstemp(prefix="rank-stacks-")
         os.close(handle)
-        self.process = context.Process(target=_serve, args=(theirs, sys.path, self._dump))
+        self.process = context.Process(target=_serve, args=(theirs, sys.path, self._dump, device))
         self.process.daemon = True
         self.process.start()
         theirs.close()
@@ -117,8 +119,10 @@ class Worker:
         Path(self._dump).unlink(missing_ok=True)
 
 
-def _serve(pipe: Any, path: list[str], dump: str) -> None:
+def _serve(pipe: Any, path: list[str], dump: str, device: str) -> None:
     sys.path[:] = path
+    if device == "cpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # also where there are devices
     faulthandler.register(signal.SIGUSR2, file=open(dump, "w"), all_threads=True)
     import torch
 

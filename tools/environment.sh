@@ -1,6 +1,8 @@
 #!/usr/bin/env bash
 # Makes or reuses a virtual environment with this package in it.
-# Usage: . tools/environment.sh; make_environment FOLDER PYTHON EXTRA, e.g. [train]
+# Usage: . tools/environment.sh; make_environment FOLDER PYTHON EXTRA [CONSTRAINTS [PACKAGE...]]
+#   EXTRA        e.g. [train]
+#   CONSTRAINTS  a file of versions; tools/constraints.txt where it is left out
 # Leaves the path of its interpreter in $python.
 
 fail() {
@@ -36,9 +38,10 @@ find_python() {
 }
 
 make_environment() {
-    local folder=$1 base=$2 extra=$3 stamp wanted
+    local folder=$1 base=$2 extra=$3 constraints=${4:-tools/constraints.txt} stamp wanted
+    shift $(($# < 4 ? $# : 4))
     stamp=$folder/.installed
-    wanted=$({ cat pyproject.toml tools/constraints.txt; echo "$extra"; "$base" --version; } | cksum)
+    wanted=$({ cat pyproject.toml "$constraints"; echo "$extra" "$@"; "$base" --version; } | cksum)
     python=$folder/bin/python
     if [ "$(cat "$stamp" 2>/dev/null)" = "$wanted" ]; then
         return
@@ -52,7 +55,7 @@ make_environment() {
     fi
     "$base" -m venv "$folder" || fail "$base could not make a virtual environment in $folder"
     "$python" -m pip install --quiet --disable-pip-version-check \
-        --constraint tools/constraints.txt --editable ".$extra" ||
+        --constraint "$constraints" --editable ".$extra" "$@" ||
         fail "pip could not install the package; its message is above"
     echo "$wanted" >"$stamp"
 }

@@ -25,7 +25,7 @@ from megascale.config.schema import (
     StartConfig,
     TrainConfig,
 )
-from megascale.config.validation import validate
+from megascale.config.validation import validate, validate_on_cuda
 
 __all__ = [
     "CheckpointConfig",
@@ -54,4 +54,5 @@ __all__ = [
     "load_config",
     "parse_config",
     "validate",
+    "validate_on_cuda",
 ]

@@ -26,6 +26,8 @@ BALANCES_WITH = {
     "bias_rate": ("loss_free",),
 }
 """Options of experts that are for some values of `model.moe.balance` alone."""
+FLASH_MULTIPLE, FLASH_MOST = 8, 256
+"""Head sizes of FlashAttention on CUDA: multiples of the first up to the second."""
 
 
 def validate(config: RunConfig) -> None:
@@ -36,6 +38,22 @@ def validate(config: RunConfig) -> None:
     _validate_data(config)
     _validate_schedule(config)
     _validate_growth(config)
+    if config.device == "cuda":
+        validate_on_cuda(config)
+
+
+def validate_on_cuda(config: RunConfig) -> None:
+    """Raise UserError for what CUDA cannot run, naming a value that works."""
+    size = config.model.head_dim
+    assert size is not None
+    if config.train.precision == "fp32":  # it takes plain attention
+        return
+    if size % FLASH_MULTIPLE or size > FLASH_MOST:
+        works = min(-(-size // FLASH_MULTIPLE) * FLASH_MULTIPLE, FLASH_MOST)
+        raise UserError(
+            f"model.head_dim = {size} must be a multiple of {FLASH_MULTIPLE} up to {FLASH_MOST}, "
+            f"because FlashAttention runs on CUDA in {config.train.precision}; {works} works"
+        )
 
 
 def _validate_growth(config: RunConfig) -> None:

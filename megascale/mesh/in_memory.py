@@ -80,11 +80,12 @@ def packed_part(
     multiple: int,
     pad_id: int,
     sources: Sequence[int] = (),
+    window: int | None = None,
 ) -> MicroBatch:
     """A rank's micro-batch as tensors; `part` gives its part of each sequence.
 
-    `sources` number the source of each of its sequences. Raises ValueError for a ring of two
-    ranks or more without an axis.
+    `sources` number the source of each of its sequences; `window` is that of attention. Raises
+    ValueError for a ring of two ranks or more without an axis.
     """
     ring: RingShare | None = None
     if len(mine.ranks) > 1:
@@ -92,7 +93,7 @@ def packed_part(
         ranks = tuple(axis.ranks[position] for position in mine.ranks)
         ring = RingShare(mine.share.place, mine.share.bounds, ranks, axis.group)
     parts = [part(index, mine.share.spans(place)) for place, index in enumerate(mine.sequences)]
-    packed = pack(parts, pad_id, multiple, device, ring, sources)
+    packed = pack(parts, pad_id, multiple, device, ring, sources, window)
     return replace(packed, offload=mine.offload)
 
 

@@ -317,7 +317,7 @@ class _Window:
     def _pack(self, tensor: torch.Tensor) -> torch.Tensor | _Ticket:
         moved = self._moved(tensor)
         if moved is None:  # detached, because a saved output would hold its own graph node
-            return tensor.detach()
+            return tensor if tensor.is_leaf else tensor.detach()
         place = tensor.storage_offset(), tensor.size(), tensor.stride()
         return _Ticket(moved, tensor.dtype, *place)
 

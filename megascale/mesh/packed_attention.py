@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch.nn import functional
 
+from megascale.mesh.kernels import Call, kernel_for
 from megascale.mesh.packing import Segments
 from megascale.mesh.ring_attention import ring_attend
 
@@ -34,29 +35,36 @@ def attend(
         if not causal:
             raise ValueError("attend: a ring needs causal=True")
         return ring_attend(q_THD, k_TGD, v_TGD, segments.ring, window)
-    if q_THD.is_cuda and q_THD.dtype in (torch.bfloat16, torch.float16):
-        return _varlen(q_THD, k_TGD, v_TGD, segments, causal, window)
-    kernel = _cpu_flash if not q_THD.is_cuda else _dense
-    return _by_sequence(kernel, q_THD, k_TGD, v_TGD, segments, causal, window)
+    kernel = kernel_for(q_THD)
+    if kernel.grouped:
+        call = _call_of(segments, causal, window)
+        out, lse = _PackedAttention.apply(q_THD, k_TGD, v_TGD, call, kernel)
+        return out, lse
+    plain = _cpu_flash if not q_THD.is_cuda else _dense
+    return _by_sequence(plain, q_THD, k_TGD, v_TGD, segments, causal, window)
 
 
-def _varlen(q, k, v, segments, causal, window):  # type: ignore[no-untyped-def]
-    from torch.nn.attention.varlen import AuxRequest, varlen_attn
+class _PackedAttention(torch.autograd.Function):
+    """All sequences of a pack in one call of a kernel that takes segments."""
 
-    cu_seqlens, longest = segments.cu_seqlens, max(segments.lengths)
-    out, lse = varlen_attn(
-        q,
-        k,
-        v,
-        cu_seqlens,
-        cu_seqlens,
-        longest,
-        longest,
-        return_aux=AuxRequest(lse=True),
-        window_size=(window - 1 if window else -1, 0 if causal else -1),
-        enable_gqa=True,
-    )
-    return out, lse if lse.shape[0] == q.shape[0] else lse.transpose(0, 1)
+    @staticmethod
+    def forward(ctx, q, k, v, call, kernel):  # type: ignore[no-untyped-def]
+        out, lse = kernel.forward(q, k, v, call)
+        ctx.save_for_backward(q, k, v, out, lse)
+        ctx.call, ctx.kernel = call, kernel
+        ctx.mark_non_differentiable(lse)
+        return out, lse
+
+    @staticmethod
+    def backward(ctx, grad, _):  # type: ignore[no-untyped-def]
+        q, k, v, out, lse = ctx.saved_tensors
+        return *ctx.kernel.backward(grad, q, k, v, out, lse, ctx.call), None, None
+
+
+def _call_of(segments: Segments, causal: bool, window: int | None) -> Call:
+    longest, whole, bounds = max(segments.lengths), slice(None), segments.cu_seqlens
+    left = window - 1 if window is not None and window < longest else None
+    return Call(whole, whole, causal, left, (longest, longest), (bounds, bounds))
 
 
 def _by_sequence(kernel, q, k, v, segments, causal, window):  # type: ignore[no-untyped-def]

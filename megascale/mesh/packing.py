@@ -11,7 +11,9 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 import torch
 
+from megascale.mesh.ring_calls import arrays_of, host_calls, key_of, with_tensors
 from megascale.mesh.ring_share import RingShare
+from megascale.mesh.transfer import send_arrays
 
 
 @dataclass
@@ -44,23 +46,16 @@ class Segments:
     def owners(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Of each token that counts its sequence, by place in the pack, and the source of that."""
         if self._owners is None:
-            number = len(self.sources)
-            owner_T = np.repeat(
-                np.arange(number), np.asarray(self.lengths[:number], dtype=np.int64)
+            owner_T, source_T = send_arrays(
+                _owners_of(self.lengths, self.sources), self.cu_seqlens.device
             )
-            source_T = np.asarray(self.sources, dtype=np.int64)[owner_T]
-            device = self.cu_seqlens.device
-            self._owners = (
-                torch.from_numpy(owner_T).to(device),
-                torch.from_numpy(source_T).to(device),
-            )
+            self._owners = owner_T, source_T
         return self._owners
 
     @staticmethod
     def of(lengths: Sequence[int], device: torch.device) -> Segments:
         """Segments of whole sequences, each starting at position 0."""
-        positions = np.concatenate([np.arange(n, dtype=np.int64) for n in lengths])
-        return Segments._at(positions, lengths, device)
+        return Segments._at(_positions(lengths), lengths, device)
 
     @staticmethod
     def of_share(ring: RingShare, padding: int, device: torch.device) -> Segments:
@@ -71,12 +66,23 @@ class Segments:
 
     @staticmethod
     def _at(positions: np.ndarray, lengths: Sequence[int], device: torch.device) -> Segments:
-        bounds = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
-        return Segments(
-            positions_T=torch.from_numpy(positions).to(device),
-            cu_seqlens=torch.from_numpy(bounds).to(device),
-            lengths=tuple(int(n) for n in lengths),
-        )
+        positions_T, cu_seqlens = send_arrays([positions, _bounds(lengths)], device)
+        return Segments(positions_T, cu_seqlens, tuple(int(n) for n in lengths))
+
+
+def _positions(lengths: Sequence[int]) -> np.ndarray:
+    return np.concatenate([np.arange(n, dtype=np.int64) for n in lengths])
+
+
+def _bounds(lengths: Sequence[int]) -> np.ndarray:
+    return np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
+
+
+def _owners_of(lengths: Sequence[int], sources: Sequence[int]) -> list[np.ndarray]:
+    """Of each token that counts its sequence and the source of that, int64 both."""
+    number = len(sources)
+    owner_T = np.repeat(np.arange(number), np.asarray(lengths[:number], dtype=np.int64))
+    return [owner_T, np.asarray(sources, dtype=np.int64)[owner_T]]
 
 
 @dataclass(frozen=True)
@@ -111,34 +117,49 @@ def pack(
     device: torch.device,
     ring: RingShare | None = None,
     sources: Sequence[int] = (),
+    window: int | None = None,
 ) -> MicroBatch:
     """Join sequences into one micro-batch, padded to a `multiple` of tokens.
 
     With `ring`, `sequences` are this rank's parts of the ring's. `sources` number the source of
     each sequence; all 0 where they are not given. Padding is a sequence of its
     own whose targets do not count, so it changes no gradient; without tokens the whole
-    micro-batch is padding.
+    micro-batch is padding. All of it goes to a CUDA device in one copy, for which the host does not
+    wait; with the `window` of attention, what a ring's attention needs is part of it.
     """
     lengths = [len(sequence.targets) for sequence in sequences]
     num_tokens = sum(lengths)
+    sources = tuple(sources) or (0,) * len(lengths)
     padding = -num_tokens % multiple if num_tokens else multiple
+    positions = ring.positions() if ring else _positions([*lengths, 0])
     if padding:
         filler = np.full(padding, pad_id, dtype=np.int64)
         sequences = [*sequences, TokenSequence(filler, filler)]
         lengths.append(padding)
-    mask = torch.zeros(num_tokens + padding, device=device)
+        positions = np.concatenate([positions, np.arange(padding)])
+    mask = np.zeros(num_tokens + padding, dtype=np.float32)
     mask[:num_tokens] = 1.0
-    segments = Segments.of_share(ring, padding, device) if ring else Segments.of(lengths, device)
-    segments.num_tokens = num_tokens
-    segments.sources = tuple(sources) or (0,) * (len(lengths) - bool(padding))
-    return MicroBatch(
-        tokens_T=_join([s.inputs for s in sequences], device),
-        targets_T=_join([s.targets for s in sequences], device),
-        loss_mask_T=mask,
-        segments=segments,
-        num_tokens=num_tokens,
+    hops = host_calls(ring, window) if ring and device.type == "cuda" else []
+    arrays = [
+        *(_join([part.inputs for part in sequences]), _join([part.targets for part in sequences])),
+        *(mask, positions, _bounds(lengths), *_owners_of(lengths, sources), *arrays_of(hops)),
+    ]
+    tokens_T, targets_T, mask_T, positions_T, cu_seqlens, owner_T, source_T, *rest = send_arrays(
+        arrays, device
     )
+    if ring and hops:
+        ring.calls[key_of(window, device)] = with_tensors(hops, iter(rest))
+    segments = Segments(
+        positions_T=positions_T,
+        cu_seqlens=cu_seqlens,
+        lengths=tuple(int(n) for n in lengths),
+        ring=ring,
+        num_tokens=num_tokens,
+        sources=sources,
+        _owners=(owner_T, source_T),
+    )
+    return MicroBatch(tokens_T, targets_T, mask_T, segments, num_tokens)
 
 
-def _join(parts: list[np.ndarray], device: torch.device) -> torch.Tensor:
-    return torch.from_numpy(np.concatenate(parts).astype(np.int64, copy=False)).to(device)
+def _join(parts: list[np.ndarray]) -> np.ndarray:
+    return np.concatenate(parts).astype(np.int64, copy=False)

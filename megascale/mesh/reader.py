@@ -14,6 +14,7 @@ from megascale.corpus.shards import Shard
 from megascale.errors import RankError
 from megascale.mesh.in_memory import packed_part
 from megascale.mesh.packing import MicroBatch, TokenSequence
+from megascale.mesh.transfer import ahead
 from megascale.planner.plan import StepPlan
 from megascale.planner.shares import RankMicroBatch
 from megascale.runtime.distributed import HdpAxis
@@ -62,14 +63,22 @@ class MicroBatchReader:
     device: torch.device = torch.device("cpu")
     axis: HdpAxis | None = None
     """How ranks that share sequences reach one another; None where no ring has two."""
+    window: int | None = None
+    """That of attention."""
 
     def read(self, plan: StepPlan, batch: GlobalBatch) -> Iterator[MicroBatch]:
-        """This rank's micro-batches in plan order, each read from disk when it is asked for."""
+        """This rank's micro-batches in plan order. On CPU each is read from disk when it is asked
+        for; on CUDA a thread reads them ahead, and starts their copies to the device."""
+        batches = self._read(plan, batch)
+        return ahead(batches, self.device) if self.device.type == "cuda" else batches
+
+    def _read(self, plan: StepPlan, batch: GlobalBatch) -> Iterator[MicroBatch]:
         part, pad_id = partial(self._part, batch), self.sources[0].first_id
         for ring in plan.rings_of(self.hdp_rank):
             mine = RankMicroBatch.of(ring, self.hdp_rank, batch.length)
             sources = [int(batch.source[i]) for i in ring.sequences]
-            yield packed_part(mine, part, self.device, self.axis, self.multiple, pad_id, sources)
+            given = (self.device, self.axis, self.multiple, pad_id, sources, self.window)
+            yield packed_part(mine, part, *given)
 
     def _part(
         self, batch: GlobalBatch, index: int, spans: Sequence[tuple[int, int]]

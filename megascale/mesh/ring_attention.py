@@ -11,16 +11,14 @@ head size.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from itertools import pairwise, product
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 
 from megascale.fused.merge import merge
-from megascale.mesh.kernels import Call, Kernel, Rows, kernel_for
+from megascale.mesh.kernels import Call, Kernel, kernel_for
+from megascale.mesh.ring_calls import calls_of
 from megascale.mesh.ring_share import RingShare
 
 
@@ -61,7 +59,7 @@ class _RingAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, share, window):  # type: ignore[no-untyped-def]
         kernel, exact = kernel_for(q), torch.promote_types(q.dtype, torch.float32)
-        calls = _calls(share, window, kernel, q.device)
+        calls = calls_of(share, window, kernel, q.device)
         held = share.num_tokens(share.place)
         own = torch.stack((k[:held], v[:held]))
         out = torch.zeros(q.shape, dtype=exact, device=q.device)
@@ -88,7 +86,7 @@ class _RingAttention(torch.autograd.Function):
         the next rank begins the sum of the others' and hands it on, until it is home."""
         q, own, out, lse = ctx.saved_tensors
         share, kernel = ctx.share, kernel_for(q)
-        calls = _calls(share, ctx.window, kernel, q.device)
+        calls = calls_of(share, ctx.window, kernel, q.device)
         dq = torch.zeros_like(q, dtype=lse.dtype)
         here, going = own, None
         for hop in range(share.size):
@@ -175,142 +173,3 @@ class _Exchange:
         if coming.numel():
             self._messages.append(dist.P2POp(dist.irecv, coming, origin, share.group))
         return coming
-
-
-class _Block(NamedTuple):
-    """Contiguous queries of this rank over contiguous keys of a share; see `Call`."""
-
-    queries: tuple[int, int]
-    keys: tuple[int, int]
-    causal: bool
-    left: int | None
-    chunks: tuple[int, int] = (0, 0)
-    """Which chunks of their shares: blocks of equal `chunks` have no row in common."""
-
-
-def _calls(
-    share: RingShare, window: int | None, kernel: Kernel, device: torch.device
-) -> list[list[Call]]:
-    """What to compute at each hop. Made once per micro-batch; all layers do the same."""
-    key = (window, kernel.grouped, device)
-    if key not in share.calls:
-        sources = [(share.place - hop) % share.size for hop in range(share.size)]
-        hops = [list(_blocks(share, source, window)) for source in sources]
-        if kernel.grouped:
-            share.calls[key] = [_grouped(blocks, device) for blocks in hops]
-        else:
-            share.calls[key] = [[_single(x) for b in blocks for x in _bands(b)] for blocks in hops]
-    return share.calls[key]
-
-
-def _blocks(share: RingShare, source: int, window: int | None) -> Iterator[_Block]:
-    """The visible parts of the scores of this rank's queries over the keys of `source`.
-
-    Of an earlier place only the first chunk is in the past, and of both of mine; of a later
-    place both chunks are, but only of my second.
-    """
-    mine, theirs = _pieces(share, share.place), _pieces(share, source)
-    longest = share.bounds[:, -1].max(initial=0)
-    for queries, keys in zip(mine, theirs, strict=True):
-        if window is not None and window < longest:
-            yield from _windowed(queries, keys, window)
-            continue
-        (row, _, front), (_, _, back) = queries
-        (column, _, first), (_, _, second) = keys
-        rows, columns = (row, row + front + back), (column, column + first + second)
-        if source == share.place:
-            block = _Block(rows, columns, True, None)
-        elif source < share.place:
-            block = _Block(rows, (column, column + first), False, None)
-        else:
-            block = _Block((row + front, row + front + back), columns, False, None)
-        if block.queries[0] < block.queries[1] and block.keys[0] < block.keys[1]:
-            yield block
-
-
-Piece = tuple[int, int, int]
-"""(row in the pack, position in the sequence, tokens) of a chunk."""
-
-
-def _pieces(share: RingShare, place: int) -> list[tuple[Piece, Piece]]:
-    sizes, starts = share.sizes(place), share.starts(place)
-    rows = sizes.cumsum().reshape(sizes.shape) - sizes
-    table = np.stack([rows, starts, sizes], axis=-1).tolist()
-    return [(tuple(first), tuple(second)) for first, second in table]
-
-
-def _windowed(queries: Sequence[Piece], keys: Sequence[Piece], window: int) -> Iterator[_Block]:
-    """The visible parts, chunk by chunk, less the rows and columns that are hidden throughout."""
-    for (i, (row, q_start, q_tokens)), (j, (column, k_start, k_tokens)) in product(
-        enumerate(queries), enumerate(keys)
-    ):
-        if not q_tokens or not k_tokens or k_start > q_start:
-            continue
-        if k_start == q_start:
-            rows, columns = (row, row + q_tokens), (column, column + k_tokens)
-            yield _Block(rows, columns, True, window - 1 if window < q_tokens else None, (i, j))
-            continue
-        k_stop = k_start + k_tokens
-        q_stop = min(q_start + q_tokens, k_stop + window - 1)
-        k_start = max(k_start, q_start - window + 1)
-        if q_start < q_stop:
-            left = window - 1 - (q_stop - k_stop) if q_stop - k_start > window else None
-            rows, columns = (
-                (row, row + q_stop - q_start),
-                (column + k_tokens - (k_stop - k_start), column + k_tokens),
-            )
-            yield _Block(rows, columns, False, left, (i, j))
-
-
-def _bands(block: _Block) -> Iterator[_Block]:
-    """A causal block with a window, cut so that its cost is O(tokens * window)."""
-    if not block.causal or block.left is None:
-        yield block
-        return
-    (row, row_stop), (column, _) = block.queries, block.keys
-    window = block.left + 1
-    for start in range(0, row_stop - row, window):
-        stop, first = min(start + window, row_stop - row), max(0, start - window + 1)
-        rows, columns = (row + start, row + stop), (column + first, column + stop)
-        yield _Block(rows, columns, True, block.left, block.chunks)
-
-
-def _single(block: _Block) -> Call:
-    longest = block.queries[1] - block.queries[0], block.keys[1] - block.keys[0]
-    return Call(slice(*block.queries), slice(*block.keys), block.causal, block.left, longest)
-
-
-def _grouped(blocks: list[_Block], device: torch.device) -> list[Call]:
-    """All blocks with the same mask in one call; without a window that is one call a hop."""
-    groups: dict[Any, list[_Block]] = {}
-    for block in blocks:
-        groups.setdefault((block.causal, block.left, block.chunks), []).append(block)
-    return [
-        Call(
-            _rows([block.queries for block in group], device),
-            _rows([block.keys for block in group], device),
-            causal,
-            left,
-            (
-                max(stop - start for start, stop in (block.queries for block in group)),
-                max(stop - start for start, stop in (block.keys for block in group)),
-            ),
-            (
-                _cumulative([block.queries for block in group], device),
-                _cumulative([block.keys for block in group], device),
-            ),
-        )
-        for (causal, left, _), group in groups.items()
-    ]
-
-
-def _rows(spans: list[tuple[int, int]], device: torch.device) -> Rows:
-    if all(before[1] == after[0] for before, after in pairwise(spans)):
-        return slice(spans[0][0], spans[-1][1])
-    rows = np.concatenate([np.arange(start, stop) for start, stop in spans])
-    return torch.from_numpy(rows).to(device)
-
-
-def _cumulative(spans: list[tuple[int, int]], device: torch.device) -> torch.Tensor:
-    lengths = [0, *(stop - start for start, stop in spans)]
-    return torch.tensor(lengths, device=device).cumsum(0).int()

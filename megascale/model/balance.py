@@ -25,6 +25,7 @@ from megatron.core.transformer.moe.router import TopKRouter
 from megascale.config import MoeConfig
 from megascale.mesh.packing import Segments
 from megascale.mesh.ring_attention import ring_sum
+from megascale.mesh.transfer import send
 
 
 @dataclass(frozen=True)
@@ -197,6 +198,8 @@ class _Part:
     """Which sequence of the micro-batch a token is of."""
     source_T: torch.Tensor
     num_sequences: int
+    pack_tokens: int
+    """Tokens of the micro-batch that count, on all tensor ranks together."""
     over_tensor: Callable[[torch.Tensor], torch.Tensor]
     """Sums over the tensor ranks."""
     over_ranks: Callable[[torch.Tensor], torch.Tensor]
@@ -219,7 +222,15 @@ class _Part:
             return values if segments.ring is None else ring_sum(values, segments.ring)
 
         held, number = slice(begin, begin + count), len(segments.sources)
-        return _Part(count, sequence_T[held], source_T[held], number, over_tensor, over_ranks)
+        return _Part(
+            num_tokens=count,
+            sequence_T=sequence_T[held],
+            source_T=source_T[held],
+            num_sequences=number,
+            pack_tokens=segments.num_tokens,
+            over_tensor=over_tensor,
+            over_ranks=over_ranks,
+        )
 
     @property
     def by_sequence_GT(self) -> torch.Tensor:
@@ -246,12 +257,13 @@ class Tally:
         self.counts_SE.zero_()
         self.scores_E.zero_()
         self._left, self._loss_tokens = micro_batches, loss_tokens
-        self._tokens, self._used_E = 0, torch.zeros_like(self.scores_E)
+        self._counted, self._tokens, self._used_E = 0, 0, torch.zeros_like(self.scores_E)
 
     def add(self, chosen_TE: torch.Tensor, scores_TE: torch.Tensor, part: _Part) -> None:
         """Count the choices of a micro-batch."""
         self.counts_SE.index_add_(0, part.source_T, chosen_TE.double())
         self.scores_E += scores_TE.sum(dim=0)
+        self._counted += part.pack_tokens
         self._left -= 1
 
     def estimate(self, before_E: torch.Tensor, part: _Part) -> torch.Tensor:
@@ -265,11 +277,11 @@ class Tally:
         if how in ("previous", "trend", "exact"):
             return before_E
         own_E, before_E = part.over_tensor(self.counts_SE.sum(dim=0)), before_E.double()
-        tokens = own_E.sum() / self._moe.top_k
+        tokens = self._counted  # known to the host, which must not wait for the device
         here = tokens - self._tokens
         known_E = load_of(own_E)
         if how == "previous_corrected":
-            share = min(1.0, float(tokens) / max(1, self._loss_tokens))
+            share = min(1.0, tokens / max(1, self._loss_tokens))
             known_E = before_E + share * (known_E - before_E)
         load_E = before_E if how == "previous_corrected" else known_E
         if how.endswith("corrected") and self._left == 0 and here > 0:
@@ -331,15 +343,17 @@ class Balance:
         packed, work = self._pending
         work.wait()
         self._pending = None
-        counts_SLE, scores_LE = packed[:, :-1].transpose(0, 1).cpu(), packed[:, -1].cpu()
+        packed = packed.cpu()
+        counts_SLE, scores_LE = packed[:, :-1].transpose(0, 1), packed[:, -1]
         tokens_L = scores_LE.sum(dim=1, keepdim=True)  # the probabilities of a token sum to 1
         return ExpertUse(counts_SLE, scores_LE / tokens_L.clamp(min=1))
 
     def adopt(self, use: ExpertUse) -> None:
         """Take the loads of a batch for the one that follows, and move the biases by them."""
-        load_LE = use.load_LE
+        like = next(iter(self._routers.values())).load_E
+        load_LE = send(use.load_LE.to(like.dtype), like.device)
         for number, router in self._routers.items():
-            load_E = load_LE[number - 1].to(router.load_E)
+            load_E = load_LE[number - 1]
             router.earlier_E.copy_(router.load_E)
             router.load_E.copy_(load_E)
             if self.moe.balance == "loss_free":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import lcm
 from typing import Any
 
 import torch
@@ -28,6 +29,10 @@ from megascale.model.model import Model
 from megascale.model.timing import ComputeTimer
 from megascale.model.vocabulary import exclude_padding
 from megascale.runtime.distributed import Ranks
+
+CUDA_TOKENS = 128
+"""Lengths of micro-batches on CUDA are multiples of it, so that the tiles of matrix products are
+full and the allocator sees fewer sizes."""
 
 
 def build_model(config: RunConfig, ranks: Ranks) -> Model:
@@ -126,16 +131,18 @@ def _leave(weight: torch.Tensor) -> torch.Tensor:
     return weight
 
 
-def pack_multiple(config: RunConfig) -> int:
+def pack_multiple(config: RunConfig, device: torch.device) -> int:
     """Micro-batches are padded to a multiple of this many tokens.
 
-    Sequence parallelism needs one that the tensor ranks can share. The allgather dispatcher
-    needs the same number of tokens on all ranks of an expert group: the whole capacity.
+    Sequence parallelism needs one that the tensor ranks can share. On CUDA it is one of CUDA_TOKENS
+    too. The allgather dispatcher needs the same number of tokens on all ranks of an expert group:
+    the whole capacity.
     """
     tensor = config.parallel.tensor
+    multiple = lcm(tensor, CUDA_TOKENS) if device.type == "cuda" else tensor
     if not _fixed_length(config):
-        return tensor
-    return -(-(config.planner.capacity_tokens or 1) // tensor) * tensor
+        return multiple
+    return -(-(config.planner.capacity_tokens or 1) // multiple) * multiple
 
 
 def _fixed_length(config: RunConfig) -> bool:

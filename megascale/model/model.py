@@ -58,6 +58,16 @@ class Model:
         for chunk in self.chunks:
             chunk.zero_grad_buffer()
 
+    def finish_gathers(self) -> None:
+        """Make the weights of all chunks those after the last step, for all ranks to call.
+
+        Where gathers overlap with computation, the next forward pass begins them, and until then a
+        rank has new values of the weights that its optimizer keeps, and old values of all others.
+        """
+        for chunk in self.chunks:
+            if chunk.ddp_config.overlap_param_gather:
+                chunk.start_param_sync(force_sync=True)
+
     def scale_gradients(self, factor: float) -> None:
         """Multiply the gradients of all chunks by `factor`."""
         for chunk in self.chunks:

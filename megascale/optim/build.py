@@ -10,6 +10,7 @@ import torch
 
 from megascale.config import RunConfig
 from megascale.model.model import Model
+from megascale.optim.fused import fuse, is_fused, step_on_device
 from megascale.optim.optimizer_kind import StateTensors, find_optimizer
 
 
@@ -31,13 +32,17 @@ class Optimizer:
     @property
     def steps(self) -> int:
         """Steps that it took; 0 before the first."""
-        counts = [0]
+        counts: list[Any] = [0]
         for inner in self.inner:
             for group in inner.optimizer.param_groups:
-                counts.append(int(group.get("step", 0)))
+                counts.append(group.get("step", 0))
                 states = [inner.optimizer.state.get(p, {}) for p in group["params"]]
-                counts += [int(state.get("step", 0)) for state in states]
-        return max(counts)
+                counts += [state.get("step", 0) for state in states]
+        tensors = [count for count in counts if isinstance(count, torch.Tensor)]
+        numbers = [count for count in counts if not isinstance(count, torch.Tensor)]
+        if tensors:  # they may be on a device, which is asked once
+            numbers.append(torch.stack(tensors).max().item())
+        return int(max(numbers))
 
     def set_steps(self, steps: int) -> None:
         """Make the state where there is none (Adam makes it in its first step), and set the count
@@ -50,7 +55,9 @@ class Optimizer:
                     group["step"] = steps
                     continue
                 for parameter in group["params"]:
-                    inner.optimizer.state[parameter]["step"] = torch.tensor(float(steps))
+                    device = parameter.device if group["fused"] else "cpu"
+                    count = torch.full((), float(steps), device=device)
+                    inner.optimizer.state[parameter]["step"] = count
 
 
 def build_optimizer(config: RunConfig, model: Model) -> Optimizer:
@@ -76,7 +83,10 @@ def build_optimizer(config: RunConfig, model: Model) -> Optimizer:
         overlap_param_gather=reduction.overlap_param_gather,
     )
     kind = find_optimizer(optim.name)
-    return Optimizer(kind.build(config, options, model), kind.state)
+    optimizer = Optimizer(kind.build(config, options, model), kind.state)
+    if next(model.parameters()).is_cuda:
+        fuse(optimizer.inner)
+    return optimizer
 
 
 def set_rates(optimizer: Optimizer, lr: float, weight_decay: float) -> None:
@@ -88,20 +98,28 @@ def set_rates(optimizer: Optimizer, lr: float, weight_decay: float) -> None:
 
 @torch.no_grad()
 def apply_gradients(
-    model: Model, optimizer: Optimizer, loss_tokens: int, clip_grad_norm: float, good_loss: bool
-) -> tuple[float, bool]:
+    model: Model,
+    optimizer: Optimizer,
+    loss_tokens: int,
+    clip_grad_norm: float,
+    good_loss: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Divide the summed gradients by the loss tokens of the global batch, clip, and step.
 
-    Returns the gradient norm before clipping and whether the step was taken; without a good loss,
-    or with a norm that is not finite, nothing is changed. Every rank reaches the same verdict,
-    because the norm is reduced over all of them.
+    Returns the gradient norm before clipping and whether the step was taken, both on the device of
+    `good_loss`; without a good loss, or with a norm that is not finite, nothing is changed. Every
+    rank reaches the same verdict, because the norm is reduced over all of them. The host waits for
+    the device unless the optimizer is fused.
     """
     core = optimizer.core
     core.prepare_grads()
+    if is_fused(optimizer.inner):
+        return step_on_device(core, optimizer.inner, loss_tokens, clip_grad_norm, good_loss)
     norm = float(core.get_grad_norm()) / loss_tokens
-    if not good_loss or not math.isfinite(norm):
-        return norm, False
-    clip = min(1.0, clip_grad_norm / (norm + 1e-6)) if clip_grad_norm else 1.0
-    model.scale_gradients(clip / loss_tokens)
-    core.step_with_ready_grads()
-    return norm, True
+    stepped = bool(good_loss) and math.isfinite(norm)
+    if stepped:
+        clip = min(1.0, clip_grad_norm / (norm + 1e-6)) if clip_grad_norm else 1.0
+        model.scale_gradients(clip / loss_tokens)
+        core.step_with_ready_grads()
+    verdict = torch.full_like(good_loss, stepped)
+    return torch.full_like(good_loss, norm, dtype=torch.float64), verdict

@@ -13,6 +13,7 @@ from megascale.model.counts import count_parameters
 from megascale.optim import steplaw
 from megascale.optim.schedule import lr_at
 
+FP32_BYTES = 4
 MANY_EPOCHS = 4
 """Passes up to which repeated text is nearly as good as new (Muennighoff et al., 2023)."""
 
@@ -91,14 +92,29 @@ def _model(config: RunConfig, layout: Layout, num_sequences: int) -> Iterator[st
             f"step 0 has {num_sequences} sequences for {layout.hdp} HDP ranks, so some ranks idle; "
             "raise data.global_batch_tokens or start fewer ranks"
         )
-    if config.device == "cuda" and config.train.threads is not None:
-        yield "train.threads has no effect on CUDA"
+    if config.device == "cuda":
+        yield from cuda_warnings(config)
     if config.device == "cpu" and config.monitor.memory_snapshot:
         yield "monitor.memory_snapshot has no effect without CUDA"
     for name in (name for one in OPTIMIZERS.values() for name in one.options):
         changed = getattr(config.optim, name) != getattr(OptimConfig, name)
         if changed and name not in OPTIMIZERS[config.optim.name].options:
             yield f"optim.{name} has no effect with optim.name = {config.optim.name}"
+
+
+def cuda_warnings(config: RunConfig) -> Iterator[str]:
+    """One line per option of a finalized config that is rarely meant on CUDA."""
+    if config.train.threads is not None:
+        yield "train.threads has no effect on CUDA"
+    if config.train.precision == "fp32":
+        tokens = min(config.data.context_tokens, config.planner.capacity_tokens or 0)
+        heads = config.model.num_heads // config.parallel.tensor
+        gib = FP32_BYTES * heads * tokens**2 / 2**30
+        yield (
+            "train.precision = fp32 on CUDA keeps the attention scores of a sequence in memory: "
+            f"{gib:,.2f} GiB in each layer for {tokens:,} tokens, quadratic in the tokens; "
+            "train.precision=bf16 keeps none"
+        )
 
 
 def _steps(config: RunConfig, length: RunLength) -> Iterator[str]:

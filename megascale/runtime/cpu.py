@@ -22,6 +22,8 @@ import torch.distributed
 from torch.distributed import ProcessGroupGloo, distributed_c10d
 from torch.utils._device import _device_constructors
 
+from megascale.runtime.megatron import fill_gaps
+
 CPU = torch.device("cpu")
 FACTORIES = (
     "arange empty empty_like full full_like ones ones_like rand rand_like randint randn "
@@ -331,9 +333,7 @@ def _do_without_triton() -> None:
 def _patch_megatron() -> None:
     _do_without_triton()
     import megatron.core.tensor_parallel.random as random
-    import megatron.core.transformer.moe.moe_utils as moe_utils
 
     random._get_cuda_rng_state = lambda *args, **kwargs: torch.get_rng_state()
     random._set_cuda_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
-    if not hasattr(moe_utils, "te_general_gemm"):
-        moe_utils.te_general_gemm = None
+    fill_gaps()

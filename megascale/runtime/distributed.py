@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
 
-from megascale.config import Layout, RunConfig
+from megascale.config import Layout, RunConfig, validate_on_cuda
 from megascale.errors import RankError, UserError
 from megascale.runtime.environment import meeting_point, world_from_environment
 
@@ -104,6 +104,10 @@ def prepare_device(wanted: str) -> tuple[str, str]:
         from megascale.runtime import cpu
 
         cpu.install()
+    else:
+        from megascale.runtime import cuda
+
+        cuda.prepare()
     return kind, why
 
 
@@ -120,6 +124,7 @@ def start(config: RunConfig) -> Ranks:
     kind, why = prepare_device(config.device)
     device = torch.device(kind, local_rank) if kind == "cuda" else torch.device("cpu")
     if kind == "cuda":
+        validate_on_cuda(config)
         torch.cuda.set_device(device)
     else:
         _joined.threads = torch.get_num_threads()

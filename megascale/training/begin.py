@@ -27,7 +27,7 @@ from megascale.corpus.run_length import is_over, run_length
 from megascale.corpus.shards import Shard
 from megascale.corpus.sources import SourceInfo, identity
 from megascale.mesh.reader import MicroBatchReader, TokenSource
-from megascale.model.build import build_model, pack_multiple
+from megascale.model.build import build_model
 from megascale.monitor.speeds import RankSpeeds
 from megascale.optim.build import build_optimizer
 from megascale.planner.service.ahead import PlansAhead
@@ -39,6 +39,7 @@ from megascale.run.resolve import ResolvedRun
 from megascale.run.resume import compare_configs, compare_sources, softmax_changes
 from megascale.run.start import Start, find_start, taken_over
 from megascale.run.step_problem import batches_of, plan_lengths, step_problem
+from megascale.run.warnings import cuda_warnings
 from megascale.runtime.distributed import (
     Ranks,
     cores_are_shared,
@@ -49,6 +50,7 @@ from megascale.runtime.first_rank import on_first_rank
 from megascale.runtime.signals import StopRequest
 from megascale.training.evaluate import HeldoutSet, heldout_sets
 from megascale.training.feed import Feed
+from megascale.training.reading import reader_of
 from megascale.training.recorder import Recorder
 from megascale.training.spikes import SpikeWatch
 from megascale.training.step import Learner
@@ -109,6 +111,8 @@ def begin(
         folder.path, config.checkpoint, ranks, _emergency(folder.path, config, ranks, resume)
     )
     cursor, notes = _restore(learner, resolved, folder, resume, spikes, speeds, saver.emergency)
+    if config.device == "auto" and ranks.device.type == "cuda":  # else the description has them
+        notes = [*notes, *cuda_warnings(config)]
     batches = batches_of(config, sources)
     feed = Feed(
         batches,
@@ -133,13 +137,7 @@ def begin(
         sources=sources,
         learner=learner,
         feed=feed,
-        reader=MicroBatchReader(
-            token_sources(config, sources),
-            ranks.hdp_rank,
-            pack_multiple(config),
-            ranks.device,
-            ranks.axis,
-        ),
+        reader=reader_of(config, ranks, token_sources(config, sources)),
         heldout=heldout,
         saver=saver,
         recorder=recorder,

@@ -16,11 +16,12 @@ from megascale.config import RunConfig
 from megascale.corpus.batches import GlobalBatch
 from megascale.errors import UserError
 from megascale.mesh.reader import MicroBatchReader, TokenSource
-from megascale.model.build import build_model, pack_multiple
+from megascale.model.build import build_model
 from megascale.planner.fit import Measurement
 from megascale.planner.plan import StepPlan
 from megascale.planner.ring import Ring
 from megascale.runtime.distributed import Ranks
+from megascale.training.reading import reader_of
 from megascale.training.step import Learner, run_micro_batches
 
 FEWEST_CELLS = 6
@@ -181,8 +182,7 @@ class _Bench:
         vocab = config.model.vocab_size or 2
         tokens = _RandomTokens(config.data.context_tokens, vocab, config.seed)
         source = TokenSource("random", tokens, vocab - 1, vocab)  # type: ignore[arg-type]
-        multiple = pack_multiple(config)
-        return MicroBatchReader([source], ranks.hdp_rank, multiple, ranks.device, ranks.axis)
+        return reader_of(config, ranks, [source])
 
     def run(self, cell: Cell) -> list[tuple[bool, float]]:
         """Run `cell` on all rings of its size at once; (within a node, seconds) of each.

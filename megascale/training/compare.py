@@ -13,8 +13,8 @@ import torch.distributed as dist
 
 from megascale.config import RunConfig
 from megascale.corpus.batches import GlobalBatch
-from megascale.mesh.reader import MicroBatchReader, TokenSource
-from megascale.model.build import build_model, pack_multiple
+from megascale.mesh.reader import TokenSource
+from megascale.model.build import build_model
 from megascale.monitor.comparison import Comparison, Round, Setting, TimedStep
 from megascale.monitor.quantities import show_duration
 from megascale.monitor.ratios import machine_busy_s
@@ -26,6 +26,7 @@ from megascale.run.step_problem import cost_model, following_batches, step_probl
 from megascale.runtime.distributed import Ranks
 from megascale.training.begin import token_sources
 from megascale.training.calibrate import calibrate
+from megascale.training.reading import reader_of
 from megascale.training.step import Learner, train_step
 
 CALIBRATION_S, CALIBRATION_REPEATS = 10.0, 2
@@ -40,8 +41,7 @@ class Trainers:
     ) -> None:
         """`config` is finalized; `sources` are in the order of `GlobalBatch.source`."""
         self.ranks = ranks
-        multiple, rank = pack_multiple(config), ranks.hdp_rank
-        self.reader = MicroBatchReader(sources, rank, multiple, ranks.device, ranks.axis)
+        self.reader = reader_of(config, ranks, sources)
         self.learners = {name: _learner(config, ranks) for name in names}
         self._tokens_seen = dict.fromkeys(self.learners, 0)
 

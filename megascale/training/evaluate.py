@@ -16,11 +16,11 @@ from megascale.corpus.shards import Shard
 from megascale.corpus.sources import SourceInfo
 from megascale.mesh.reader import MicroBatchReader, TokenSource
 from megascale.model.balance import ExpertUse
-from megascale.model.build import pack_multiple
 from megascale.planner.plan import StepPlan
 from megascale.run.heldout_sets import scored_sources
 from megascale.runtime.distributed import Ranks
 from megascale.runtime.first_rank import from_first_rank
+from megascale.training.reading import reader_of
 from megascale.training.step import Learner, evaluate, look
 
 
@@ -96,9 +96,7 @@ def heldout_sets(
         shard = Shard.open(info.heldout or "")
         source = TokenSource(name, shard, info.first_id, config.model.vocab_size or 0)
         sets[name] = HeldoutSet(
-            reader=MicroBatchReader(
-                [source], ranks.hdp_rank, pack_multiple(config), ranks.device, ranks.axis
-            ),
+            reader=reader_of(config, ranks, [source]),
             batch=_as_batch(pieces),
             plan=StepPlan.from_bytes(payload),
             part=part,

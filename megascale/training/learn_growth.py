@@ -18,14 +18,15 @@ from megascale.corpus.sources import SourceInfo, identity
 from megascale.errors import UserError
 from megascale.growth.learn import DepthMaps, Maps
 from megascale.mesh.packing import MicroBatch
-from megascale.mesh.reader import MicroBatchReader, TokenSource
-from megascale.model.build import build_model, pack_multiple
+from megascale.mesh.reader import TokenSource
+from megascale.model.build import build_model
 from megascale.run.replay import part_seen
 from megascale.run.resume import compare_sources
 from megascale.run.step_problem import plan_lengths
 from megascale.runtime import distributed
 from megascale.runtime.distributed import Ranks
 from megascale.runtime.environment import world_from_environment
+from megascale.training.reading import reader_of
 from megascale.training.step import Learner, run_micro_batches
 
 LEARNING_RATE = 1e-2
@@ -77,7 +78,7 @@ def _learn(learner: Learner, maps: DepthMaps, batches: _Batches, steps: int) -> 
         for key, gradient in maps.gradients().items():
             maps.maps[key].grad = gradient / tokens
         adam.step()
-        yield loss_sum / tokens
+        yield float(loss_sum) / tokens
 
 
 class _Batches:
@@ -94,7 +95,7 @@ class _Batches:
             TokenSource(name, shards[name], sources[name].first_id, vocab_size)
             for name in self._batches.names
         ]
-        self._reader = MicroBatchReader(readable, 0, pack_multiple(config), ranks.device)
+        self._reader = reader_of(config, ranks, readable)
 
     def next(self) -> tuple[list[MicroBatch], int]:
         """(micro-batches of the next global batch, its loss tokens)."""

@@ -82,14 +82,15 @@ def _draw(logits: torch.Tensor, generator: torch.Generator) -> bytes:
 def _next_logits(learner: Learner, tokens: list[int], pad_id: int) -> torch.Tensor | None:
     """Logits of the token after `tokens`, over the real vocabulary; None before the last stage."""
     ids = np.asarray(tokens, dtype=np.int64)
-    multiple = pack_multiple(learner.config)
-    batch = pack([TokenSequence(ids, ids)], pad_id, multiple, learner.ranks.device)
+    device = learner.ranks.device
+    multiple = pack_multiple(learner.config, device)
+    batch = pack([TokenSequence(ids, ids)], pad_id, multiple, device)
     outputs = get_forward_backward_func()(
         forward_step_func=_forward,
         data_iterator=iter([batch]),
         model=learner.model.chunks,
         num_microbatches=1,
-        seq_length=pack_multiple(learner.config),
+        seq_length=multiple,
         micro_batch_size=1,
         forward_only=True,
         collect_non_loss_data=True,

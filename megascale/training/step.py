@@ -68,30 +68,25 @@ def train_step(
             balance.adopt(look(learner, micro_batches, count))
         balance.begin(count, loss_tokens)
     pulse.enter("micro-batches")
-    loss_sum, ran = run_micro_batches(learner, micro_batches, count)
+    sums = run_micro_batches(learner, micro_batches, count)
     pulse.enter("gradients")
     if balance is not None:
         balance.begin_sum()
     finalize_model_grads(model.chunks)
     moved_gib = model.offloader.take_traffic().moved_bytes / 2**30
-    loss_sum, ran, stops, writing, moved_gib = _sum_over_ranks(
-        learner.ranks, [loss_sum, ran, float(stop), float(not writes_done), moved_gib]
-    )
+    sums = _sum_over_ranks(sums, float(stop), float(not writes_done), moved_gib)
+    pulse.enter("optimizer")
+    loss_sum, ran = sums[:2]
+    good_loss = loss_sum.isfinite() & (loss_sum <= most_loss * loss_tokens) & (ran == loss_tokens)
+    update = apply_gradients(model, optimizer, loss_tokens, config.optim.clip_grad_norm, good_loss)
+    loss, ran, stops, writing, moved_gib, norm, stepped = _read(*sums, *update)
     if int(ran) != loss_tokens:
         raise RuntimeError(f"the plan ran {int(ran)} tokens of a batch of {loss_tokens}")
-    pulse.enter("optimizer")
-    norm, stepped = apply_gradients(
-        model,
-        optimizer,
-        loss_tokens,
-        config.optim.clip_grad_norm,
-        math.isfinite(loss_sum) and loss_sum <= most_loss * loss_tokens,
-    )
     experts = balance.finish_sum() if balance is not None else None
     if balance is not None and experts is not None and stepped:
         balance.adopt(experts)
     return StepResult(
-        loss=loss_sum / loss_tokens,
+        loss=loss / loss_tokens,
         num_tokens=loss_tokens,
         grad_norm=norm,
         lr=lr,
@@ -120,9 +115,9 @@ def evaluate(
     """Summed loss (nats) and tokens over all ranks, without gradients."""
     learner.model.eval()
     with torch.no_grad():
-        loss_sum, ran = run_micro_batches(learner, micro_batches, count, forward_only=True)
+        sums = run_micro_batches(learner, micro_batches, count, forward_only=True)
     learner.model.train()
-    loss_sum, ran = _sum_over_ranks(learner.ranks, [loss_sum, ran])
+    loss_sum, ran = _read(*_sum_over_ranks(sums))
     return loss_sum, int(ran)
 
 
@@ -131,25 +126,25 @@ def run_micro_batches(
     micro_batches: Iterable[MicroBatch],
     count: int,
     forward_only: bool = False,
-) -> tuple[float, float]:
+) -> torch.Tensor:
     """Forward (and backward) through megatron-core's schedule for this layout.
 
-    Returns this rank's (summed loss, loss tokens), both 0 where another rank reports them.
+    Returns this rank's (summed loss, loss tokens), fp64 on its device, both 0 where another rank
+    reports them. The host does not wait for the device.
     """
-    config = learner.config
+    device = learner.ranks.device
     reports = get_forward_backward_func()(
         forward_step_func=partial(_forward, learner.model),
         data_iterator=iter(micro_batches),
         model=learner.model.chunks,
         num_microbatches=count,
-        seq_length=pack_multiple(config),
+        seq_length=pack_multiple(learner.config, device),
         micro_batch_size=1,
         forward_only=forward_only,
     )
     if not learner.ranks.reports_loss:
-        return 0.0, 0.0
-    total = torch.stack(reports).sum(dim=0)
-    return total[0].item(), total[1].item()
+        return torch.zeros(2, dtype=torch.float64, device=device)
+    return torch.stack(reports).sum(dim=0)
 
 
 def _forward(
@@ -169,14 +164,21 @@ def _forward(
         )
 
     def report(loss_sum: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        tokens = torch.tensor(batch.num_tokens, dtype=torch.int32, device=loss_sum.device)
+        tokens = torch.full((), batch.num_tokens, dtype=torch.int32, device=loss_sum.device)
         return loss_sum, tokens, torch.stack([loss_sum.detach().double(), tokens.double()])
 
     return output, report
 
 
-def _sum_over_ranks(ranks: Ranks, values: list[float]) -> list[float]:
-    total = torch.tensor(values, dtype=torch.float64, device=ranks.device)
+def _sum_over_ranks(sums: torch.Tensor, *values: float) -> torch.Tensor:
+    """`sums` of all ranks, and each of `values`, which are in host memory."""
+    total = torch.cat([sums, *(torch.full_like(sums[:1], value) for value in values)])
     dist.all_reduce(total)
-    with pulse.waiting():  # on a GPU it is here that this process waits
-        return [float(value) for value in total]
+    return total
+
+
+def _read(*values: torch.Tensor) -> list[float]:
+    """Numbers on the device; on a GPU it is here that this process waits, once in a step."""
+    with pulse.waiting():
+        read: list[float] = torch.stack([value.double() for value in values]).tolist()
+        return read

@@ -166,6 +166,35 @@ def test_the_same_layout_gives_the_same_bits(
     assert losses == losses_after
 
 
+def saved_with_gathers_that_overlap(folder: str, overrides: list[str], follow: range) -> Any:
+    """As `trained_and_saved`, where the forward pass gathers the weights, as it may on CUDA."""
+    from dataclasses import replace
+
+    from megascale.model import build
+
+    plain = build._reduction
+
+    def overlapping(*given: Any) -> Any:
+        return replace(plain(*given), overlap_grad_reduce=True, overlap_param_gather=True)
+
+    with patch.object(build, "_reduction", overlapping):
+        return trained_and_saved(folder, overrides, follow)
+
+
+@pytest.mark.parametrize("overrides", [["planner.name=longest_first"], ["train.precision=bf16"]])
+def test_a_save_has_the_weights_after_the_last_step(
+    ranks: Any, tmp_path: Path, overrides: list[str]
+) -> None:
+    follow = range(2, 4)
+    expected = ranks(2, trained_and_saved, str(tmp_path / "plain"), overrides, follow)[0]
+    overlapped = ranks(
+        2, saved_with_gathers_that_overlap, str(tmp_path / "overlap"), overrides, follow
+    )[0]
+    found = ranks(2, loaded, str(tmp_path / "overlap"), overrides, follow)[0]
+    for state, losses in (overlapped, found):
+        assert same(state, expected[0]) and losses == expected[1]
+
+
 TENSOR, PIPELINE = "parallel.tensor=2", "parallel.pipeline=2"
 EXPERT, REPLICATED = "parallel.expert=2", "optim.distributed_optimizer=false"
 SOAP = "optim.name=soap"

@@ -68,7 +68,8 @@ def token_losses(folder, overrides=()):
     with torch.no_grad():
         for one in bag:
             batch = pack([one], 100, run.ranks.layout.tensor, run.ranks.device)
-            losses.append(run_micro_batches(run.learner, [batch], 1, forward_only=True)[0])
+            sums = run_micro_batches(run.learner, [batch], 1, forward_only=True)
+            losses.append(float(sums[0]))
     return losses
 
 

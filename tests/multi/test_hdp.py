@@ -104,7 +104,11 @@ def gradients(overrides, plans, exact=False, loads=None):
         model.chunks[0].double()
     source = TokenSource("random", InMemory(LENGTHS), VOCAB - 1, VOCAB)
     reader = MicroBatchReader(
-        [source], ranks.hdp_rank, build.pack_multiple(config), ranks.device, ranks.axis
+        [source],
+        ranks.hdp_rank,
+        build.pack_multiple(config, ranks.device),
+        ranks.device,
+        ranks.axis,
     )
     made, new_group = [], dist.new_group
     dist.new_group = lambda *args, **kwargs: made.append(1) or new_group(*args, **kwargs)
@@ -125,7 +129,7 @@ def gradients(overrides, plans, exact=False, loads=None):
                 micro_batches = list(micro_batches)
                 model.balance.adopt(look(learner, micro_batches, count))
             model.balance.begin(count, sum(LENGTHS))
-        sums = torch.tensor(run_micro_batches(learner, micro_batches, count))
+        sums = run_micro_batches(learner, micro_batches, count)
         dist.all_reduce(sums)
         if not exact:
             finalize_model_grads(model.chunks)

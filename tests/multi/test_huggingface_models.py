@@ -123,7 +123,7 @@ def losses_from(folder, overrides):
     restore(found, learner.model, None, ranks)
     ids = np.random.default_rng(3).integers(0, 96, (2, 33))
     bag = [TokenSequence(row[:-1], row[1:]) for row in ids]
-    batch = pack(bag, 0, pack_multiple(config), ranks.device)
+    batch = pack(bag, 0, pack_multiple(config, ranks.device), ranks.device)
     return evaluate(learner, [batch], 1)
 
 

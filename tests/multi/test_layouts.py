@@ -51,7 +51,7 @@ def train_curve(overrides, steps=20):
             pack(
                 [TokenSequence(ids[i][:-1], ids[i][1:]) for i in ring.sequences],
                 pad_id=256,
-                multiple=pack_multiple(config),
+                multiple=pack_multiple(config, ranks.device),
                 device=ranks.device,
             )
             for ring in rings

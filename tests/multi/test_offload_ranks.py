@@ -33,7 +33,12 @@ def start(overrides):
     generator = np.random.default_rng(ranks.hdp_rank)
     ids = [[generator.integers(0, 257, n + 1) for n in lengths] for lengths in LENGTHS]
     micro_batches = [
-        pack([TokenSequence(x[:-1], x[1:]) for x in i], 256, pack_multiple(config), ranks.device)
+        pack(
+            [TokenSequence(x[:-1], x[1:]) for x in i],
+            256,
+            pack_multiple(config, ranks.device),
+            ranks.device,
+        )
         for i in ids
     ]
     return Learner(config, ranks, model, build_optimizer(config, model)), micro_batches

@@ -8,6 +8,7 @@ import time
 import pytest
 import torch
 import torch.distributed as dist
+from rank_pool import RankPools
 
 
 def all_reduce(value):
@@ -65,3 +66,20 @@ def test_a_rank_that_is_killed_between_two_calls_is_replaced(rank_pools):
     os.kill(process, signal.SIGKILL)
     worker.join()  # it is a zombie before its last thread has ended, and counts as alive until then
     assert rank_pools.run(2, all_reduce, 1) == [3, 3]
+
+
+def visible_devices():
+    return os.environ["CUDA_VISIBLE_DEVICES"]
+
+
+def test_ranks_see_no_device_of_a_machine_that_has_some(monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+    pools = RankPools()
+    try:
+        assert pools.run(1, visible_devices) == [""]
+    finally:
+        pools.close()
+
+
+def test_programs_that_a_test_starts_see_none_either():
+    assert visible_devices() == ""

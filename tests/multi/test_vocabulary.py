@@ -40,7 +40,9 @@ class Model:
         self.ids = [drawn.integers(0, VOCAB, n + 1) for n in (31, 1, 17)]
         self.ids[0][:3] = 0, VOCAB - 1, VOCAB - 1
         bag = [TokenSequence(ids[:-1], ids[1:]) for ids in self.ids]
-        self.batch = pack(bag, 256, pack_multiple(self.config), self.ranks.device)
+        self.batch = pack(
+            bag, 256, pack_multiple(self.config, self.ranks.device), self.ranks.device
+        )
         self.tokens = sum(len(ids) - 1 for ids in self.ids)
 
     def padded(self) -> list[tuple[Any, int]]:
@@ -134,7 +136,7 @@ def trained(overrides: tuple[str, ...]) -> Any:
         for box in boxes(model.model, None)
         if id(box.holder()) in ids
     ]
-    reported = trained_sum / model.tokens if model.ranks.reports_loss else None
+    reported = float(trained_sum) / model.tokens if model.ranks.reports_loss else None
     assert all(weight.main_grad.isfinite().all() for weight, _ in model.padded())
     return loss_sum / tokens, reported, parts, padding
 

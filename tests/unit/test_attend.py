@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 
-from megascale.mesh.kernels import DENSE, FLASH_CPU, Call
+from megascale.mesh import packed_attention
+from megascale.mesh.kernels import DENSE, FLASH_CPU, VARLEN, Call
 from megascale.mesh.packed_attention import attend
 from megascale.mesh.packing import Segments
 from megascale.mesh.ring_share import RingShare
@@ -46,6 +47,75 @@ def test_equals_attention_on_each_sequence_alone(window, kv_heads):
     grads_ref = torch.autograd.grad((out_ref * weights).sum(), (q, k, v))
     torch.testing.assert_close(out, out_ref)
     torch.testing.assert_close(lse, torch.cat([part[1] for part in parts]))
+    for grad, grad_ref in zip(grads, grads_ref):
+        torch.testing.assert_close(grad, grad_ref)
+
+
+def _segments(cu_seqlens, causal, left, right):
+    """(rows of a segment, its call) of every segment that a call of aten has."""
+    left = None if left in (None, -1) else left
+    assert right in (None, 0 if causal or left is not None else -1)
+    for bounds in zip(cu_seqlens.tolist(), cu_seqlens.tolist()[1:]):
+        call = Call(slice(None), slice(None), right == 0, left, (bounds[1] - bounds[0],) * 2)
+        yield slice(*bounds), call
+
+
+def _aten_forward(
+    q, k, v, bounds, _keys, _most_q, _most_k, dropout, causal, _debug, *, scale=None,
+    window_size_left=None, window_size_right=None, **_
+):  # fmt: skip
+    """As torch's kernel on CUDA by its schema, in plain operations: lse is (H, T)."""
+    assert dropout == 0 and scale is None
+    outs, lses = [], []
+    for rows, call in _segments(bounds, causal, window_size_left, window_size_right):
+        out, lse = DENSE.forward(q[rows], k[rows], v[rows], call)
+        outs.append(out)
+        lses.append(lse.T)
+    nothing = torch.empty(0)
+    return torch.cat(outs), torch.cat(lses, dim=1), nothing, nothing, nothing
+
+
+def _aten_backward(
+    grad, q, k, v, out, lse, bounds, _keys, _most_q, _most_k, dropout, causal, _state, _unused, *,
+    scale=None, window_size_left=None, window_size_right=None
+):  # fmt: skip
+    assert dropout == 0 and scale is None and lse.is_contiguous()
+    found = []
+    for rows, call in _segments(bounds, causal, window_size_left, window_size_right):
+        part = (grad[rows], q[rows], k[rows], v[rows], out[rows], lse[:, rows].T)
+        found.append(DENSE.backward(*part, call))
+    return tuple(torch.cat(parts) for parts in zip(*found))
+
+
+@pytest.fixture
+def varlen_on_cpu(monkeypatch):
+    """`attend` takes the kernel of CUDA, whose two calls of aten have twins on CPU here."""
+    library = torch.library.Library("aten", "IMPL")
+    library.impl("_flash_attention_forward", _aten_forward, "CPU")
+    library.impl("_flash_attention_backward", _aten_backward, "CPU")
+    monkeypatch.setattr(packed_attention, "kernel_for", lambda query: VARLEN)
+    yield
+    library._destroy()
+
+
+@pytest.mark.parametrize("window", [None, 3, 64])
+@pytest.mark.parametrize("lengths", [LENGTHS, (1, 3)])
+def test_the_path_of_cuda_is_one_call_of_a_kernel_of_every_version(varlen_on_cpu, window, lengths):
+    """(1, 3) are as many tokens as there are heads: the log-sum-exps may be (T, H) or (H, T)."""
+    torch.manual_seed(0)
+    q = torch.randn(sum(lengths), 4, 8, dtype=torch.float64, requires_grad=True)
+    k, v = (
+        torch.randn(sum(lengths), 2, 8, dtype=torch.float64, requires_grad=True) for _ in range(2)
+    )
+    segments = Segments.of(lengths, torch.device("cpu"))
+    out, lse = attend(q, k, v, segments, window=window)
+    weights = torch.randn_like(out)
+    grads = torch.autograd.grad((out * weights).sum(), (q, k, v))
+    parts = [reference(*x, window) for x in zip(*(t.split(lengths) for t in (q, k, v)))]
+    out_ref, lse_ref = (torch.cat(x) for x in zip(*parts))
+    torch.testing.assert_close(out, out_ref)
+    torch.testing.assert_close(lse, lse_ref)
+    grads_ref = torch.autograd.grad((out_ref * weights).sum(), (q, k, v))
     for grad, grad_ref in zip(grads, grads_ref):
         torch.testing.assert_close(grad, grad_ref)
 

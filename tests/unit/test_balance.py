@@ -148,6 +148,7 @@ def tally_of(estimate, batches, before=(1.0, 1.0), loss_tokens=None):
             torch.zeros(first + second, dtype=torch.int64),
             torch.zeros(first + second, dtype=torch.int64),
             1,
+            first + second,
             part.over_tensor,
             part.over_ranks,
         )

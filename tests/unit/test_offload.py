@@ -214,6 +214,15 @@ def test_first_and_last_layers_parameters_and_shared_tables_stay(monkeypatch):
     assert not {copied.flat for copied in toy.left} & (own | {toy.table.data_ptr()})
 
 
+def test_a_weight_is_handed_on_itself_and_an_output_without_its_graph():
+    """torch calls the hook with the saved tensor; a weight carries `main_grad`."""
+    toy = Toy()
+    window = offload._Window(toy.offloader, 0.0)
+    weight = toy.layers[0].up
+    assert window._pack(weight) is weight
+    assert window._pack(weight * 2).grad_fn is None
+
+
 def test_small_storages_stay(expected):
     toy = Toy(smallest_bytes=SAVED["tanh"] + 1)
     toy.forward(1).backward()

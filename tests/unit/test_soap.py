@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import itertools
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
+from megascale.optim.fused import fuse, is_fused
 from megascale.optim.soap_algorithm import Soap, matrices, with_rows
 
 OPTIONS = {"betas": (0.9, 0.95), "lr": 0.02, "weight_decay": 0.1, "refresh_steps": 3}
@@ -208,3 +210,15 @@ def test_other_rows_keep_the_means_of_those_that_stay() -> None:
         for row, column in itertools.product(range(rows), range(columns)):
             variance = sum(turn[row, i] ** 2 * square[i, column] ** 2 for i in range(old))
             assert new["exp_avg_sq"][row, column] == pytest.approx(float(variance))
+
+
+def test_its_fused_matrices_are_not_taken_for_a_fused_kernel() -> None:
+    """A rank may keep none but fused matrices, and must go the way of the others."""
+    weight = torch.nn.Parameter(torch.zeros(4, 2))
+    group = {"params": [weight], "fused": 2}
+    soap = SimpleNamespace(optimizer=Soap([group], **OPTIONS))
+    adam = SimpleNamespace(optimizer=torch.optim.AdamW([weight]))
+    assert not is_fused([soap]) and not is_fused([adam]) and not is_fused([])
+    fuse([soap, adam])
+    assert soap.optimizer.param_groups[0]["fused"] == 2
+    assert is_fused([adam]) and not is_fused([adam, soap])

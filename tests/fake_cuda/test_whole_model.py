@@ -1,0 +1,125 @@
+"""The real model, its step and its optimizer on CUDA tensors that hold nothing: nothing fails, the
+host waits for the device only where a list says so, and counts stay below their limits."""
+
+from collections import Counter
+
+import pytest
+import torch
+from measure import DENSE, layers_of, micro_batch, step
+from scene import MOE, scene
+
+TOKENS = 8192
+READ = Counter({"tolist in training/step.py:_read": 1})
+"""The values of a step, after the optimizer was launched."""
+EXPERTS = Counter(
+    {
+        "masked_select in moe/moe_utils.py:permute": 2,
+        "synchronize in moe/token_dispatcher.py:_maybe_dtoh_and_synchronize": 1,
+    }
+)
+"""In each layer, until experts are one grouped product."""
+USE_OF_EXPERTS = Counter({"copy to host in model/balance.py:finish_sum": 1})
+"""In each step, after the optimizer was launched too."""
+STAGE = Counter(
+    {
+        "copy to device in pipeline_parallel/p2p_communication.py:_communicate_shapes": 1,
+        "synchronize in pipeline_parallel/p2p_communication.py:_communicate_shapes": 2,
+        "synchronize in pipeline_parallel/p2p_communication.py:_communicate": 2,
+        "tolist in pipeline_parallel/p2p_communication.py:_communicate_shapes": 1,
+    }
+)
+"""A micro-batch between two stages, whose shape is a message."""
+
+
+def times(number, syncs):
+    return Counter({what: number * count for what, count in syncs.items()})
+
+
+@pytest.mark.parametrize(
+    "overrides, world, rank, syncs",
+    [
+        ([], 1, 0, READ),
+        (["train.recompute=full"], 1, 0, READ),
+        (["model.sliding_window=1000"], 8, 3, READ),
+        ([], 8, 0, READ),
+        ([], 8, 7, READ),
+        (["parallel.tensor=2"], 2, 1, READ),
+        (["parallel.tensor=2"], 4, 1, READ),
+        (["parallel.pipeline=2"], 2, 0, READ + STAGE),
+        (["parallel.pipeline=2"], 2, 1, READ + STAGE),
+        ([MOE], 1, 0, READ + USE_OF_EXPERTS + times(2, EXPERTS)),
+        ([MOE], 8, 3, READ + USE_OF_EXPERTS + times(2, EXPERTS)),
+        ([MOE, "model.moe.estimate=buffer_corrected"], 1, 0,
+         READ + USE_OF_EXPERTS + times(2, EXPERTS)),
+    ],
+    ids=lambda value: " ".join(value)[:40] if isinstance(value, list) else None,
+)  # fmt: skip
+def test_the_host_waits_only_where_it_must(overrides, world, rank, syncs):
+    """One micro-batch of a step, shared in a ring where there are several HDP ranks."""
+    with scene(*overrides, world=world, rank=rank) as found:
+        members = range(found.learner.ranks.layout.hdp)
+        found.step(found.read((members, [TOKENS * len(members)])))  # makes what is made once
+        with found.device.counting() as counts:
+            found.step(found.read((members, [TOKENS * len(members)])))
+        assert counts.syncs == syncs
+        loads = found.learner.model.balance is not None  # of experts, for the next step
+        assert counts.copies == Counter({"mesh/transfer.py:send": 1 + loads})
+        rings = counts.messages["isend"] if "parallel.pipeline=2" not in overrides else 0
+        assert bool(rings) == (len(members) > 1)
+
+
+@pytest.mark.parametrize(
+    "overrides, world, launches, gigabytes",
+    [(DENSE, 1, 68, 12.74), (DENSE, 8, 224, 29.79), (MOE, 1, 207, 6.66)],
+    ids=["dense", "ring", "experts"],
+)
+def test_launches_and_bytes_of_a_layer(overrides, world, launches, gigabytes):
+    """Of its forward and its backward pass. The limits are what was counted: they may only fall."""
+    found = dict(layers_of("found", overrides, world))
+    assert 0 < found["found: launches a layer"] <= launches
+    assert 0 < found["found: GB a layer"] <= gigabytes
+
+
+def test_a_step_beside_its_micro_batches():
+    """The optimizer updates all weights in one kernel, and the norm is one more."""
+    found = dict(step())
+    assert found["optimizer: bytes a parameter"] <= 45
+    assert found["step: host syncs beside micro-batches"] == 1
+    assert found["optimizer of 14 weights: launches"] <= 60
+
+
+@pytest.mark.parametrize(
+    "overrides, world",
+    [([], 1), (["train.recompute=full"], 1), ([MOE], 1), (["parallel.tensor=2"], 2), ([], 8)],
+    ids=lambda value: " ".join(value)[:40] if isinstance(value, list) else None,
+)
+def test_the_memory_of_activations_is_what_the_plan_says(overrides, world):
+    from megascale.model.activations import activation_bytes
+
+    with scene(*overrides, world=world) as found:
+        layout = found.learner.ranks.layout
+        _, counts = micro_batch(found, layout.hdp)
+        planned = activation_bytes(found.config, layout, 0)
+    assert counts.peak_bytes - counts.start_bytes == pytest.approx(planned, rel=0.05)
+
+
+def test_micro_batches_are_padded_and_packed_for_one_copy():
+    with scene() as found:
+        (batch,) = found.read(((0,), [100, 200]))
+    assert batch.tokens_T.shape == batch.loss_mask_T.shape == (384,)
+    assert batch.num_tokens == batch.segments.num_tokens == 300
+    assert batch.segments.lengths == (100, 200, 84)
+    storage = batch.tokens_T.untyped_storage()._cdata
+    parts = (batch.targets_T, batch.loss_mask_T, batch.segments.cu_seqlens)
+    assert all(part.untyped_storage()._cdata == storage for part in parts)
+    assert batch.segments.cu_seqlens.dtype == torch.int32
+
+
+def test_attention_goes_through_calls_that_every_version_has():
+    """The only attention there is, also where torch has no varlen_attn of this signature."""
+    with scene() as found:
+        batches = found.read(((0,), [TOKENS]))
+        with found.device.counting() as counts:
+            found.step(batches)
+    assert counts.launches["_flash_attention_forward"] == 2
+    assert counts.launches["_flash_attention_backward"] == 2

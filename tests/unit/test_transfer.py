@@ -1,0 +1,104 @@
+"""Copies to a device, as far as a machine without CUDA can tell."""
+
+import threading
+
+import numpy as np
+import pytest
+import torch
+
+from megascale.mesh import transfer
+from megascale.mesh.kernels import Kernel
+from megascale.mesh.packing import TokenSequence, pack
+from megascale.mesh.ring_calls import arrays_of, calls_of, host_calls, with_tensors
+from megascale.mesh.ring_share import RingShare
+from megascale.planner.shares import chunk_bounds
+
+CPU = torch.device("cpu")
+CUDA = torch.device("cuda")
+ARRAYS = [
+    np.arange(5, dtype=np.int64),
+    np.arange(3, dtype=np.int32),
+    np.empty(0, dtype=np.int64),
+    np.linspace(0, 1, 7, dtype=np.float32),
+    np.array([9], dtype=np.int64),
+]
+
+
+def test_arrays_go_to_cuda_in_one_copy_and_keep_types_and_values(monkeypatch):
+    sent = []
+    monkeypatch.setattr(transfer, "send", lambda tensor, device: sent.append(device) or tensor)
+    moved = transfer.send_arrays(ARRAYS, CUDA)
+    assert sent == [CUDA]
+    for tensor, array in zip(moved, ARRAYS):
+        assert tensor.numpy().dtype == array.dtype
+        np.testing.assert_array_equal(tensor.numpy(), array)
+        assert tensor.data_ptr() % transfer.ALIGNED_BYTES == moved[0].data_ptr() % 16
+
+
+def test_arrays_on_cpu_are_not_copied():
+    for tensor, array in zip(transfer.send_arrays(ARRAYS, CPU), ARRAYS):
+        assert np.shares_memory(tensor.numpy(), array) or not len(array)
+
+
+def test_a_thread_makes_items_before_they_are_asked_for():
+    made, third = [], threading.Event()
+
+    def items():
+        for item in range(5):
+            made.append((item, threading.current_thread()))
+            if item == 2:
+                third.set()
+            yield item
+
+    taken = transfer.ahead(items(), CPU, number=3)
+    assert third.wait(60)
+    assert list(taken) == [0, 1, 2, 3, 4]
+    assert all(thread is not threading.current_thread() for _, thread in made)
+
+
+def test_what_a_thread_raises_is_raised_where_the_item_is_asked_for():
+    def items():
+        yield 1
+        raise ValueError("a token outside the vocabulary")
+
+    taken = transfer.ahead(items(), CPU)
+    assert next(taken) == 1
+    with pytest.raises(ValueError, match="outside the vocabulary"):
+        next(taken)
+
+
+@pytest.mark.parametrize("window", [None, 5])
+def test_calls_of_a_ring_are_made_when_it_is_packed(monkeypatch, window):
+    """As attention would make them itself, and by the one copy of the micro-batch."""
+    grouped = Kernel(None, None, grouped=True)
+    lengths, sent = [40, 7, 23], []
+    bounds = chunk_bounds(lengths, 4)
+    fresh = RingShare(1, bounds, (0, 1, 2, 3), None)
+    expected = calls_of(fresh, window, grouped, CPU)
+    share = RingShare(1, bounds, (0, 1, 2, 3), None)
+    monkeypatch.setattr(transfer, "send", lambda tensor, device: sent.append(device) or tensor)
+    parts = [TokenSequence(np.zeros(n, np.int64), np.ones(n, np.int64)) for n in share.lengths()]
+    batch = pack(parts, 0, 128, CUDA, share, window=window)
+    assert len(sent) == 1 and batch.tokens_T.shape == (128,)
+    found = calls_of(share, window, grouped, CUDA)
+    assert len(sent) == 1
+    assert sum(map(len, found)) == sum(map(len, expected)) > 0
+    for hop, right in zip(found, expected):
+        for call, other in zip(hop, right):
+            for value, wanted in zip(call, other):
+                same = torch.equal if isinstance(wanted, torch.Tensor) else lambda a, b: a == b
+                pairs = zip(value, wanted) if isinstance(wanted, tuple) else [(value, wanted)]
+                assert all(
+                    torch.equal(a, b) if isinstance(b, torch.Tensor) else same(a, b)
+                    for a, b in pairs
+                )
+
+
+def test_with_tensors_is_the_inverse_of_arrays_of():
+    share = RingShare(2, chunk_bounds([64, 9], 4), (0, 1, 2, 3), None)
+    hops = host_calls(share, None)
+    tensors = iter([torch.from_numpy(array) for array in arrays_of(hops)])
+    placed = with_tensors(hops, tensors)
+    assert next(tensors, None) is None
+    assert not any(isinstance(value, np.ndarray) for calls in placed for call in calls
+                   for value in (call.queries, call.keys, *call.cu_seqlens))  # fmt: skip
