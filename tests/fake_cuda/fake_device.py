@@ -73,6 +73,7 @@ def install() -> None:
         get_device_name="fake",
         get_device_capability=(9, 0),
         memory_allocated=0,
+        is_current_stream_capturing=False,
         manual_seed=None,
         get_rng_state=state,
         set_rng_state=None,
