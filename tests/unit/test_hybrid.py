@@ -29,6 +29,7 @@ from megascale.planner.bound import (
     needed_offload,
     smallest_sizes,
 )
+from megascale.planner.hybrid.stacks import MOST_ROOMS, Stack
 from megascale.planner.plan import Mode, kept_share
 from megascale.planner.plan_builder import Placed, complete
 from megascale.planner.scalar_cost import Clock
@@ -390,3 +391,14 @@ def test_few_tries_find_what_all_tries_find(model, devices, context):
     few, all_tries = (plan_hybrid(replace(problem, budget_s=s)) for s in (None, 1000.0))
     assert few.predicted_s <= 1.01 * all_tries.predicted_s
     assert few.predicted_s < 0.8 * plan_bytescale(problem).predicted_s
+
+
+def test_a_rank_with_thousands_of_micro_batches_looks_at_its_roomiest() -> None:
+    """Their number would make planning quadratic: 400,000 sequences on 8 ranks took 114 s."""
+    stack = Stack()
+    new = [stack.put(number, 700 + number % 2, 1000) for number in range(3000)]
+    assert all(new) and len(stack.rooms) == MOST_ROOMS
+    assert {room for room, _ in stack.rooms} == {300}  # those with 299 have made room
+    assert [stack.put(3000 + number, 300, 1000) for number in range(MOST_ROOMS)].count(True) == 0
+    assert sorted(i for batch in stack.batches for i in batch) == list(range(3000 + MOST_ROOMS))
+    assert {len(batch) for batch in stack.batches} == {1, 2}

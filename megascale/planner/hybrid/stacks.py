@@ -23,6 +23,10 @@ from megascale.planner.scalar_cost import Clock
 WAITING = 2.0
 """How bad a second of waiting of all ranks of a ring is, beside a second of starting later."""
 
+MOST_ROOMS = 64
+"""Micro-batches of a rank that take more sequences. With no limit, the time to plan would grow with
+the square of the tokens of a rank."""
+
 
 @dataclass
 class Stack:
@@ -30,10 +34,24 @@ class Stack:
 
     free_s: float = 0.0
     """When it has run all it has."""
-    rooms: list[int] = field(default_factory=list)
-    """Tokens that still fit its last micro-batches of one rank, those after its last ring."""
     batches: list[list[int]] = field(default_factory=list)
-    """Sequences of these."""
+    """Sequences of its last micro-batches of one rank, those after its last ring."""
+    rooms: list[tuple[int, list[int]]] = field(default_factory=list)
+    """Tokens that still fit the roomiest of these, and their sequences."""
+
+    def put(self, sequence: int, length: int, capacity: int) -> bool:
+        """Add a sequence to the first of the roomiest micro-batches that takes it, else to a new
+        one; whether it was a new one."""
+        for place, (room, batch) in enumerate(self.rooms):
+            if room >= length:
+                batch.append(sequence)
+                self.rooms[place] = (room - length, batch)
+                return False
+        self.batches.append([sequence])
+        self.rooms.append((capacity - length, self.batches[-1]))
+        if len(self.rooms) > MOST_ROOMS:
+            del self.rooms[min(range(len(self.rooms)), key=lambda place: self.rooms[place][0])]
+        return True
 
 
 class Stacks:
@@ -183,14 +201,7 @@ class Stacks:
             heap = heaps[pace]
             rank = heap[0][1]
             stack = self._ranks[rank]
-            for place, room in enumerate(stack.rooms):
-                if room >= length:
-                    stack.rooms[place] = room - length
-                    stack.batches[place].append(sequence)
-                    break
-            else:
-                stack.rooms.append(capacity - length)
-                stack.batches.append([sequence])
+            if stack.put(sequence, length, capacity):
                 seconds += self._problem.cost.fixed
             stack.free_s += pace * seconds
             heapq.heapreplace(heap, (stack.free_s, rank))
