@@ -100,7 +100,7 @@ def plot_gantt(
     axes = figure.subplots()
     _draw_bars(axes, plan, _longest_tokens(plan, lengths), times, unit)
     bound = plan.lower_bound_s * unit
-    axes.axvline(bound, color=_BOUND_COLOUR, linestyle="--", linewidth=1.4)
+    axes.axvline(bound, color=_BOUND_COLOUR, linestyle="--", linewidth=1.4, zorder=5)
     above = axes.get_xaxis_transform()
     mark = axes.text(bound, 1.005, "lower bound", ha="right", va="bottom", transform=above)
     mark.set(color=_BOUND_COLOUR, fontsize=9)
