@@ -1,8 +1,9 @@
 """The exceptions that a user may cause, and how they are shown."""
 
+import difflib
 import errno
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
 MOST_CHARS = 300
@@ -48,8 +49,18 @@ class StorageError(UserError):
     """A file system did not do what it was asked; it may at another time, or on another node."""
 
 
+class MissingInput(UserError):
+    """A corpus or a checkpoint of a run is not there. A plan can do without it."""
+
+
 class RankError(UserError):
     """Bad input that this rank met and others did not, so that it must speak for itself."""
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """` (did you mean X?)` for the name of `known` that is nearest to `name`; empty without one."""
+    near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.7)
+    return f" (did you mean {near[0]}?)" if near else ""
 
 
 def file_problem(error: OSError) -> str | None:

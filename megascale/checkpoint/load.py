@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from megascale.checkpoint import folder as folders
 from megascale.checkpoint.manifest import MANIFEST, Manifest, verify
-from megascale.errors import UserError
+from megascale.errors import MissingInput, UserError
 
 if TYPE_CHECKING:
     from megascale.model.model import Model
@@ -105,7 +105,7 @@ def find_at(path: str | Path, ranks: Ranks | None = None) -> Found:
     if not is_one:
         found = find(folder, "auto", ranks)
         if found is None:
-            raise UserError(_nothing_at(folder))
+            raise _nothing_at(folder)
         return found
     manifest, faults = _inspect(folder, None, ranks)
     if manifest is None or faults:
@@ -124,7 +124,7 @@ def folder_at(path: str | Path) -> Path:
     checkpoints = folders.checkpoints_dir(folder)
     steps = _candidates(checkpoints, "latest")
     if not steps:
-        raise UserError(_nothing_at(folder))
+        raise _nothing_at(folder)
     for step in steps:
         with suppress(UserError):
             one = checkpoints / folders.name_of(step)
@@ -138,13 +138,14 @@ def read_manifest(path: str | Path) -> Manifest:
     return Manifest.read(folder_at(path))
 
 
-def _nothing_at(folder: Path) -> str:
+def _nothing_at(folder: Path) -> UserError:
     if any(folder.glob("*.distcp")):
-        return (
+        return UserError(
             f"{folder} is a checkpoint that was not written to its end (its {MANIFEST} comes "
             "last); take the one before it"
         )
-    return f"{folder} holds no checkpoint; give a run_dir or the folder of a checkpoint"
+    kind = UserError if folder.exists() else MissingInput
+    return kind(f"{folder} holds no checkpoint; give a run_dir or the folder of a checkpoint")
 
 
 def _listed(steps: Iterable[int]) -> str:

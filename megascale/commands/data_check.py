@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from megascale.config.load import whole_number
 from megascale.corpus.check import Findings, check_source
 from megascale.corpus.document_lengths import length_histogram, plot_lengths
 from megascale.corpus.made import LENGTHS_PICTURE, PLOTS
@@ -37,11 +38,15 @@ def add_check_arguments(parser: argparse.ArgumentParser) -> None:
         "--bos-id", type=int, help="id before the documents of a bare prefix, if not that"
     )
     parser.add_argument(
-        "--context", type=int, help=f"context to compare lengths with ({CONTEXT_TOKENS})"
+        "--context", metavar="TOKENS", help=f"to compare lengths with; default: {CONTEXT_TOKENS}"
     )
     parser.add_argument(
         "--plots", metavar="DIR", help="folder of lengths.png; default: CORPUS/plots"
     )
+
+
+def _context(text: str | None) -> int:
+    return CONTEXT_TOKENS if text is None else whole_number(text, "--context", 1)
 
 
 def run_check(args: argparse.Namespace) -> int:
@@ -53,9 +58,9 @@ def run_check(args: argparse.Namespace) -> int:
             f"{args.overrides[0]}: options go with the config of a run, and {args.corpus} is none; "
             "leave it out"
         )
+    context = _context(args.context)
     info = describe(args.corpus, args.heldout, args.vocab_size, args.eod_id, args.bos_id)
     findings = check_source(info)
-    context = CONTEXT_TOKENS if args.context is None else args.context
     print(f"{args.corpus}: {info.train_documents:,} documents, {info.train_tokens:,} tokens")
     if info.unigram_bits_per_byte is not None:
         print(f"unigram entropy: {info.unigram_bits_per_byte:.3f} bits per byte")

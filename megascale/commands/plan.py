@@ -8,6 +8,7 @@ from collections import Counter
 from pathlib import Path
 from typing import cast
 
+from megascale.arrays import Integers
 from megascale.config import Layout, RunConfig
 from megascale.config.load import whole_number
 from megascale.corpus.batches import used_sources
@@ -30,9 +31,8 @@ from megascale.planner.problem import MOST_RANKS, MOST_STAGES
 from megascale.run.auto_capacity import with_capacity_of
 from megascale.run.describe import describe_drawn, describe_run, static_line
 from megascale.run.on_device import NamedDevice
-from megascale.run.resolve import load_run
 from megascale.run.step_problem import first_step, plan_first
-from megascale.run.without_corpus import load_drawn_run
+from megascale.run.without_corpus import load_drawn_run, load_read_run
 from megascale.runtime.files import write_output
 from megascale.runtime.outputs import Output, json_of, picture, require_outputs, write_as_asked
 from megascale.simulate.cluster import ASSUMED_MODEL, assumed_cost
@@ -91,7 +91,7 @@ def run_plan(args: argparse.Namespace) -> int:
 def _run_config(args: argparse.Namespace) -> int:
     on = None if args.device is None else NamedDevice(args.device, device_of(args.device))
     if args.lengths is None:
-        run = load_run(args.config, args.overrides)
+        run = load_read_run(args.config, args.overrides)
         layout = _begin(args, run.config)
         run = run._replace(config=_with_capacity(run.config, layout, on))
         first = first_step(run.config, layout, run.sources, _cost(run.config, layout, on))
@@ -203,7 +203,7 @@ def _problem(args: argparse.Namespace) -> Problem:
         raise UserError(f"--budget-s {args.budget_s:g}: must be at least 0, such as 0.5")
     cost = CostModel.load(args.cost) if args.cost else assumed_cost()
     return Problem.of(
-        read_lengths(args.lengths, "--lengths "),
+        _lengths(args.lengths),
         whole_number(args.ranks, "--ranks", 1, MOST_RANKS),
         whole_number(args.capacity, "--capacity", 1),
         cast(Mode, mode),
@@ -211,6 +211,14 @@ def _problem(args: argparse.Namespace) -> Problem:
         pipeline=pipeline,
         budget_s=args.budget_s,
     )
+
+
+def _lengths(path: str) -> Integers:
+    if path in DISTRIBUTIONS and not Path(path).exists():
+        raise UserError(
+            f"--lengths {path}: a name goes with CONFIG; give a file, one length a line"
+        )
+    return read_lengths(path, "--lengths ")
 
 
 def _require_outputs(args: argparse.Namespace, *reads: str | None) -> None:

@@ -70,7 +70,7 @@ def add_simulate_arguments(parser: argparse.ArgumentParser) -> None:
     add("overrides", nargs="*", metavar="a.b=c", help=change)
     fewest = "devices of the cluster; default: 1024, or the fewest that fit CONFIG"
     add("--ranks", metavar="N", help=fewest)
-    lengths = f"{', '.join(DISTRIBUTIONS)}, or drawn from corpus:FOLDER or file:PATH (one a line)"
+    lengths = f"{', '.join(DISTRIBUTIONS)}, or drawn from corpus:FOLDER or FILE (one a line)"
     lengths += "; default: github, or the corpora of CONFIG"
     add("--lengths", metavar="NAME", help=lengths)
     add("--steps", default="5", metavar="N", help="steps to replay; default: 5")

@@ -14,7 +14,7 @@ import numpy as np
 from megascale.config.schema import SourceConfig
 from megascale.corpus.pieces import documents_of
 from megascale.corpus.shards import Shard
-from megascale.errors import UserError
+from megascale.errors import MissingInput, UserError
 from megascale.parsing import is_path, read_json
 from megascale.reading import open_regular
 
@@ -131,7 +131,7 @@ def describe(
         _refuse_other(path, info, heldout, vocab_size, eod_id, bos_id)
         return info
     if not Path(f"{path}.idx").exists():
-        raise UserError(f"source {path}: {_nothing_there(Path(path))}")
+        raise MissingInput(f"source {path}: {_nothing_there(Path(path))}")
     for name, value in (("vocab_size", vocab_size), ("eod_id", eod_id)):
         if value is None:
             raise UserError(f"source {path}: a bare Megatron prefix needs {name} in data.sources")

@@ -6,13 +6,12 @@ reason.
 
 from __future__ import annotations
 
-import difflib
 import math
 from dataclasses import dataclass, fields, replace
 from typing import Literal
 
 from megascale.config.load import build_as, read_tree
-from megascale.errors import UserError
+from megascale.errors import UserError, did_you_mean
 from megascale.parsing import read_yaml_text
 
 Precision = Literal["fp32", "bf16"]
@@ -153,11 +152,10 @@ def _named(name: str) -> Device:
     known = ALIASES.get(name, name)
     if known in DEVICES:
         return DEVICES[known]
-    near = difflib.get_close_matches(name, [*DEVICES, *ALIASES], n=1)
-    hint = f"; did you mean {near[0]}?" if near else ""
     raise UserError(
-        f"--device {name}: not in the table, which has {', '.join(DEVICES)}{hint}; or a YAML file "
-        f"of one's own, with keys {', '.join(one.name for one in fields(Device))}"
+        f"--device {name}: not in the table{did_you_mean(name, [*DEVICES, *ALIASES])}; give one of "
+        f"{', '.join(DEVICES)}, or a YAML file with keys "
+        f"{', '.join(one.name for one in fields(Device))}"
     )
 
 

@@ -39,6 +39,7 @@ from megascale.runtime.outputs import Output, picture, require_outputs
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.ticker import Locator
 
 
 def plot_run(
@@ -185,11 +186,11 @@ def _set_titles(axes: Axes, picture: Picture, view: _View) -> None:
 
 
 def _set_values_axis(axes: Axes, picture: Picture) -> None:
-    from matplotlib.ticker import LogLocator, NullLocator, PercentFormatter
+    from matplotlib.ticker import NullLocator, PercentFormatter
 
     if picture.scale == "log":
         axes.set_yscale("log")
-        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_locator(_round_log_ticks(*axes.get_ylim()))
         axes.yaxis.set_minor_locator(NullLocator())
         axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
     if picture.numbers == "scientific":
@@ -200,6 +201,18 @@ def _set_values_axis(axes: Axes, picture: Picture) -> None:
         axes.yaxis.set_major_formatter(PercentFormatter(xmax=1))
     if picture.from_zero:
         axes.set_ylim(bottom=0)
+
+
+def _round_log_ticks(low: float, high: float) -> Locator:
+    """1, 2 and 5 times powers of ten; round numbers between them where fewer than three are in
+    the range."""
+    from matplotlib.ticker import LogLocator, MaxNLocator
+
+    ticks = LogLocator(subs=(1, 2, 5))
+    shown = [tick for tick in ticks.tick_values(low, high) if low <= tick <= high]
+    if len(shown) >= 3:
+        return ticks
+    return MaxNLocator(5, steps=[1, 2, 5, 10])
 
 
 def _add_steps_axis(axes: Axes, view: _View) -> None:

@@ -224,7 +224,9 @@ def read_story(run_dir: Path) -> Story:
     path, locks = run_dir / "config.yaml", _ask(run_dir)
     try:
         events = [event for event in read_events(run_dir) if is_whole(event)]
-        config = load_config(path) if path.exists() or not events else None
+        if not events and not path.exists():
+            raise UserError("no config.yaml and no event there")
+        config = load_config(path) if path.exists() else None
     except UserError as error:
         raise UserError(f"{run_dir} holds no run: {error}; give a run_dir") from None
     path = run_dir / METRICS_FILE

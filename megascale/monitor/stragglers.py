@@ -113,7 +113,8 @@ def plot_ranks(steps: Sequence[int], over: Floats, title: str, path: Path) -> No
     )  # fmt: skip
     axes.set(xlabel="step", ylabel="rank")
     axes.set_title(title, loc="left", fontsize=12, fontweight="bold")
-    axes.yaxis.set_major_locator(MaxNLocator("auto", steps=[1, 2, 5, 10], integer=True))
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_locator(MaxNLocator("auto", steps=[1, 2, 5, 10], integer=True))
     bar = figure.colorbar(image, extend="both")
     bar.set_label("time over the middle\nrank's, same work", fontsize=8)
     figure.savefig(path)

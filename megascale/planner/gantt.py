@@ -12,6 +12,7 @@ from numpy.typing import ArrayLike
 from megascale.arrays import Floats, Integers
 from megascale.planner.cost import CostModel
 from megascale.planner.plan import StepPlan
+from megascale.planner.ring_marks import MOST_ROWS, consecutive, mark_rings
 from megascale.planner.timeline import Timeline, timeline
 
 if TYPE_CHECKING:
@@ -21,6 +22,8 @@ MAX_TEXT_ROWS = 16
 _MARKS = ((0.5, "#"), (0.125, "="), (0.0, "-"))
 _PADDING_COLOUR = (0.87, 0.87, 0.87, 1.0)
 _BOUND_COLOUR = "#b2182b"
+HEIGHT = 0.82
+"""Of the bar of a rank, of 1."""
 COLOURED_TOKENS = 4**4, 4**9
 """Lengths of the first and the last colour; shorter and longer sequences have these two."""
 LEGEND = "longest sequence > 1/2 of capacity '#', > 1/8 '=', shorter '-', padding '.'"
@@ -79,8 +82,9 @@ def plot_gantt(
 ) -> None:
     """Write one pipeline stage of the plan as a picture (format by the ending of `path`).
 
-    Bars are coloured by their longest sequence, in every picture alike; dashed, the lower bound
-    of the step. Times of an uncalibrated cost model are shown in units of the lower bound.
+    Bars are coloured by their longest sequence, in every picture alike. Rings of two ranks and
+    more have an outline and their size. Dashed, the lower bound of the step. Times of an
+    uncalibrated cost model are shown in units of the lower bound.
     `corpus` is what the title says of the origin of the sequences.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -96,7 +100,7 @@ def plot_gantt(
     axes = figure.subplots()
     _draw_bars(axes, plan, _longest_tokens(plan, lengths), times, unit)
     bound = plan.lower_bound_s * unit
-    axes.axvline(bound, color=_BOUND_COLOUR, linestyle="--", linewidth=1.4)
+    axes.axvline(bound, color=_BOUND_COLOUR, linestyle="--", linewidth=1.4, zorder=5)
     above = axes.get_xaxis_transform()
     mark = axes.text(bound, 1.005, "lower bound", ha="right", va="bottom", transform=above)
     mark.set(color=_BOUND_COLOUR, fontsize=9)
@@ -125,11 +129,12 @@ def _draw_bars(axes: Axes, plan: StepPlan, longest: Integers, times: Timeline, u
     scale = ScalarMappable(LogNorm(*COLOURED_TOKENS), colormaps["viridis"])
     colours = scale.to_rgba(np.clip(longest, *COLOURED_TOKENS))
     colours[longest == 0] = _PADDING_COLOUR
-    bars = [(position, rank) for position, ring in enumerate(plan.rings) for rank in ring.ranks]
-    positions, ranks = np.array(bars).T
-    is_small = plan.num_ranks <= 64  # beyond, gaps between bars would make a pattern
-    corners = _corners(times.begin_s[positions] * unit, times.end_s[positions] * unit, ranks)
-    corners[:, :, 1] += np.array([-0.41, -0.41, 0.41, 0.41]) * (1.0 if is_small else 1.3)
+    bars = [(i, *run) for i, ring in enumerate(plan.rings) for run in consecutive(ring.ranks)]
+    positions, first, count = np.array(bars).T
+    is_small = plan.num_ranks <= MOST_ROWS  # beyond, gaps between bars would make a pattern
+    begin, end = times.begin_s * unit, times.end_s * unit
+    half = HEIGHT / 2 * (1.0 if is_small else 1.3)
+    corners = _corners(begin[positions], end[positions], first - half, first + count - 1 + half)
     axes.add_collection(
         PolyCollection(
             cast(Any, corners),  # one array is taken as it is, and a list copied bar by bar
@@ -141,6 +146,7 @@ def _draw_bars(axes: Axes, plan: StepPlan, longest: Integers, times: Timeline, u
     )
     axes.set_ylim(plan.num_ranks - 0.4, -0.6)
     axes.set_xlim(0, max(times.total_s, plan.lower_bound_s) * unit * 1.02 or 1.0)
+    mark_rings(axes, plan, begin, end, HEIGHT)
     axes.yaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_ylabel("rank")
     axes.spines[["top", "right"]].set_visible(False)
@@ -152,7 +158,7 @@ def _draw_bars(axes: Axes, plan: StepPlan, longest: Integers, times: Timeline, u
     bar.set_label("longest sequence (tokens)")
 
 
-def _corners(begin: Floats, end: Floats, ranks: Integers) -> Floats:
-    """Corners of bars without height, [bars, 4, 2]."""
+def _corners(begin: Floats, end: Floats, top: Floats, bottom: Floats) -> Floats:
+    """Corners of bars, [bars, 4, 2]."""
     x = np.stack([begin, end, end, begin], axis=1)
-    return np.stack([x, np.repeat(ranks.astype(np.float64)[:, None], 4, axis=1)], axis=2)
+    return np.stack([x, np.stack([top, top, bottom, bottom], axis=1)], axis=2)

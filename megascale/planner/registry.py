@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 import os
 import sys
 from importlib import import_module
 from importlib.util import find_spec
 
-from megascale.errors import UserError, reason
+from megascale.errors import UserError, did_you_mean, reason
 from megascale.planner.hybrid.search import plan_hybrid
 from megascale.planner.peers.bytescale import plan_bytescale, plan_bytescale_naive
 from megascale.planner.peers.flexsp import plan_flexsp
@@ -41,11 +40,9 @@ def find_planner(name: str) -> Planner:
         return PLANNERS[name]
     module, colon, function = name.partition(":")
     if not colon:
-        near = difflib.get_close_matches(name, PLANNERS, n=1)
-        meant = f"; did you mean {near[0]}?" if near else "."
         raise UserError(
-            f"planner {name}: unknown{meant} Planners are {', '.join(PLANNERS)}, or a function of "
-            "yours as module:function"
+            f"planner {name}: unknown{did_you_mean(name, PLANNERS)}; planners are "
+            f"{', '.join(PLANNERS)}, or a function of yours as module:function"
         )
     try:
         _look_in_working_directory(module)

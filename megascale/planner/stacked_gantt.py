@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +11,7 @@ from numpy.typing import ArrayLike
 
 from megascale.planner.cost import CostModel
 from megascale.planner.plan import StepPlan
+from megascale.planner.ring_marks import MOST_ROWS, OUTLINE, consecutive, mark_rings
 from megascale.planner.timeline import timeline
 
 if TYPE_CHECKING:
@@ -20,13 +20,8 @@ if TYPE_CHECKING:
 IDLE = "#d4d4d4"
 ALONE = "#fdd49e"
 """A micro-batch of one rank; those of rings are darker, the more ranks they have."""
-OUTLINE = "#222222"
 END: Any = {"color": "#b2182b", "linestyle": "--", "linewidth": 1.6, "zorder": 5}
 HEIGHT = 0.8
-LEAST_LABEL = 0.012
-"""Part of the time axis that a ring must take for its size to be written into it."""
-MOST_ROWS = 64
-"""Ranks of a plan up to which rings have outlines and labels."""
 
 
 @dataclass(frozen=True)
@@ -82,37 +77,26 @@ def _unit(longest_s: float, is_calibrated: bool) -> tuple[float, str]:
 def _draw(axes: Axes, plan: StepPlan, lengths: ArrayLike, cost: CostModel, unit: float) -> None:
     times = timeline(plan, lengths, cost)
     axes.barh(range(plan.num_ranks), times.total_s * unit, height=HEIGHT, color=IDLE)
-    for begin, end, ring in zip(times.begin_s * unit, times.end_s * unit, plan.rings, strict=True):
-        is_ring = len(ring.ranks) > 1 and plan.num_ranks <= MOST_ROWS
-        for first, count in _runs(ring.ranks):
-            middle = first + (count - 1) / 2
+    begins, ends = times.begin_s * unit, times.end_s * unit
+    for begin, end, ring in zip(begins, ends, plan.rings, strict=True):
+        for first, count in consecutive(ring.ranks):
             axes.barh(
-                middle,
+                first + (count - 1) / 2,
                 end - begin,
                 count - 1 + HEIGHT,
                 begin,
                 color=_colour(len(ring.ranks), plan.num_ranks),
-                edgecolor=OUTLINE if is_ring else "white",
-                linewidth=1.6 if is_ring else float(plan.num_ranks <= MOST_ROWS),
-                zorder=3 if is_ring else 2,
+                edgecolor="white",
+                linewidth=float(plan.num_ranks <= MOST_ROWS),
+                zorder=2,
             )
-            if is_ring and end - begin > LEAST_LABEL * axes.get_xlim()[1]:
-                where = ((begin + end) / 2, middle)
-                axes.annotate(str(len(ring.ranks)), where, ha="center", va="center", zorder=4)
+    mark_rings(axes, plan, begins, ends, HEIGHT)
     axes.axvline(times.total_s * unit, **END)
     axes.set_ylim(plan.num_ranks - 0.4, -0.6)
     if plan.num_ranks <= 8:
         axes.set_yticks(range(plan.num_ranks))
     axes.set_ylabel("rank")
     axes.spines[["top", "right"]].set_visible(False)
-
-
-def _runs(ranks: Sequence[int]) -> Iterator[tuple[int, int]]:
-    """(first, count) of the runs of consecutive ranks of a ring."""
-    numbered = enumerate(sorted(ranks))
-    for _, members in groupby(numbered, key=lambda item: item[1] - item[0]):
-        run = [rank for _, rank in members]
-        yield run[0], len(run)
 
 
 def _colour(size: int, num_ranks: int) -> Any:

@@ -204,10 +204,11 @@ def _experts(config: RunConfig) -> str:
 
 
 def _layout(config: RunConfig, layout: Layout) -> list[str]:
+    has_experts = config.model.moe is not None or layout.expert > 1
     axes = f"tensor {layout.tensor} x pipeline {layout.pipeline} x HDP {layout.hdp}"
     return [
         f"layout                  {layout.world} ranks = {axes}",
-        f"  experts over          {layout.expert} ranks",
+        *([f"  experts over          {layout.expert} ranks"] if has_experts else []),
         f"  mode                  {layout.mode}",
         f"  capacity              {config.planner.capacity_tokens:,} tokens per rank and "
         "micro-batch",
@@ -216,9 +217,7 @@ def _layout(config: RunConfig, layout: Layout) -> list[str]:
 
 def _memory(config: RunConfig, layout: Layout) -> list[str]:
     memory = memory_per_rank(config, layout)
-    rings = (
-        [f"  buffers of rings      {show_bytes(memory.rings)} (estimate)"] if memory.rings else []
-    )
+    rings = show_bytes(memory.rings)
     return [
         f"memory per rank         {show_bytes(memory.total)} on the fullest pipeline stage",
         f"  weights               {show_bytes(memory.weights)}",
@@ -256,13 +255,14 @@ def _stages(config: RunConfig) -> list[str]:
 def _learning_rate(config: RunConfig, first: FirstStep, length: RunLength) -> list[str]:
     lines = ["learning rate           (of the step that reaches these tokens)"]
     begin, end = first.batch.num_tokens, config.train.tokens
+    width = max(16, len(f"{end:,}"))
     points = dict(joints(config.optim.schedule))
     for tokens in (min(begin, end), end):
         points.setdefault(tokens, lr_at(tokens, config.optim.schedule))
     for tokens, lr in sorted(points.items()):
         if 0 < tokens <= end:
             step = length.step_reaching(tokens) - 1
-            lines.append(f"  {tokens:>16,} tokens {lr:.4g} in step {step:,}")
+            lines.append(f"  {tokens:>{width},} tokens {lr:.4g} in step {step:,}")
     return lines
 
 

@@ -22,9 +22,8 @@ from megascale.planner import Problem
 from megascale.planner.plan import Mode
 from megascale.run.auto_capacity import with_capacity_of
 from megascale.run.on_device import NamedDevice
-from megascale.run.resolve import load_run
 from megascale.run.step_problem import following_batches, step_problem
-from megascale.run.without_corpus import load_drawn_run
+from megascale.run.without_corpus import load_drawn_run, load_read_run
 from megascale.simulate.step_lengths import MOST_SEQUENCES
 
 
@@ -111,7 +110,7 @@ def run_config(
     more than MOST_SEQUENCES.
     """
     if lengths is None:
-        run = load_run(path, overrides)
+        run = load_read_run(path, overrides)
         config, batches = run.config, following_batches(run.config, run.sources)
     else:
         drawn = load_drawn_run(path, overrides, lengths, {})

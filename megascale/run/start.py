@@ -101,7 +101,7 @@ def start_of(config: RunConfig) -> Start | None:
         folder = folder_at(real_path(named.checkpoint or ""))
         position = read_manifest(folder).position
     except UserError as error:
-        raise UserError(f"start.checkpoint: {error}") from None
+        raise type(error)(f"start.checkpoint: {error}") from None
     trained = parse_config(position.config, where=str(folder))
     return Start(
         section=replace(named, checkpoint=str(folder)),

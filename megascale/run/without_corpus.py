@@ -14,18 +14,17 @@ from megascale.arrays import Integers
 from megascale.config import RunConfig, SourceConfig, finalize, load_config, validate
 from megascale.corpus.batches import GlobalBatch
 from megascale.corpus.run_length import RunLength, most_tokens
-from megascale.errors import UserError
+from megascale.errors import MissingInput, UserError, did_you_mean
 from megascale.optim import steplaw
 from megascale.planner import find_planner
 from megascale.run.growing import small_and_grown
-from megascale.run.resolve import check_epochs, epochs_read
+from megascale.run.resolve import ResolvedRun, check_epochs, epochs_read, load_run
 from megascale.run.start import start_of, with_rate_of_start
 from megascale.simulate.lengths import (
     DISTRIBUTIONS,
     LONGEST,
     draw_lengths,
     given_documents,
-    read_lengths,
     sample_pieces,
 )
 
@@ -148,17 +147,23 @@ def _draw(config: RunConfig, documents: Integers, step: int) -> GlobalBatch:
     )
 
 
+def load_read_run(path: str | Path, overrides: Sequence[str]) -> ResolvedRun:
+    """`load_run` for a plan. Where an input is missing, the error says how to do without."""
+    try:
+        return load_run(path, overrides)
+    except MissingInput as error:
+        raise MissingInput(f"{error}; or plan without it, with --lengths web") from None
+
+
 def _documents(lengths: str, seed: int) -> Integers:
     given = given_documents(lengths, "--lengths ")
     if given is not None:
         if not given.size:
             raise UserError(f"--lengths {lengths}: has no document")
         return given
-    if lengths in DISTRIBUTIONS:
-        return draw_lengths(lengths, None, LONGEST, seed, POOL)
-    if not Path(lengths).exists():
+    if lengths not in DISTRIBUTIONS:
         raise UserError(
-            f"--lengths {lengths}: no such file; give one, corpus:FOLDER, or one of "
-            f"{', '.join(DISTRIBUTIONS)}"
+            f"--lengths {lengths}: no such file{did_you_mean(lengths, DISTRIBUTIONS)}; give one, "
+            f"corpus:FOLDER, or one of {', '.join(DISTRIBUTIONS)}"
         )
-    return read_lengths(lengths, "--lengths ")
+    return draw_lengths(lengths, None, LONGEST, seed, POOL)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +13,7 @@ from megascale.arrays import Floats, Integers
 from megascale.corpus.pieces import PieceIndex
 from megascale.corpus.shards import Shard
 from megascale.corpus.sources import describe
-from megascale.errors import UserError
+from megascale.errors import UserError, did_you_mean
 from megascale.reading import MOST_TEXT_BYTES, read_whole
 
 LONGEST = 2**40
@@ -86,9 +85,8 @@ def draw_lengths(
     for sizes below 1, and for more than MOST_SEQUENCES.
     """
     if name not in DISTRIBUTIONS:
-        near = difflib.get_close_matches(name, DISTRIBUTIONS, n=1)
-        hint = f"did you mean {near[0]}? " if near else ""
-        raise UserError(f"lengths '{name}': {hint}known are {', '.join(DISTRIBUTIONS)}")
+        meant = did_you_mean(name, DISTRIBUTIONS)
+        raise UserError(f"lengths '{name}': unknown{meant}; known are {', '.join(DISTRIBUTIONS)}")
     wanted = num_sequences if num_tokens is None else num_tokens
     if wanted is None or wanted < 1 or context < 1:
         raise UserError(
@@ -119,7 +117,8 @@ def sample_pieces(documents: ArrayLike, num_tokens: int, context: int, seed: int
 
 
 def given_documents(spec: str, where: str) -> Integers | None:
-    """Tokens of the documents of `corpus:PATH` or `file:PATH`; None for any other text.
+    """Tokens of the documents of `corpus:PATH`, `file:PATH` or the path of a file that is there;
+    None for any other text. The name of a distribution is no path.
 
     A corpus is a prepared folder or the prefix of a Megatron `.bin` / `.idx` pair.
 
@@ -130,7 +129,10 @@ def given_documents(spec: str, where: str) -> Integers | None:
         is_prefix = not Path(path).is_dir() and Path(f"{path}.idx").is_file()
         shard = Shard.open(path if is_prefix else describe(path).train)
         return np.asarray(shard.lengths, dtype=np.int64)
-    return read_lengths(path, f"{where}file:") if kind == "file" else None
+    if kind == "file":
+        return read_lengths(path, f"{where}file:")
+    is_path = spec not in DISTRIBUTIONS and Path(spec).exists()
+    return read_lengths(spec, where) if is_path else None
 
 
 def _draw(

@@ -15,8 +15,8 @@ MOST_SEQUENCES = 2**24
 def step_lengths(spec: str, tokens: int, context: int, steps: int, seed: int) -> list[Integers]:
     """Lengths of each step's sequences, `tokens` a step, cut at `context`.
 
-    `spec` is the name of a distribution, corpus:PATH or file:PATH. Raises UserError where it is
-    none of them, and for more than MOST_SEQUENCES.
+    `spec` is the name of a distribution, corpus:PATH, file:PATH or the path of a file. Raises
+    UserError where it is none of them, and for more than MOST_SEQUENCES.
     """
     documents = given_documents(spec, "--lengths ")
     draw = partial(draw_lengths, spec) if documents is None else partial(sample_lengths, documents)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from megascale.arrays import Floats
-from megascale.errors import UserError
+from megascale.errors import UserError, did_you_mean
 from megascale.planner import PLANNERS, find_planner
 from megascale.planner.peers.static import plan_static_rings
 from megascale.planner.plan import PlanError, StepPlan, kept_share
@@ -158,7 +158,10 @@ def entrants_of(text: str | None, static: Planner, own: str = "hybrid") -> list[
     names = [own, *sharing] if text is None else [name.strip() for name in text.split(",")]
     for name in names:
         if name not in PLANNERS and name != own:
-            raise UserError(f"--planners {name}: unknown; planners are {', '.join(PLANNERS)}")
+            meant = did_you_mean(name, PLANNERS)
+            raise UserError(
+                f"--planners {name}: unknown{meant}; planners are {', '.join(PLANNERS)}"
+            )
     others = [name for name in dict.fromkeys(names) if name != BASELINE]
     return [Entrant(BASELINE, static), *(Entrant(name, find_planner(name)) for name in others)]
 

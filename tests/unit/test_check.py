@@ -211,6 +211,11 @@ def test_command_line(corpus, tmp_path, capsys):
     assert cli.main(["data", "check", str(corpus), "--plots", str(tmp_path / "plots")]) == 0
     assert "verdict: good" in capsys.readouterr().out
     assert (tmp_path / "plots" / "lengths.png").read_bytes().startswith(b"\x89PNG")
+    for context in ("0", "-5", "x"):
+        assert cli.main(["data", "check", str(corpus), "--context", context]) == 2
+        assert "--context must be" in capsys.readouterr().err
+    assert cli.main(["data", "check", str(corpus), "--context", "1Ki"]) == 0
+    assert "longer than 1,024 tokens" in capsys.readouterr().out
     (tmp_path / "file").touch()
     assert cli.main(["data", "check", str(corpus), "--plots", str(tmp_path / "file")]) == 0
     said = capsys.readouterr().out

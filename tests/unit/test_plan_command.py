@@ -21,6 +21,7 @@ from megascale.corpus.shards import Shard, writing
 from megascale.corpus.sources import SourceInfo
 from megascale.errors import UserError
 from megascale.model.counts import batch_flops, count_parameters
+from megascale.monitor.quantities import show_bytes
 from megascale.optim.rank_memory import memory_per_rank
 from megascale.optim.schedule import lr_at
 from megascale.planner import StepPlan
@@ -164,6 +165,29 @@ def test_experts_show_active_parameters(config: Path, capsys: pytest.CaptureFixt
     run = load_run(config, ["model.moe={num_experts: 4, top_k: 1}"]).config
     assert printed("active per token", text) == [f"{count_parameters(run.model).active:,}"]
     assert printed("mode", text) == ["lockstep"]
+
+
+def test_memory_and_layout_are_those_of_the_config(config: Path) -> None:
+    resolved = load_run(config)
+    layout = Layout.of(resolved.config, 2)
+    text = describe_run(resolved, layout)
+    memory = memory_per_rank(resolved.config, layout)
+    assert memory.rings > 0
+    rings = f"{show_bytes(memory.rings)} (estimate)".split()
+    assert printed("buffers of rings", text) == rings
+    activations = f"{show_bytes(memory.activations)} (estimate)".split()
+    assert printed("activations", text) == activations
+    assert "experts over" not in text
+    experts = load_run(config, ["model.moe={num_experts: 4, top_k: 1}", "parallel.expert=2"])
+    text = describe_run(experts, Layout.of(experts.config, 2))
+    assert printed("experts over", text) == ["2", "ranks"]
+
+
+def test_learning_rates_of_a_long_run_are_below_one_another(config: Path) -> None:
+    text = describe_run(load_run(config, ["train.tokens=1T"]), Layout.of(load_run(config)[0], 2))
+    rows = [line for line in text.splitlines() if re.search(r"tokens \S+ in step", line)]
+    assert len(rows) == 3
+    assert len({line.index(" tokens ") for line in rows}) == 1
 
 
 def test_padding_of_the_allgather_dispatcher_is_charged(config: Path) -> None:

@@ -117,6 +117,11 @@ def test_bad_lengths_are_one_clear_line(tmp_path: Path, content: str, problem: s
         plan(path, "--ranks", 4, "--capacity", 100)
 
 
+def test_a_distribution_needs_a_config() -> None:
+    with pytest.raises(UserError, match="--lengths web: a name goes with CONFIG; give a file"):
+        plan("web", "--ranks", 4, "--capacity", 100)
+
+
 @pytest.mark.parametrize(
     ("arguments", "problem"),
     [

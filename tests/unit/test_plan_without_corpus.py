@@ -129,7 +129,12 @@ sys.exit(f"imported: {heavy}" if heavy else status)
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["--lengths", "gihub"], "--lengths gihub: no such file; give one, corpus:FOLDER, or one"),
+        (
+            ["--lengths", "gihub"],
+            "no such file (did you mean github?); give one, corpus:FOLDER, or",
+        ),
+        ([], "prepare data/python_stdlib.yaml; or plan without it, with --lengths web"),
+        (["start.checkpoint=none"], "checkpoint; or plan without it, with --lengths web"),
         (["--lengths", "corpus:/nowhere"], "no corpus there"),
         (["--lengths", "file:/nowhere"], "--lengths file:/nowhere: No such file"),
         (["--lengths", "web", "model={}"], "set model.vocab_size="),

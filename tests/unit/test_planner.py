@@ -293,6 +293,20 @@ def test_gantt_picture_is_written(tmp_path: Path, num_ranks: int) -> None:
     )
 
 
+def test_rings_of_a_gantt_picture_have_their_size_and_one_bar_for_neighbours(tmp_path) -> None:
+    rings = (Ring(0, (0, 1, 3), (0,), 0.0, 0), Ring(1, (2,), (1,), 0.0, 0))
+    plan = StepPlan(4, "free", 1000, 1.0, 1.0, 0.0, rings)
+    with pictures.drawn_figures() as drawn:
+        plot_gantt(plan, [3000, 500], COST, tmp_path / "plan.png")
+    axes = drawn[0].axes[0]
+    assert [text.get_text() for text in axes.texts if text.get_text().isdigit()] == ["3", "3"]
+    outlines = [(bar.get_y(), bar.get_y() + bar.get_height()) for bar in axes.patches]
+    np.testing.assert_allclose(outlines, [(-0.41, 1.41), (2.59, 3.41)])
+    (bars,) = axes.collections
+    rows = [(path.vertices[:, 1].min(), path.vertices[:, 1].max()) for path in bars.get_paths()]
+    np.testing.assert_allclose(rows, [(-0.41, 1.41), (2.59, 3.41), (1.59, 2.41)])
+
+
 @pytest.mark.parametrize("lengths", [[256] * 8, [16, 1000, 70000], [5_000_000, 100]])
 def test_a_colour_of_a_gantt_picture_is_the_same_length_in_all_pictures(tmp_path, lengths) -> None:
     plan = longest_first(lengths, 2, 10_000_000, "free", COST)

@@ -12,7 +12,7 @@ from PIL import Image
 from megascale.commands.plot import add_plot_arguments, run_plot
 from megascale.errors import UserError
 from megascale.monitor.plot_style import EARLIER, colour
-from megascale.monitor.plots import plot_run
+from megascale.monitor.plots import _round_log_ticks, plot_run
 from megascale.monitor.run_curves import DrawnRun, go_on_from, load_curves, smooth
 from megascale.run.ancestry import earlier_parts
 from megascale.simulate.step_time_plot import plot_rows
@@ -184,6 +184,21 @@ def test_numbers_on_axes_are_round(tmp_path: Path) -> None:
     assert {"0", "5K", "10K", "1e-3"} <= set(labels)
     numbers = [label.rstrip("KMB%") for label in labels]
     assert all(len(number.strip("0").replace(".", "")) <= 4 for number in numbers), labels
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "ticks"),
+    [
+        (0.6, 1.3, [0.6, 0.8, 1.0, 1.2]),
+        (2.4, 2.9, [2.4, 2.5, 2.6, 2.7, 2.8, 2.9]),
+        (0.3, 2.5, [0.5, 1.0, 2.0]),
+        (0.1, 100, [0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100]),
+    ],
+)
+def test_a_log_axis_has_three_round_ticks_or_more(low, high, ticks) -> None:
+    values = _round_log_ticks(low, high).tick_values(low, high)
+    shown = [tick for tick in values if low * 0.999 <= tick <= high * 1.001]
+    assert shown == pytest.approx(ticks)
 
 
 def test_pictures_lie_in_the_run_folder(tmp_path: Path, capsys) -> None:

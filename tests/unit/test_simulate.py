@@ -347,11 +347,12 @@ def test_a_small_replay_prints_and_writes_the_same_numbers(tmp_path, capsys):
     assert alone["step_s"] == static["step_s"]
 
 
-def test_lengths_from_a_file(tmp_path, capsys):
+@pytest.mark.parametrize("kind", ["", "file:"])
+def test_lengths_from_a_file(tmp_path, capsys, kind):
     path = tmp_path / "lengths.txt"
     path.write_text("700\n300\n9000\n")
     words = [*SMALL_RUN, "--planners", "longest_first", "--context", "4000", "--capacity", "8000"]
-    assert main([*words, "--lengths", f"file:{path}"]) == 0
+    assert main([*words, "--lengths", f"{kind}{path}"]) == 0
     assert "the longest 4,000" in capsys.readouterr().out
 
 
@@ -359,7 +360,7 @@ def test_lengths_from_a_file(tmp_path, capsys):
     ("words", "said"),
     [
         ("--model 9b", "--model 9b: not in the table"),
-        ("--device tpu", "--device tpu: not in the table, which has a100-40, a100-80, h100"),
+        ("--device tpu", "--device tpu: not in the table; give one of a100-40, a100-80, h100"),
         ("--lengths gihub", "did you mean github"),
         ("--lengths file:/nowhere", "file:/nowhere: No such file"),
         ("--lengths corpus:/nowhere", "no corpus there"),
@@ -372,6 +373,7 @@ def test_lengths_from_a_file(tmp_path, capsys):
         ("--mode fast", "--mode fast: must be one of free, aligned, lockstep"),
         ("--offload some", "--offload some: must be one of none, paying, all"),
         ("--planners best", "--planners best: unknown; planners are"),
+        ("--planners hybird", "unknown (did you mean hybrid?); planners are hybrid, "),
         ("--network-gbps 0", "--network-gbps 0: must be above 0"),
         ("--budget-s -1", "--budget-s -1: must be at least 0"),
         ("--steps 1.5", "--steps must be a whole number"),

@@ -356,7 +356,7 @@ def test_status_shows_how_the_ranks_are(write, capsys):
 
 
 def test_bad_input(tmp_path, capsys):
-    with pytest.raises(UserError, match="holds no run"):
+    with pytest.raises(UserError, match="holds no run: no config.yaml and no event there"):
         read_story(tmp_path)
     assert main(["report", str(tmp_path)]) == 2
     assert main(["status", str(tmp_path), "--json", "--watch"]) == 2

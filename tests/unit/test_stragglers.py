@@ -1,6 +1,7 @@
 """Ranks that are slow for their work, and ranks that only have more of it."""
 
 import numpy as np
+import pictures
 import pytest
 
 from megascale.monitor.stragglers import (
@@ -71,6 +72,10 @@ def test_ranks_without_micro_batches_are_unknown(tmp_path):
     steps, read = read_slowdowns(tmp_path)
     assert steps == [20, 30]
     np.testing.assert_allclose(read, [over, over], atol=5e-4)
-    plot_ranks(steps, read, "ranks", tmp_path / "ranks.png")
+    with pictures.drawn_figures() as drawn:
+        plot_ranks(steps[:1], read[:1], "ranks", tmp_path / "one.png")
+        plot_ranks(steps, read, "ranks", tmp_path / "ranks.png")
+    steps_shown = [label.get_text() for label in drawn[0].axes[0].get_xticklabels()]
+    assert steps_shown == ["20", "21"]
     assert (tmp_path / "ranks.png").stat().st_size > 5000
     assert read_slowdowns(tmp_path / "none") == ([], pytest.approx(np.array([])))
