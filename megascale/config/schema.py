@@ -318,9 +318,10 @@ class PlannerConfig:
     its top that takes a `megascale.planner.Problem` and returns a `StepPlan`."""
     capacity_tokens: ByDeviceInt | None = None
     """Most tokens one rank holds in one micro-batch; longer sequences are spread over ranks.
-    Default: `context_tokens`. `auto`: as many as the device holds, up to `context_tokens`, by the
-    memory model of `megascale plan --device`. The device is that of the run, which must be a GPU,
-    or that of `--device`. A resumed run keeps the number."""
+    Default: `context_tokens`. `auto`: as many as the device holds, by the memory model of
+    `megascale plan --device`, up to an even share of a batch, or the context if that is more. The
+    device is that of the run, which must be a GPU, or that of `--device`. A resumed run keeps the
+    number."""
     cost: str | None = None
     """Path of a COST.json, as `megascale calibrate` writes it: times of micro-batches measured on
     the machine that trains. None: estimated from the model's shape at an assumed speed."""
@@ -616,6 +617,12 @@ class RunConfig:
     def has_auto_capacity(self) -> bool:
         """Whether `planner.capacity_tokens` is still the word `auto`."""
         return isinstance(self.planner.capacity_tokens, str)
+
+    @property
+    def pads_to_capacity(self) -> bool:
+        """Whether every micro-batch has `planner.capacity_tokens` tokens, which the allgather
+        dispatcher of experts needs."""
+        return self.model.moe is not None and self.model.moe.dispatcher == "allgather"
 
     @property
     def run_dirs(self) -> tuple[str, ...]:

@@ -79,15 +79,27 @@ def most_tokens(config: RunConfig, layout: Layout, device: DeviceMemory) -> int:
 
 
 def auto_capacity(config: RunConfig, layout: Layout, device: DeviceMemory) -> int:
-    """What `planner.capacity_tokens: auto` stands for: `most_tokens`, up to the context.
+    """What `planner.capacity_tokens: auto` stands for: `most_tokens`, up to what is of use.
 
     A multiple of 128 tokens and of the tensor ranks, which share each micro-batch's tokens, or the
-    context. 0 where the device holds less than the longest sequence needs of each rank.
+    most of use. 0 where the device holds less than the longest sequence needs of each rank.
     """
     multiple = lcm(TOKEN_MULTIPLE, layout.tensor)
     held = most_tokens(config, layout, device) // multiple * multiple
-    tokens = min(held, config.data.context_tokens)
+    tokens = min(held, _most_of_use(config, layout, multiple))
     return tokens if tokens >= least_capacity(config, layout.hdp) else 0
+
+
+def _most_of_use(config: RunConfig, layout: Layout, multiple: int) -> int:
+    """The context, or an even share of a batch where that is more: a rank has no use for more.
+
+    The context where every micro-batch is padded to the capacity.
+    """
+    context = config.data.context_tokens
+    if config.pads_to_capacity:
+        return context
+    share = -(-int(config.data.global_batch_tokens) // (layout.hdp * multiple)) * multiple
+    return max(context, share)
 
 
 def with_capacity(config: RunConfig, tokens: int) -> RunConfig:

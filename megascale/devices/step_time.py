@@ -61,9 +61,7 @@ def step_cost(config: RunConfig, layout: Layout, device: Device) -> StepCost:
 
 def padding_s(config: RunConfig, cost: CostModel) -> float:
     """Seconds that tokens take in a micro-batch that is padded to the full capacity; else 0."""
-    moe = config.model.moe
-    is_padded = moe is not None and moe.dispatcher == "allgather"
-    return cost.b * (config.planner.capacity_tokens or 0) if is_padded else 0.0
+    return cost.b * (config.planner.capacity_tokens or 0) if config.pads_to_capacity else 0.0
 
 
 @cache

@@ -115,7 +115,7 @@ def transformer_config(config: RunConfig, ranks: Ranks) -> TransformerConfig:
         expert_model_parallel_size=cut.expert,
         sequence_parallel=bool(cut.sequence_parallel),
         calculate_per_token_loss=True,
-        variable_seq_lengths=not _fixed_length(config),
+        variable_seq_lengths=not config.pads_to_capacity,
         batch_p2p_comm=on_cuda,
         bias_activation_fusion=on_cuda,
         gradient_accumulation_fusion=False,
@@ -140,13 +140,9 @@ def pack_multiple(config: RunConfig, device: torch.device) -> int:
     """
     tensor = config.parallel.tensor
     multiple = lcm(tensor, CUDA_TOKENS) if device.type == "cuda" else tensor
-    if not _fixed_length(config):
+    if not config.pads_to_capacity:
         return multiple
     return -(-(config.planner.capacity_tokens or 1) // multiple) * multiple
-
-
-def _fixed_length(config: RunConfig) -> bool:
-    return config.model.moe is not None and config.model.moe.dispatcher == "allgather"
 
 
 def _recompute_options(config: RunConfig) -> dict[str, Any]:

@@ -52,11 +52,21 @@ def test_the_number_is_the_largest_that_fits(load, overrides, multiple) -> None:
     assert 0 < found < config.data.context_tokens
 
 
-def test_the_number_is_never_above_the_context(load) -> None:  # noqa: F811
+def test_short_sequences_fill_what_the_device_holds(load) -> None:  # noqa: F811
+    """Up to an even share of the batch, where that is more than the context."""
+    words = (*BIG, AUTO, "data.context_tokens=4096")
+    config, layout = load(*words, "data.global_batch_tokens=4Mi", ranks=64)
+    found = with_capacity_of(config, layout, "h100", H100).planner.capacity_tokens
+    assert 4096 < found == by_search(config, layout, H100, 128) < (4 << 20) // 64
+    config, layout = load(*words, "data.global_batch_tokens=300000", ranks=64)
+    assert with_capacity_of(config, layout, "h100", H100) == with_capacity(config, 4736)
+
+
+def test_what_is_of_no_use_is_not_taken(load) -> None:  # noqa: F811
     for context in (1000, 4096):
         config, layout = load(*BIG, AUTO, f"data.context_tokens={context}", ranks=64)
         found = with_capacity_of(config, layout, "h100", H100)
-        assert found == with_capacity(config, context)
+        assert found == with_capacity(config, max(context, 64 * 1024 // 64))
     config, layout = load(
         *BIG, AUTO, "planner.name=longest_first", "train.recompute=full", ranks=64
     )
