@@ -1,6 +1,7 @@
 """Checkpoints that plain megatron-core writes, as its users do, and what they hold."""
 
 import multiprocessing
+import queue
 from argparse import Namespace
 from contextlib import contextmanager
 from pathlib import Path
@@ -228,12 +229,16 @@ def _masked(logits, labels, known):
 
 @contextmanager
 def _may_have_children():
-    """megatron-core starts processes to write; the ranks of tests are daemons, which may not."""
+    """megatron-core starts processes to write; the ranks of tests are daemons, which may not.
+
+    Its results pass through a queue of this process, without the process of its manager.
+    """
     from megatron.core.dist_checkpointing.strategies import filesystem_async
 
     settings = multiprocessing.current_process()._config
     was = settings.get("daemon")
     settings["daemon"] = False
+    filesystem_async._results_queue = queue.Queue()
     try:
         yield
     finally:
@@ -245,28 +250,32 @@ def _may_have_children():
 def ranks_of_megatron():
     """This rank, in a world of gloo."""
     import torch.distributed as dist
-    from megatron.core import parallel_state
 
     dist.init_process_group("gloo")
     try:
         yield
     finally:
-        parallel_state.destroy_model_parallel()
         dist.destroy_process_group()
 
 
-def write(folder, steps=2, more=2, known=None, saved=None, **options):
-    """Train, save into `folder`; losses of the `more` steps after that."""
-    with ranks_of_megatron():
+def write(folder, steps=2, more=2, known=None, saves=None, **options):
+    """Train, save into `folder` or what `saves` names below it; losses of `more` steps after."""
+    from megatron.core import parallel_state
+
+    try:
         trained = Trained(**options)
         trained.losses(steps)
-        trained.save(folder, **(saved or {}))
+        for name, words in (saves or {"": {}}).items():
+            trained.save(Path(folder, name), **words)
         return trained.losses(more, known)
+    finally:
+        parallel_state.destroy_model_parallel()
 
 
 def write_all(cases):
     """`write` for each {folder: options}; the losses of each, one start of the ranks for all."""
-    return {folder: write(folder, **options) for folder, options in cases.items()}
+    with ranks_of_megatron():
+        return {folder: write(folder, **options) for folder, options in cases.items()}
 
 
 def tensors_of(folder):

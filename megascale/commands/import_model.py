@@ -69,7 +69,6 @@ def run_import(args: argparse.Namespace) -> int:
 
     distributed.prepare_device("auto")
     from megascale.checkpoint.folder import whole_or_not_at_all
-
     from megascale.convert.megatron.source import is_megatron
 
     source, out = Path(args.model), Path(args.out)

@@ -91,5 +91,3 @@ def _decay(group: Mapping[str, Any]) -> float:
     factor = group.get("wd_mult", 1.0)
     both = isinstance(value, int | float) and isinstance(factor, int | float)
     return float(value * factor) if both else 0.0
-
-

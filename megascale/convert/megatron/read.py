@@ -135,5 +135,3 @@ def _foreign(
         "seq_length", "max_position_embeddings", default=DataConfig().context_tokens
     )
     return Foreign(source, names, model, said, boxes, progress, adam, context)
-
-
