@@ -144,6 +144,8 @@ class Trained:
             **ADAM,
         )
         self.optimizer = get_megatron_optimizer(settings, [self.model])
+        for group in self.optimizer.param_groups:  # as Megatron-LM's scheduler of rates does
+            group["weight_decay"] = ADAM["weight_decay"] * group["wd_mult"]
 
     def losses(self, steps, known=None):
         """Mean loss before each of `steps` steps, on the last pipeline stage; else None.

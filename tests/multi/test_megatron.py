@@ -128,7 +128,7 @@ def continued(ours, steps):
         weight_decay=ADAM["weight_decay"],
         clip_grad_norm=1e9,
     )
-    config = complete(replace(config, model=model, optim=optim))
+    config = replace(complete(replace(config, model=model)), optim=optim)
     ranks = distributed.start(config)
     built = build_model(config, ranks)
     optimizer = build_optimizer(config, built)
