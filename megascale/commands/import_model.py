@@ -73,6 +73,8 @@ def run_import(args: argparse.Namespace) -> int:
 
     source, out = Path(args.model), Path(args.out)
     convert = import_megatron if is_megatron(source) else _convert
+    if convert is import_megatron and (args.check_tokens or args.tolerance != TOLERANCE):
+        raise UserError("--check-tokens and --tolerance go with a model of Hugging Face")
     with whole_or_not_at_all(out) as unfinished:
         said = convert(source, unfinished, args)
     print("\n".join([f"{out}: {said[0]}", *said[1:]]))
