@@ -119,7 +119,9 @@ def _summary(foreign: Foreign, precision: str) -> list[str]:
 def _optimizer(foreign: Foreign) -> str:
     if foreign.adam is None:
         return "weights alone"
-    settings = ", ".join(f"{name} = {value}" for name, value in foreign.adam.settings.items())
+    settings = ", ".join(
+        f"{name} = {str(value)[:40]}" for name, value in foreign.adam.settings.items()
+    )
     return f"AdamW after {foreign.adam.steps:,} steps{f'; {settings}' if settings else ''}"
 
 

@@ -210,10 +210,11 @@ def megatron_checkpoint(rng: Rng, scene: Scene) -> None:
 
     from megascale.convert.megatron.read import Foreign
 
-    shape = {"num_layers": 2, "hidden_size": 32, "num_attention_heads": 2, "seq_length": 64}
+    shape = {"num_layers": 2, "hidden_size": 8, "num_attention_heads": 2, "seq_length": 64}
     options = {**shape, "swiglu": True, "rotary_base": 10000, "window_size": [3, 0]}
     arguments = Namespace()
-    changed = mutate.tree(rng, {**options, "iteration": 3})
+    options |= {"iteration": 3, "param_groups": [{"step": 3, "lr": 0.1}]}
+    changed = mutate.tree(rng, options) if rng.random() < 0.6 else options
     vars(arguments).update(changed if isinstance(changed, dict) else {})
     common = io.BytesIO()
     torch.save({"args": arguments, "optimizer": changed}, common)

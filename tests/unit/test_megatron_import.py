@@ -90,6 +90,17 @@ def test_megatron_bridge_says_it_in_other_files(tmp_path):
     assert "rotary_base (taken: 10000.0)" in foreign.unknown
 
 
+def test_a_run_that_starts_from_one_is_sent_to_import(tmp_path):
+    from megascale.checkpoint.load import read_manifest
+
+    folder = written(tmp_path / "theirs" / "iter_0000001", {"args": arguments()})
+    with pytest.raises(UserError, match="if it is one of Megatron: megascale import"):
+        read_manifest(folder)
+    (folder.parent / "latest_checkpointed_iteration.txt").write_text("1")
+    with pytest.raises(UserError, match="is a checkpoint of Megatron; megascale import makes"):
+        read_manifest(folder.parent)
+
+
 def test_options_by_hand_win(tmp_path):
     folder = written(tmp_path / "theirs", {"args": arguments(rotary_base=1000)})
     by_hand = {"rotary_base": 5e5, "use_rope_scaling": True, "window_size": [15, 0]}

@@ -120,8 +120,9 @@ def _moe(said: Description, names: Names) -> MoeConfig | None:
     frequency = said.values.get("moe_layer_freq", 1)
     every = frequency if isinstance(frequency, list | tuple) else [frequency]
     if any(one not in (1, "1") for one in every):
-        raise UserError(f"moe_layer_freq = {str(frequency)[:60]} is not built; experts in every "
-                        "layer are")  # fmt: skip
+        raise UserError(
+            f"moe_layer_freq = {str(frequency)[:60]} is not built; experts in every layer are"
+        )
     top_k = said.number("moe_router_topk", default=2)
     first = bool(said.get("moe_router_pre_softmax", default=False))
     if top_k == 1 and not first:

@@ -17,6 +17,7 @@ RESHARDABLE = "fully_reshardable"
 FLAT = "optimizer.distributed."
 """Begins the names of state in the layout of the ranks that wrote it."""
 DROP = "--optimizer drop imports the weights alone"
+MOST_STEPS = 1 << 53
 SETTINGS = ("lr", "max_lr", "betas", "eps", "weight_decay")
 """Of a parameter group: what a user must set again in `optim`."""
 
@@ -45,9 +46,9 @@ def adam_state(source: Source, names: Names, iteration: int) -> AdamState | None
     optimizer = source.common.get("optimizer")
     keys = source.index.metadata.state_dict_metadata
     flat = any(FLAT in key for key in keys)
-    kinds = {kind for kind in named(optimizer, "param_state_sharding_type")}
+    kinds = {str(kind) for kind in named(optimizer, "param_state_sharding_type")}
     if flat or kinds - {RESHARDABLE}:
-        kind = ", ".join(sorted(map(str, kinds))) or "dp_reshardable or fully_sharded_model_space"
+        kind = ", ".join(sorted(kinds)) or "dp_reshardable or fully_sharded_model_space"
         raise UserError(
             f"the optimizer's state is stored as {kind[:60]}, in the layout of the ranks that "
             f"wrote it; load it in Megatron with that layout and save it with "
@@ -61,24 +62,25 @@ def adam_state(source: Source, names: Names, iteration: int) -> AdamState | None
         raise UserError(
             f"the optimizer keeps {listed[:100]}, and AdamW keeps {' and '.join(MOMENTS)}; {DROP}"
         )
-    steps = {int(one) for name in ("step", "common_step") for one in _numbers(optimizer, name)}
+    steps = {one for name in ("step", "common_step") for one in _counts(optimizer, name)}
     if len(steps) > 1:
         raise UserError(f"parts of the optimizer took {sorted(steps)} steps; {DROP}")
-    count = steps.pop() if steps else iteration
+    count = next(iter(steps), iteration)
     if count < 1:
         raise UserError(f"nothing says how many steps the optimizer took; {DROP}")
-    return AdamState(count, _settings(optimizer), not steps and count == iteration)
+    return AdamState(count, _settings(optimizer), not steps)
 
 
-def _numbers(tree: Any, name: str) -> list[float]:
-    found = list(named(tree, name))
-    return [one for one in found if isinstance(one, int | float) and not isinstance(one, bool)]
+def _counts(tree: Any, name: str) -> list[int]:
+    """Whole numbers from 1 on under a key; PyTorch counts in floats."""
+    numbers = [one for one in named(tree, name) if type(one) in (int, float)]
+    return [int(one) for one in numbers if 1 <= one < MOST_STEPS]
 
 
 def _settings(optimizer: Any) -> dict[str, Any]:
     """Those of the group with the largest weight decay; others are of norms and biases."""
-    groups = [one for listed in named(optimizer, "param_groups") for one in listed]
-    groups = [one for one in groups if isinstance(one, dict)]
+    lists = [listed for listed in named(optimizer, "param_groups") if isinstance(listed, list)]
+    groups = [one for listed in lists for one in listed if isinstance(one, dict)]
     decays = [_decay(one) for one in groups]
     if not groups:
         return {}

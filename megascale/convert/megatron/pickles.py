@@ -141,7 +141,7 @@ def read_saved(file: IO[bytes], where: str) -> Any:
             folder = pickled.filename.removesuffix("data.pkl")
             return _CommonUnpickler(archive, folder, archive.read(pickled)).load()
     except zipfile.BadZipFile:
-        raise UserError(f"{where} is refused: torch.save of today writes another format") from None
+        raise UserError(f"{where} is refused: it is damaged, or older than torch 1.6") from None
     except Exception as error:  # a forged pickle can raise anything
         raise UserError(f"{where} is refused: {one_line(error)}") from None
 

@@ -71,8 +71,9 @@ def _require_types(names: Names, boxes: list[Box]) -> None:
     for key in dict.fromkeys(place.key for place in places):
         if names.dtype(key) not in DTYPES:
             kind = str(names.dtype(key)).removeprefix("torch.")
-            raise UserError(f"tensor {key} is of type {kind}; float32, bfloat16 and float16 are "
-                            "read")  # fmt: skip
+            raise UserError(
+                f"tensor {key} is of type {kind}; float32, bfloat16 and float16 are read"
+            )
 
 
 def dtype_of(names: Names, boxes: list[Box]) -> torch.dtype:
