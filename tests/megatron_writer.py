@@ -203,19 +203,6 @@ class Trained:
         with _may_have_children():
             dist_checkpointing.save(state, str(folder))
 
-    def load(self, folder):
-        """Load weights and optimizer as a plain script does, with default strictness."""
-        from megatron.core import dist_checkpointing
-
-        state = {"model": self._network().sharded_state_dict(metadata=RESHARDABLE)}
-        state["optimizer"] = self.optimizer.sharded_state_dict(
-            state["model"], is_loading=True, metadata=RESHARDABLE
-        )
-        loaded = dist_checkpointing.load(state, str(folder))
-        self._network().load_state_dict(loaded["model"])
-        self.optimizer.load_state_dict(loaded["optimizer"])
-        return loaded
-
     def _network(self):
         network = self.model.module
         return getattr(network, "module", network)
