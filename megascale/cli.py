@@ -175,6 +175,8 @@ VERBS = {
 HELP = ("-h", "--help")
 MOST_NUMBER = 2**62
 CONFIG_KIND = "megascale.config:RunConfig"
+OPTIONS = frozenset({"overrides", "words"})
+"""What verbs call their arguments a.b=c."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -262,14 +264,15 @@ def _run_provider(verb: str, words: list[str]) -> int:
     run: Callable[[argparse.Namespace], int] = getattr(provider, f"run_{name}")
     args, unknown = parser.parse_known_intermixed_args(words)
     if unknown:
-        raise UserError(_unknown_flag(verb, unknown[0], words, hasattr(args, "overrides")))
+        takes_options = not OPTIONS.isdisjoint(vars(args))
+        raise UserError(_unknown_flag(verb, unknown[0], words, takes_options))
     return run(args)
 
 
-def _unknown_flag(verb: str, flag: str, words: Sequence[str], has_overrides: bool) -> str:
+def _unknown_flag(verb: str, flag: str, words: Sequence[str], takes_options: bool) -> str:
     """What is wrong with a flag, and what would work where it names an option of a config."""
     text = f"unrecognized argument {flag}"
-    if has_overrides and flag.startswith("--"):
+    if takes_options and flag.startswith("--"):
         from megascale.config.load import options_called
 
         name, equals, value = flag.removeprefix("--").partition("=")

@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from megascale.optim.build import Optimizer
     from megascale.runtime.distributed import Ranks
 
+MEGATRON_FILES = ("latest_checkpointed_iteration.txt", "run_config.yaml")
+"""Files that only folders of Megatron have."""
+
 
 @dataclass(frozen=True)
 class Found:
@@ -139,10 +142,15 @@ def read_manifest(path: str | Path) -> Manifest:
 
 
 def _nothing_at(folder: Path) -> UserError:
+    if any((folder / name).exists() for name in MEGATRON_FILES):
+        return UserError(
+            f"{folder} is a checkpoint of Megatron; megascale import makes one of it that runs "
+            "start from"
+        )
     if any(folder.glob("*.distcp")):
         return UserError(
             f"{folder} is a checkpoint that was not written to its end (its {MANIFEST} comes "
-            "last); take the one before it"
+            "last); take the one before it, or, if it is one of Megatron: megascale import"
         )
     kind = UserError if folder.exists() else MissingInput
     return kind(f"{folder} holds no checkpoint; give a run_dir or the folder of a checkpoint")

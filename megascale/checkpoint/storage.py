@@ -12,7 +12,6 @@ import os
 import pickle
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from enum import Enum, EnumType
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, BinaryIO, cast
 
@@ -28,6 +27,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from megascale.checkpoint.manifest import FileSum, is_plain_name
+from megascale.checkpoint.pickles import RestrictedUnpickler, Skipped
 from megascale.checkpoint.ranges import Shape
 from megascale.errors import UserError
 from megascale.reading import open_regular
@@ -42,21 +42,6 @@ BACKEND = {
     "sharded_backend_version": 1,
     "common_backend": "torch",
     "common_backend_version": 1,
-}
-SAFE_GLOBALS = {
-    "torch.distributed.checkpoint.metadata": {
-        "_MEM_FORMAT_ENCODING",
-        "ChunkStorageMetadata",
-        "Metadata",
-        "MetadataIndex",
-        "StorageMeta",
-        "TensorProperties",
-        "TensorStorageMetadata",
-    },
-    "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
-    "torch.serialization": {"_get_layout"},
-    "torch": {"Size"}
-    | {name for name, value in vars(torch).items() if isinstance(value, torch.dtype)},
 }
 
 
@@ -193,34 +178,18 @@ class Index:
     tensors: dict[str, TensorStorageMetadata]
 
 
-def read_index(folder: Path) -> Index:
+def read_index(folder: Path, unpickler: type[pickle.Unpickler] = RestrictedUnpickler) -> Index:
     """Read `.metadata` with an unpickler that knows only the classes it needs.
 
+    Entries that it reads as `Skipped` are no tensors and are passed over.
     Raises UserError when the file holds anything else: nothing in it is ever executed.
     """
     path = folder / METADATA
     try:
         with open_regular(path) as file:
-            return _checked(_Unpickler(file).load())
+            return _checked(unpickler(file).load())
     except Exception as error:  # a forged pickle can raise anything
         raise UserError(f"{path} is refused: {one_line(error)}") from None
-
-
-class _Unpickler(pickle.Unpickler):
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) == ("builtins", "getattr"):
-            return _member  # how Python before 3.11.4 writes a member of an enumeration
-        if name not in SAFE_GLOBALS.get(module, ()):
-            raise pickle.UnpicklingError(f"it asks for {module}.{name}, which it has no need of")
-        return super().find_class(module, name)
-
-
-def _member(kind: Any, name: str) -> Enum:
-    """A member of an enumeration, and nothing else that has a name."""
-    if not (isinstance(kind, EnumType) and name in kind.__members__):
-        raise pickle.UnpicklingError(f"it asks for {name!r}, which is no member of an enumeration")
-    member: Enum = kind.__members__[name]
-    return member
 
 
 def _checked(metadata: Any) -> Index:
@@ -228,6 +197,8 @@ def _checked(metadata: Any) -> Index:
         raise ValueError("it holds no checkpoint metadata")
     tensors: dict[str, TensorStorageMetadata] = {}
     for key, tensor in metadata.state_dict_metadata.items():
+        if isinstance(tensor, Skipped):
+            continue
         if not isinstance(key, str) or not isinstance(tensor, TensorStorageMetadata):
             raise ValueError(f"{key!r} is not a tensor")
         tensors[key] = tensor

@@ -1,4 +1,5 @@
-"""`megascale import`: a Hugging Face model becomes a checkpoint that runs start from."""
+"""`megascale import`: a model of Hugging Face, or a checkpoint of Megatron, becomes a checkpoint
+that runs start from."""
 
 from __future__ import annotations
 
@@ -6,8 +7,10 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from megascale.commands.import_megatron import add_megatron_arguments, import_megatron
 from megascale.config import DataConfig, RunConfig, TrainConfig, dump_config
 from megascale.config.load import whole_number
+from megascale.errors import UserError
 
 if TYPE_CHECKING:
     import torch
@@ -20,7 +23,12 @@ than 1."""
 def add_import_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of `megascale import`."""
     add = parser.add_argument
-    add("model", metavar="HF_FOLDER", help="folder with config.json and safetensors")
+    add(
+        "model",
+        metavar="FOLDER",
+        help="a model of Hugging Face (config.json and safetensors), or a checkpoint of Megatron "
+        "(torch_dist, or the folder of its iterations)",
+    )
     add("out", metavar="OUT", help="checkpoint folder to make, with the tokenizer in OUT/tokenizer")
     add(
         "--dtype",
@@ -28,6 +36,7 @@ def add_import_arguments(parser: argparse.ArgumentParser) -> None:
         help="type of the weights; default: as they are (fp16 becomes fp32)",
     )
     add_check_arguments(parser)
+    add_megatron_arguments(parser)
 
 
 def add_check_arguments(parser: argparse.ArgumentParser) -> None:
@@ -60,16 +69,21 @@ def run_import(args: argparse.Namespace) -> int:
 
     distributed.prepare_device("auto")
     from megascale.checkpoint.folder import whole_or_not_at_all
+    from megascale.convert.megatron.source import is_megatron
 
-    out = Path(args.out)
+    source, out = Path(args.model), Path(args.out)
+    convert = import_megatron if is_megatron(source) else _convert
+    if convert is import_megatron and (args.check_tokens or args.tolerance != TOLERANCE):
+        raise UserError("--check-tokens and --tolerance go with a model of Hugging Face")
     with whole_or_not_at_all(out) as unfinished:
-        said = _convert(Path(args.model), unfinished, args)
+        said = convert(source, unfinished, args)
     print("\n".join([f"{out}: {said[0]}", *said[1:]]))
     return 0
 
 
 def _convert(source: Path, out: Path, args: argparse.Namespace) -> list[str]:
     """Write the checkpoint; what there is to say."""
+    _refuse_megatron_options(args)
     import torch
 
     from megascale.checkpoint.manifest import Position
@@ -102,6 +116,14 @@ def _convert(source: Path, out: Path, args: argparse.Namespace) -> list[str]:
     what = f"{args.out}/{TOKENIZER_FOLDER}" if has_tokenizer else "none there"
     notes = (f"  note        {note}" for note in import_notes(theirs))
     return [*said, f"  tokenizer   {what}", *notes]
+
+
+def _refuse_megatron_options(args: argparse.Namespace) -> None:
+    """Raise UserError for an option that a model of Hugging Face has no use for."""
+    for name in ("vocab_size", "tokenizer", "architecture", "optimizer"):
+        if getattr(args, name) is not None:
+            word = name.replace("_", "-")
+            raise UserError(f"--{word} goes with a checkpoint of Megatron; {args.model} is none")
 
 
 def _compare(source: Path, out: Path, dtype: torch.dtype, args: argparse.Namespace) -> object:

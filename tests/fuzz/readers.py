@@ -202,6 +202,39 @@ def checkpoint_index(rng: Rng, scene: Scene) -> None:
     read_index(written(scene, "checkpoint/.metadata", content).parent)
 
 
+@reader(4)
+def megatron_checkpoint(rng: Rng, scene: Scene) -> None:
+    """A checkpoint of Megatron: its index, what is saved beside the tensors, and its YAML."""
+    import io
+    from argparse import Namespace
+
+    import torch
+
+    from megascale.convert.megatron.read import Foreign
+
+    shape = {"num_layers": 2, "hidden_size": 8, "num_attention_heads": 2, "seq_length": 64}
+    options = {**shape, "swiglu": True, "rotary_base": 10000, "window_size": [3, 0]}
+    arguments = Namespace()
+    options |= {"iteration": 3, "param_groups": [{"step": 3, "lr": 0.1}]}
+    changed = mutate.tree(rng, options) if rng.random() < 0.6 else options
+    vars(arguments).update(changed if isinstance(changed, dict) else {})
+    common = io.BytesIO()
+    torch.save({"args": arguments, "optimizer": changed}, common)
+    place = "whole/checkpoints/00000004"
+    files = {
+        ".metadata": scene.bytes_of(f"{place}/.metadata"),
+        "common.pt": common.getvalue(),
+        "metadata.json": scene.bytes_of(f"{place}/metadata.json"),
+    }
+    name = rng.choice(("none", *files))
+    files |= {name: mutate.damaged(rng, files[name])} if name in files else {}
+    for name, content in files.items():
+        folder = written(scene, f"megatron/{name}", content).parent
+    for path in (scene.folder / place).glob("*.distcp"):
+        shutil.copy(path, folder)
+    Foreign.open(folder, rng.randrange(1, 300))
+
+
 @reader(2)
 def checkpoint_names(rng: Rng, scene: Scene) -> None:
     """Names of folders, `latest` and the list of steps that were left behind."""

@@ -8,10 +8,10 @@ import torch
 from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING, Metadata
 
 from megascale.checkpoint.manifest import FileSum
+from megascale.checkpoint.pickles import RestrictedUnpickler
 from megascale.checkpoint.storage import (
     Entry,
     Written,
-    _Unpickler,
     read_index,
     write_index,
     write_tensors,
@@ -56,7 +56,7 @@ class Old:
 
 
 def unpickled(value):
-    return _Unpickler(io.BytesIO(pickle.dumps(value))).load()
+    return RestrictedUnpickler(io.BytesIO(pickle.dumps(value))).load()
 
 
 def test_members_of_enumerations_are_read_as_every_python_writes_them():

@@ -1,0 +1,137 @@
+"""A checkpoint of Megatron as one of ours: what it is, checked before a byte is written."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megascale.config import DataConfig, ModelConfig, RunConfig, TrainConfig
+from megascale.convert.megatron.architecture import model_of
+from megascale.convert.megatron.description import Description
+from megascale.convert.megatron.names import Names
+from megascale.convert.megatron.optimizer import AdamState, adam_state
+from megascale.convert.megatron.source import Source
+from megascale.convert.megatron.weights import Box, Reader, boxes_of, dtype_of
+from megascale.errors import UserError
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far the training was that saved a checkpoint; None: nothing says it."""
+
+    iteration: int | None
+    samples: int | None
+
+    @staticmethod
+    def of(source: Source) -> Progress:
+        """What arguments, common state and Megatron-Bridge's train state say."""
+        arguments = source.common.get("args")
+        said = vars(arguments) if isinstance(arguments, Namespace) else {}
+        iteration = _first(
+            source.progress.get("step"), source.common.get("iteration"), said.get("iteration")
+        )
+        samples = _first(
+            source.progress.get("consumed_train_samples"), said.get("consumed_train_samples")
+        )
+        return Progress(iteration, samples)
+
+
+def _first(*values: Any) -> int | None:
+    sound = (one for one in values if type(one) is int and one >= 0)
+    return next(sound, None)
+
+
+@dataclass(frozen=True)
+class Foreign:
+    """A Megatron checkpoint that can be imported."""
+
+    source: Source
+    names: Names
+    model: ModelConfig
+    said: Description
+    boxes: list[Box]
+    progress: Progress
+    adam: AdamState | None
+    context_tokens: int
+
+    @staticmethod
+    def open(
+        path: Path,
+        vocab_size: int,
+        by_hand: Mapping[str, Any] | None = None,
+        by_hand_path: str = "",
+        keeps_optimizer: bool = True,
+    ) -> Foreign:
+        """Read all but the tensors, and check that they are those of the architecture.
+
+        Raises UserError, in one line, for what cannot be imported.
+        """
+        source = Source.open(path)
+        try:
+            return _foreign(source, vocab_size, by_hand, by_hand_path, keeps_optimizer)
+        except UserError as error:
+            if str(source.folder) in str(error) or (by_hand_path and by_hand_path in str(error)):
+                raise
+            raise UserError(f"{source.folder}: {error}") from None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type that holds every weight without loss."""
+        return dtype_of(self.names, self.boxes)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of the samples that were trained on; 0 where nothing says it."""
+        return (self.progress.samples or 0) * self.context_tokens
+
+    @property
+    def unknown(self) -> list[str]:
+        """What nothing in the checkpoint says, and what stands in its place."""
+        found = [f"{name} (taken: {value})" for name, value in self.said.assumed.items()]
+        if self.progress.iteration is None:
+            found.append("the iteration (taken: 0)")
+        if self.progress.samples is None:
+            found.append("consumed samples (taken: 0 tokens)")
+        if self.adam is not None and self.adam.assumed_steps:
+            found.append(f"the steps of AdamW (taken: {self.adam.steps}, the iteration)")
+        return found
+
+    def reader(self, dtype: torch.dtype) -> Reader:
+        """Reads its tensors as weights of `dtype`."""
+        return Reader(self.source.folder, self.source.index, dtype)
+
+    def config(self, dtype: torch.dtype) -> RunConfig:
+        """Of the checkpoint that an import makes."""
+        return RunConfig(
+            model=self.model,
+            data=DataConfig(context_tokens=self.context_tokens),
+            train=TrainConfig(precision="fp32" if dtype == torch.float32 else "bf16"),
+        )
+
+
+def _foreign(
+    source: Source,
+    vocab_size: int,
+    by_hand: Mapping[str, Any] | None,
+    by_hand_path: str,
+    keeps_optimizer: bool,
+) -> Foreign:
+    names = Names(source.index)
+    if vocab_size > names.rows:
+        raise UserError(
+            f"the tokenizer has {vocab_size:,} ids, and the embedding {names.rows:,} rows; give "
+            "the tokenizer that the model was trained with"
+        )
+    said = Description.of(source, by_hand, by_hand_path)
+    model, progress = model_of(said, names, vocab_size), Progress.of(source)
+    adam = adam_state(source, names, progress.iteration or 0) if keeps_optimizer else None
+    boxes = boxes_of(model, names, adam is not None)
+    context = said.number(
+        "seq_length", "max_position_embeddings", default=DataConfig().context_tokens
+    )
+    return Foreign(source, names, model, said, boxes, progress, adam, context)
