@@ -27,7 +27,7 @@ from megascale.planner import (
 )
 from megascale.planner.gantt import LEGEND, plot_gantt, text_gantt
 from megascale.planner.plan import Mode
-from megascale.planner.problem import MOST_RANKS, MOST_STAGES
+from megascale.planner.problem import MOST_RANKS, MOST_STAGES, MOST_TOKENS
 from megascale.run.auto_capacity import with_capacity_of
 from megascale.run.describe import describe_drawn, describe_run, static_line
 from megascale.run.on_device import NamedDevice
@@ -205,7 +205,7 @@ def _problem(args: argparse.Namespace) -> Problem:
     return Problem.of(
         _lengths(args.lengths),
         whole_number(args.ranks, "--ranks", 1, MOST_RANKS),
-        whole_number(args.capacity, "--capacity", 1),
+        whole_number(args.capacity, "--capacity", 1, MOST_TOKENS),
         cast(Mode, mode),
         cost,
         pipeline=pipeline,

@@ -135,6 +135,10 @@ def test_a_distribution_needs_a_config() -> None:
             "--pp must be at least 1, not 0",
         ),
         (("--ranks", "1M", "--capacity", 4), "--ranks must be at most 131072, not 1M"),
+        (
+            ("--ranks", 4, "--capacity", 2**53),
+            f"--capacity must be at most 1099511627776, not {2**53}",
+        ),
         (("--ranks", 4, "--capacity", 99999, "--gantt", "x"), "--gantt x: must end in .png"),
         (("--ranks", 4, "--capacity", 99999, "--budget-s", "nan"), "--budget-s nan: must be"),
         (("--ranks", 4, "--capacity", 99999, "--cost", "no.json"), "cost file no.json"),
