@@ -283,11 +283,18 @@ def test_a_tokenizer_for_which_the_library_panics_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("number", ["1" + "0" * 30, "-" + "9" * 40, "9" * 5000, "1e9", "0x10"])
-@pytest.mark.parametrize("option", ["--context", "--vocab-size", "--eod-id"])
+@pytest.mark.parametrize("option", ["--vocab-size", "--eod-id"])
 def test_a_number_of_an_option_that_nobody_can_count_with(capsys, option, number):
     assert main(["data", "check", "missing", f"{option}={number}"]) == 2
     error = capsys.readouterr().err
     assert error.startswith(f"megascale: argument {option}: ") and len(error.splitlines()) == 1
+
+
+@pytest.mark.parametrize("number", ["1" + "0" * 30, "-" + "9" * 40, "9" * 5000, "0x10", "-5"])
+def test_tokens_that_nobody_can_count_with(capsys, number):
+    assert main(["data", "check", "missing", f"--context={number}"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("megascale: --context must be ") and len(error.splitlines()) == 1
 
 
 @pytest.mark.parametrize("number", ["nan", "-nan", "inf", "-inf", "1e999"])
