@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -224,7 +225,7 @@ def read_story(run_dir: Path) -> Story:
     path, locks = run_dir / "config.yaml", _ask(run_dir)
     try:
         events = [event for event in read_events(run_dir) if is_whole(event)]
-        if not events and not path.exists():
+        if not events and not os.path.lexists(path):
             raise UserError("no config.yaml and no event there")
         config = load_config(path) if path.exists() else None
     except UserError as error:
