@@ -227,7 +227,7 @@ def read_story(run_dir: Path) -> Story:
         events = [event for event in read_events(run_dir) if is_whole(event)]
         if not events and not os.path.lexists(path):
             raise UserError("no config.yaml and no event there")
-        config = load_config(path) if path.exists() else None
+        config = load_config(path) if path.exists() or not events else None
     except UserError as error:
         raise UserError(f"{run_dir} holds no run: {error}; give a run_dir") from None
     path = run_dir / METRICS_FILE
