@@ -21,6 +21,9 @@ RECIPE_KEYS = {"inputs", "outputs"}
 """A file with one of them is a recipe."""
 MOST_CORPORA = 256
 """Of a recipe."""
+MOST_BPE_IDS = 1 << 22
+"""Of a BPE that is trained here. The library takes memory for all ids at once, and ends the process
+where there is none."""
 MOST_NAME_BYTES = 200
 """Of the name of an output, which is that of a folder."""
 _OVERRIDE = re.compile(r"[A-Za-z_][^/=]*=")
@@ -284,8 +287,8 @@ def _tokenizer_problem(tokenizer: TokenizerConfig) -> str | None:
         is_set = getattr(tokenizer, option) != getattr(defaults, option)
         if option not in _TOKENIZER_OPTIONS[kind] and is_set:
             return f"tokenizer.{option} means nothing for kind {kind}; leave it out"
-    if kind == "bpe" and (tokenizer.vocab_size is None or tokenizer.vocab_size < 257):
-        return "tokenizer.vocab_size must be 257 or more for kind bpe, e.g. 8192"
+    if kind == "bpe" and not 257 <= (tokenizer.vocab_size or 0) <= MOST_BPE_IDS:
+        return f"tokenizer.vocab_size must be 257 to {MOST_BPE_IDS} for kind bpe, e.g. 8192"
     if kind == "hf" and tokenizer.path is None:
         return "tokenizer.path is needed for kind hf: a local folder or a name on the hub"
     if kind == "infowindow" and tokenizer.path is None:

@@ -526,7 +526,11 @@ def test_recipes_of_this_repository(path):
         ("name: x\ninputs: [{kind: files, path: [a]}]", "did you mean 'paths'"),
         ("name: x\nheldout_fraction: 1\ninputs: [{kind: python_stdlib}]", "below 1"),
         ("name: x\nmin_characters: 0\ninputs: [{kind: python_stdlib}]", "at least 1"),
-        ("name: x\ninputs: [{kind: python_stdlib}]\ntokenizer: {kind: bpe}", "257 or more"),
+        ("name: x\ninputs: [{kind: python_stdlib}]\ntokenizer: {kind: bpe}", "257 to 4194304"),
+        (
+            "name: x\ninputs: [{kind: python_stdlib}]\ntokenizer: {kind: bpe, vocab_size: 4G}",
+            "257 to 4194304",
+        ),
         ("name: x\ninputs: [{kind: python_stdlib}]\ntokenizer: {kind: hf}", "path is needed"),
         ("name: x\ninputs: [{kind: python_stdlib}]\ntokenizer: {path: a}", "means nothing"),
     ],

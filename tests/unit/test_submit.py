@@ -296,7 +296,7 @@ def test_submit_of_a_sweep_and_of_a_corpus(config, capsys, tmp_path):
     script = rendered(capsys, recipe, other, "heldout_fraction=0.1", *words)
     assert f"\nset -- {recipe} {other} heldout_fraction=0.1\n" in script
     assert main(["submit", recipe, other, "tokenizer.kind=bpe", "--job=prepare"]) == 2
-    assert "vocab_size must be 257 or more" in capsys.readouterr().err
+    assert "vocab_size must be 257 to 4194304" in capsys.readouterr().err
 
 
 def test_a_run_in_this_folder_has_its_name(config, capsys, tmp_path):
