@@ -110,7 +110,7 @@ class Bench:
         self.reader = MicroBatchReader(
             sources,
             self.ranks.hdp_rank,
-            pack_multiple(self.config),
+            pack_multiple(self.config, self.ranks.device),
             self.ranks.device,
             self.ranks.axis,
         )

@@ -110,7 +110,9 @@ class Trial:
             TokenSource(name, shards[name], infos[name].first_id, vocab_size)
             for name in self.batches.names
         ]
-        self.reader = MicroBatchReader(sources, 0, pack_multiple(config), ranks.device, ranks.axis)
+        self.reader = MicroBatchReader(
+            sources, 0, pack_multiple(config, ranks.device), ranks.device, ranks.axis
+        )
         self.cost = cost_model(config)
 
     def step(self) -> float:

@@ -90,7 +90,9 @@ class OurStep:
         ahead = config.planner.ahead_steps
         self.feed = Feed(self.batches, problem_of, ranks, plans, ahead, over)
         source = TokenSource("random", shard, EOD, VOCAB)
-        self.reader = MicroBatchReader([source], 0, pack_multiple(config), ranks.device)
+        self.reader = MicroBatchReader(
+            [source], 0, pack_multiple(config, ranks.device), ranks.device
+        )
         self.cursor = Cursor()
 
     def next_micro_batches(self) -> list[MicroBatch]:

@@ -107,7 +107,7 @@ def run_encode(args: argparse.Namespace) -> int:
     if args.m1 and not args.reference:
         raise UserError("--m1 is for --reference; a codebook needs no M1 to code")
     source, target, codebook = Path(args.source), Path(args.target), Path(args.codebook)
-    m1 = Path(args.m1) if args.m1 else codebook.with_name("m1.safetensors")
+    m1 = Path(args.m1) if args.m1 else codebook.parent / "m1.safetensors"
     reads = [source, codebook, m1] if args.reference else [source, codebook]
     require_outputs([Output("OUT", target, CODED)], reads)
     book = Codebook.open(codebook)

@@ -106,7 +106,9 @@ def largest_tensor(overrides: tuple[str, ...]) -> tuple[int, int]:
     model = build_model(config, ranks)
     learner = Learner(config, ranks, model, None)
     ids = np.arange(513)
-    batch = pack([TokenSequence(ids[:-1], ids[1:])], 0, pack_multiple(config), ranks.device)
+    batch = pack(
+        [TokenSequence(ids[:-1], ids[1:])], 0, pack_multiple(config, ranks.device), ranks.device
+    )
     usual, counts.LOSS_CHUNK_BYTES = counts.LOSS_CHUNK_BYTES, 1
     try:
         with Largest():

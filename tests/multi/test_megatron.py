@@ -138,7 +138,7 @@ def continued(ours, steps):
     packed = pack(
         [TokenSequence(row[:-1], row[1:]) for row in batch()],
         0,
-        pack_multiple(config),
+        pack_multiple(config, ranks.device),
         ranks.device,
     )
     count = batch().shape[0] * TOKENS

@@ -470,6 +470,7 @@ def test_the_commands(tmp_path, capsys):
         (["compile", book, "--out", tmp_path / "z"], "holds megascale.infowindow.codebook, no"),
         (["inspect", book], "only a code with a dictionary"),
         (["inspect", "."], "a folder; give the file that megascale infowindow compile wrote"),
+        (["encode", "IN", "OUT", "--codebook", "."], "a folder; give the file that megascale"),
         (["inspect", tmp_path / "b16.safetensors", "--text", tmp_path / "no"], "No such file"),
         (["inspect", tmp_path / "b16.safetensors", "--rows", 0], "must be at least 1"),
     ]:
