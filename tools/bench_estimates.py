@@ -212,6 +212,7 @@ def estimated_loads(way: str, counts_RME: Floats, befores: Mapping[str, Floats])
     for number, counts in enumerate(flat):
         if number % micro_batches == 0:
             tally.begin(micro_batches, int(counts_RME.sum()) // TOP_K)
+        part.pack_tokens = int(counts.sum()) // TOP_K
         tally.add(counts[None], torch.zeros(1, experts), part)
         loads.append(tally.estimate(before, part))
     return torch.stack(loads).numpy()
