@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from torch import library
 
 
-@torch.library.custom_op("megascale::merge", mutates_args=("out", "lse"))
+@library.custom_op("megascale::merge", mutates_args=("out", "lse"))
 def merge(
     out: torch.Tensor,
     lse: torch.Tensor,

@@ -5,12 +5,13 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from torch import library
 
 BLOCK_HEADS = 8
 """Heads that a program turns."""
 
 
-@torch.library.custom_op("megascale::turn", mutates_args=())
+@library.custom_op("megascale::turn", mutates_args=())
 def turn(
     q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, is_back: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from torch import library
 
 BLOCK = 4096
 """Logits that a program reads at once."""
@@ -12,7 +13,7 @@ LOWEST = tl.constexpr(torch.finfo(torch.float32).min)
 """In the place of the largest logit where there is none."""
 
 
-@torch.library.custom_op("megascale::summarise", mutates_args=())
+@library.custom_op("megascale::summarise", mutates_args=())
 def summarise(
     logits: torch.Tensor, known: int, rows: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -34,7 +35,7 @@ def _of(logits: torch.Tensor) -> torch.Tensor:
     return torch.empty(len(logits), dtype=torch.float32, device=logits.device)
 
 
-@torch.library.custom_op("megascale::differentiate", mutates_args=("logits",))
+@library.custom_op("megascale::differentiate", mutates_args=("logits",))
 def differentiate(
     logits: torch.Tensor, most: torch.Tensor, scale: torch.Tensor, known: int, rows: torch.Tensor
 ) -> None:

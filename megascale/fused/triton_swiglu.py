@@ -5,12 +5,13 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from torch import library
 
 BLOCK = 1024
 """Features that a program computes at once."""
 
 
-@torch.library.custom_op("megascale::gate", mutates_args=())
+@library.custom_op("megascale::gate", mutates_args=())
 def gate(x: torch.Tensor, weights: torch.Tensor | None) -> torch.Tensor:
     """What `swiglu.gate_plain` does."""
     x, output = x.contiguous(), _half(x)
@@ -28,7 +29,7 @@ def _(x, weights):  # type: ignore[no-untyped-def]
     return _half(x)
 
 
-@torch.library.custom_op("megascale::gate_backward", mutates_args=())
+@library.custom_op("megascale::gate_backward", mutates_args=())
 def gate_backward(
     gradient: torch.Tensor, x: torch.Tensor, weights: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
