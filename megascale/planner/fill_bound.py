@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 from functools import lru_cache
-from typing import Any
 
 import numpy as np
 
+from megascale.arrays import Integers
 from megascale.planner.bound import lower_bound_s
 from megascale.planner.cost import FORWARD_SHARE
+from megascale.planner.linear_program import Rows, linear_program, quiet_solver
 from megascale.planner.problem import Problem
 from megascale.planner.timeline import one_forward_one_backward
 
@@ -67,41 +68,40 @@ def _fill_factor(stages: int, fixed_share: float) -> float:
 def _least_s(stages: int, slots: int, fixed_share: float) -> float:
     """The linear program: seconds of each slot, and when each pass ends, for the least total.
 
-    Columns are the end of the step, the seconds of `slots` slots, and the ends of all passes.
+    Columns are the end of the step, the seconds of `slots` slots, and the ends of all passes. A
+    pass begins after the same slot's pass on the stage before it, and after the pass before it on
+    its own stage.
     """
-    import highspy
-
     passes = list(one_forward_one_backward(stages, slots))
-    column = {one: number for number, one in enumerate(passes, start=1 + slots)}
-    rows: list[list[tuple[int, float]]] = []
-    stage_end: dict[int, int] = {}
-    for stage, backward, slot in passes:
-        share = 1 - FORWARD_SHARE if backward else FORWARD_SHARE
-        end = column[stage, backward, slot]
-        before = column.get((stage + 1 if backward else stage - 1, backward, slot))
-        begins = [one for one in (before, stage_end.get(stage)) if one is not None]
-        for start in [[(begin, -1.0)] for begin in begins] or [[]]:
-            rows.append([(end, 1.0), (1 + slot, -share), *start])
-        stage_end[stage] = end
-    rows += [[(0, 1.0), (end, -1.0)] for end in stage_end.values()]
-    work = [(1 + slot, 1.0) for slot in range(slots)]
-    total = 1 + (slots - 1) * fixed_share
-    library: Any = highspy  # partly without types
-    model = library.HighsLp()
-    model.num_col_, model.num_row_ = 1 + slots + len(passes), len(rows) + 1
-    model.col_cost_ = np.eye(1, model.num_col_)[0]
-    model.col_lower_ = np.r_[0.0, np.full(slots, fixed_share), np.zeros(len(passes))]
-    model.col_upper_ = np.full(model.num_col_, np.inf)
-    model.row_lower_ = np.r_[np.zeros(len(rows)), total]
-    model.row_upper_ = np.r_[np.full(len(rows), np.inf), total]
-    entries = [*rows, work]
-    model.a_matrix_.format_ = library.MatrixFormat.kRowwise
-    model.a_matrix_.start_ = np.cumsum([0, *map(len, entries)])
-    model.a_matrix_.index_ = np.array([one for row in entries for one, _ in row])
-    model.a_matrix_.value_ = np.array([one for row in entries for _, one in row])
-    solver = library.Highs()
-    solver.setOptionValue("output_flag", False)
-    solver.setOptionValue("threads", 1)
-    solver.passModel(model)
+    count, (later, earlier) = len(passes), _follows(passes)
+    share = np.array(
+        [1 - FORWARD_SHARE if backward else FORWARD_SHARE for _, backward, _ in passes]
+    )
+    slot_column = 1 + np.array([slot for _, _, slot in passes])
+    end_column = 1 + slots + np.arange(count)
+    rows, row, edge, one = Rows(), np.arange(count), np.arange(len(later)), np.ones(len(later))
+    lasts = (row, end_column, np.ones(count)), (row, slot_column, -share)
+    follows = (edge, end_column[later], one), (edge, slot_column[later], -share[later])
+    begin = (edge, end_column[earlier], -one)
+    rows.add(count, 0.0, np.inf, *lasts)
+    rows.add(len(later), 0.0, np.inf, *follows, begin)
+    rows.add(count, 0.0, np.inf, (row, 0 * row, np.ones(count)), (row, end_column, -np.ones(count)))
+    total, slot = 1 + (slots - 1) * fixed_share, np.arange(slots)
+    rows.add(1, total, total, (0 * slot, 1 + slot, np.ones(slots)))
+    lower = np.concatenate([[0.0], np.full(slots, fixed_share), np.zeros(count)])
+    solver = quiet_solver()
+    solver.passModel(linear_program(rows, lower, np.full(len(lower), np.inf)))
     solver.run()
     return float(solver.getInfo().objective_function_value)
+
+
+def _follows(passes: list[tuple[int, int, int]]) -> Integers:
+    """(later, earlier) passes of which one waits for the other, [2, pairs]."""
+    number = {one: at for at, one in enumerate(passes)}
+    pairs: list[tuple[int, int]] = []
+    last: dict[int, int] = {}
+    for at, (stage, backward, slot) in enumerate(passes):
+        before = number.get((stage + 1 if backward else stage - 1, backward, slot))
+        pairs += [(at, earlier) for earlier in (before, last.get(stage)) if earlier is not None]
+        last[stage] = at
+    return np.array(pairs, dtype=np.int64).T

@@ -394,7 +394,7 @@ def test_few_tries_find_what_all_tries_find(model, devices, context):
 
 
 def test_a_rank_with_thousands_of_micro_batches_looks_at_its_roomiest() -> None:
-    """Their number would make planning quadratic: 400,000 sequences on 8 ranks took 114 s."""
+    """Looking at all of them would make planning quadratic in the tokens of a rank."""
     stack = Stack()
     new = [stack.put(number, 700 + number % 2, 1000) for number in range(3000)]
     assert all(new) and len(stack.rooms) == MOST_ROOMS
@@ -402,3 +402,15 @@ def test_a_rank_with_thousands_of_micro_batches_looks_at_its_roomiest() -> None:
     assert [stack.put(3000 + number, 300, 1000) for number in range(MOST_ROOMS)].count(True) == 0
     assert sorted(i for batch in stack.batches for i in batch) == list(range(3000 + MOST_ROOMS))
     assert {len(batch) for batch in stack.batches} == {1, 2}
+
+
+@pytest.mark.parametrize(
+    ("num_ranks", "context", "number"), [(64, 1 << 20, 512), (256, 2 << 20, 4096)]
+)
+def test_very_long_sequences_cost_free_plans_nothing(
+    num_ranks: int, context: int, number: int
+) -> None:
+    """Stacks of rings alone are up to 7 % over the bound here."""
+    lengths = draw_lengths("byted", None, context, 1, number)
+    plan = plan_hybrid(Problem.of(lengths, num_ranks, 16_384, "free", FLEXSP))
+    assert plan.predicted_s <= 1.01 * plan.lower_bound_s

@@ -27,7 +27,7 @@ class FreeRanks:
         self._by_free: dict[float, list[list[tuple[int, int]]]] = {}
 
     def take_across(
-        self, size: int, wave: int | None, pace: float | None = None
+        self, size: int, wave: int | None, pace: float | None
     ) -> tuple[int, tuple[int, ...]] | None:
         """(wave, places) for a ring that spans cells: of the fullest wave with room unless given.
 
@@ -54,7 +54,7 @@ class FreeRanks:
         return wave, tuple(places)
 
     def take_in_wave(
-        self, size: int, wave: int, pace: float | None = None
+        self, size: int, wave: int, pace: float | None
     ) -> tuple[int, tuple[int, ...]] | None:
         """(wave, places) for a ring within one node of a wave, the fullest that has room.
 
@@ -70,9 +70,7 @@ class FreeRanks:
         self._by_free = {}
         return wave, tuple(self._cut(wave, cell, size))
 
-    def take_within(
-        self, size: int, pace: float | None = None
-    ) -> tuple[int, tuple[int, ...]] | None:
+    def take_within(self, size: int, pace: float | None) -> tuple[int, tuple[int, ...]] | None:
         """(wave, places) for a ring within one node, the fullest that has room for it.
 
         Of ranks of one pace, or of all.

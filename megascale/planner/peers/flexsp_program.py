@@ -12,12 +12,11 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from megascale.planner.linear_program import Rows, linear_program, quiet_solver
 from megascale.planner.problem import Problem
 
 Integers = NDArray[np.int64]
 Floats = NDArray[np.float64]
-Cells = tuple[NDArray[Any], NDArray[Any], NDArray[Any]]
-"""Row, column and value of cells of a matrix."""
 
 MOST_STUDIED = 8000
 """Variables up to which HiGHS may presolve a program and look for symmetry: these forget the time
@@ -100,9 +99,7 @@ class Program:
 
         slot, bucket = np.nonzero(self.lengths <= self.capacity * self.degrees[:, None])
         library: Any = highspy  # partly without types
-        solver = library.Highs()
-        solver.setOptionValue("output_flag", False)
-        solver.setOptionValue("threads", 1)
+        solver = quiet_solver()
         solver.setOptionValue("time_limit", limit_s)
         if len(slot) > MOST_STUDIED:
             solver.setOptionValue("presolve", "off")
@@ -125,24 +122,18 @@ class Program:
         """The program for HiGHS: columns are C, m_p, and A_qp for the given pairs of p and q."""
         import highspy
 
-        rows = self._rows(slot, bucket)
         num_integers = len(self.degrees) + len(slot)
-        model, kinds = highspy.HighsLp(), highspy.HighsVarType
-        model.num_col_, model.num_row_ = 1 + num_integers, len(rows.lower)
-        model.col_cost_ = np.eye(1, model.num_col_)[0]
-        model.col_lower_ = np.zeros(model.num_col_)
-        model.col_upper_ = np.concatenate([[np.inf], self.degrees > 0, self.counts[bucket]])
-        model.row_lower_, model.row_upper_ = np.array(rows.lower), np.array(rows.upper)
+        most = np.concatenate([[np.inf], self.degrees > 0, self.counts[bucket]])
+        model = linear_program(self._rows(slot, bucket), np.zeros(len(most)), most)
+        kinds: Any = highspy.HighsVarType
         model.integrality_ = [kinds.kContinuous] + [kinds.kInteger] * num_integers
-        model.a_matrix_.format_ = highspy.MatrixFormat.kRowwise
-        model.a_matrix_.start_, model.a_matrix_.index_, model.a_matrix_.value_ = rows.sparse()
         return model
 
-    def _rows(self, slot: Integers, bucket: Integers) -> _Rows:
+    def _rows(self, slot: Integers, bucket: Integers) -> Rows:
         """The constraints."""
         slots = np.arange(len(self.degrees))
         used, held = 1 + slots, 1 + len(slots) + np.arange(len(slot))
-        rows = _Rows()
+        rows = Rows()
         for work_s in self.work_s:
             time_is = (slots, 0 * slots, np.ones(len(slots)))
             overhead = (slots, used, -self.overhead_s / self._unit_s)
@@ -195,26 +186,3 @@ class Program:
             sequence += count
         degrees = self.degrees.tolist()
         return [Group(d, held) for d, held in zip(degrees, groups, strict=True) if held]
-
-
-class _Rows:
-    """Rows of a sparse matrix with their bounds, added in blocks."""
-
-    def __init__(self) -> None:
-        self.lower: list[float] = []
-        self.upper: list[float] = []
-        self._cells: list[Cells] = []
-
-    def add(self, count: int, lower: float, upper: float, *cells: Cells) -> None:
-        """Add `count` rows with the same bounds; `cells` count rows from the first of them."""
-        first = len(self.lower)
-        self._cells += [(first + row, column, value) for row, column, value in cells]
-        self.lower += [lower] * count
-        self.upper += [upper] * count
-
-    def sparse(self) -> tuple[Integers, Integers, Floats]:
-        """Where each row begins, then the columns and the values of all rows."""
-        row, column, value = (np.concatenate(part) for part in zip(*self._cells, strict=True))
-        order = np.argsort(row, kind="stable")
-        begins = np.searchsorted(row[order], np.arange(len(self.lower) + 1))
-        return begins, column[order], value[order]

@@ -51,9 +51,8 @@ class PlansAhead:
         """None once the fast planner makes all plans."""
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="plans-ahead")
         """Speaks with the process, checks the plans and starts the process again."""
-        self._plans: dict[int, Future[Planned]] = {}
-        self._statics: dict[int, Future[float | None]] = {}
-        """Of the same requests: `Planned.static_s`."""
+        self._plans: dict[int, tuple[Future[Planned], Future[float | None]]] = {}
+        """By request: the plan, and its `static_s`."""
         self._numbers = count(1)
         self._failures: list[int] = []
         self._lock = threading.Lock()
@@ -63,26 +62,25 @@ class PlansAhead:
     def request(self, problem: Problem) -> int:
         """Have `problem` planned; the number to ask for its plan with."""
         number = next(self._numbers)
-        self._plans[number] = self._thread.submit(self._plan, number, problem)
-        self._statics[number] = self._thread.submit(self._static_s)
+        submit = self._thread.submit
+        self._plans[number] = submit(self._plan, number, problem), submit(self._static_s)
         return number
 
     def ready(self, number: int) -> bool:
         """Whether `result` would return, or raise, at once."""
-        return self._plans[number].done()
+        return self._plans[number][0].done()
 
     def result(self, number: int) -> Planned:
         """The plan of a request, waited for; to be asked for once.
 
         Raises UserError where the planner did: no plan exists.
         """
-        static_s = self._statics.pop(number)
-        return replace(self._plans.pop(number).result(), static_s=static_s)
+        plan, static_s = self._plans.pop(number)
+        return replace(plan.result(), static_s=static_s)
 
     def forget(self, number: int) -> None:
         """Drop a request whose plan nobody will ask for."""
-        del self._statics[number]  # what the process sends after a plan is read in any case
-        self._plans.pop(number).cancel()
+        self._plans.pop(number)[0].cancel()  # the process sends static's seconds all the same
 
     def close(self) -> None:
         """End the process, and drop what is not planned."""
