@@ -119,7 +119,7 @@ def plot(rows: Sequence[Row], batches: Mapping[str, str], path: Path) -> None:
             "in hindsight",
             fontsize=10, color=INK,
         )  # fmt: skip
-        figure.savefig(path)
+        figure.savefig(path, dpi=100)
 
 
 def _plot_duels(axes: Axes, found: Sequence[Duel], order: Sequence[str]) -> None:
