@@ -34,14 +34,14 @@ def batch():
 
 
 def arguments(options, rows, tied):
-    """What Megatron-LM keeps of its command line, as far as it counts."""
+    """The options of its command line that Megatron-LM saves and an import reads."""
     shape = {"qk_layernorm": False, **SHAPE, **options}
     shape["num_experts"] = shape.pop("num_moe_experts", None)
     return Namespace(
-        **{name: value for name, value in shape.items() if name != "add_bias_linear"},
+        **shape,
         group_query_attention=True,
-        add_bias_linear=options.get("add_bias_linear", False),
-        normalization=options.get("normalization", "RMSNorm"),
+        add_bias_linear=False,
+        normalization="RMSNorm",
         swiglu=True,
         norm_epsilon=1e-5,
         padded_vocab_size=rows,
@@ -57,7 +57,7 @@ def arguments(options, rows, tied):
 
 
 class Trained:
-    """A model of megatron-core after two steps on `batch()`."""
+    """A model of megatron-core and its optimizer, to be trained on `batch()`."""
 
     def __init__(self, tensor=1, pipeline=1, expert=1, rows=ROWS, tied=True, bf16=False, **options):
         import torch
@@ -80,14 +80,12 @@ class Trained:
         dtype = torch.bfloat16 if bf16 else torch.float32
         self.options, self.rows, self.tied = options, rows, tied
         core = TransformerConfig(
-            **{
-                "normalization": "RMSNorm",
-                "gated_linear_unit": True,
-                "activation_func": torch.nn.functional.silu,
-                "add_bias_linear": False,
-                **SHAPE,
-                **options,
-            },
+            **SHAPE,
+            **options,
+            normalization="RMSNorm",
+            gated_linear_unit=True,
+            activation_func=torch.nn.functional.silu,
+            add_bias_linear=False,
             hidden_dropout=0.0,
             attention_dropout=0.0,
             use_cpu_initialization=True,
@@ -117,7 +115,7 @@ class Trained:
             get_gpt_layer_local_spec(
                 num_experts=options.get("num_moe_experts"),
                 qk_layernorm=options.get("qk_layernorm", False),
-                normalization=core.normalization,
+                normalization="RMSNorm",
             ),
             rows,
             TOKENS,
@@ -150,7 +148,7 @@ class Trained:
     def losses(self, steps, known=None):
         """Mean loss before each of `steps` steps, on the last pipeline stage; else None.
 
-        `known`: ids above are in no softmax.
+        With `known`, the softmax is over the first `known` ids alone.
         """
         found = []
         for _ in range(steps):
@@ -247,16 +245,19 @@ def ranks_of_megatron():
         dist.destroy_process_group()
 
 
-def write(folder, steps=2, more=2, known=None, saves=None, **options):
-    """Train, save into `folder` or what `saves` names below it; losses of `more` steps after."""
+def write(folder, known=None, saves=None, **options):
+    """Train two steps and save; returns the losses of the next two.
+
+    `saves`: {folder below `folder`: options of `Trained.save`}; one save into `folder` by default.
+    """
     from megatron.core import parallel_state
 
     try:
         trained = Trained(**options)
-        trained.losses(steps)
+        trained.losses(2)
         for name, words in (saves or {"": {}}).items():
             trained.save(Path(folder, name), **words)
-        return trained.losses(more, known)
+        return trained.losses(2, known)
     finally:
         parallel_state.destroy_model_parallel()
 

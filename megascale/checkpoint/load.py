@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from megascale.runtime.distributed import Ranks
 
 MEGATRON_FILES = ("latest_checkpointed_iteration.txt", "run_config.yaml")
-"""Files that only folders of Megatron have."""
+"""Files that only Megatron writes: the first beside its checkpoints, the second in them."""
 
 
 @dataclass(frozen=True)
@@ -144,13 +144,13 @@ def read_manifest(path: str | Path) -> Manifest:
 def _nothing_at(folder: Path) -> UserError:
     if any((folder / name).exists() for name in MEGATRON_FILES):
         return UserError(
-            f"{folder} is a checkpoint of Megatron; megascale import makes one of it that runs "
-            "start from"
+            f"{folder} is a checkpoint of Megatron; megascale import makes a checkpoint from it "
+            "that runs start from"
         )
     if any(folder.glob("*.distcp")):
         return UserError(
             f"{folder} is a checkpoint that was not written to its end (its {MANIFEST} comes "
-            "last); take the one before it, or, if it is one of Megatron: megascale import"
+            "last); take the one before it, or, if Megatron wrote it: megascale import"
         )
     kind = UserError if folder.exists() else MissingInput
     return kind(f"{folder} holds no checkpoint; give a run_dir or the folder of a checkpoint")

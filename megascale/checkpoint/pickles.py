@@ -1,4 +1,4 @@
-"""Unpickling what anybody may have written: no class but those listed, and no code of the file."""
+"""Unpickling files of unknown origin: only the listed classes, and no code of the file."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ SAFE_GLOBALS = {
 
 
 class Skipped:
-    """Stands for an object that nobody here asks for. It keeps nothing of what the pickle says."""
+    """In the place of an object that is not needed. It keeps nothing of the pickle."""
 
     def __init__(self, *_args: Any, **_options: Any) -> None: ...
 
@@ -61,7 +61,7 @@ class RestrictedUnpickler(pickle.Unpickler):
 
 
 def _member(kind: Any, name: str) -> Enum:
-    """A member of an enumeration, and nothing else that has a name."""
+    """A member of an enumeration. Raises pickle.UnpicklingError for any other attribute."""
     if not (isinstance(kind, EnumType) and name in kind.__members__):
         raise pickle.UnpicklingError(f"it asks for {name!r}, which is no member of an enumeration")
     member: Enum = kind.__members__[name]

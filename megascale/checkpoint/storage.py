@@ -181,7 +181,7 @@ class Index:
 def read_index(folder: Path, unpickler: type[pickle.Unpickler] = RestrictedUnpickler) -> Index:
     """Read `.metadata` with an unpickler that knows only the classes it needs.
 
-    Entries that it reads as `Skipped` are no tensors and are passed over.
+    Entries that it reads as `Skipped` are no tensors and are left out.
     Raises UserError when the file holds anything else: nothing in it is ever executed.
     """
     path = folder / METADATA

@@ -20,7 +20,7 @@ def add_megatron_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--vocab-size",
         metavar="N",
-        help="ids of the tokenizer; rows of the embedding above them are padding",
+        help="ids of the tokenizer; further rows of the embedding are padding",
     )
     add(
         "--tokenizer",
@@ -30,18 +30,18 @@ def add_megatron_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--architecture",
         metavar="FILE",
-        help="YAML with options under Megatron's names, for a checkpoint that has none, or in "
-        "place of what it has",
+        help="YAML with options under Megatron's names; they replace those of the checkpoint",
     )
     add(
         "--optimizer",
         choices=("keep", "drop"),
-        help="AdamW's moments, for a branch with start.optimizer=keep, or left out; default: keep",
+        help="keep AdamW's state, for a branch with start.optimizer=keep, or leave it out; "
+        "default: keep",
     )
 
 
 def import_megatron(path: Path, out: Path, args: argparse.Namespace) -> list[str]:
-    """Fill the empty folder `out`; what there is to say. Raises UserError for bad input."""
+    """Fill the empty folder `out`; returns a summary. Raises UserError for bad input."""
     import torch
 
     from megascale.checkpoint.manifest import Position
@@ -84,15 +84,15 @@ def _tokenizer_of(path: Path, args: argparse.Namespace) -> Path | None:
 
 
 def _vocab_size(tokenizer: Path | None, args: argparse.Namespace) -> int:
-    """Ids of the tokenizer. Raises UserError where neither option says it, or they differ."""
+    """Ids of the tokenizer. Raises UserError where no option gives them, or too few are given."""
     from megascale.convert.megatron.vocabulary import ids_of
 
     given = args.vocab_size and whole_number(args.vocab_size, "--vocab-size", 1, 1 << 31)
     if tokenizer is None:
         if given is None:
             raise UserError(
-                "a Megatron checkpoint pads its vocabulary and does not say by how much; give "
-                "--tokenizer FOLDER or --vocab-size N"
+                "Megatron pads the vocabulary of a checkpoint and does not store the number of "
+                "ids; give --tokenizer FOLDER or --vocab-size N"
             )
         return int(given)
     known = ids_of(tokenizer)
@@ -105,20 +105,21 @@ def _summary(foreign: Foreign, precision: str) -> list[str]:
     from megascale.model.counts import count_parameters
 
     size = count_parameters(foreign.model).total
-    said = [f"Megatron checkpoint of {size:,} parameters in {precision}"]
-    said += [
+    lines = [
+        f"Megatron checkpoint of {size:,} parameters in {precision}",
         f"  position    iteration {foreign.progress.iteration or 0:,}, {foreign.tokens:,} tokens",
         f"  optimizer   {_optimizer(foreign)}",
         f"  vocabulary  {_vocabulary(foreign)}",
         f"  model       {_model(foreign.model)}",
     ]
-    unknown = foreign.unknown
-    return said + [f"  not known   {'; '.join(unknown)}"] * bool(unknown)
+    if foreign.unknown:
+        lines.append(f"  not known   {'; '.join(foreign.unknown)}")
+    return lines
 
 
 def _optimizer(foreign: Foreign) -> str:
     if foreign.adam is None:
-        return "weights alone"
+        return "none, only the weights"
     settings = ", ".join(
         f"{name} = {str(value)[:40]}" for name, value in foreign.adam.settings.items()
     )
@@ -130,9 +131,8 @@ def _vocabulary(foreign: Foreign) -> str:
     if ids == rows:
         return f"{ids:,} ids, no padded rows"
     return (
-        f"{ids:,} ids of {rows:,} rows; the {rows - ids:,} padded rows are left out: Megatron "
-        "counts them in its softmax and here they have probability 0, so losses here are lower "
-        "by what Megatron gives them"
+        f"{ids:,} ids of {rows:,} rows; the {rows - ids:,} padded rows are left out. Megatron's "
+        "softmax gives them some probability; here it is 0, so losses here are lower"
     )
 
 

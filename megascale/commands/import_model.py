@@ -72,18 +72,29 @@ def run_import(args: argparse.Namespace) -> int:
     from megascale.convert.megatron.source import is_megatron
 
     source, out = Path(args.model), Path(args.out)
-    convert = import_megatron if is_megatron(source) else _convert
-    if convert is import_megatron and (args.check_tokens or args.tolerance != TOLERANCE):
-        raise UserError("--check-tokens and --tolerance go with a model of Hugging Face")
+    from_megatron = is_megatron(source)
+    _refuse_other_options(args, from_megatron)
+    convert = import_megatron if from_megatron else _import_hugging_face
     with whole_or_not_at_all(out) as unfinished:
         said = convert(source, unfinished, args)
     print("\n".join([f"{out}: {said[0]}", *said[1:]]))
     return 0
 
 
-def _convert(source: Path, out: Path, args: argparse.Namespace) -> list[str]:
-    """Write the checkpoint; what there is to say."""
-    _refuse_megatron_options(args)
+def _refuse_other_options(args: argparse.Namespace, from_megatron: bool) -> None:
+    """Raise UserError for an option that belongs to the other format."""
+    if from_megatron:
+        if args.check_tokens or args.tolerance != TOLERANCE:
+            raise UserError("--check-tokens and --tolerance go with a model of Hugging Face")
+        return
+    for name in ("vocab_size", "tokenizer", "architecture", "optimizer"):
+        if getattr(args, name) is not None:
+            word = name.replace("_", "-")
+            raise UserError(f"--{word} goes with a checkpoint of Megatron; {args.model} is none")
+
+
+def _import_hugging_face(source: Path, out: Path, args: argparse.Namespace) -> list[str]:
+    """Fill the empty folder `out`; returns a summary. Raises UserError for bad input."""
     import torch
 
     from megascale.checkpoint.manifest import Position
@@ -116,14 +127,6 @@ def _convert(source: Path, out: Path, args: argparse.Namespace) -> list[str]:
     what = f"{args.out}/{TOKENIZER_FOLDER}" if has_tokenizer else "none there"
     notes = (f"  note        {note}" for note in import_notes(theirs))
     return [*said, f"  tokenizer   {what}", *notes]
-
-
-def _refuse_megatron_options(args: argparse.Namespace) -> None:
-    """Raise UserError for an option that a model of Hugging Face has no use for."""
-    for name in ("vocab_size", "tokenizer", "architecture", "optimizer"):
-        if getattr(args, name) is not None:
-            word = name.replace("_", "-")
-            raise UserError(f"--{word} goes with a checkpoint of Megatron; {args.model} is none")
 
 
 def _compare(source: Path, out: Path, dtype: torch.dtype, args: argparse.Namespace) -> object:

@@ -8,7 +8,7 @@ from functools import cache
 import torch
 
 KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-"""What kernels read and write; they compute in fp32."""
+"""Types that kernels read and write; they compute in fp32."""
 
 
 def use_kernel(tensor: torch.Tensor) -> bool:

@@ -14,7 +14,7 @@ from megascale.fused.choice import use_kernel
 
 
 class Softmax(NamedTuple):
-    """What the first step says of the logits of this rank, by token (C)."""
+    """Results of the first step for the logits of this rank, by token (C)."""
 
     state_CV: torch.Tensor
     """For the second step. It may take the place of the logits."""
@@ -52,7 +52,7 @@ def differentiate(
 
 
 def summarise_plain(logits_CV: torch.Tensor, known: int, rows_C: torch.Tensor) -> Softmax:
-    """The twin of the first step. Its state are the exponentials."""
+    """The twin of the first step. Its state is the exponentials."""
     exact_CV = logits_CV.to(torch.promote_types(logits_CV.dtype, torch.float32))
     exact_CV[:, known:] = -math.inf
     lowest = torch.finfo(exact_CV.dtype).min  # a rank may have padded rows alone, all -inf

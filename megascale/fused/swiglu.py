@@ -24,8 +24,8 @@ def swiglu(x_N2F: torch.Tensor, weights_N: torch.Tensor | None = None) -> torch.
 def use_in_megatron() -> None:
     """Let megatron-core's layers compute their fused SwiGLU by this module.
 
-    Its own is compiled, again for other numbers of tokens, and for one token. These names are in
-    every supported version.
+    megatron-core compiles its own at run time, and again when the number of tokens changes. The
+    names here are in every supported version.
     """
     import megatron.core.transformer.mlp as mlp
     import megatron.core.transformer.moe.experts as experts

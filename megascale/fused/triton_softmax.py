@@ -63,7 +63,7 @@ def _summarise(logits, stride, known, rows, most, total, target, BLOCK: tl.const
         column = start + tl.arange(0, BLOCK)
         x = tl.load(logits + column, mask=column < known, other=float("-inf")).to(tl.float32)
         larger = tl.maximum(largest, tl.max(x, axis=0))
-        # a number that is none shows in the sum, whatever the maximum makes of it
+        # a NaN shows in the sum, even if the maximum drops it
         summed = summed * tl.exp(largest - larger) + tl.sum(tl.exp(x - larger), axis=0)
         largest = larger
     at_target = tl.load(logits + row, mask=row >= 0, other=0.0).to(tl.float32)

@@ -33,7 +33,7 @@ def _(x, weights):  # type: ignore[no-untyped-def]
 def gate_backward(
     gradient: torch.Tensor, x: torch.Tensor, weights: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """What `swiglu.gate_backward_plain` does. Without weights, the second result says nothing."""
+    """What `swiglu.gate_backward_plain` does. Without weights, the second result is empty."""
     gradient, x = gradient.contiguous(), x.contiguous()
     for_x, for_weights = _gradients(x, weights)
     tokens, features = gradient.shape

@@ -84,8 +84,8 @@ def packed_part(
 ) -> MicroBatch:
     """A rank's micro-batch as tensors; `part` gives its part of each sequence.
 
-    `sources` number the source of each of its sequences; `window` is that of attention. Raises
-    ValueError for a ring of two ranks or more without an axis.
+    `sources` number the source of each of its sequences; `window` is the window of attention.
+    Raises ValueError for a ring of two ranks or more without an axis.
     """
     ring: RingShare | None = None
     if len(mine.ranks) > 1:

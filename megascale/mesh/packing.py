@@ -44,7 +44,7 @@ class Segments:
     """megatron-core's word for [tokens, heads, head_dim]."""
 
     def owners(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Of each token that counts its sequence, by place in the pack, and the source of that."""
+        """Of each token that counts: its sequence, by place in the pack, and its source."""
         if self._owners is None:
             owner_T, source_T = send_arrays(
                 _owners_of(self.lengths, self.sources), self.cu_seqlens.device
@@ -79,7 +79,7 @@ def _bounds(lengths: Sequence[int]) -> np.ndarray:
 
 
 def _owners_of(lengths: Sequence[int], sources: Sequence[int]) -> list[np.ndarray]:
-    """Of each token that counts its sequence and the source of that, int64 both."""
+    """Of each token that counts: its sequence and its source, both int64."""
     number = len(sources)
     owner_T = np.repeat(np.arange(number), np.asarray(lengths[:number], dtype=np.int64))
     return [owner_T, np.asarray(sources, dtype=np.int64)[owner_T]]
@@ -124,8 +124,8 @@ def pack(
     With `ring`, `sequences` are this rank's parts of the ring's. `sources` number the source of
     each sequence; all 0 where they are not given. Padding is a sequence of its
     own whose targets do not count, so it changes no gradient; without tokens the whole
-    micro-batch is padding. All of it goes to a CUDA device in one copy, for which the host does not
-    wait; with the `window` of attention, what a ring's attention needs is part of it.
+    micro-batch is padding. All tensors go to a CUDA device in one copy, for which the host does
+    not wait. The copy has the tensors of the ring's calls too, for attention with `window`.
     """
     lengths = [len(sequence.targets) for sequence in sequences]
     num_tokens = sum(lengths)
@@ -148,7 +148,7 @@ def pack(
         arrays, device
     )
     if ring and hops:
-        ring.calls[key_of(window, device)] = with_tensors(hops, iter(rest))
+        ring.calls[key_of(window, True, device)] = with_tensors(hops, iter(rest))
     segments = Segments(
         positions_T=positions_T,
         cu_seqlens=cu_seqlens,

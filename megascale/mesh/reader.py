@@ -64,11 +64,12 @@ class MicroBatchReader:
     axis: HdpAxis | None = None
     """How ranks that share sequences reach one another; None where no ring has two."""
     window: int | None = None
-    """That of attention."""
+    """The window of attention."""
 
     def read(self, plan: StepPlan, batch: GlobalBatch) -> Iterator[MicroBatch]:
-        """This rank's micro-batches in plan order. On CPU each is read from disk when it is asked
-        for; on CUDA a thread reads them ahead, and starts their copies to the device."""
+        """This rank's micro-batches in plan order. On CPU each is read from disk when the caller
+        asks for it. On CUDA a thread reads them in advance and starts their copies to the device.
+        """
         batches = self._read(plan, batch)
         return ahead(batches, self.device) if self.device.type == "cuda" else batches
 

@@ -32,26 +32,26 @@ class _Block(NamedTuple):
     """Which chunks of their shares: blocks of equal `chunks` have no row in common."""
 
 
-def key_of(window: int | None, device: torch.device) -> Any:
-    """The key in `RingShare.calls` of the calls of a kernel that takes many segments."""
-    return window, True, device
+def key_of(window: int | None, grouped: bool, device: torch.device) -> Any:
+    """The key of calls in `RingShare.calls`; `grouped` is that of the kernel."""
+    return window, grouped, device
 
 
 def calls_of(share: RingShare, window: int | None, kernel: Kernel, device: torch.device) -> Hops:
     """What to compute at each hop. Made once per micro-batch; all layers do the same."""
-    if kernel.grouped:
-        key = key_of(window, device)
-        if key not in share.calls:  # the micro-batch was packed without this window
-            hops = host_calls(share, window)
-            share.calls[key] = with_tensors(hops, iter(send_arrays(arrays_of(hops), device)))
-        return share.calls[key]
-    key = (window, False, device)
-    if key not in share.calls:
-        share.calls[key] = [
+    key = key_of(window, kernel.grouped, device)
+    if key in share.calls:
+        hops: Hops = share.calls[key]
+    elif kernel.grouped:  # the micro-batch was packed without this window
+        on_host = host_calls(share, window)
+        hops = with_tensors(on_host, iter(send_arrays(arrays_of(on_host), device)))
+    else:
+        hops = [
             [_single(band) for block in blocks for band in _bands(block)]
             for blocks in _by_hop(share, window)
         ]
-    return share.calls[key]
+    share.calls[key] = hops
+    return hops
 
 
 def host_calls(share: RingShare, window: int | None) -> Hops:
@@ -60,7 +60,7 @@ def host_calls(share: RingShare, window: int | None) -> Hops:
 
 
 def arrays_of(hops: Hops) -> list[np.ndarray]:
-    """The arrays of all calls, in an order."""
+    """The arrays of all calls, in the order of hops, calls and fields."""
     values = (
         value
         for calls in hops
@@ -71,7 +71,7 @@ def arrays_of(hops: Hops) -> list[np.ndarray]:
 
 
 def with_tensors(hops: Hops, tensors: Iterator[torch.Tensor]) -> Hops:
-    """The calls with tensors in the place of their arrays; `tensors` are in that order."""
+    """The calls with tensors in the place of their arrays, in the order of `arrays_of`."""
 
     def moved(value: Any) -> Any:
         return next(tensors) if isinstance(value, np.ndarray) else value

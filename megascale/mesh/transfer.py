@@ -16,7 +16,7 @@ T = TypeVar("T")
 ALIGNED_BYTES = 16
 """Each array of a copy begins at a multiple of it."""
 AHEAD = 2
-"""Items that are made before they are asked for."""
+"""Items that are made in advance."""
 
 
 def send(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
@@ -43,11 +43,11 @@ def send_arrays(arrays: Sequence[np.ndarray], device: torch.device) -> list[torc
 
 
 def ahead(items: Iterator[T], device: torch.device, number: int = AHEAD) -> Iterator[T]:
-    """The same items, made by a thread: up to `number` of them before they are asked for.
+    """The same items, made by a thread: up to `number` of them in advance.
 
-    It begins at once, with `device` as its current one where that is CUDA. Its copies are queued on
-    the device's default stream, so that what a model computes comes after them. What making an item
-    raises is raised where the item is asked for.
+    The thread begins at once. On CUDA, `device` is its current device, and it queues copies on the
+    default stream, so the model computes after them. An error in making an item is raised when the
+    caller asks for that item.
     """
     begin = partial(torch.cuda.set_device, device) if device.type == "cuda" else None
     thread = ThreadPoolExecutor(1, "micro-batches", initializer=begin)

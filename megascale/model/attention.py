@@ -37,7 +37,7 @@ class PackedAttention(torch.nn.Module):
         self.window = window
         self.keeps_product: bool = config.qk_layernorm
         """Whether the norm of keys keeps its input, a view of the product with the weights of
-        queries, keys and values. Else a copy of the values frees that product."""
+        queries, keys and values. If not, a copy of the values frees that product."""
 
     def forward(
         self,

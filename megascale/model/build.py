@@ -31,8 +31,8 @@ from megascale.model.vocabulary import exclude_padding
 from megascale.runtime.distributed import Ranks
 
 CUDA_TOKENS = 128
-"""Lengths of micro-batches on CUDA are multiples of it, so that the tiles of matrix products are
-full and the allocator sees fewer sizes."""
+"""Lengths of micro-batches on CUDA are multiples of it: the tiles of matrix products are full, and
+the allocator sees fewer sizes."""
 
 
 def build_model(config: RunConfig, ranks: Ranks) -> Model:
@@ -134,9 +134,9 @@ def _leave(weight: torch.Tensor) -> torch.Tensor:
 def pack_multiple(config: RunConfig, device: torch.device) -> int:
     """Micro-batches are padded to a multiple of this many tokens.
 
-    Sequence parallelism needs one that the tensor ranks can share. On CUDA it is one of CUDA_TOKENS
-    too. The allgather dispatcher needs the same number of tokens on all ranks of an expert group:
-    the whole capacity.
+    Sequence parallelism needs a multiple of the tensor ranks. On CUDA it is a multiple of
+    CUDA_TOKENS too. The allgather dispatcher needs the same number of tokens on all ranks of an
+    expert group: the whole capacity.
     """
     tensor = config.parallel.tensor
     multiple = lcm(tensor, CUDA_TOKENS) if device.type == "cuda" else tensor

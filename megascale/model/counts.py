@@ -25,7 +25,7 @@ weights reads and writes 8 bytes for 2 operations per token of the chunk: 512 op
 Current GPUs are limited by memory below 160 to 300. Small vocabularies take one chunk.
 """
 LOSS_CHUNK_MULTIPLE = 128
-"""Of the tokens of a chunk, but for the last: so tiles of matrix products are full."""
+"""Tokens of a chunk are a multiple of it, except in the last: tiles of products are full."""
 
 
 def padded_vocab_size(model: ModelConfig, tensor: int = 1) -> int:

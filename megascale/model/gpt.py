@@ -15,7 +15,7 @@ from megascale.model.linear_cross_entropy import VocabularyPart, linear_cross_en
 
 
 class Gpt(GPTModel):  # type: ignore[misc]
-    """What `forward` returns on the last pipeline stage depends on what it is given.
+    """On the last pipeline stage, the arguments of `forward` decide what it returns.
 
     With `labels` and `loss_mask`: the summed loss of the tokens that count, a scalar, by
     `linear_cross_entropy`. With `labels` alone: the loss of each token, from all logits, by

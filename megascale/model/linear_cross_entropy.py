@@ -29,7 +29,7 @@ class VocabularyPart:
     rows: int
     """Rows of the output weights that are multiplied, the first ones. The same on all ranks."""
     known: int
-    """Of these the first so many belong to ids. The others have probability 0."""
+    """The first `known` of these rows belong to ids. The others have probability 0."""
     first: int = 0
     """Id of the first row."""
     group: dist.ProcessGroup | None = None
@@ -67,11 +67,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
             gradients = (torch.empty_like(hidden), torch.zeros_like(weight, dtype=exact))
         for chunk in _chunks(len(hidden), part.rows, hidden.element_size()):
             given = hidden[chunk], weight[: part.rows], targets[chunk], mask[chunk]
-            if gradients is None:
-                losses[chunk] = _losses(*given, part)
-            else:
-                into = gradients[0][chunk], gradients[1][: part.rows]
-                losses[chunk] = _losses(*given, part, into)
+            into = gradients and (gradients[0][chunk], gradients[1][: part.rows])
+            losses[chunk] = _losses(*given, part, into)
         ctx.gradients, ctx.weight = gradients, weight
         return (losses * mask).sum()
 
@@ -87,11 +84,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 
 def _accumulated(weight: Any, gradient_VD: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
-    """What autograd is given for `weight`, of which `factor * gradient_VD` is the gradient.
+    """What autograd gets as the gradient of `weight`, which is `factor * gradient_VD`.
 
-    Where megatron-core reduces gradients the product goes straight to its fp32 buffer, as from its
-    own fused linear layers. Then autograd gets zeros, which take no memory: a tied embedding adds
-    its part to them, and the hook that announces a gradient wants one.
+    Where megatron-core reduces gradients, the product is added to its fp32 buffer, as its own fused
+    linear layers do. Then autograd gets zeros, which take no memory: a tied embedding adds its part
+    to them, and megatron-core's hook needs a gradient.
     """
     if not hasattr(weight, "grad_added_to_main_grad"):
         return gradient_VD.mul_(factor)
@@ -106,7 +103,7 @@ def _losses(
     targets_C: torch.Tensor,
     mask_C: torch.Tensor,
     part: VocabularyPart,
-    gradients: tuple[torch.Tensor, torch.Tensor] | None = None,
+    gradients: tuple[torch.Tensor, torch.Tensor] | None,
 ) -> torch.Tensor:
     """Losses (C) of a chunk.
 

@@ -59,10 +59,10 @@ class Model:
             chunk.zero_grad_buffer()
 
     def finish_gathers(self) -> None:
-        """Make the weights of all chunks those after the last step, for all ranks to call.
+        """Bring the weights of all chunks to their values after the last step; all ranks call it.
 
-        Where gathers overlap with computation, the next forward pass begins them, and until then a
-        rank has new values of the weights that its optimizer keeps, and old values of all others.
+        Where gathers overlap with computation, the next forward pass begins them. Until then a rank
+        has new values only of the weights that its optimizer updates.
         """
         for chunk in self.chunks:
             if chunk.ddp_config.overlap_param_gather:

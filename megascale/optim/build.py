@@ -10,7 +10,7 @@ import torch
 
 from megascale.config import RunConfig
 from megascale.model.model import Model
-from megascale.optim.fused import fuse, is_fused, step_on_device
+from megascale.optim.fused import SMALLEST_NORM, TORCH_ADAM, fuse, is_fused, step_on_device
 from megascale.optim.optimizer_kind import StateTensors, find_optimizer
 
 
@@ -49,7 +49,7 @@ class Optimizer:
         that bias correction goes by. torch's Adam counts per parameter, all others per group."""
         for inner in self.inner:
             inner.init_state_fn(inner.optimizer, inner.config)
-            per_parameter = isinstance(inner.optimizer, (torch.optim.Adam, torch.optim.AdamW))
+            per_parameter = isinstance(inner.optimizer, TORCH_ADAM)
             for group in inner.optimizer.param_groups:
                 if not per_parameter:
                     group["step"] = steps
@@ -118,7 +118,7 @@ def apply_gradients(
     norm = float(core.get_grad_norm()) / loss_tokens
     stepped = bool(good_loss) and math.isfinite(norm)
     if stepped:
-        clip = min(1.0, clip_grad_norm / (norm + 1e-6)) if clip_grad_norm else 1.0
+        clip = min(1.0, clip_grad_norm / (norm + SMALLEST_NORM)) if clip_grad_norm else 1.0
         model.scale_gradients(clip / loss_tokens)
         core.step_with_ready_grads()
     verdict = torch.full_like(good_loss, stepped)

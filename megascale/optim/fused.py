@@ -30,7 +30,7 @@ def fuse(inner: Sequence[Any]) -> None:
 def is_fused(inner: Sequence[Any]) -> bool:
     """Whether all of these optimizers are; the same on all ranks, each of which has weights.
 
-    In groups of other optimizers `fused` may mean something else.
+    The groups of other optimizers may have an option `fused` with another meaning.
     """
     return bool(inner) and all(
         isinstance(one.optimizer, TORCH_ADAM)

@@ -137,6 +137,11 @@ def start(config: RunConfig) -> Ranks:
     return _describe(layout, rank, local_rank, device, control, why)
 
 
+def device_name(device: torch.device) -> str:
+    """The model of a GPU; "cpu" for a CPU."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+
+
 def device_bytes(device: torch.device) -> int:
     """Memory of a GPU that tensors of this process take; 0 on CPU."""
     return torch.cuda.memory_allocated(device) if device.type == "cuda" else 0

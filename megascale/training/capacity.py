@@ -1,4 +1,4 @@
-"""`planner.capacity_tokens: auto` on the ranks of a run: the number of the fullest device."""
+"""`planner.capacity_tokens: auto` on the ranks of a run: what the smallest device holds."""
 
 from __future__ import annotations
 

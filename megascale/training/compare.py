@@ -23,7 +23,7 @@ from megascale.planner import CostModel, Problem, StepPlan, find_planner
 from megascale.planner.fit import fit_cost
 from megascale.run.resolve import ResolvedRun
 from megascale.run.step_problem import cost_model, following_batches, step_problem
-from megascale.runtime.distributed import Ranks
+from megascale.runtime.distributed import Ranks, device_name
 from megascale.training.begin import token_sources
 from megascale.training.calibrate import calibrate
 from megascale.training.reading import reader_of
@@ -128,11 +128,10 @@ def compare_on_ranks(
 
 
 def _setting(config: RunConfig, ranks: Ranks) -> Setting:
-    on_gpu = ranks.device.type == "cuda"
     mine = len(os.sched_getaffinity(0))
     return Setting(
         ranks=ranks.world,
-        device=torch.cuda.get_device_name(ranks.device) if on_gpu else "cpu",
+        device=device_name(ranks.device),
         cores=max(mine, os.cpu_count() or 1),
         usable_cores=min(mine, ranks.world * torch.get_num_threads()),
         precision=config.train.precision,
@@ -155,8 +154,8 @@ def _introduction(config: RunConfig, setting: Setting) -> Iterator[str]:
     )
     if setting.device == "cpu" and ranks > setting.usable_cores:
         yield (
-            f"{ranks} ranks share {setting.usable_cores} cores: a ratio is one of total work more "
-            "than of balance, since a rank that waits leaves its core to another"
+            f"{ranks} ranks share {setting.usable_cores} cores: ratios show total work more than "
+            "balance, since a rank that waits leaves its core to another rank"
         )
 
 
@@ -181,14 +180,14 @@ def _costs(
 
 
 class Progress:
-    """Says now and then how far the steps are, and about how long they still take."""
+    """Prints the number of the step and the time left, at most every `TELL_EVERY_S` seconds."""
 
     def __init__(self, total: int, say: Callable[[str], None]) -> None:
         self._total, self._say, self._done = total, say, 0
         self._began = self._told = time.monotonic()
 
     def show(self, planner: str) -> None:
-        """Take note that a step begins."""
+        """Count a step that begins."""
         now = time.monotonic()
         if self._done and now - self._told > TELL_EVERY_S:
             left_s = (now - self._began) / self._done * (self._total - self._done)

@@ -49,9 +49,9 @@ class PlannedBatch:
 
     @property
     def static_s(self) -> float | None:
-        """Predicted seconds of static context parallelism, on rank 0; None where there are none.
+        """Predicted seconds of static context parallelism, on rank 0; else None.
 
-        They are known before the next step's plan, so a step that is done seldom waits for them.
+        They are known before the next step's plan, so the end of a step rarely waits for them.
         """
         return None if self.static is None else self.static.result()
 

@@ -31,7 +31,7 @@ from megascale.monitor.time_spent import TimeSpent
 from megascale.optim.schedule import joints, lr_at
 from megascale.run.folder import RunFolder
 from megascale.run.heldout_sets import changed, evaluations_of, first_scores, in_words
-from megascale.runtime.distributed import Ranks
+from megascale.runtime.distributed import Ranks, device_name
 from megascale.runtime.logs import say, settle_console
 from megascale.training.evaluate import HeldoutScore
 from megascale.training.feed import PlannedBatch
@@ -82,7 +82,7 @@ class Recorder:
         self._failures: set[str] = set()
         self._finish_s = HURRIED_S
         self._bytes_per_token = bytes_per_token(sources[name] for name in config.data.sources)
-        self._device = _device_name(ranks)
+        self._device = device_name(ranks.device)
         self._peak = peak_flops(self._device, config.train.precision)
         self._spent = TimeSpent()
         if not self._speaks:
@@ -385,11 +385,3 @@ def _lr_outlook(config: RunConfig, cursor: Cursor) -> str:
     parts = [f"learning rate {lr_at(cursor.tokens_seen, schedule):.3g} now"]
     parts += [f"{lr:.3g} at {tokens:,} tokens" for tokens, lr in ahead[:3]]
     return ", ".join(parts)
-
-
-def _device_name(ranks: Ranks) -> str:
-    if ranks.device.type == "cpu":
-        return "cpu"
-    import torch
-
-    return torch.cuda.get_device_name(ranks.device)

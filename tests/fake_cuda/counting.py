@@ -33,13 +33,11 @@ class Counts:
     """What happened since they were begun."""
 
     launches: Counter[str] = field(default_factory=Counter)
-    """Kernel launches by operator. A function that torch.compile would fuse is one launch."""
+    """Kernel launches by operator."""
     bytes: Counter[str] = field(default_factory=Counter)
     """Bytes that these read and write, by operator."""
     messages: Counter[str] = field(default_factory=Counter)
     """Collectives and point-to-point messages, by their operation."""
-    sent_bytes: Counter[str] = field(default_factory=Counter)
-    """Bytes of these, by their operation."""
     syncs: Counter[str] = field(default_factory=Counter)
     """Where the host waits for the device: what, and the function that asks for it."""
     copies: Counter[str] = field(default_factory=Counter)
@@ -60,26 +58,23 @@ class Counts:
 
 
 class Device(TorchDispatchMode):
-    """Sees every operator on tensors of the fake device; `top_k` experts take each token."""
+    """Sees every operator on tensors of the fake device."""
 
     def __init__(self, selected: Callable[[torch.Tensor], int] = len) -> None:
         """`selected` is how many elements a mask selects."""
         super().__init__()
         self.counts = Counts()
         self._selected = selected
-        self._held: dict[int, int] = {}
-        self._fused = False
-
-    @property
-    def held_bytes(self) -> int:
-        """Device memory of the tensors that exist."""
-        return sum(self._held.values())
+        self._storages: dict[int, int] = {}
+        """Bytes of each storage that exists."""
+        self._used_bytes = 0
+        """Sum of these."""
 
     @contextlib.contextmanager
     def counting(self) -> Iterator[Counts]:
         """Counts of what runs inside."""
         outer, self.counts = self.counts, Counts()
-        self.counts.start_bytes = self.counts.peak_bytes = self._sum = self.held_bytes
+        self.counts.start_bytes = self.counts.peak_bytes = self._used_bytes
         try:
             yield self.counts
         finally:
@@ -89,26 +84,9 @@ class Device(TorchDispatchMode):
         """The host waits."""
         self.counts.syncs[f"{what} in {caller()}"] += 1
 
-    def send(self, operation: str, tensor: torch.Tensor) -> None:
+    def send(self, operation: str) -> None:
         """A message."""
         self.counts.messages[operation] += 1
-        self.counts.sent_bytes[operation] += tensor.numel() * tensor.element_size()
-
-    def fuse(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """`function` as torch.compile would make it: one launch, without intermediate tensors."""
-
-        def fused(*tensors: Any) -> Any:
-            if self._fused or not any(_is_on_device(one) for one in tensors):
-                return function(*tensors)
-            self._fused = True
-            try:
-                results = function(*tensors)
-            finally:
-                self._fused = False
-            self._count(getattr(function, "__name__", "fused"), list(tensors), _tensors(results))
-            return results
-
-        return fused
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Count, and give values where an operator asks for them."""
@@ -128,8 +106,8 @@ class Device(TorchDispatchMode):
         made = _tensors(results)
         self._see_copy(name, args, kwargs, given, made)
         if func.namespace == "c10d":
-            self.send(name, given[0])
-        elif not self._fused:
+            self.send(name)
+        else:
             made = _tensors([results, _changed(func, args, kwargs)])
             self._count(name if not func.is_view else "view", given, made)
         return results
@@ -176,16 +154,16 @@ class Device(TorchDispatchMode):
     def _hold(self, tensor: torch.Tensor) -> None:
         storage = tensor.untyped_storage()
         key = storage._cdata
-        if key in self._held:
+        if key in self._storages:
             return
         size = -(-storage.nbytes() // GRAIN_BYTES) * GRAIN_BYTES
-        self._held[key] = size
-        self._sum = getattr(self, "_sum", 0) + size
-        self.counts.peak_bytes = max(self.counts.peak_bytes, self._sum)
+        self._storages[key] = size
+        self._used_bytes += size
+        self.counts.peak_bytes = max(self.counts.peak_bytes, self._used_bytes)
         weakref.finalize(storage, self._let_go, key)
 
     def _let_go(self, key: int) -> None:
-        self._sum -= self._held.pop(key, 0)
+        self._used_bytes -= self._storages.pop(key, 0)
 
 
 def caller() -> str:

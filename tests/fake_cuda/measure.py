@@ -7,7 +7,6 @@ Prints a table. A file gets the counts as "now"; what it has as "before" stays.
 from __future__ import annotations
 
 import json
-import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -110,7 +109,6 @@ def rows() -> Iterator[Row]:
 
 def main() -> None:
     """Print the table, and write it where a file is named."""
-    sys.path.insert(0, str(Path(__file__).parent))
     fake_device.install()
     path = Path(sys.argv[1]) if len(sys.argv) > 1 else None
     before = json.loads(path.read_text())["before"] if path and path.exists() else {}
@@ -125,5 +123,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    os.environ.setdefault("PYTHONWARNINGS", "ignore")
     main()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import inspect
 import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
@@ -98,9 +97,7 @@ def scene(*overrides: str, world: int = 1, rank: int = 0) -> Iterator[Scene]:
         leave.enter_context(_values(config))
         leave.enter_context(_messages(device))
         leave.enter_context(patch.object(transfer, "ThreadPoolExecutor", _SameThread))
-        learner = _learner(config)
-        leave.enter_context(_compiled(device))
-        yield Scene(config, learner, device)
+        yield Scene(config, _learner(config), device)
 
 
 @contextlib.contextmanager
@@ -167,19 +164,19 @@ class _Work:
 
 @contextlib.contextmanager
 def _messages(device: Device) -> Iterator[None]:
-    """Messages for which torch has no fake operator, by the bytes of their larger tensor."""
+    """Messages for which torch has no fake operator."""
     import megatron.core.distributed.param_and_grad_buffer as buffers
 
     def collective(name: str) -> Any:
-        def send(output: torch.Tensor, given: torch.Tensor, *args: Any, **kwargs: Any) -> _Work:
-            device.send(name, max((output, given), key=torch.Tensor.numel))
+        def send(*args: Any, **kwargs: Any) -> _Work:
+            device.send(name)
             return _Work()
 
         return send
 
     def exchange(messages: Sequence[Any]) -> list[_Work]:
         for message in messages:
-            device.send(message.op.__name__, message.tensor)
+            device.send(message.op.__name__)
         return [_Work() for _ in messages]
 
     @contextlib.contextmanager
@@ -222,19 +219,4 @@ def _values(config: Any) -> Iterator[None]:
         patch.object(FakeTensor, "tolist", tolist),
         patch.object(token_dispatcher, "sort_chunks_by_idxs", sort),
     ):
-        yield
-
-
-@contextlib.contextmanager
-def _compiled(device: Device) -> Iterator[None]:
-    """Each function that is compiled on a device is one launch."""
-    import megatron.core.fusions.fused_bias_swiglu as fused
-
-    from megascale.runtime.cuda import COMPILED
-
-    with contextlib.ExitStack() as leave:
-        for name in COMPILED:
-            function = inspect.unwrap(getattr(fused, name))
-            function = getattr(function, "_torchdynamo_orig_callable", function)
-            leave.enter_context(patch.object(fused, name, device.fuse(function)))
         yield

@@ -2,12 +2,11 @@
 
 import json
 import shutil
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 from crash_drill import curve
+from memory_limit import on_linux, run_python
 from test_checkpoint import Run
 from test_train import command
 from tiny_corpus import tiny_config
@@ -388,26 +387,20 @@ def test_a_run_grows_by_itself(ranks, growing, tmp_path):
 
 
 UNDER_A_LIMIT = """
-import resource, sys
+import sys
+from memory_limit import limit_memory
 from megascale import cli
 from megascale.runtime import distributed
 distributed.prepare_device("cpu")
-import torch
 base, warm, out, size = *sys.argv[1:4], int(sys.argv[4])
 words = ["--operator", "stack", "--factor", "2", "--out"]
 assert cli.main(["grow", sys.argv[5], *words, warm]) == 0  # loads what is loaded once
-data = next(line for line in open("/proc/self/status") if line.startswith("VmData"))
-limit = int(data.split()[1]) * 1024 + size // 4
-resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
-try:
-    torch.zeros(size // 4)
-    sys.exit("the limit does not bind")
-except (RuntimeError, MemoryError):
-    sys.exit(cli.main(["grow", base, *words, out]))
+limit_memory(size // 4)
+sys.exit(cli.main(["grow", base, *words, out]))
 """
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="the limit is Linux's RLIMIT_DATA")
+@on_linux
 def test_the_command_needs_a_quarter_of_the_checkpoint(ranks, tmp_path):
     """A whole model of four times the memory that the process may take, its count doubled."""
     small, base, out = tmp_path / "small", tmp_path / "base", tmp_path / "out"
@@ -416,18 +409,11 @@ def test_the_command_needs_a_quarter_of_the_checkpoint(ranks, tmp_path):
     words = ("--operator", "stack", "--factor", "24", "--out", base)
     assert ranks(1, command, "grow", small, *words)[0][0] == 0
     size = sum(file.stat().st_size for file in base.rglob("*") if file.is_file())
-    arguments = [base, tmp_path / "warm", out, size, small]
-    done = subprocess.run(
-        [sys.executable, "-c", UNDER_A_LIMIT, *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stdout[-500:] + done.stderr[-2000:]
+    said = run_python(UNDER_A_LIMIT, base, tmp_path / "warm", out, size, small)
     assert size > 150_000_000
     grown = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
     assert grown == pytest.approx(2 * size, rel=0.02)
-    assert "24 layers become 48" in done.stdout
+    assert "24 layers become 48" in said
 
 
 def test_plan_and_picture_show_both_models_of_a_run_that_grows(growing, tmp_path):

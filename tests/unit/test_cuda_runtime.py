@@ -43,30 +43,6 @@ def test_segments_of_the_allocator_grow_unless_the_user_chose(with_cuda, monkeyp
     assert "PYTORCH_ALLOC_CONF" not in os.environ
 
 
-def test_a_function_is_compiled_once_for_all_lengths(monkeypatch):
-    from torch._dynamo.testing import CompileCounter
-
-    counter = CompileCounter()
-    monkeypatch.setattr(
-        torch, "compile", lambda function, **options: torch._dynamo.optimize(counter)(function)
-    )
-
-    def inner(x):
-        return x.sin()
-
-    def outer(x, y):
-        return inner(x) * y
-
-    inner, outer = cuda.compiled_for_any_length(inner), cuda.compiled_for_any_length(outer)
-    assert cuda.compiled_for_any_length(outer) is outer
-    for length in (7, 12, 5, 640):
-        x, y = torch.randn(length, 6), torch.randn(length, 1)
-        torch.testing.assert_close(outer(x, y), x.sin() * y)
-    assert counter.frame_count == 1
-    outer(torch.randn(1, 6), torch.randn(1, 1))
-    assert counter.frame_count <= 2
-
-
 SMALL = """
 model: {num_layers: 2, hidden_size: 96, num_heads: 4, head_dim: 24}
 data: {sources: {a: {path: none}}, context_tokens: 4096}

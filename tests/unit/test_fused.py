@@ -1,7 +1,7 @@
 """Triton kernels against their twins, in Triton's interpreter, and twins against plain torch.
 
-The interpreter wants to be asked for before triton is imported, so kernels run in a process of
-their own, which prints what differs by more than it may.
+The interpreter must be chosen before triton is imported, so kernels run in a process of their own,
+which fails where a difference is above its limit.
 """
 
 import importlib.util
@@ -66,7 +66,7 @@ def softmax_agrees(dtype, allowed):
         check("gradient", mine, theirs, allowed)
     spoilt = torch.tensor([[0.0, float("nan"), 1.0]], dtype=dtype)
     _, total, _ = triton_softmax.summarise(spoilt, 3, torch.zeros(1, dtype=torch.int64))
-    assert total.isnan(), "a number that is none shows"
+    assert total.isnan(), "a NaN shows"
 
 
 def swiglu_agrees(dtype, allowed):

@@ -1,13 +1,12 @@
 """Growth streams: a checkpoint of four times the memory that the process may take is grown."""
 
-import subprocess
-import sys
-
 import pytest
+from memory_limit import on_linux, run_python
 
 MAKE_AND_GROW = """
-import resource, sys
+import sys
 from pathlib import Path
+from memory_limit import limit_memory
 from megascale.runtime import distributed
 distributed.prepare_device("cpu")
 import torch
@@ -39,28 +38,14 @@ def grow(base, layers, out):
 grow(*written("small", 1), "warm")  # what is loaded once is no part of the checkpoint's memory
 base = written("base", 120)
 size = sum(file.stat().st_size for file in (folder / "base").iterdir())
-data = next(line for line in open("/proc/self/status") if line.startswith("VmData"))
-limit = int(data.split()[1]) * 1024 + size // 4
-resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
-try:
-    torch.zeros(size // 4)
-    sys.exit("the limit does not bind")
-except (RuntimeError, MemoryError):
-    pass
+limit_memory(size // 4)
 grow(*base, "out")
 print(size, sum(file.stat().st_size for file in (folder / "out").iterdir()))
 """
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="the limit is Linux's RLIMIT_DATA")
+@on_linux
 @pytest.mark.parametrize("operator, times", [("stack", 2), ("width", 4)])
 def test_a_checkpoint_larger_than_memory_grows(tmp_path, operator, times):
-    done = subprocess.run(
-        [sys.executable, "-c", MAKE_AND_GROW, str(tmp_path), operator],
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    before, after = map(int, done.stdout.split())
+    before, after = map(int, run_python(MAKE_AND_GROW, tmp_path, operator).split())
     assert before > 120_000_000 and after == pytest.approx(times * before, rel=0.01)

@@ -1,13 +1,11 @@
-"""Megatron checkpoints of every version and kind of folder, and more of them than memory holds."""
+"""Megatron checkpoints of every version and kind of folder, and one larger than memory."""
 
 import pickle
-import resource
-import subprocess
-import sys
 from argparse import Namespace
 
 import pytest
 import torch
+from memory_limit import limit_memory, on_linux, run_python
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, MetadataIndex
 
@@ -77,7 +75,7 @@ def test_common_state_may_stand_among_the_tensors(tmp_path):
     assert (foreign.progress.iteration, foreign.tokens) == (9, 5 * 32)
 
 
-def test_megatron_bridge_says_it_in_other_files(tmp_path):
+def test_megatron_bridge_has_options_and_progress_in_files_of_its_own(tmp_path):
     import yaml
 
     folder = written(tmp_path / "bridge", {"iteration": 1})
@@ -94,7 +92,7 @@ def test_a_run_that_starts_from_one_is_sent_to_import(tmp_path):
     from megascale.checkpoint.load import read_manifest
 
     folder = written(tmp_path / "theirs" / "iter_0000001", {"args": arguments()})
-    with pytest.raises(UserError, match="if it is one of Megatron: megascale import"):
+    with pytest.raises(UserError, match="if Megatron wrote it: megascale import"):
         read_manifest(folder)
     (folder.parent / "latest_checkpointed_iteration.txt").write_text("1")
     with pytest.raises(UserError, match="is a checkpoint of Megatron; megascale import makes"):
@@ -171,27 +169,13 @@ def import_within(folder):
     bring("small")  # what is loaded once is no part of the checkpoint's memory
     make("large", 100)
     size = sum(file.stat().st_size for file in (folder / "large").iterdir())
-    data = next(line for line in open("/proc/self/status") if line.startswith("VmData"))
-    limit = int(data.split()[1]) * 1024 + size // 4
-    resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
-    try:
-        torch.zeros(size // 4)
-        sys.exit("the limit does not bind")
-    except (RuntimeError, MemoryError):
-        pass
+    limit_memory(size // 4)
     bring("large")
     print(size, sum(file.stat().st_size for file in (folder / "large-out").iterdir()))
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="the limit is Linux's RLIMIT_DATA")
+@on_linux
 def test_an_import_of_four_times_the_memory_stays_below_it(tmp_path):
-    code = f"import test_megatron_import as t; t.import_within({str(tmp_path)!r})"
-    done = subprocess.run(
-        [sys.executable, "-c", f"import sys; sys.path[:0] = {sys.path!r}; {code}"],
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    before, after = map(int, done.stdout.split())
+    code = "import sys, test_megatron_import as t; t.import_within(sys.argv[1])"
+    before, after = map(int, run_python(code, tmp_path).split())
     assert before > 60_000_000 and after == pytest.approx(0.75 * before, rel=0.05)

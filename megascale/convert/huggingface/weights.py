@@ -12,12 +12,12 @@ from megascale.checkpoint.tensors import Piece, Tensors
 from megascale.config import ModelConfig
 from megascale.convert.huggingface.families import family_of
 from megascale.convert.huggingface.model_files import ModelFiles
+from megascale.convert.router_loads import even_loads
 from megascale.errors import UserError
 from megascale.model.initialise import CLOSED_TOKENS
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 CLOSED = f"decoder.layers.{CLOSED_TOKENS}"
-LOADS = ("decoder.layers.mlp.router.load_E", "decoder.layers.mlp.router.earlier_E")
 NOT_WEIGHTS = ".rotary_emb.inv_freq"
 """End of the names of tables that old versions of transformers saved too."""
 
@@ -150,9 +150,7 @@ def import_pieces(files: ModelFiles, model: ModelConfig, dtype: torch.dtype) -> 
     """The pieces of our checkpoint, one box of one layer at a time."""
     for match in matches(model):
         yield match.piece(match.join([files.read(name) for name in match.names]).to(dtype))
-    if model.moe is not None:
-        for name in LOADS:
-            yield Piece.whole(name, torch.ones(model.num_layers, model.moe.num_experts))
+    yield from even_loads(model)
 
 
 def check_files(files: ModelFiles, model: ModelConfig) -> torch.dtype:

@@ -1,4 +1,4 @@
-"""What a Megatron checkpoint says of its model, under the names of Megatron's arguments, of
+"""The options of a Megatron checkpoint's model, under the names of Megatron's arguments, of
 `TransformerConfig` or of Megatron-Bridge."""
 
 from __future__ import annotations
@@ -60,24 +60,24 @@ REFUSED: dict[str, Values] = {
     "moe_router_group_topk": NONE,
     "moe_latent_size": NONE,
 }
-"""Options of the model, and the values that our model can be."""
+"""Options of the model, and the values of them that our model has."""
 SILU = ("silu", "swish")
 _MISSING = object()
 
 
 @dataclass
 class Description:
-    """Options by name, and which of them were looked for in vain."""
+    """Options by name, and the defaults taken for missing ones."""
 
     where: str
-    """Where they stand; begins errors."""
+    """The files that they are from; begins errors."""
     values: Mapping[str, Any]
     assumed: dict[str, Any] = field(default_factory=dict)
-    """Options that nothing says, and what was taken for them."""
+    """Missing options, and the default taken for each."""
 
     @staticmethod
     def of(source: Source, by_hand: Mapping[str, Any] | None, path: str) -> Description:
-        """The options of a checkpoint; `by_hand` is a YAML from `path`, which wins.
+        """The options of a checkpoint. Those of `by_hand`, a YAML from `path`, come first.
 
         Raises UserError where there are none.
         """
@@ -91,14 +91,14 @@ class Description:
             parts[f"args of {source.folder / COMMON}"] = vars(arguments)
         if not parts:
             raise UserError(
-                f"{source.folder} does not say of which architecture it is (no args in {COMMON}, "
+                f"{source.folder} does not say which architecture it has (no args in {COMMON}, "
                 f"no {RUN_CONFIG}); write its options into a YAML under Megatron's names "
                 "(num_layers, hidden_size, num_attention_heads, ...) and give it with "
                 "--architecture FILE"
             )
         values: dict[str, Any] = {}
         for part in reversed(parts.values()):
-            values |= {name: value for name, value in part.items() if not _is_unknown(value)}
+            values |= {n: value for n, value in part.items() if not isinstance(value, Skipped)}
         return Description(" and ".join(parts), values)
 
     def has(self, name: str) -> bool:
@@ -121,10 +121,10 @@ class Description:
         self.assumed[names[0]] = default
         return default
 
-    def number(self, *names: str, default: Any = _MISSING) -> Any:
+    def number(self, *names: str, default: Any = _MISSING) -> int:
         """`get` of a whole number from 1 on. Raises UserError for anything else."""
         value = self.get(*names, default=default)
-        if value is not None and (type(value) is not int or value < 1):
+        if type(value) is not int or value < 1:
             raise UserError(f"{self.where}: {names[0]} = {str(value)[:40]} must be a whole number")
         return value
 
@@ -146,7 +146,7 @@ class Description:
 
 
 def _flat(document: Mapping[str, Any]) -> Mapping[str, Any]:
-    """A YAML with a section `model`, and the options of others that count, on one level."""
+    """A YAML with a section `model`: its options, and those of other sections that count."""
     model = document.get("model")
     if not isinstance(model, dict):
         return document
@@ -159,11 +159,6 @@ def _flat(document: Mapping[str, Any]) -> Mapping[str, Any]:
         if name in section
     }
     return {**others, **model}
-
-
-def _is_unknown(value: Any) -> bool:
-    """Whether a value is an object that was passed over; a function still has its name."""
-    return isinstance(value, Skipped)
 
 
 def _name_of(value: Any) -> str:

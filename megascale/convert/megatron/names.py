@@ -1,9 +1,10 @@
-"""Names of tensors in Megatron's checkpoints, and where in them a box of one of ours is.
+"""Names of tensors in Megatron's checkpoints, and the place of a box of our tensors in them.
 
-megatron-core names tensors alike for its local layers and for those of Transformer Engine, but for
-two norms. Layers stand along the first axis of `decoder.layers.*` and experts along the next, or
-each has a name of its own: `decoder.layers.3.*`, `experts.experts.5.*` (checkpoints of layers that
-differ, and `singleton_local_shards`), where the halves of a gated matrix are apart too.
+megatron-core's local layers and Transformer Engine's have the same names, except for two norms.
+There are two forms. Stacked: layers are along the first axis of `decoder.layers.*`, and experts
+along the next. Apart: each has its own name, `decoder.layers.3.*`, `experts.experts.5.*`, and the
+halves of a gated matrix are two tensors. Megatron takes the second form for layers that differ,
+and for `singleton_local_shards`.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ ALIASES = {
     "self_attention.linear_qkv.layer_norm_weight": "input_layernorm.weight",
     "mlp.linear_fc1.layer_norm_weight": "pre_mlp_layernorm.weight",
 }
-"""Our names of norms, and the others that Megatron has for them."""
+"""Our names of norms, and the other names that Megatron has for them."""
 NO_WEIGHT = re.compile(r"(_extra_state|rotary_pos_emb\.inv_freq)$")
 """Ends of names of tensors that are tables, or state of Transformer Engine."""
 OPTIMIZER = "optimizer."
@@ -45,11 +46,11 @@ class Place:
 
 @dataclass(frozen=True)
 class Names:
-    """The tensors of a checkpoint without what wraps their names."""
+    """The tensors of a checkpoint by their names without prefixes."""
 
     index: Index
     used: set[str] = field(default_factory=set)
-    """Tensors of which a part was found."""
+    """Tensors that have a place in our model."""
 
     @cached_property
     def _keys(self) -> dict[tuple[str, str], str]:
@@ -64,7 +65,7 @@ class Names:
 
     @cached_property
     def _prefix(self) -> str:
-        """What stands before the names of the weights, such as `module.`."""
+        """The prefix of the names of all weights, such as `module.`."""
         ends = [key for key in self.index.tensors if key.endswith(EMBEDDING)]
         weights = [key for key in ends if not _STATE.match(_CHAINED.sub("", key))]
         return min(weights, key=len).removesuffix(EMBEDDING) if weights else ""
@@ -77,7 +78,7 @@ class Names:
 
     @cached_property
     def states(self) -> set[str]:
-        """What the optimizer keeps of a weight, such as `exp_avg`."""
+        """Names of the optimizer's state of a weight, such as `exp_avg`."""
         return {state for state, _ in self._keys if state}
 
     @property
@@ -102,24 +103,25 @@ class Names:
         return None if key is None else self.shapes[key][-1]
 
     def places(self, key: str, place: Shape, stack: Shape, shape: Shape, state: str) -> list[Place]:
-        """Where a box of ours is: one place, or one for each half of a gated matrix.
+        """The place of a box of ours, or two places: the halves of a gated matrix.
 
-        `stack` has the numbers of layers and experts, `place` which of them it is, `shape` the
-        shape of one, and `state` says which state of the optimizer is asked for ("": the weight).
-        Raises UserError where it is missing or of another shape.
+        `stack` has the numbers of layers and experts, `place` the index of this layer and expert,
+        `shape` the shape of the box, `state` the name of the optimizer's state ("": the weight).
+        Raises UserError where the box is missing or of another shape.
         """
         wrong = ""
         for parts, offset in _candidates(key, place):
-            keys = [self._keys.get((state, name)) for name in parts]
-            if None in keys:
+            keys = [self._keys[state, name] for name in parts if (state, name) in self._keys]
+            if len(keys) < len(parts):
                 continue
             wanted = (shape[0] // len(parts), *shape[1:])
-            found = [self._place(str(one), offset, stack, wanted) for one in keys]
-            if None not in found:
-                self.used.update(str(one) for one in keys)
-                return [one for one in found if one is not None]
-            sizes = [tuple(self.index.tensors[str(one)].size) for one in keys]
-            wrong = f"{keys[0]} is {_by(sizes[0])}, and {_by(stack + shape)} by the architecture"
+            places = [self._place(one, offset, stack, wanted) for one in keys]
+            found = [one for one in places if one is not None]
+            if len(found) == len(parts):
+                self.used.update(keys)
+                return found
+            size = tuple(self.index.tensors[keys[0]].size)
+            wrong = f"{keys[0]} is {_by(size)}, and {_by(stack + shape)} by the architecture"
         what = f"the {state} of {key}" if state else key
         raise UserError(wrong or f"tensor {what}{_which(place)} is missing")
 
@@ -134,7 +136,7 @@ class Names:
         return Place(key, offset + zeros, (1,) * len(offset) + wanted)
 
     def unused(self) -> Iterator[str]:
-        """Tensors that have no place in the model, but for tables and the optimizer's."""
+        """Weights that have no place in the model."""
         for (state, name), key in sorted(self._keys.items()):
             foreign = not state and not name.startswith(OPTIMIZER)
             if foreign and key not in self.used and not NO_WEIGHT.search(name):

@@ -1,4 +1,4 @@
-"""The state of AdamW in a Megatron checkpoint: its moments, and how many steps it took."""
+"""The state of AdamW in a Megatron checkpoint: its moments and its number of steps."""
 
 from __future__ import annotations
 
@@ -15,33 +15,33 @@ MASTERS = ("param", "fp32_param", "master_param")
 """Names of fp32 weights: of `fully_reshardable` state, and of optimizers that are not cut."""
 RESHARDABLE = "fully_reshardable"
 FLAT = "optimizer.distributed."
-"""Begins the names of state in the layout of the ranks that wrote it."""
+"""In the names of state whose layout is that of the ranks that wrote it."""
 DROP = "--optimizer drop imports the weights alone"
 MOST_STEPS = 1 << 53
 SETTINGS = ("lr", "max_lr", "betas", "eps", "weight_decay")
-"""Of a parameter group: what a user must set again in `optim`."""
+"""Of a parameter group: settings that a user must set again in `optim`."""
 
 
 @dataclass(frozen=True)
 class AdamState:
-    """What an import takes of the optimizer."""
+    """The part of the optimizer that an import keeps."""
 
     steps: int
     settings: Mapping[str, Any]
-    """Learning rate, betas, eps and weight decay, as far as they are there."""
+    """Learning rate, betas, eps and weight decay, if the checkpoint has them."""
     assumed_steps: bool
-    """The count of steps is that of iterations, since nothing says it."""
+    """The checkpoint has no number of steps, so it is the number of iterations."""
 
 
 def master_of(names: Names) -> str:
-    """The name of the state that holds weights in fp32; empty where there is none."""
+    """The name of the state with the weights in fp32; empty where there is none."""
     return next((name for name in MASTERS if name in names.states), "")
 
 
 def adam_state(source: Source, names: Names, iteration: int) -> AdamState | None:
     """The state of AdamW; None where the checkpoint has no optimizer.
 
-    Raises UserError for state of other optimizers, and in layouts that hang on their ranks.
+    Raises UserError for state of other optimizers, and in layouts that depend on the ranks.
     """
     optimizer = source.common.get("optimizer")
     keys = source.index.metadata.state_dict_metadata

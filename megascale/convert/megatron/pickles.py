@@ -1,7 +1,7 @@
-"""What Megatron pickles beside the tensors, read without importing or running anything it names.
+"""Megatron's pickles beside the tensors, read without importing or running what they name.
 
 A class of Megatron, of its libraries or of torch becomes a class that keeps nothing (`Skipped`).
-What remains are plain values: numbers, texts, lists, mappings and the `Namespace` of arguments.
+Plain values remain: numbers, texts, lists, mappings and the `Namespace` of arguments.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from megascale.errors import UserError
 from megascale.reading import open_regular
 
 MOST_PICKLE_BYTES = 1 << 28
-"""Of what is beside the tensors; without its tensors it is some kilobytes."""
+"""Most bytes of a pickle, which usually has some kilobytes."""
 PLAIN: dict[tuple[str, str], Any] = {
     ("argparse", "Namespace"): Namespace,
     ("types", "SimpleNamespace"): Namespace,
@@ -49,7 +49,7 @@ SKIPPED = (
     "torch",
     "transformer_engine",
 )
-"""Packages whose classes and functions are passed over: no module is imported for them."""
+"""Packages whose classes and functions become `Skipped`: none of their modules is imported."""
 _DTYPES = {
     "FloatStorage": torch.float32,
     "DoubleStorage": torch.float64,
@@ -62,7 +62,7 @@ _DTYPES = {
 
 
 class IndexUnpickler(RestrictedUnpickler):
-    """Of `.metadata`: the classes of its tensors, and everything else of torch passed over."""
+    """For `.metadata`: the classes of its tensors; all else of torch becomes `Skipped`."""
 
     def find_class(self, module: str, name: str) -> Any:
         """A listed class, or one that keeps nothing. Raises pickle.UnpicklingError for others."""
@@ -83,7 +83,7 @@ def _plain(module: str, name: str) -> Any:
 
 @dataclass(frozen=True)
 class _Storage:
-    """Values of tensors in the file, which are read only where one is asked for."""
+    """Values of a tensor in the file, which are read only where they are needed."""
 
     archive: zipfile.ZipFile
     name: str
@@ -105,7 +105,7 @@ class _CommonUnpickler(pickle.Unpickler):
         self._archive, self._folder = archive, folder
 
     def find_class(self, module: str, name: str) -> Any:
-        """A plain class, a stand-in, or what makes a number of a tensor of one element."""
+        """A plain class, a stand-in, or the function that makes a tensor a number."""
         if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
             return _number
         if module == "torch" and name in _DTYPES:
@@ -122,9 +122,9 @@ class _CommonUnpickler(pickle.Unpickler):
 
 
 def _number(storage: Any, place: Any, size: Any, *_: Any) -> Any:
-    """The value of a tensor of one element; other tensors are passed over."""
-    one = isinstance(storage, _Storage) and all(count == 1 for count in size)
-    return storage.value(int(place)) if one else Skipped()
+    """The value of a tensor of one element; other tensors become `Skipped`."""
+    is_single = isinstance(storage, _Storage) and all(count == 1 for count in size)
+    return storage.value(int(place)) if is_single else Skipped()
 
 
 def read_saved(file: IO[bytes], where: str) -> Any:

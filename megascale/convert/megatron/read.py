@@ -1,4 +1,4 @@
-"""A checkpoint of Megatron as one of ours: what it is, checked before a byte is written."""
+"""A Megatron checkpoint as one of ours, checked as a whole before anything is written."""
 
 from __future__ import annotations
 
@@ -22,21 +22,21 @@ from megascale.errors import UserError
 
 @dataclass(frozen=True)
 class Progress:
-    """How far the training was that saved a checkpoint; None: nothing says it."""
+    """How far training was at the checkpoint; None: the checkpoint does not have it."""
 
     iteration: int | None
     samples: int | None
 
     @staticmethod
     def of(source: Source) -> Progress:
-        """What arguments, common state and Megatron-Bridge's train state say."""
+        """From Megatron-Bridge's train state, the common state or the arguments."""
         arguments = source.common.get("args")
-        said = vars(arguments) if isinstance(arguments, Namespace) else {}
+        options = vars(arguments) if isinstance(arguments, Namespace) else {}
         iteration = _first(
-            source.progress.get("step"), source.common.get("iteration"), said.get("iteration")
+            source.progress.get("step"), source.common.get("iteration"), options.get("iteration")
         )
         samples = _first(
-            source.progress.get("consumed_train_samples"), said.get("consumed_train_samples")
+            source.progress.get("consumed_train_samples"), options.get("consumed_train_samples")
         )
         return Progress(iteration, samples)
 
@@ -53,7 +53,7 @@ class Foreign:
     source: Source
     names: Names
     model: ModelConfig
-    said: Description
+    description: Description
     boxes: list[Box]
     progress: Progress
     adam: AdamState | None
@@ -67,7 +67,7 @@ class Foreign:
         by_hand_path: str = "",
         keeps_optimizer: bool = True,
     ) -> Foreign:
-        """Read all but the tensors, and check that they are those of the architecture.
+        """Read all but the tensors' values, and check that the tensors fit the architecture.
 
         Raises UserError, in one line, for what cannot be imported.
         """
@@ -81,18 +81,18 @@ class Foreign:
 
     @property
     def dtype(self) -> torch.dtype:
-        """The type that holds every weight without loss."""
+        """The type that holds every weight exactly."""
         return dtype_of(self.names, self.boxes)
 
     @property
     def tokens(self) -> int:
-        """Tokens of the samples that were trained on; 0 where nothing says it."""
+        """Tokens of the consumed samples; 0 where the checkpoint does not have their number."""
         return (self.progress.samples or 0) * self.context_tokens
 
     @property
     def unknown(self) -> list[str]:
-        """What nothing in the checkpoint says, and what stands in its place."""
-        found = [f"{name} (taken: {value})" for name, value in self.said.assumed.items()]
+        """What the checkpoint does not have, and the value taken for it."""
+        found = [f"{name} (taken: {value})" for name, value in self.description.assumed.items()]
         if self.progress.iteration is None:
             found.append("the iteration (taken: 0)")
         if self.progress.samples is None:
@@ -127,11 +127,11 @@ def _foreign(
             f"the tokenizer has {vocab_size:,} ids, and the embedding {names.rows:,} rows; give "
             "the tokenizer that the model was trained with"
         )
-    said = Description.of(source, by_hand, by_hand_path)
-    model, progress = model_of(said, names, vocab_size), Progress.of(source)
+    description = Description.of(source, by_hand, by_hand_path)
+    model, progress = model_of(description, names, vocab_size), Progress.of(source)
     adam = adam_state(source, names, progress.iteration or 0) if keeps_optimizer else None
     boxes = boxes_of(model, names, adam is not None)
-    context = said.number(
+    context = description.number(
         "seq_length", "max_position_embeddings", default=DataConfig().context_tokens
     )
-    return Foreign(source, names, model, said, boxes, progress, adam, context)
+    return Foreign(source, names, model, description, boxes, progress, adam, context)

@@ -1,4 +1,4 @@
-"""A checkpoint of Megatron on disk: which folder holds it, and what is in it beside the tensors."""
+"""A checkpoint of Megatron on disk: its folder, and its files beside the tensors."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megascale.checkpoint.load import MEGATRON_FILES
 from megascale.checkpoint.manifest import MANIFEST
 from megascale.checkpoint.storage import METADATA, Index, read_index
 from megascale.convert.megatron.pickles import IndexUnpickler, read_saved, read_saved_file
@@ -15,14 +16,9 @@ from megascale.errors import UserError
 from megascale.parsing import parse_yaml, read_json, read_yaml_text
 from megascale.reading import MOST_TEXT_BYTES, open_regular, read_whole
 
-LATEST = "latest_checkpointed_iteration.txt"
-"""Of Megatron-LM and Megatron-Bridge, beside the folders of iterations."""
-BACKEND, COMMON, RUN_CONFIG, TRAIN_STATE = (
-    "metadata.json",
-    "common.pt",
-    "run_config.yaml",
-    "train_state.pt",
-)
+LATEST, RUN_CONFIG = MEGATRON_FILES
+"""The first is beside the folders of iterations; the second is Megatron-Bridge's."""
+BACKEND, COMMON, TRAIN_STATE = "metadata.json", "common.pt", "train_state.pt"
 COMMON_KEY = "common_state/shard_0_1"
 """Where megatron-core 0.17 and later keep what `common.pt` held before."""
 PER_RANK = "mp_rank_*"
@@ -51,7 +47,7 @@ class Source:
 
     @staticmethod
     def open(path: Path) -> Source:
-        """Find the checkpoint at `path`: its own folder, or the one with its iterations.
+        """Find the checkpoint at `path`: its own folder, or the folder of its iterations.
 
         Raises UserError for any other format, and where a file is refused or missing.
         """
@@ -70,9 +66,9 @@ class Source:
 
 
 def folder_of(path: Path) -> Path:
-    """The folder of a checkpoint: `path`, or the iteration that it names as its latest.
+    """The folder of a checkpoint: `path`, or its latest iteration.
 
-    Raises UserError where that is not there.
+    Raises UserError where that folder is missing.
     """
     if not (path / LATEST).exists():
         return path

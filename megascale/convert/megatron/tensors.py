@@ -1,4 +1,4 @@
-"""The tensors of a GPT as both megatron-core's checkpoints and ours have them, box by box."""
+"""The tensors of a GPT, which megatron-core's checkpoints and ours have in common."""
 
 from __future__ import annotations
 
@@ -11,17 +11,15 @@ from megascale.config import ModelConfig
 from megascale.convert.megatron.names import EMBEDDING, HEAD, LAYERS
 
 FINAL_NORM = "decoder.final_layernorm.weight"
-LOADS = ("decoder.layers.mlp.router.load_E", "decoder.layers.mlp.router.earlier_E")
-"""State of our router, which Megatron lacks."""
 
 
 @dataclass(frozen=True)
 class Tensor:
-    """A tensor of a model; layers stand along its first axis, experts along the second."""
+    """A tensor of a model; layers are along its first axis, experts along the second."""
 
     key: str
     stack: Shape
-    """Numbers of layers and experts, as far as it has them."""
+    """Numbers of layers and experts, of the axes that it has."""
     shape: Shape
     """Of one layer or expert."""
 
@@ -67,7 +65,7 @@ def _attention(model: ModelConfig) -> dict[str, Shape]:
 
 
 def _feed_forward(model: ModelConfig) -> dict[str, Shape]:
-    """What every layer has once: a dense part, or a router and a shared expert."""
+    """What a layer has apart from its experts: a dense part, or a router and a shared expert."""
     width, moe = model.hidden_size, model.moe
     if moe is None:
         return _gated("mlp", width, model.ffn_hidden_size or 0)

@@ -16,21 +16,22 @@ from megascale.checkpoint.tensors import Piece, moment_key
 from megascale.config import ModelConfig
 from megascale.convert.megatron.names import Names, Place
 from megascale.convert.megatron.optimizer import MOMENTS, master_of
-from megascale.convert.megatron.tensors import LOADS, Tensor, tensors_of
+from megascale.convert.megatron.tensors import Tensor, tensors_of
+from megascale.convert.router_loads import even_loads
 from megascale.errors import UserError
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-Boxes = tuple[Place, ...]
+Places = tuple[Place, ...]
 
 
 @dataclass(frozen=True)
 class Box:
-    """A box of a tensor of ours, and where in the checkpoint its weight and state are."""
+    """A box of a tensor of ours, and the places of its weight and state in the checkpoint."""
 
     tensor: Tensor
     place: Shape
-    weight: Boxes
-    states: dict[str, Boxes]
+    weight: Places
+    states: dict[str, Places]
     """By name: `master`, and the moments."""
 
 
@@ -40,9 +41,8 @@ def boxes_of(model: ModelConfig, names: Names, moments: bool) -> list[Box]:
     Raises UserError where one is missing, left over, or of another shape or type.
     """
     master = master_of(names)
-    wanted = ({"master": master} if master else {}) | (
-        dict(zip(MOMENTS, MOMENTS, strict=True)) if moments else {}
-    )
+    wanted = {"master": master} if master else {}
+    wanted |= {name: name for name in MOMENTS if moments}
     found = []
     for tensor in tensors_of(model):
         for place in tensor.places():
@@ -77,7 +77,7 @@ def _require_types(names: Names, boxes: list[Box]) -> None:
 
 
 def dtype_of(names: Names, boxes: list[Box]) -> torch.dtype:
-    """bf16 where every weight is, else fp32, which holds the others exactly."""
+    """bf16 where every weight is in bf16, else fp32, which holds fp16 and bf16 exactly."""
     kinds = {names.dtype(place.key) for box in boxes for place in box.weight}
     return torch.bfloat16 if kinds == {torch.bfloat16} else torch.float32
 
@@ -89,18 +89,17 @@ class Reader:
     folder: Path
     index: Index
     dtype: torch.dtype
-    """Of the weights that it gives."""
+    """Of the weights it yields."""
 
     def pieces(self, model: ModelConfig, boxes: list[Box]) -> Iterator[Piece]:
-        """All pieces of a checkpoint, with the state that `boxes` have; none is kept.
+        """All pieces of a checkpoint, with the state that `boxes` have; none stays in memory.
 
-        In bf16 the checkpoint's fp32 weights go along; in fp32 they are the weights.
+        For bf16 weights, the checkpoint's fp32 weights become state. For fp32 weights, they are
+        the weights.
         """
         for box in boxes:
             yield from self._pieces(box)
-        if model.moe is not None:
-            for name in LOADS:
-                yield Piece.whole(name, torch.ones(model.num_layers, model.moe.num_experts))
+        yield from even_loads(model)
 
     def _pieces(self, box: Box) -> Iterator[Piece]:
         master = box.states.get("master")
@@ -112,10 +111,10 @@ class Reader:
             yield self._piece(box, name, parts, torch.float32)
 
     def _keeps_master(self, box: Box) -> bool:
-        """Whether weights are rounded, and so stand in fp32 beside."""
+        """Whether weights are rounded, so that the state has them in fp32 too."""
         return self.dtype == torch.bfloat16 and len(box.states) > 0
 
-    def _piece(self, box: Box, state: str, parts: Boxes, dtype: torch.dtype) -> Piece:
+    def _piece(self, box: Box, state: str, parts: Places, dtype: torch.dtype) -> Piece:
         found = [read_piece(self.folder, self.index, p.key, p.offset, p.shape) for p in parts]
         content = found[0] if len(found) == 1 else torch.cat(found, dim=-2)
         key = moment_key(state, box.tensor.key) if state else box.tensor.key
