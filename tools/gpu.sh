@@ -40,6 +40,7 @@ export PYTHONPATH=$PWD:$PWD/.gpu-site${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERE
 [ ${#parts[@]} -gt 0 ] || read -ra parts < <("$python" tools/gpu.py --list)
 for part in "${parts[@]}"; do
     left=$((PART_S - SECONDS + began))
+    [ "$left" -ge 1 ] || left=1
     began=$SECONDS
     echo "== $part"
     status=0

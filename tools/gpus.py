@@ -38,7 +38,7 @@ MOE = (
 )
 PLAN_LIMIT_S = 60
 """A plan that takes longer is a hang: every rank prints where its threads are, and ends."""
-STEPS = 5
+STEPS = 3
 """Of each layout whose losses are compared."""
 
 

@@ -90,6 +90,7 @@ def test_a_part_that_runs_out_of_time_keeps_the_rows_of_others(tmp_path, environ
     assert rows_of(path)[0] == earlier and "out of time" in printed
 
 
+@pytest.mark.slow
 def test_several_ranks_run_every_part(tmp_path, environment):
     path = tmp_path / "gpus.json"
     words = ("bash", "tools/gpus.sh", "--python", sys.executable, "--ranks", "2")
@@ -99,4 +100,4 @@ def test_several_ranks_run_every_part(tmp_path, environment):
     assert not [row for row in rows if row["passed"] is False]
     found = {row["what"]: row["found"] for row in rows}
     assert found["random plans that ended, each token once"] == 3
-    assert found["experts, EP: relative difference of 5 losses"] < 1e-4
+    assert found["experts, EP: relative difference of 3 losses"] < 1e-4
