@@ -221,6 +221,27 @@ class EarlierConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class FillInMiddleConfig:
+    """Reading documents as prefix, suffix and then middle, so that a model learns to fill in."""
+
+    rate: float = 0.5
+    """Share of the blocks that are transformed, from 0 to 1. A block is at most `block_tokens` of
+    one document. Blocks of fewer than 8 tokens never are, and held-out documents never are."""
+    spm: float = 0.5
+    """Share of the transformed blocks in the order suffix, prefix, middle (SPM), from 0 to 1. The
+    others have prefix, suffix, middle (PSM)."""
+    block_tokens: int | None = None
+    """Most tokens of a block, with its three sentinels. Default: `data.context_tokens`."""
+    prefix_id: int | None = None
+    """Id of the sentinel before the prefix. None: that of the tokenizer. The three ids are given
+    together or left out together."""
+    suffix_id: int | None = None
+    """Id of the sentinel before the suffix."""
+    middle_id: int | None = None
+    """Id of the sentinel before the middle."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class SourceConfig:
     """One prepared corpus."""
 
@@ -243,6 +264,8 @@ class SourceConfig:
     max_document_tokens: int | None = None
     """Longer training documents of this corpus are not read. None: there is no limit. Held-out
     documents of every length are evaluated, once where sources share them."""
+    fim: FillInMiddleConfig | None = None
+    """Fill-in-the-middle, for code. None: documents are read as they are."""
     earlier: EarlierConfig | None = None
     """What the runs before `start.checkpoint` have read of the source. This run reads what they
     have left, and then all of it again. Written by megascale, not by hand."""
