@@ -181,6 +181,10 @@ class ParallelConfig:
     """Ranks of the HDP axis over which the experts of a layer are spread."""
     sequence_parallel: bool | None = None
     """Split norms and residuals over the tensor ranks. Default: on when `tensor` > 1."""
+    overlap: bool = True
+    """On CUDA, reduce gradients during the backward pass of each rank's last micro-batch, in steps
+    where no rank ends with a ring, and gather weights during the forward pass. CPU ranks do not
+    overlap. False: reduce and gather between steps."""
 
 
 ORDER_VERSION = 1
