@@ -22,6 +22,7 @@ from megascale.fused.swiglu import use_in_megatron
 from megascale.mesh.offload import Offloader
 from megascale.model.balance import Balance
 from megascale.model.counts import padded_vocab_size
+from megascale.model.experts import groups_experts
 from megascale.model.gpt import Gpt
 from megascale.model.initialise import initialise
 from megascale.model.layers import LayerMask, final_norm, layer_spec, use_transformer_engine
@@ -47,7 +48,7 @@ def build_model(config: RunConfig, ranks: Ranks) -> Model:
         use_in_megatron()
     network = Gpt(
         config=core,
-        transformer_layer_spec=_block_spec(config, core),
+        transformer_layer_spec=_block_spec(config, core, ranks),
         vocab_size=padded_vocab_size(config.model, config.parallel.tensor),
         max_sequence_length=config.data.context_tokens,
         pre_process=ranks.is_first_stage,
@@ -173,8 +174,9 @@ def _moe_options(moe: MoeConfig | None, grouped: bool) -> dict[str, Any]:
     }
 
 
-def _block_spec(config: RunConfig, core: TransformerConfig) -> ModuleSpec | Any:
-    spec, norm = layer_spec(config.model), final_norm(config.model)
+def _block_spec(config: RunConfig, core: TransformerConfig, ranks: Ranks) -> ModuleSpec | Any:
+    spec = layer_spec(config.model, groups_experts(config, ranks.device))
+    norm = final_norm(config.model)
     if norm is None:
         return spec
     layers = [spec] * get_num_layers_to_build(core)
@@ -189,6 +191,7 @@ def _reduction(config: RunConfig, ranks: Ranks) -> DistributedDataParallelConfig
     more micro-batches would stand in the GPU's queues before messages of rings that these need.
     """
     whole = config.model.moe is None or use_transformer_engine(config.model)
+    whole = whole or groups_experts(config, ranks.device)
     rings = config.planner.name != "longest_first"
     overlap = ranks.device.type == "cuda" and whole and not rings
     flat = config.optim.distributed_optimizer and OPTIMIZERS[config.optim.name].is_flat

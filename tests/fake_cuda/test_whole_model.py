@@ -5,19 +5,14 @@ from collections import Counter
 
 import pytest
 import torch
-from measure import DENSE, layers_of, micro_batch, step
+from measure import DENSE, EXPERTS, layers_of, micro_batch, step
 from scene import MOE, scene
 
 TOKENS = 8192
 READ = Counter({"tolist in training/step.py:_read": 1})
 """The values of a step, after the optimizer was launched."""
-EXPERTS = Counter(
-    {
-        "masked_select in moe/moe_utils.py:permute": 2,
-        "synchronize in moe/token_dispatcher.py:_maybe_dtoh_and_synchronize": 1,
-    }
-)
-"""In each layer, until experts are one grouped product."""
+EXCHANGE = Counter({"tolist in model/dispatch.py:_agree": 1})
+"""In each layer whose expert ranks exchange tokens: how many come and go."""
 USE_OF_EXPERTS = Counter({"copy to host in model/balance.py:finish_sum": 1})
 """In each step, after the optimizer was launched too."""
 STAGE = Counter(
@@ -47,10 +42,13 @@ def times(number, syncs):
         (["parallel.tensor=2"], 4, 1, READ),
         (["parallel.pipeline=2"], 2, 0, READ + STAGE),
         (["parallel.pipeline=2"], 2, 1, READ + STAGE),
-        ([MOE], 1, 0, READ + USE_OF_EXPERTS + times(2, EXPERTS)),
-        ([MOE], 8, 3, READ + USE_OF_EXPERTS + times(2, EXPERTS)),
-        ([MOE, "model.moe.estimate=buffer_corrected"], 1, 0,
-         READ + USE_OF_EXPERTS + times(2, EXPERTS)),
+        ([MOE], 1, 0, READ + USE_OF_EXPERTS),
+        ([MOE], 8, 3, READ + USE_OF_EXPERTS),
+        ([MOE, "model.moe.estimate=buffer_corrected"], 1, 0, READ + USE_OF_EXPERTS),
+        ([MOE, "parallel.tensor=2"], 2, 1, READ + USE_OF_EXPERTS),
+        ([MOE, "parallel.expert=2"], 2, 1, READ + USE_OF_EXPERTS + times(2, EXCHANGE)),
+        ([MOE, "parallel.expert=2", "parallel.tensor=2"], 4, 1,
+         READ + USE_OF_EXPERTS + times(2, EXCHANGE)),
     ],
     ids=lambda value: " ".join(value)[:40] if isinstance(value, list) else None,
 )  # fmt: skip
@@ -70,8 +68,8 @@ def test_the_host_waits_only_where_it_must(overrides, world, rank, syncs):
 
 @pytest.mark.parametrize(
     "overrides, world, launches, gigabytes",
-    [(DENSE, 1, 68, 12.74), (DENSE, 8, 224, 29.79), (MOE, 1, 207, 6.66)],
-    ids=["dense", "ring", "experts"],
+    [(DENSE, 1, 37, 11.5), (DENSE, 8, 145, 25.5), (MOE, 1, 101, 4.8), (EXPERTS, 1, 101, 14.3)],
+    ids=["dense", "ring", "experts", "64 experts"],
 )
 def test_launches_and_bytes_of_a_layer(overrides, world, launches, gigabytes):
     """Of its forward and its backward pass. The limits are what was counted: they may only fall."""
@@ -90,7 +88,14 @@ def test_a_step_beside_its_micro_batches():
 
 @pytest.mark.parametrize(
     "overrides, world",
-    [([], 1), (["train.recompute=full"], 1), ([MOE], 1), (["parallel.tensor=2"], 2), ([], 8)],
+    [
+        ([], 1),
+        (["train.recompute=full"], 1),
+        ([MOE], 1),
+        ([EXPERTS], 1),
+        (["parallel.tensor=2"], 2),
+        ([], 8),
+    ],
     ids=lambda value: " ".join(value)[:40] if isinstance(value, list) else None,
 )
 def test_the_memory_of_activations_is_what_the_plan_says(overrides, world):
