@@ -18,7 +18,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megascale.config import MoeConfig, RunConfig
 from megascale.config.optimizers import OPTIMIZERS
-from megascale.fused.swiglu import use_in_megatron
+from megascale.fused import swiglu, weight_gradient
 from megascale.mesh.offload import Offloader
 from megascale.model.balance import Balance
 from megascale.model.counts import padded_vocab_size
@@ -45,7 +45,9 @@ def build_model(config: RunConfig, ranks: Ranks) -> Model:
     """
     core = transformer_config(config, ranks)
     if core.bias_activation_fusion:
-        use_in_megatron()
+        swiglu.use_in_megatron()
+    if core.gradient_accumulation_fusion:
+        weight_gradient.use_in_megatron()
     network = Gpt(
         config=core,
         transformer_layer_spec=_block_spec(config, core, ranks),
@@ -119,7 +121,7 @@ def transformer_config(config: RunConfig, ranks: Ranks) -> TransformerConfig:
         variable_seq_lengths=not config.pads_to_capacity,
         batch_p2p_comm=on_cuda,
         bias_activation_fusion=on_cuda,
-        gradient_accumulation_fusion=False,
+        gradient_accumulation_fusion=on_cuda,
         masked_softmax_fusion=False,
         **_recompute_options(config),
         **_moe_options(model.moe, use_transformer_engine(model)),

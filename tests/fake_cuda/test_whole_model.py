@@ -68,7 +68,7 @@ def test_the_host_waits_only_where_it_must(overrides, world, rank, syncs):
 
 @pytest.mark.parametrize(
     "overrides, world, launches, gigabytes",
-    [(DENSE, 1, 37, 11.5), (DENSE, 8, 145, 25.5), (MOE, 1, 101, 4.8), (EXPERTS, 1, 101, 14.3)],
+    [(DENSE, 1, 33, 10.62), (DENSE, 8, 141, 24.53), (MOE, 1, 99, 4.74), (EXPERTS, 1, 99, 14.2)],
     ids=["dense", "ring", "experts", "64 experts"],
 )
 def test_launches_and_bytes_of_a_layer(overrides, world, launches, gigabytes):
