@@ -1,6 +1,7 @@
 """The real model, its step and its optimizer on CUDA tensors that hold nothing: nothing fails, the
 host waits for the device only where a list says so, and counts stay below their limits."""
 
+import contextlib
 from collections import Counter
 
 import pytest
@@ -128,3 +129,44 @@ def test_attention_goes_through_calls_that_every_version_has():
             found.step(batches)
     assert counts.launches["_flash_attention_forward"] == 2
     assert counts.launches["_flash_attention_backward"] == 2
+
+
+def test_a_save_copies_beside_the_next_step():
+    """The host waits in the thread that writes, and the device before the update. What the step
+    changes before its update is copied first."""
+    from unittest.mock import patch
+
+    from megascale.checkpoint import host_copy
+    from megascale.checkpoint.boxes import boxes
+
+    plain, copied, beside = host_copy._copy, {}, []
+
+    @contextlib.contextmanager
+    def stream(_):
+        beside.append(True)
+        yield
+        beside.clear()
+
+    def copy(pairs):
+        copied[bool(beside)] = {box.key for box, _ in pairs}
+        plain(pairs)
+
+    with scene(MOE) as found, contextlib.ExitStack() as leave:
+        learner = found.learner
+        found.step(found.read(((0,), [TOKENS])))
+        leave.enter_context(patch.object(torch.cuda, "stream", stream))
+        leave.enter_context(patch.object(host_copy, "_copy", copy))
+        leave.enter_context(patch.object(torch.Tensor, "is_pinned", lambda *_: True))
+        held = boxes(learner.model, learner.optimizer, to_write=True)
+        host = host_copy.HostCopy(held, learner.ranks.device)
+        with found.device.counting() as counts:
+            host.begin(learner.optimizer)
+        assert not counts.syncs and len(learner.optimizer.readers) == 1
+        with found.device.counting() as counts:
+            found.step(found.read(((0,), [TOKENS])))
+        assert counts.syncs == READ + USE_OF_EXPERTS and not learner.optimizer.readers
+        with found.device.counting() as counts:
+            assert len(host.finished()) == len(held)
+        assert counts.syncs == Counter({"synchronize in checkpoint/host_copy.py:finished": 1})
+    assert copied[False] | copied[True] == {box.key for box in held}
+    assert all(key.endswith(("load_E", "earlier_E")) for key in copied[False]) and copied[False]
