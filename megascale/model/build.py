@@ -18,10 +18,11 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megascale.config import MoeConfig, RunConfig
 from megascale.config.optimizers import OPTIMIZERS
-from megascale.fused.swiglu import use_in_megatron
+from megascale.fused import swiglu, weight_gradient
 from megascale.mesh.offload import Offloader
 from megascale.model.balance import Balance
 from megascale.model.counts import padded_vocab_size
+from megascale.model.experts import groups_experts
 from megascale.model.gathers import Gathers
 from megascale.model.gpt import Gpt
 from megascale.model.initialise import initialise
@@ -45,10 +46,12 @@ def build_model(config: RunConfig, ranks: Ranks) -> Model:
     """
     core = transformer_config(config, ranks)
     if core.bias_activation_fusion:
-        use_in_megatron()
+        swiglu.use_in_megatron()
+    if core.gradient_accumulation_fusion:
+        weight_gradient.use_in_megatron()
     network = Gpt(
         config=core,
-        transformer_layer_spec=_block_spec(config, core),
+        transformer_layer_spec=_block_spec(config, core, ranks),
         vocab_size=padded_vocab_size(config.model, config.parallel.tensor),
         max_sequence_length=config.data.context_tokens,
         pre_process=ranks.is_first_stage,
@@ -127,7 +130,7 @@ def transformer_config(config: RunConfig, ranks: Ranks) -> TransformerConfig:
         variable_seq_lengths=not config.pads_to_capacity,
         batch_p2p_comm=on_cuda,
         bias_activation_fusion=on_cuda,
-        gradient_accumulation_fusion=False,
+        gradient_accumulation_fusion=on_cuda,
         masked_softmax_fusion=False,
         **_recompute_options(config),
         **_moe_options(model.moe, use_transformer_engine(model)),
@@ -182,8 +185,9 @@ def _moe_options(moe: MoeConfig | None, grouped: bool) -> dict[str, Any]:
     }
 
 
-def _block_spec(config: RunConfig, core: TransformerConfig) -> ModuleSpec | Any:
-    spec, norm = layer_spec(config.model), final_norm(config.model)
+def _block_spec(config: RunConfig, core: TransformerConfig, ranks: Ranks) -> ModuleSpec | Any:
+    spec = layer_spec(config.model, groups_experts(config, ranks.device))
+    norm = final_norm(config.model)
     if norm is None:
         return spec
     layers = [spec] * get_num_layers_to_build(core)
@@ -202,6 +206,7 @@ def _reduction(config: RunConfig, ranks: Ranks) -> DistributedDataParallelConfig
     reduces at the end. `Model.overlap_reductions` says step by step whether reductions overlap.
     """
     whole = config.model.moe is None or use_transformer_engine(config.model)
+    whole = whole or groups_experts(config, ranks.device)
     overlap = config.parallel.overlap and can_overlap(ranks.device) and whole
     flat = config.optim.distributed_optimizer and OPTIMIZERS[config.optim.name].is_flat
     return DistributedDataParallelConfig(
