@@ -292,6 +292,16 @@ class StageConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class BatchRampConfig:
+    """Batches that grow at the beginning of a run, in proportion to the tokens it has seen."""
+
+    start_tokens: int
+    """Loss tokens of the first step, to within one sequence per source."""
+    over_tokens: int
+    """Loss tokens of the run after which a step has `data.global_batch_tokens`."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class DataConfig:
     """What is read, in which proportion, cut how."""
 
@@ -307,6 +317,9 @@ class DataConfig:
     """Loss tokens of one optimizer step, to within one sequence per source. A step takes at least
     one sequence, even if that has more tokens. `steplaw`: the Step Law's value for
     `train.tokens`."""
+    batch_ramp: BatchRampConfig | None = None
+    """Smaller batches at first: they train as well there, in more steps. The rate follows
+    `optim.schedule`, which counts tokens and not steps. None: all batches are equal."""
     replay_fraction: float = 0.0
     """Part of every batch's tokens that is drawn again from what the runs before
     `start.checkpoint` have read, so that less is forgotten. The other sources give that much
