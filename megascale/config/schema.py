@@ -181,6 +181,10 @@ class ParallelConfig:
     """Ranks of the HDP axis over which the experts of a layer are spread."""
     sequence_parallel: bool | None = None
     """Split norms and residuals over the tensor ranks. Default: on when `tensor` > 1."""
+    overlap: bool = True
+    """On CUDA, reduce gradients during the backward pass of each rank's last micro-batch, in steps
+    where no rank ends with a ring, and gather weights during the forward pass. CPU ranks do not
+    overlap. False: reduce and gather between steps."""
 
 
 ORDER_VERSION = 1
@@ -221,6 +225,27 @@ class EarlierConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class FillInMiddleConfig:
+    """Reading documents as prefix, suffix and then middle, so that a model learns to fill in."""
+
+    rate: float = 0.5
+    """Share of the blocks that are transformed, from 0 to 1. A block is at most `block_tokens` of
+    one document. Blocks of fewer than 8 tokens never are, and held-out documents never are."""
+    spm: float = 0.5
+    """Share of the transformed blocks in the order suffix, prefix, middle (SPM), from 0 to 1. The
+    others have prefix, suffix, middle (PSM)."""
+    block_tokens: int | None = None
+    """Most tokens of a block, with its three sentinels. Default: `data.context_tokens`."""
+    prefix_id: int | None = None
+    """Id of the sentinel before the prefix. None: that of the tokenizer. The three ids are given
+    together or left out together."""
+    suffix_id: int | None = None
+    """Id of the sentinel before the suffix."""
+    middle_id: int | None = None
+    """Id of the sentinel before the middle."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class SourceConfig:
     """One prepared corpus."""
 
@@ -243,6 +268,8 @@ class SourceConfig:
     max_document_tokens: int | None = None
     """Longer training documents of this corpus are not read. None: there is no limit. Held-out
     documents of every length are evaluated, once where sources share them."""
+    fim: FillInMiddleConfig | None = None
+    """Fill-in-the-middle, for code. None: documents are read as they are."""
     earlier: EarlierConfig | None = None
     """What the runs before `start.checkpoint` have read of the source. This run reads what they
     have left, and then all of it again. Written by megascale, not by hand."""
@@ -265,6 +292,16 @@ class StageConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class BatchRampConfig:
+    """Batches that grow at the beginning of a run, in proportion to the tokens it has seen."""
+
+    start_tokens: int
+    """Loss tokens of the first step, to within one sequence per source."""
+    over_tokens: int
+    """Loss tokens of the run after which a step has `data.global_batch_tokens`."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class DataConfig:
     """What is read, in which proportion, cut how."""
 
@@ -280,6 +317,9 @@ class DataConfig:
     """Loss tokens of one optimizer step, to within one sequence per source. A step takes at least
     one sequence, even if that has more tokens. `steplaw`: the Step Law's value for
     `train.tokens`."""
+    batch_ramp: BatchRampConfig | None = None
+    """Smaller batches at first: they train as well there, in more steps. The rate follows
+    `optim.schedule`, which counts tokens and not steps. None: all batches are equal."""
     replay_fraction: float = 0.0
     """Part of every batch's tokens that is drawn again from what the runs before
     `start.checkpoint` have read, so that less is forgotten. The other sources give that much

@@ -206,6 +206,17 @@ def _validate_data(config: RunConfig) -> None:
             f"data.replay_fraction = {data.replay_fraction} needs start.checkpoint, whose run has "
             "read what is replayed"
         )
+    ramp = data.batch_ramp
+    if ramp is not None and not 1 <= ramp.start_tokens <= data.global_batch_tokens:
+        raise UserError(
+            f"data.batch_ramp.start_tokens = {ramp.start_tokens} must be from 1 to "
+            f"data.global_batch_tokens = {data.global_batch_tokens}"
+        )
+    if ramp is not None and not 1 <= ramp.over_tokens <= 2**50:
+        raise UserError(
+            f"data.batch_ramp.over_tokens = {ramp.over_tokens} must be from 1 to 2^50, such as "
+            f"{max(1, config.train.tokens // 10)}"
+        )
     if not data.sources:
         raise UserError("data.sources is empty; name at least one prepared corpus")
     for name, source in data.sources.items():

@@ -76,6 +76,15 @@ class StepPlan:
         """Rings that `rank` computes, in order."""
         return tuple(ring for ring in self.rings if rank in ring.ranks)
 
+    @property
+    def ends_without_rings(self) -> bool:
+        """Whether no rank's last micro-batch is shared, so that what a rank begins during its last
+        backward pass (a reduction over all ranks) holds up no ring that others still compute."""
+        shared: dict[int, bool] = {}
+        for ring in self.rings:
+            shared.update(dict.fromkeys(ring.ranks, len(ring.ranks) > 1))
+        return not any(shared.values())
+
     def counts(self) -> list[int]:
         """Rings that each rank computes, [ranks]; one pass over the plan."""
         counts = [0] * self.num_ranks

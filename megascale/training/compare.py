@@ -55,7 +55,12 @@ class Trainers:
         dist.barrier(group=control)
         busy_s, began, worked = machine_busy_s(), time.perf_counter(), time.process_time()
         result = train_step(
-            self.learners[name], micro_batches, count, tokens, self._tokens_seen[name]
+            self.learners[name],
+            micro_batches,
+            count,
+            loss_tokens=tokens,
+            tokens_seen=self._tokens_seen[name],
+            overlap=plan.ends_without_rings,
         )
         if on_gpu:
             torch.cuda.synchronize()

@@ -46,12 +46,15 @@ def train_step(
     most_loss: float = math.inf,
     stop: bool = False,
     writes_done: bool = True,
+    overlap: bool = False,
 ) -> StepResult:
     """Train on one global batch, of which `micro_batches` (`count` of them) are this rank's.
 
     `loss_tokens` are those of the whole batch and `tokens_seen` those up to and including it.
     With a mean loss above `most_loss`, or one that is not finite, the weights are left alone.
-    Raises RuntimeError when the ranks together did not run every token exactly once.
+    With `overlap`, equal on all ranks, gradients are reduced during the last backward pass; see
+    `StepPlan.ends_without_rings`. Raises RuntimeError when the ranks together did not run every
+    token exactly once.
     """
     began = time.perf_counter()
     config, model, optimizer = learner.config, learner.model, learner.optimizer
@@ -60,6 +63,7 @@ def train_step(
     for layer in model.masked_layers:
         layer.open_by(loss_tokens)
     model.zero_grad_buffer()
+    model.overlap_reductions(overlap)
     optimizer.core.zero_grad()
     balance = model.balance
     if balance is not None:
@@ -79,6 +83,7 @@ def train_step(
     loss_sum, ran = sums[:2]
     good_loss = loss_sum.isfinite() & (loss_sum <= most_loss * loss_tokens) & (ran == loss_tokens)
     update = apply_gradients(model, optimizer, loss_tokens, config.optim.clip_grad_norm, good_loss)
+    model.gathers.begin()
     loss, ran, stops, writing, moved_gib, norm, stepped = _read(*sums, *update)
     if int(ran) != loss_tokens:
         raise RuntimeError(f"the plan ran {int(ran)} tokens of a batch of {loss_tokens}")
@@ -133,6 +138,7 @@ def run_micro_batches(
     reports them. The host does not wait for the device.
     """
     device = learner.ranks.device
+    learner.model.gathers.begin()
     reports = get_forward_backward_func()(
         forward_step_func=partial(_forward, learner.model),
         data_iterator=iter(micro_batches),
