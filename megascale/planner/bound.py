@@ -9,8 +9,8 @@ import numpy as np
 
 from megascale.arrays import Integers, Seconds
 from megascale.planner.cost import FORWARD_SHARE, CostModel
-from megascale.planner.plan import kept_share
 from megascale.planner.problem import Problem
+from megascale.planner.ring import kept_share
 
 
 def memory_sizes(problem: Problem, lengths: Integers, gain: float = 1.0) -> Integers:

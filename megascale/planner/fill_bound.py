@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import lru_cache
 
@@ -72,7 +73,7 @@ def _least_s(stages: int, slots: int, fixed_share: float) -> float:
     pass begins after the same slot's pass on the stage before it, and after the pass before it on
     its own stage.
     """
-    passes = list(one_forward_one_backward(stages, slots))
+    passes = one_forward_one_backward(stages, slots)
     count, (later, earlier) = len(passes), _follows(passes)
     share = np.array(
         [1 - FORWARD_SHARE if backward else FORWARD_SHARE for _, backward, _ in passes]
@@ -95,7 +96,7 @@ def _least_s(stages: int, slots: int, fixed_share: float) -> float:
     return float(solver.getInfo().objective_function_value)
 
 
-def _follows(passes: list[tuple[int, int, int]]) -> Integers:
+def _follows(passes: Sequence[tuple[int, int, int]]) -> Integers:
     """(later, earlier) passes of which one waits for the other, [2, pairs]."""
     number = {one: at for at, one in enumerate(passes)}
     pairs: list[tuple[int, int]] = []

@@ -14,7 +14,8 @@ from numpy.typing import ArrayLike
 from megascale.arrays import Integers
 from megascale.errors import UserError
 from megascale.planner.cost import CostModel
-from megascale.planner.plan import Mode, StepPlan, kept_share
+from megascale.planner.plan import Mode, StepPlan
+from megascale.planner.ring import kept_share
 
 MOST_RANKS, MOST_STAGES = 131_072, 1024
 """More than any cluster has, and as much as is planned in seconds."""

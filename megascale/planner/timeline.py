@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from megascale.arrays import Integers, Seconds
+from megascale.planner.chunk_order import pipeline_order
 from megascale.planner.cost import FORWARD_SHARE, CostModel
 from megascale.planner.plan import StepPlan
 
@@ -105,11 +106,11 @@ def step_s(
         begin_s = free_s[stage, ranks]
         before = stage + 1 if backward else stage - 1
         if 0 <= before < pipeline:
-            begin_s = np.maximum(begin_s, done_s[backward, before, index, ranks])
+            begin_s = np.maximum(begin_s, done_s[int(backward), before, index, ranks])
         begin_s = _together(plan, ranks, starts, begin_s)
         share = 1 - FORWARD_SHARE if backward else FORWARD_SHARE
         free_s[stage, ranks] = begin_s + share * wave_s[index]
-        done_s[backward, stage, index, ranks] = free_s[stage, ranks]
+        done_s[int(backward), stage, index, ranks] = free_s[stage, ranks]
     return float(free_s.max(initial=0.0))
 
 
@@ -124,27 +125,9 @@ def _together(plan: StepPlan, ranks: Integers, starts: Integers, begin_s: Second
     return begin_s
 
 
-def one_forward_one_backward(pipeline: int, count: int) -> Iterator[tuple[int, int, int]]:
+def one_forward_one_backward(pipeline: int, count: int) -> Sequence[tuple[int, bool, int]]:
     """(stage, is backward, index) of all micro-batches, in an order that respects 1F1B."""
-    orders = []
-    for stage in range(pipeline):
-        warm_up = min(pipeline - stage - 1, count)
-        order = [(0, index) for index in range(warm_up)]
-        for index in range(count - warm_up):
-            order += [(0, warm_up + index), (1, index)]
-        orders.append(order + [(1, index) for index in range(count - warm_up, count)])
-    at = [0] * pipeline
-    done: set[tuple[int, int, int]] = set()
-    while len(done) < 2 * pipeline * count:
-        for stage, order in enumerate(orders):
-            while at[stage] < len(order):
-                backward, index = order[at[stage]]
-                before = stage + 1 if backward else stage - 1
-                if 0 <= before < pipeline and (before, backward, index) not in done:
-                    break
-                done.add((stage, backward, index))
-                at[stage] += 1
-                yield stage, backward, index
+    return pipeline_order((1,) * count, pipeline)
 
 
 def _by_index(plan: StepPlan) -> Iterator[list[int]]:

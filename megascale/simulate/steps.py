@@ -11,8 +11,9 @@ from megascale.arrays import Floats
 from megascale.errors import UserError, did_you_mean
 from megascale.planner import PLANNERS, find_planner
 from megascale.planner.peers.static import plan_static_rings
-from megascale.planner.plan import PlanError, StepPlan, kept_share
+from megascale.planner.plan import StepPlan
 from megascale.planner.problem import Planner, Problem
+from megascale.planner.ring import PlanError, kept_share
 from megascale.planner.timeline import ring_seconds, timeline
 
 BASELINE = "static"
