@@ -40,9 +40,15 @@ class ChunkCache:
         """Keep the keys and values of a chunk; those that it attends to, (2, K, G, D).
 
         These are `rows` of the P tokens before it, and then its own. A pass that comes again, as
-        with recomputation, keeps the same once more.
+        with recomputation, keeps the same once more. Raises RuntimeError where the chunks before it
+        have not run forward, or have run backward already.
         """
         kept = self._layers.setdefault(layer, _Layer()).kept_2SGD
+        if len(kept) < chunk:
+            raise RuntimeError(
+                f"chunk {chunk} of a group runs forward, but its earlier chunks are not kept; run "
+                "all chunks of a group forward, in order, and then all backward in reverse order"
+            )
         kept[chunk:] = [own_2SGD]
         return self.seen(layer, chunk, rows)
 

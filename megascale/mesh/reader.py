@@ -12,6 +12,7 @@ import torch
 from megascale.corpus.batches import GlobalBatch
 from megascale.corpus.shards import Shard
 from megascale.errors import RankError
+from megascale.mesh.chunk_groups import ChunkGroups
 from megascale.mesh.in_memory import packed_part
 from megascale.mesh.packing import MicroBatch, TokenSequence
 from megascale.mesh.transfer import ahead
@@ -75,10 +76,11 @@ class MicroBatchReader:
 
     def _read(self, plan: StepPlan, batch: GlobalBatch) -> Iterator[MicroBatch]:
         part, pad_id = partial(self._part, batch), self.sources[0].first_id
+        groups = ChunkGroups()
         for ring in plan.rings_of(self.hdp_rank):
             mine = RankMicroBatch.of(ring, self.hdp_rank, batch.length)
             sources = [int(batch.source[i]) for i in ring.sequences]
-            given = (self.device, self.axis, self.multiple, pad_id, sources, self.window)
+            given = (self.device, self.axis, self.multiple, pad_id, groups, sources, self.window)
             yield packed_part(mine, part, *given)
 
     def _part(

@@ -98,8 +98,8 @@ class _RingAttention(torch.autograd.Function):
         share, kernel, keys = ctx.share, kernel_for(q), ctx.keys
         calls = calls_of(share, ctx.window, kernel, q.device)
         dq = torch.zeros_like(q, dtype=lse.dtype)
-        here = at_home = keys.again(saved)
-        going = None
+        here, going = keys.again(saved), None
+        shape = here.shape
         for hop in range(share.size):
             exchange = _Exchange(share)
             coming = exchange.keys_and_values(here, hop)
@@ -116,7 +116,7 @@ class _RingAttention(torch.autograd.Function):
             here = coming
         if going is not None:
             exchange = _Exchange(share)
-            others = exchange.gradients(going, at_home.shape)
+            others = exchange.gradients(going, shape)
             exchange.begin()
             exchange.finish()
             mine += others

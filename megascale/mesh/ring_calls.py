@@ -60,11 +60,22 @@ def prefix_rows_of(share: RingShare, device: torch.device) -> Rows:
     """`RingShare.prefix_rows` on the device. Made once per micro-batch."""
     key = PREFIX, device
     if key not in share.calls:
-        rows = share.prefix_rows()
-        is_array = isinstance(rows, np.ndarray)
-        share.calls[key] = send_arrays([rows], device)[0] if is_array else rows
-    rows_on_device: Rows = share.calls[key]
-    return rows_on_device
+        keep_prefix_rows(share, device, iter(send_arrays(prefix_arrays(share), device)))
+    rows: Rows = share.calls[key]
+    return rows
+
+
+def prefix_arrays(share: RingShare) -> list[np.ndarray]:
+    """The rows of `RingShare.prefix_rows`, if they are an array."""
+    rows = share.prefix_rows
+    return [rows] if isinstance(rows, np.ndarray) else []
+
+
+def keep_prefix_rows(
+    share: RingShare, device: torch.device, tensors: Iterator[torch.Tensor]
+) -> None:
+    """Take the tensor of `prefix_arrays`, if there is one."""
+    share.calls[PREFIX, device] = next(tensors, share.prefix_rows)
 
 
 def host_calls(share: RingShare, window: int | None) -> Hops:

@@ -65,6 +65,7 @@ class RingShare(Share):
             for place in range(self.size)
         )
 
+    @cached_property
     def prefix_rows(self) -> slice | Integers:
         """Rows of all tokens of earlier chunks here to which this chunk attends, in the order of
         its sequences."""

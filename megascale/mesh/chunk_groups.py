@@ -1,0 +1,34 @@
+"""What the chunks of a group have in common on a rank, from one micro-batch to the next."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from megascale.mesh.chunk_cache import Chunk, ChunkCache
+from megascale.mesh.ring_share import RingShare
+from megascale.planner.shares import RankMicroBatch
+
+
+class ChunkGroups:
+    """Makes the shares of chunks, in the order in which the rank runs them."""
+
+    def __init__(self) -> None:
+        self._earlier: list[Chunk] = []
+        self._cache = ChunkCache()
+
+    def share(self, mine: RankMicroBatch, ranks: tuple[int, ...], group: Any) -> RingShare:
+        """The share of a chunk; `ranks` and `group` are those of `RingShare`.
+
+        The chunks of a group have one cache, which lives as long as their micro-batches.
+        """
+        if mine.ring.chunk == 0:
+            self._earlier, self._cache = [], ChunkCache()
+        place, bounds = mine.share.place, mine.share.bounds
+        share = RingShare(
+            *(place, bounds, ranks, group),
+            sequences=mine.sequences,
+            earlier=tuple(self._earlier),
+            cache=self._cache,
+        )
+        self._earlier.append(Chunk(mine.sequences, bounds))
+        return share
