@@ -29,6 +29,7 @@ class ChunkGroups:
             sequences=mine.sequences,
             earlier=tuple(self._earlier),
             cache=self._cache,
+            is_last=mine.ring.chunk == mine.ring.chunks - 1,
         )
         self._earlier.append(Chunk(mine.sequences, bounds))
         return share

@@ -59,6 +59,12 @@ class Segments:
             self._owners = owner_T, source_T
         return self._owners
 
+    def end_group(self) -> None:
+        """After a forward pass without a backward pass: let go of keys and values that no later
+        chunk needs."""
+        if self.ring is not None and self.ring.cache is not None and self.ring.is_last:
+            self.ring.cache.clear()
+
     @staticmethod
     def of(lengths: Sequence[int], device: torch.device) -> Segments:
         """Segments of whole sequences, each starting at position 0."""

@@ -32,6 +32,8 @@ class RingShare(Share):
     """The chunks of the group before this one."""
     cache: ChunkCache | None = field(default=None, repr=False, compare=False)
     """What the chunks of the group keep; None where sequences are whole."""
+    is_last: bool = True
+    """No chunk of the group comes after this one."""
 
     def pieces(self, place: int) -> list[tuple[Piece, ...]]:
         """Of each sequence, the two pieces of `place`, with their rows in its pack."""
