@@ -66,3 +66,21 @@ def pipeline_order(chunks: tuple[int, ...], stages: int) -> tuple[tuple[int, boo
             done[stage] = until
         passes += [(stage, True, index) for stage in reversed(range(stages))]
     return tuple(passes)
+
+
+@lru_cache(maxsize=64)
+def pipeline_generations(
+    chunks: tuple[int, ...], stages: int
+) -> tuple[tuple[tuple[int, bool, int], ...], ...]:
+    """The passes of `pipeline_order`, in groups of which none waits for another of its group."""
+    generation: dict[tuple[int, bool, int], int] = {}
+    last = [-1] * stages
+    groups: list[list[tuple[int, bool, int]]] = []
+    for one in pipeline_order(chunks, stages):
+        stage, backward, index = one
+        before = generation.get((stage + 1 if backward else stage - 1, backward, index), -1)
+        number = generation[one] = last[stage] = 1 + max(last[stage], before)
+        if number == len(groups):
+            groups.append([])
+        groups[number].append(one)
+    return tuple(map(tuple, groups))
