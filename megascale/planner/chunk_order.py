@@ -57,18 +57,30 @@ def pipeline_order(chunks: tuple[int, ...], stages: int) -> tuple[tuple[int, boo
     A forward pass waits for the stage before, a backward pass for the stage after, and both for
     the pass before them on their own stage.
     """
-    orders = [stage_order(chunks, stages, stage) for stage in range(stages)]
-    at = [0] * stages
-    done: set[tuple[int, bool, int]] = set()
     passes: list[tuple[int, bool, int]] = []
-    while len(passes) < 2 * stages * sum(chunks):
-        for stage, order in enumerate(orders):
-            while at[stage] < len(order):
-                backward, index = order[at[stage]]
-                before = stage + 1 if backward else stage - 1
-                if 0 <= before < stages and (before, backward, index) not in done:
-                    break
-                done.add((stage, backward, index))
-                passes.append((stage, backward, index))
-                at[stage] += 1
+    count, done = sum(chunks), [0] * stages
+    for index, forwards in _backward_passes(chunks):
+        for stage in range(stages):
+            until = max(done[stage], min(count, forwards + stages - 1 - stage))
+            passes += [(stage, False, number) for number in range(done[stage], until)]
+            done[stage] = until
+        passes += [(stage, True, index) for stage in reversed(range(stages))]
     return tuple(passes)
+
+
+@lru_cache(maxsize=64)
+def pipeline_generations(
+    chunks: tuple[int, ...], stages: int
+) -> tuple[tuple[tuple[int, bool, int], ...], ...]:
+    """The passes of `pipeline_order`, in groups of which none waits for another of its group."""
+    generation: dict[tuple[int, bool, int], int] = {}
+    last = [-1] * stages
+    groups: list[list[tuple[int, bool, int]]] = []
+    for one in pipeline_order(chunks, stages):
+        stage, backward, index = one
+        before = generation.get((stage + 1 if backward else stage - 1, backward, index), -1)
+        number = generation[one] = last[stage] = 1 + max(last[stage], before)
+        if number == len(groups):
+            groups.append([])
+        groups[number].append(one)
+    return tuple(map(tuple, groups))
