@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from test_hdp import LENGTHS, MOE, agree, gradients, oracle, random_plan
 
-from megascale.planner import CostModel, Problem, plan_hybrid
+from megascale.planner import CostModel, Problem, plan_hybrid, step_s
 
 PIPELINE = "parallel.pipeline="
 
@@ -144,6 +144,33 @@ def test_activations_in_host_memory(ranks):
     for plan in chunked_plans(range(2), 2, 2):
         moved = replace(plan, rings=tuple(replace(ring, offload=0.7) for ring in plan.rings))
         check(ranks, 4, 2, [layers], [moved], 1e-4, exact=False)
+
+
+def clocks(stages, plans, cost):
+    """Seconds of each plan on this rank, as the clocks count that messages carry."""
+    from test_hdp import BASE, VOCAB
+    from timed_stages import run_plan
+
+    from megascale.config import finalize, parse_config
+    from megascale.model.build import transformer_config
+    from megascale.runtime import distributed
+
+    overrides = [f"{PIPELINE}{stages}", f"model.num_layers={stages}"]
+    config = finalize(parse_config(BASE, overrides), {"random": 10000}, VOCAB)
+    ranks = distributed.start(config)
+    core = transformer_config(config, ranks)
+    return [run_plan(plan, LENGTHS, cost, ranks, core, sleeps=False)[0] for plan in plans]
+
+
+@pytest.mark.parametrize("world, stages", [(4, 2), (4, 4)])
+def test_steps_take_what_is_predicted(ranks, world, stages):
+    """Where a pass takes what the cost model says, and only that."""
+    cost = CostModel(a=1e-7, b=1e-6, fixed=2e-5, latency=1e-5, prefix_intra=1e-6)
+    plans = chunked_plans(range(8), world // stages, stages)
+    plans = [plan for plan in plans if any(ring.chunks > 1 for ring in plan.rings)]
+    measured = np.array(ranks(world, clocks, stages, plans, cost)).max(axis=0)
+    predicted = [step_s(plan, LENGTHS, cost, stages) for plan in plans]
+    np.testing.assert_allclose(measured, predicted, rtol=1e-9)
 
 
 @pytest.mark.slow
