@@ -1,8 +1,8 @@
 """The stages of a pipeline whose passes take given times, in the place of a model.
 
-All else is real: ranks, micro-batches, the schedule, its messages, and ranks of a ring that wait for
-each other. Passes sleep, or they count on clocks that the messages carry, which no busy machine can
-disturb.
+All else is real: ranks, micro-batches, the schedule, its messages, and the ranks of a ring that
+wait for each other. Passes sleep, or they count on clocks that the messages carry, which no busy
+machine can disturb.
 """
 
 from __future__ import annotations

@@ -333,6 +333,10 @@ class PlannerConfig:
     """Bytes per second that a rank copies between device and host memory while it computes, in the
     slower direction. With a number, plans may keep part of the activations of long sequences in
     host memory. None: no plan does."""
+    chunk_cache: Literal["device", "host"] = "device"
+    """Where keys and values of a chunk of sequences wait for the later chunks of these. `host`: in
+    host memory. The device then has room for longer sequences, and every later chunk copies them
+    back in its forward and in its backward pass."""
     ahead_steps: int = 2
     """Steps that are planned ahead, in a process beside rank 0, while earlier steps train. The
     default is 2, so that training seldom waits for a plan that takes longer than a step."""

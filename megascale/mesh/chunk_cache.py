@@ -31,8 +31,10 @@ class Chunk(NamedTuple):
 class ChunkCache:
     """Keys and values of one group of chunks on this rank, apart for each attention."""
 
-    def __init__(self) -> None:
+    def __init__(self, on_host: bool = False) -> None:
+        """`on_host`: in host memory, from which every later chunk copies them back."""
         self._layers: dict[Hashable, _Layer] = {}
+        self._on_host = on_host
 
     def extend(
         self, layer: Hashable, chunk: int, own_2SGD: torch.Tensor, rows: Rows
@@ -49,12 +51,13 @@ class ChunkCache:
                 f"chunk {chunk} of a group runs forward, but its earlier chunks are not kept; run "
                 "all chunks of a group forward, in order, and then all backward in reverse order"
             )
-        kept[chunk:] = [own_2SGD]
-        return self.seen(layer, chunk, rows)
+        kept[chunk:] = [_to_host(own_2SGD) if self._on_host else own_2SGD]
+        return self.seen(layer, chunk, rows, own_2SGD.device)
 
-    def seen(self, layer: Hashable, chunk: int, rows: Rows) -> torch.Tensor:
-        """What `extend` returned for this chunk."""
-        *before, own = self._layers[layer].kept_2SGD[: chunk + 1]
+    def seen(self, layer: Hashable, chunk: int, rows: Rows, device: torch.device) -> torch.Tensor:
+        """What `extend` returned for this chunk, on `device`."""
+        kept = self._layers[layer].kept_2SGD[: chunk + 1]
+        *before, own = (part.to(device, non_blocking=True) for part in kept)
         if not before:
             return own
         prefix = torch.cat(before, dim=1)
@@ -84,6 +87,12 @@ class ChunkCache:
     def clear(self) -> None:
         """Keep nothing any more."""
         self._layers.clear()
+
+
+def _to_host(part: torch.Tensor) -> torch.Tensor:
+    """A copy in host memory; on CUDA in pinned memory, and made before later work of the stream."""
+    copy = torch.empty(part.shape, dtype=part.dtype, pin_memory=part.is_cuda)
+    return copy.copy_(part, non_blocking=True)
 
 
 class _Layer:

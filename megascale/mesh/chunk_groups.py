@@ -12,9 +12,11 @@ from megascale.planner.shares import RankMicroBatch
 class ChunkGroups:
     """Makes the shares of chunks, in the order in which the rank runs them."""
 
-    def __init__(self) -> None:
+    def __init__(self, on_host: bool = False) -> None:
+        """`on_host` is that of the caches."""
+        self._on_host = on_host
         self._earlier: list[Chunk] = []
-        self._cache = ChunkCache()
+        self._cache = ChunkCache(on_host)
 
     def share(self, mine: RankMicroBatch, ranks: tuple[int, ...], group: Any) -> RingShare:
         """The share of a chunk; `ranks` and `group` are those of `RingShare`.
@@ -22,7 +24,7 @@ class ChunkGroups:
         The chunks of a group have one cache, which lives as long as their micro-batches.
         """
         if mine.ring.chunk == 0:
-            self._earlier, self._cache = [], ChunkCache()
+            self._earlier, self._cache = [], ChunkCache(self._on_host)
         place, bounds = mine.share.place, mine.share.bounds
         share = RingShare(
             *(place, bounds, ranks, group),

@@ -32,10 +32,10 @@ def micro_batches(
 
     `sequences` are those of the whole batch, in the order of the lengths that were planned. A ring
     of two ranks or more needs `axis`, whose position `rank` this process is. Each micro-batch is
-    padded to a multiple of `multiple` tokens by `pad_id`; padding counts in no loss. The chunks of a
-    group keep keys and values for each other: run all forward, then all backward in reverse. Raises
-    ValueError, at once, for sequences that are no ids or do not fit the plan, a rank that is not of
-    the plan, and where an axis is missing.
+    padded to a multiple of `multiple` tokens by `pad_id`; padding counts in no loss. Chunks of
+    the same sequences keep keys and values for each other: run all of a group forward, and then all
+    backward in reverse order. Raises ValueError, at once, for sequences that are no ids or do not
+    fit the plan, a rank that is not of the plan, and where an axis is missing.
     """
     lengths = tuple(_length(index, sequence) for index, sequence in enumerate(sequences))
     planned = len({index for ring in plan.rings for index in ring.sequences})

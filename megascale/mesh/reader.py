@@ -66,6 +66,8 @@ class MicroBatchReader:
     """How ranks that share sequences reach one another; None where no ring has two."""
     window: int | None = None
     """The window of attention."""
+    keeps_chunks_on_host: bool = False
+    """Keys and values of chunks wait in host memory for later chunks."""
 
     def read(self, plan: StepPlan, batch: GlobalBatch) -> Iterator[MicroBatch]:
         """This rank's micro-batches in plan order. On CPU each is read from disk when the caller
@@ -76,7 +78,7 @@ class MicroBatchReader:
 
     def _read(self, plan: StepPlan, batch: GlobalBatch) -> Iterator[MicroBatch]:
         part, pad_id = partial(self._part, batch), self.sources[0].first_id
-        groups = ChunkGroups()
+        groups = ChunkGroups(self.keeps_chunks_on_host)
         for ring in plan.rings_of(self.hdp_rank):
             mine = RankMicroBatch.of(ring, self.hdp_rank, batch.length)
             sources = [int(batch.source[i]) for i in ring.sequences]

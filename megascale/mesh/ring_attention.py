@@ -133,7 +133,7 @@ class _Keys:
     def __init__(self, share: RingShare, layer: Hashable, device: torch.device) -> None:
         self._cache = share.cache
         if share.cache is not None:
-            self._of = layer, len(share.earlier)
+            self._of, self._device = (layer, len(share.earlier)), device
             self._rows = prefix_rows_of(share, device)
 
     def begin(self, own: torch.Tensor) -> torch.Tensor:
@@ -147,7 +147,7 @@ class _Keys:
     def again(self, saved: torch.Tensor | None) -> torch.Tensor:
         """What `begin` returned, in the backward pass."""
         if self._cache is not None:
-            return self._cache.seen(*self._of, self._rows)
+            return self._cache.seen(*self._of, self._rows, self._device)
         assert saved is not None, "whole sequences save their own"
         return saved
 
@@ -172,7 +172,7 @@ def _add_gradients(kernel: Kernel, call: Call, given: Any, dq: Any, part: Any) -
 class _Exchange:
     """What one rank sends to the next and gets from the one before while it computes.
 
-    The sizes of all shares follow from the bounds of the pieces, so nothing but the tensors is sent.
+    The sizes of all shares follow from the bounds of pieces, so nothing but the tensors is sent.
     Everything is posted before anything is waited for, and kept until it has arrived: a send
     may end only when the other side receives.
     """

@@ -31,9 +31,7 @@ class Message(NamedTuple):
     """This stage sends it."""
 
 
-def messages_of(
-    passes: Sequence[tuple[int, bool, int]], stages: int, stage: int
-) -> list[Message]:
+def messages_of(passes: Sequence[tuple[int, bool, int]], stages: int, stage: int) -> list[Message]:
     """The messages of `stage`, in the order of `passes` (see `pipeline_order`)."""
     messages = []
     for sender, backward, index in passes:
@@ -104,9 +102,7 @@ class StageMessages:
         shape = None if message.outgoing else self._shape_of(message.index)
         ways = self._neighbours
         exchange = (
-            ways.send_backward_recv_backward
-            if message.backward
-            else ways.send_forward_recv_forward
+            ways.send_backward_recv_backward if message.backward else ways.send_forward_recv_forward
         )
         coming, works = exchange(tensor, not message.outgoing, shape, overlap_p2p_comm=True)
         return coming, list(works.values())

@@ -90,8 +90,6 @@ def traced(overrides, plans, exact):
         chunk_schedule._Passes = kind
     from megatron.core import parallel_state as state
 
-    from megascale.runtime import distributed
-
     stage = state.get_pipeline_model_parallel_rank()
     return results, stage, state.get_data_parallel_rank(), ran
 
@@ -180,5 +178,7 @@ def test_many_plans_end(ranks, world, stages, request):
     number = request.config.getoption("--chunk-plans") // 4
     plans = chunked_plans(range(100, 100 + number), world // stages, stages)
     plans += cut_hybrid_plans(range(number), world // stages, stages)
-    assert any(ring.chunks > 1 and len(ring.ranks) == world // stages for p in plans for ring in p.rings)
+    assert any(
+        ring.chunks > 1 and len(ring.ranks) == world // stages for p in plans for ring in p.rings
+    )
     check(ranks, world, stages, ["model.num_layers=4"], plans, 1e-4, exact=False)

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from megascale.mesh import kernels, ring_attention
+from megascale.mesh.chunk_cache import ChunkCache
 from megascale.mesh.chunk_groups import ChunkGroups
 from megascale.mesh.in_memory import micro_batches
 from megascale.mesh.packed_attention import attend
@@ -15,18 +16,27 @@ from megascale.planner.shares import RankMicroBatch
 CPU = torch.device("cpu")
 LENGTHS = (40, 7, 1, 25)
 CUTS = {  # of each chunk, its sequences and the tokens of each
-    "equal": [{0: (0, 20), 1: (0, 4), 3: (0, 12)}, {0: (20, 40), 1: (4, 7), 2: (0, 1), 3: (12, 25)}],
+    "equal": [
+        {0: (0, 20), 1: (0, 4), 3: (0, 12)},
+        {0: (20, 40), 1: (4, 7), 2: (0, 1), 3: (12, 25)},
+    ],
     "one sequence": [{0: (0, 3)}, {0: (3, 21)}, {0: (21, 40)}],
     # sequences that end early, begin late, or are in no chunk between; other orders; nothing
-    "uneven": [{1: (0, 5), 0: (0, 1)}, {}, {0: (1, 33), 3: (0, 24)}, {3: (24, 25), 0: (33, 40), 1: (5, 7)}],
+    "uneven": [
+        {1: (0, 5), 0: (0, 1)},
+        {},
+        {0: (1, 33), 3: (0, 24)},
+        {3: (24, 25), 0: (33, 40), 1: (5, 7)},
+    ],
 }
 
 
 def chunk_rings(cuts, ranks=(0,)):
+    count = len(cuts)
     return [
-        Ring(i, ranks, tuple(cut), 0.0, i, group=0, chunk=i, chunks=len(cuts), spans=tuple(cut.values()))
+        Ring(i, ranks, tuple(cut), 0.0, i, 0, i, count, spans=tuple(cut.values()))
         for i, cut in enumerate(cuts)
-    ]  # fmt: skip
+    ]
 
 
 def whole(tensors, lengths, window):
@@ -37,11 +47,11 @@ def whole(tensors, lengths, window):
     return out.detach(), torch.autograd.grad((out * weights).sum(), qkv)
 
 
-@pytest.mark.parametrize("kernel", [None, "dense"])
+@pytest.mark.parametrize("kernel, on_host", [(None, False), ("dense", False), (None, True)])
 @pytest.mark.parametrize("heads", [1, 4])
 @pytest.mark.parametrize("window", [None, 1, 6, 30])
 @pytest.mark.parametrize("cuts", CUTS.values(), ids=CUTS)
-def test_chunks_equal_whole_sequences(monkeypatch, cuts, window, heads, kernel):
+def test_chunks_equal_whole_sequences(monkeypatch, cuts, window, heads, kernel, on_host):
     """With two attentions one after the other, and padding that is noise."""
     if kernel:
         monkeypatch.setattr(ring_attention, "kernel_for", lambda _: kernels.DENSE)
@@ -53,22 +63,49 @@ def test_chunks_equal_whole_sequences(monkeypatch, cuts, window, heads, kernel):
     layers = {name: [torch.randn(*s, dtype=torch.float64) for s in shapes] for name in ("a", "b")}
     expected = {name: whole(tensors, lengths, window) for name, tensors in layers.items()}
 
-    groups, padding, passes = ChunkGroups(), 3, []
+    groups, padding, passes = ChunkGroups(on_host), 3, []
     for ring in chunk_rings(cuts):
         share = groups.share(RankMicroBatch.of(ring, 0, LENGTHS), (0,), None)
-        rows = [torch.arange(begin[i] + b, begin[i] + e) for i, (b, e) in zip(ring.sequences, ring.spans)]
+        rows = [
+            torch.arange(begin[i] + b, begin[i] + e)
+            for i, (b, e) in zip(ring.sequences, ring.spans)
+        ]
         rows = torch.cat([torch.empty(0, dtype=torch.long), *rows])
         for name, tensors in layers.items():
             mine = [torch.cat([x[rows], torch.randn(padding, *x.shape[1:])]) for x in tensors]
             qkv = [x.requires_grad_() for x in mine[:3]]
             out, _ = attend(*qkv, Segments.of_share(share, padding, CPU), window=window, layer=name)
-            torch.testing.assert_close(out[: len(rows)], expected[name][0][rows], rtol=0, atol=1e-12)
+            torch.testing.assert_close(
+                out[: len(rows)], expected[name][0][rows], rtol=0, atol=1e-12
+            )
             passes.append((name, rows, out, qkv, mine[3]))
     for name, rows, out, qkv, weights in reversed(passes):
         for grad, want in zip(torch.autograd.grad(out, qkv, weights), expected[name][1]):
             torch.testing.assert_close(grad[: len(rows)], want[rows], rtol=0, atol=1e-12)
             assert not grad[len(rows) :].any()
     assert not any(layer.kept_2SGD for layer in share.cache._layers.values())
+
+
+def test_host_memory_has_copies():
+    own = torch.randn(2, 5, 1, 8)
+    for on_host in (False, True):
+        cache = ChunkCache(on_host)
+        cache.extend("a", 0, own, slice(None))
+        (kept,) = cache._layers["a"].kept_2SGD
+        assert torch.equal(kept, own) and (kept is own) is not on_host
+
+
+@pytest.mark.parametrize("where", ["device", "host"])
+def test_the_option_reaches_the_cache(where):
+    from types import SimpleNamespace
+
+    from megascale.config import finalize, parse_config
+    from megascale.training.reading import reader_of
+
+    text = "{model: {}, data: {sources: {x: {path: none}}}, train: {tokens: 100}}"
+    config = finalize(parse_config(text, [f"planner.chunk_cache={where}"]), {"x": 1000}, 100)
+    reader = reader_of(config, SimpleNamespace(hdp_rank=0, device=CPU, axis=None), [])
+    assert reader.keeps_chunks_on_host is (where == "host")
 
 
 def test_recomputation_runs_a_chunk_again():
