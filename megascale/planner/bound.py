@@ -141,6 +141,12 @@ def nested_sizes(problem: Problem, sizes: Integers, whole_nodes: bool = False) -
     return np.where(sizes <= node, within, -(-sizes // node) * node if whole_nodes else sizes)
 
 
+def chunked_memory(problem: Problem) -> Problem:
+    """`problem` with the tokens of one sequence that a rank holds as its capacity."""
+    held = problem.capacity * (problem.pipeline if problem.may_chunk else 1)
+    return replace(problem, capacity=held, chunks=1)
+
+
 def lower_bound_s(problem: Problem) -> float:
     """Seconds that no plan can beat, by the cost model.
 
@@ -150,10 +156,13 @@ def lower_bound_s(problem: Problem) -> float:
     least one micro-batch, and no micro-batch holds more than its capacity.
 
     With P pipeline stages a sequence passes all of them, so it takes P times its time on one; and
-    the last stage waits for P - 1 forwards before its work, and P - 1 backwards follow it.
+    the last stage waits for P - 1 forwards before its work, and P - 1 backwards follow it. Where
+    plans may cut sequences into chunks, several stages compute a sequence at a time, and a rank
+    holds P times its capacity of one.
     """
-    stages = problem.pipeline
-    fill_s = (stages - 1) * problem.cost.fixed
+    stages = 1 if problem.may_chunk else problem.pipeline
+    fill_s = (problem.pipeline - 1) * problem.cost.fixed
+    problem = chunked_memory(problem)
     lengths = np.unique(problem.lengths)
     if not len(lengths):
         return problem.cost.fixed + fill_s

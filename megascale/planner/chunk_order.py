@@ -34,7 +34,7 @@ def stage_order(chunks: Sequence[int], stages: int, stage: int) -> list[Pass]:
     """
     order: list[Pass] = []
     count, done = sum(chunks), 0
-    for index, forwards in _backward_passes(chunks):
+    for index, forwards in backward_passes(chunks):
         until = min(count, forwards + stages - 1 - stage)
         order += [(False, number) for number in range(done, until)]
         order.append((True, index))
@@ -42,7 +42,7 @@ def stage_order(chunks: Sequence[int], stages: int, stage: int) -> list[Pass]:
     return order
 
 
-def _backward_passes(chunks: Sequence[int]) -> Iterator[tuple[int, int]]:
+def backward_passes(chunks: Sequence[int]) -> Iterator[tuple[int, int]]:
     """(micro-batch, forward passes that the last stage runs before it) of each backward pass."""
     ends = list(accumulate(chunks))
     for size, end, following in zip(chunks, ends, [*chunks, 0][1:], strict=True):
@@ -59,7 +59,7 @@ def pipeline_order(chunks: tuple[int, ...], stages: int) -> tuple[tuple[int, boo
     """
     passes: list[tuple[int, bool, int]] = []
     count, done = sum(chunks), [0] * stages
-    for index, forwards in _backward_passes(chunks):
+    for index, forwards in backward_passes(chunks):
         for stage in range(stages):
             until = max(done[stage], min(count, forwards + stages - 1 - stage))
             passes += [(stage, False, number) for number in range(done[stage], until)]

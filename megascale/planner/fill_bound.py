@@ -10,7 +10,7 @@ from functools import lru_cache
 import numpy as np
 
 from megascale.arrays import Integers
-from megascale.planner.bound import lower_bound_s
+from megascale.planner.bound import chunked_memory, lower_bound_s
 from megascale.planner.cost import FORWARD_SHARE
 from megascale.planner.linear_program import Rows, linear_program, quiet_solver
 from megascale.planner.problem import Problem
@@ -34,7 +34,7 @@ def fill_bound_s(problem: Problem) -> float:
     bound_s = lower_bound_s(problem)
     if problem.pipeline == 1 or problem.pipeline > MOST_STAGES:
         return bound_s
-    area_s = lower_bound_s(replace(problem, pipeline=1))
+    area_s = lower_bound_s(replace(chunked_memory(problem), pipeline=1))
     share = problem.cost.fixed / area_s if area_s else 1.0
     return max(bound_s, area_s * fill_factor(problem.pipeline, share))
 

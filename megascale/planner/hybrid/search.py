@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 
 import numpy as np
 
 from megascale.arrays import Integers
 from megascale.planner.bound import alone_s, fewest_ranks, nested_sizes, sizes_within
+from megascale.planner.hybrid.chunks import Cut, WaveTable
 from megascale.planner.hybrid.levels import STRETCH, Batch, Level, even_levels, long_levels
 from megascale.planner.hybrid.shelves import LONGEST, has_few_short, longest_s, shelve
 from megascale.planner.hybrid.stacks import Stacks
@@ -20,7 +21,7 @@ from megascale.planner.peers.bytescale import plan_bytescale
 from megascale.planner.peers.longest_first import plan_longest_first
 from megascale.planner.peers.static import plan_static_balanced, plan_static_best
 from megascale.planner.plan import StepPlan
-from megascale.planner.plan_builder import Placed, complete
+from megascale.planner.plan_builder import Placed, complete, with_padding
 from megascale.planner.problem import Problem
 
 TRIES = 10
@@ -31,6 +32,11 @@ shelves and a static one, since each may be far slower than the others."""
 FEW, FEW_TIMES_RANKS, LIMITS = 1024, 16384, 12
 """Up to so many sequences, if there are few for a rank or few ranks too, other planners' plans are
 tried; up to a quarter of it, so many limits for how long a ring may last."""
+WAVE_SIZES = (1.0, 2.0, 3.0, 4.0)
+"""Tokens of a wave that is cut into chunks, over what a rank holds of one micro-batch."""
+WAVE_TRIES = 10
+CHUNKED_PLANS = 2
+"""Plans of chunks that are timed exactly, the most promising first."""
 MANY = 16384
 """Sequences above which hindsight over static plans takes longer than all the rest."""
 STACKS = ((1.0, False), (1.0, True), (0.5, False))
@@ -60,18 +66,46 @@ def plan_hybrid(problem: Problem) -> StepPlan:
     began = time.perf_counter()
     problem.require_fit()
     batch = Batch.of(problem)
+    best = _best(problem, batch, began, TRIES)
+    plan = _fastest(problem, best.placed() if best else [[]], began)
+    if not (problem.may_chunk and best):
+        return plan
+    chunked = _chunked(problem, batch, began)
+    fastest = min([plan, *chunked], key=lambda one: one.predicted_s)
+    return replace(fastest, plan_s=time.perf_counter() - began)
+
+
+def _best(problem: Problem, batch: Batch, began: float, tries: int) -> Candidate | None:
+    """The best of so many candidates, or of those of the budget; None without a sequence."""
     best: Candidate | None = None
     for number, candidate in enumerate(_candidates(problem, batch), start=1):
         if best is None or candidate.seconds < best.seconds:
             best = candidate
         spent_s = time.perf_counter() - began
         is_over = number >= LEAST_TRIES and spent_s > (problem.budget_s or 0.0)
-        if number == TRIES if problem.budget_s is None else is_over:
+        if number == tries if problem.budget_s is None else is_over:
             break
     for candidate in _of_few(problem, batch):
         if best is None or candidate.seconds < best.seconds:
             best = candidate
-    return _fastest(problem, best.placed() if best else [[]], began)
+    return best
+
+
+def _chunked(problem: Problem, batch: Batch, began: float) -> list[StepPlan]:
+    """Plans whose waves hold more than a rank does at a time, and are cut into chunks."""
+    found: list[tuple[Cut, WaveTable]] = []
+    for part in WAVE_SIZES:
+        capacity = int(problem.capacity * part)
+        waves = replace(problem, capacity=capacity, pipeline=1, chunks=1, offload=None)
+        if problem.lengths.max() > capacity * problem.num_ranks:
+            continue
+        best = _best(waves, batch, began, WAVE_TRIES)
+        for placed in best.placed() if best else []:
+            table = WaveTable.of(problem, with_padding(problem, placed))
+            found += [(cut, table) for cut in table.cuts()]
+    found.sort(key=lambda one: one[0].seconds)
+    plans = (table.plan(cut, began) for cut, table in found)
+    return list(islice((plan for plan in plans if plan is not None), CHUNKED_PLANS))
 
 
 Way = tuple[float, Callable[[Sheet, list[int]], bool]]
