@@ -55,8 +55,8 @@ class MoeConfig:
     balance: Literal["global", "micro", "sequence", "loss_free", "none"] = "global"
     """What is balanced over the experts. `global`: their use over the global batch, so that experts
     may specialise, and the result does not depend on how the batch was cut. `micro`: their use
-    over every micro-batch. `sequence`: their use over every sequence. `loss_free`: no loss; a bias
-    of each expert steers the choice. `none`: nothing."""
+    over every micro-batch. `sequence`: their use over every sequence, or over each of its
+    chunks. `loss_free`: no loss; a bias of each expert steers the choice. `none`: nothing."""
     balance_weight: float = 0.008
     """Weight of the balance loss. The loss is 1 where use is even. The default is the paper's."""
     balance_weights: tuple[float, ...] | None = None
