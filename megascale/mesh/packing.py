@@ -14,9 +14,8 @@ import torch
 from megascale.mesh.ring_calls import (
     arrays_of,
     host_calls,
-    keep_prefix_rows,
     key_of,
-    prefix_arrays,
+    prefix_rows_of,
     with_tensors,
 )
 from megascale.mesh.ring_share import RingShare
@@ -153,19 +152,17 @@ def pack(
     mask = np.zeros(num_tokens + padding, dtype=np.float32)
     mask[:num_tokens] = 1.0
     hops = host_calls(ring, window) if ring and device.type == "cuda" else []
-    rows = prefix_arrays(ring) if ring and hops else []
     arrays = [
         *(_join([part.inputs for part in sequences]), _join([part.targets for part in sequences])),
         *(mask, positions, _bounds(lengths), *_owners_of(lengths, sources)),
-        *(*arrays_of(hops), *rows),
+        *arrays_of(hops),
     ]
     tokens_T, targets_T, mask_T, positions_T, cu_seqlens, owner_T, source_T, *rest = send_arrays(
         arrays, device
     )
     if ring and hops:
-        tensors = iter(rest)
-        ring.calls[key_of(window, True, device)] = with_tensors(hops, tensors)
-        keep_prefix_rows(ring, device, tensors)
+        ring.calls[key_of(window, True, device)] = with_tensors(hops, iter(rest))
+        prefix_rows_of(ring, window, device)  # another copy, where a chunk sees a part of others
     segments = Segments(
         positions_T=positions_T,
         cu_seqlens=cu_seqlens,

@@ -71,13 +71,13 @@ class _RingAttention(torch.autograd.Function):
         calls = calls_of(share, window, kernel, q.device)
         held = share.num_tokens(share.place)
         own = torch.stack((k[:held], v[:held]))
-        keys = _Keys(share, layer, q.device)
+        keys = _Keys(share, window, layer, q.device)
         out = torch.zeros(q.shape, dtype=exact, device=q.device)
         lse = torch.full(q.shape[:2], float("-inf"), dtype=exact, device=q.device)
         here = keys.begin(own)
         for hop in range(share.size):
             exchange = _Exchange(share)
-            coming = exchange.keys_and_values(here, hop)
+            coming = exchange.keys_and_values(here, hop, keys)
             exchange.begin()
             for call in calls[hop]:
                 key, value = here[0, call.keys], here[1, call.keys]
@@ -102,7 +102,7 @@ class _RingAttention(torch.autograd.Function):
         shape = here.shape
         for hop in range(share.size):
             exchange = _Exchange(share)
-            coming = exchange.keys_and_values(here, hop)
+            coming = exchange.keys_and_values(here, hop, keys)
             before = exchange.gradients(going, here.shape) if hop > 1 else None
             exchange.begin()
             part = torch.zeros(here.shape, dtype=lse.dtype, device=q.device)
@@ -130,11 +130,18 @@ class _Keys:
     """The keys and values on this rank that a micro-batch attends to: where sequences are whole
     its own, and of a chunk those of earlier chunks too."""
 
-    def __init__(self, share: RingShare, layer: Hashable, device: torch.device) -> None:
+    def __init__(
+        self, share: RingShare, window: int | None, layer: Hashable, device: torch.device
+    ) -> None:
+        self._share, self._prefix = share, share.prefix(window)
         self._cache = share.cache
         if share.cache is not None:
             self._of, self._device = (layer, len(share.earlier)), device
-            self._rows = prefix_rows_of(share, device)
+            self._rows = prefix_rows_of(share, window, device)
+
+    def number_on(self, place: int) -> int:
+        """How many there are on a place of the ring."""
+        return self._prefix.num_seen(place) + self._share.num_tokens(place)
 
     def begin(self, own: torch.Tensor) -> torch.Tensor:
         """All of them, in the forward pass."""
@@ -182,12 +189,12 @@ class _Exchange:
         self._messages: list[dist.P2POp] = []
         self._works: list[dist.Work] = []
 
-    def keys_and_values(self, here: torch.Tensor, hop: int) -> torch.Tensor:
+    def keys_and_values(self, here: torch.Tensor, hop: int, keys: _Keys) -> torch.Tensor:
         """Hand on what is at hand, but for the last hop; returns where the next will be."""
         share = self._share
         if hop == share.size - 1:
             return here
-        held = share.num_keys[(share.place - hop - 1) % share.size]
+        held = keys.number_on((share.place - hop - 1) % share.size)
         return self._add(here, here.new_empty(2, held, *here.shape[2:]))
 
     def hand_on(self, going: torch.Tensor) -> torch.Tensor:

@@ -14,11 +14,9 @@ import numpy as np
 import torch
 
 from megascale.mesh.kernels import Call, Kernel, Rows
-from megascale.mesh.ring_share import Piece, RingShare
+from megascale.mesh.ring_share import PREFIX, Piece, RingShare
 from megascale.mesh.transfer import send_arrays
 
-PREFIX = "prefix"
-"""In a key of `RingShare.calls`: the rows of earlier chunks."""
 Hops = list[list[Call]]
 """The calls of each hop."""
 
@@ -56,26 +54,15 @@ def calls_of(share: RingShare, window: int | None, kernel: Kernel, device: torch
     return hops
 
 
-def prefix_rows_of(share: RingShare, device: torch.device) -> Rows:
-    """`RingShare.prefix_rows` on the device. Made once per micro-batch."""
-    key = PREFIX, device
+def prefix_rows_of(share: RingShare, window: int | None, device: torch.device) -> Rows:
+    """The rows of earlier chunks here that this one sees. Made once per micro-batch."""
+    key = PREFIX, window, device
     if key not in share.calls:
-        keep_prefix_rows(share, device, iter(send_arrays(prefix_arrays(share), device)))
-    rows: Rows = share.calls[key]
-    return rows
-
-
-def prefix_arrays(share: RingShare) -> list[np.ndarray]:
-    """The rows of `RingShare.prefix_rows`, if they are an array."""
-    rows = share.prefix_rows
-    return [rows] if isinstance(rows, np.ndarray) else []
-
-
-def keep_prefix_rows(
-    share: RingShare, device: torch.device, tensors: Iterator[torch.Tensor]
-) -> None:
-    """Take the tensor of `prefix_arrays`, if there is one."""
-    share.calls[PREFIX, device] = next(tensors, share.prefix_rows)
+        rows = share.prefix(window).rows(share.place)
+        is_array = isinstance(rows, np.ndarray)
+        share.calls[key] = send_arrays([rows], device)[0] if is_array else rows
+    found: Rows = share.calls[key]
+    return found
 
 
 def host_calls(share: RingShare, window: int | None) -> Hops:
@@ -125,7 +112,9 @@ def _blocks(share: RingShare, source: int, window: int | None) -> Iterator[_Bloc
     this micro-batch.
     """
     longest = share.bounds[:, -1].max(initial=0)
-    for queries, before, keys in zip(share.pieces(share.place), *_keys(share, source), strict=True):
+    for queries, before, keys in zip(
+        share.pieces(share.place), *_keys(share, source, window), strict=True
+    ):
         if window is not None and window < longest:
             yield from _windowed(queries, [*before, *keys], window)
         else:
@@ -134,11 +123,13 @@ def _blocks(share: RingShare, source: int, window: int | None) -> Iterator[_Bloc
                     yield block
 
 
-def _keys(share: RingShare, source: int) -> tuple[list[list[Piece]], list[tuple[Piece, ...]]]:
+def _keys(
+    share: RingShare, source: int, window: int | None
+) -> tuple[list[list[Piece]], list[tuple[Piece, ...]]]:
     """Of each sequence, the pieces of earlier chunks and those of this one, with their rows among
     the keys of `source`."""
     row, before = 0, []
-    for pieces in share.prefix(source) if share.earlier else [[] for _ in share.bounds]:
+    for pieces in share.prefix(window).pieces[source]:
         rows = accumulate((size for _, _, size in pieces), initial=row)
         before.append([(at, *piece[1:]) for at, piece in zip(rows, pieces, strict=False)])
         row += sum(size for _, _, size in pieces)

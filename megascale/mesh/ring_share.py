@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -14,6 +13,8 @@ from megascale.planner.shares import Share
 
 Piece = tuple[int, int, int]
 """(row, position in the sequence, tokens) of contiguous tokens."""
+PREFIX = "prefix"
+"""In a key of `RingShare.calls`: what is known of earlier chunks."""
 
 
 @dataclass(frozen=True)
@@ -42,42 +43,50 @@ class RingShare(Share):
         table = np.stack([rows, starts, sizes], axis=-1).tolist()
         return [tuple((row, start, size) for row, start, size in pair) for pair in table]
 
-    def prefix(self, place: int) -> list[list[Piece]]:
-        """Of each sequence, the pieces that earlier chunks left on `place`, in causal order.
+    def prefix(self, window: int | None) -> Prefix:
+        """The tokens of earlier chunks that this one sees through `window`; made once."""
+        if (PREFIX, window) not in self.calls:
+            before = [self._before(place, window) for place in range(self.size)]
+            self.calls[PREFIX, window] = Prefix(*zip(*before, strict=True))
+        prefix: Prefix = self.calls[PREFIX, window]
+        return prefix
 
-        Rows count the tokens of all earlier chunks, chunk after chunk.
-        """
-        found: dict[int, list[Piece]] = {sequence: [] for sequence in self.sequences}
+    def _before(self, place: int, window: int | None) -> tuple[list[list[Piece]], int]:
+        """What `Prefix` has of one place."""
+        seen: dict[int, list[Piece]] = {sequence: [] for sequence in self.sequences}
+        begins = self.bounds[:, 0] - (window - 1) if window else np.zeros_like(self.bounds[:, 0])
+        first = dict(zip(self.sequences, begins.tolist(), strict=False))
         begin = 0
         for sequences, bounds in self.earlier:
             share = RingShare(place, bounds, self.ranks, None)
             for sequence, pieces in zip(sequences, share.pieces(place), strict=True):
-                if sequence in found:
-                    moved = [(begin + row, start, size) for row, start, size in pieces if size]
-                    found[sequence] += moved
+                for row, start, size in pieces if sequence in seen else ():
+                    hidden = max(0, first[sequence] - start)
+                    if hidden < size:
+                        seen[sequence].append((begin + row + hidden, start + hidden, size - hidden))
             begin += share.num_tokens(place)
-        return list(found.values())
+        # whole sequences have no numbers here, and nothing before them
+        return list(seen.values()) or [[] for _ in self.bounds], begin
 
-    @cached_property
-    def num_keys(self) -> tuple[int, ...]:
-        """Tokens on each place that this chunk attends to: of the chunks before it, and its own."""
-        return tuple(
-            sum(size for pieces in self.prefix(place) for _, _, size in pieces)
-            + self.num_tokens(place)
-            for place in range(self.size)
-        )
 
-    @cached_property
-    def prefix_rows(self) -> slice | Integers:
-        """Rows of all tokens of earlier chunks here to which this chunk attends, in the order of
-        its sequences."""
-        pieces = [piece for pieces in self.prefix(self.place) for piece in pieces]
-        rows = np.concatenate(
-            [np.empty(0, np.int64), *(np.arange(row, row + size) for row, _, size in pieces)]
-        )
-        is_all = np.array_equal(rows, np.arange(self._tokens_before()))
+class Prefix(NamedTuple):
+    """What a chunk sees of the chunks before it."""
+
+    pieces: tuple[list[list[Piece]], ...]
+    """Of each place and sequence, the pieces in causal order, with their rows among the tokens of
+    all earlier chunks there, chunk after chunk."""
+    tokens: tuple[int, ...]
+    """Of each place, tokens of all earlier chunks."""
+
+    def num_seen(self, place: int) -> int:
+        """Tokens on `place` that the chunk sees."""
+        return sum(size for pieces in self.pieces[place] for _, _, size in pieces)
+
+    def rows(self, place: int) -> slice | Integers:
+        """The rows of these tokens, sequence after sequence."""
+        parts = [
+            np.arange(row, row + size) for pieces in self.pieces[place] for row, _, size in pieces
+        ]
+        rows = np.concatenate([np.empty(0, np.int64), *parts])
+        is_all = np.array_equal(rows, np.arange(self.tokens[place]))
         return slice(None) if is_all else rows
-
-    def _tokens_before(self) -> int:
-        shares = (RingShare(self.place, chunk.bounds, self.ranks, None) for chunk in self.earlier)
-        return sum(share.num_tokens(self.place) for share in shares)

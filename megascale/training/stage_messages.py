@@ -25,7 +25,7 @@ class Message(NamedTuple):
 
     backward: bool
     """Gradients, which go to the stage before."""
-    index: int
+    number: int
     """The micro-batch."""
     outgoing: bool
     """This stage sends it."""
@@ -99,7 +99,7 @@ class StageMessages:
         self, message: Message, tensor: torch.Tensor | None
     ) -> tuple[torch.Tensor, list[dist.Work]]:
         """Begin to send `tensor`, or to receive into the tensor returned."""
-        shape = None if message.outgoing else self._shape_of(message.index)
+        shape = None if message.outgoing else self._shape_of(message.number)
         ways = self._neighbours
         exchange = (
             ways.send_backward_recv_backward if message.backward else ways.send_forward_recv_forward

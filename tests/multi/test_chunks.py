@@ -9,6 +9,8 @@ from test_hdp import LENGTHS, MOE, agree, gradients, oracle, random_plan
 from megascale.planner import CostModel, Problem, plan_hybrid, step_s
 
 PIPELINE = "parallel.pipeline="
+AT_ONCE = 20
+"""Plans that ranks run before they answer; a hang is found after the time that a call may take."""
 
 
 def cut(plan, rng, stages, most=4):
@@ -97,8 +99,7 @@ def traced(overrides, plans, exact):
 def check(ranks, world, stages, overrides, plans, tolerance, exact):
     overrides = (f"{PIPELINE}{stages}", *overrides) if stages > 1 else tuple(overrides)
     expected_sums, expected = oracle(ranks, overrides, exact)
-    timeout_s = 300 + 15 * len(plans)
-    answers = ranks(world, traced, overrides, plans, exact, timeout_s=timeout_s)
+    answers = ranks(world, traced, overrides, plans, exact)
     agree([answer[0] for answer in answers], expected_sums, expected, tolerance)
     for _, stage, hdp_rank, ran in answers:
         cut_plans = [plan for plan in plans if any(r.chunks > 1 for r in plan.rings_of(hdp_rank))]
@@ -181,4 +182,6 @@ def test_many_plans_end(ranks, world, stages, request):
     assert any(
         ring.chunks > 1 and len(ring.ranks) == world // stages for p in plans for ring in p.rings
     )
-    check(ranks, world, stages, ["model.num_layers=4"], plans, 1e-4, exact=False)
+    for begin in range(0, len(plans), AT_ONCE):
+        some = plans[begin : begin + AT_ONCE]
+        check(ranks, world, stages, ["model.num_layers=4"], some, 1e-4, exact=False)
