@@ -329,6 +329,11 @@ class PlannerConfig:
     """Seconds that a planner may spend on improving a plan. None: a fixed number of tries, so
     that equal inputs give equal plans. With a number, plans depend on the machine's speed, and
     a resumed run is no longer bit-equal."""
+    chunks: int = 1
+    """Most chunks into which `hybrid` cuts a micro-batch of a pipeline, where that is faster by
+    prediction. Chunks fill a pipeline faster. A later chunk attends to the keys and
+    values of the earlier ones. 1: sequences stay whole. More needs `parallel.pipeline` of 2 or
+    more."""
     host_copy_bytes_per_s: float | None = None
     """Bytes per second that a rank copies between device and host memory while it computes, in the
     slower direction. With a number, plans may keep part of the activations of long sequences in

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from itertools import accumulate
 
 import numpy as np
@@ -15,7 +15,7 @@ from megascale.planner.chunk_order import backward_passes, stage_order
 from megascale.planner.chunk_rules import peak_tokens
 from megascale.planner.cost import FORWARD_SHARE
 from megascale.planner.plan import StepPlan
-from megascale.planner.plan_builder import Indexed, with_seconds
+from megascale.planner.plan_builder import Indexed, Placed, with_padding, with_seconds
 from megascale.planner.problem import Problem
 
 QUANTILES = 16
@@ -24,6 +24,38 @@ FINER = 1.3
 """Between the sizes of slots that are tried."""
 WORSE = 3
 """Sizes without a better step after which no smaller ones are tried."""
+
+
+WAVE_SIZES = ((0.75, 4.0), (0.5, 3.0))
+"""Tokens of a wave that is cut into chunks, over what a rank holds of a micro-batch: as a part of
+the stages, and at most."""
+
+
+def plan_chunked(
+    problem: Problem, even_waves: Callable[[Problem], list[list[Placed]]], began: float
+) -> StepPlan | None:
+    """The best plan whose waves are cut into chunks; None where the problem allows or has none.
+
+    A wave holds more than a rank does of a micro-batch, since chunks that are done make room.
+    `even_waves` gives micro-batches in waves, in the orders that are worth trying, for a problem of
+    another capacity and without stages.
+    """
+    if not (problem.may_chunk and len(problem.lengths)):
+        return None
+    longest, found = int(problem.lengths.max()), list[tuple[Cut, WaveTable]]()
+    for part, most in WAVE_SIZES:
+        capacity = int(problem.capacity * min(most, part * problem.pipeline))
+        if longest > capacity * problem.num_ranks:
+            continue
+        waves = replace(problem, capacity=capacity, pipeline=1, chunks=1, offload=None)
+        for placed in even_waves(waves):
+            table = WaveTable.of(problem, with_padding(problem, placed))
+            found += [(cut, table) for cut in table.cuts()]
+    for cut, table in sorted(found, key=lambda one: one[0].seconds):
+        plan = table.plan(cut, began)
+        if plan is not None:
+            return plan
+    return None
 
 
 @dataclass(frozen=True)

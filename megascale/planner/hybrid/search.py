@@ -5,14 +5,14 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import islice
 
 import numpy as np
 
 from megascale.arrays import Integers
 from megascale.planner.bound import alone_s, fewest_ranks, nested_sizes, sizes_within
-from megascale.planner.hybrid.chunks import Cut, WaveTable
+from megascale.planner.hybrid.chunks import plan_chunked
 from megascale.planner.hybrid.levels import STRETCH, Batch, Level, even_levels, long_levels
 from megascale.planner.hybrid.shelves import LONGEST, has_few_short, longest_s, shelve
 from megascale.planner.hybrid.stacks import Stacks
@@ -21,7 +21,7 @@ from megascale.planner.peers.bytescale import plan_bytescale
 from megascale.planner.peers.longest_first import plan_longest_first
 from megascale.planner.peers.static import plan_static_balanced, plan_static_best
 from megascale.planner.plan import StepPlan
-from megascale.planner.plan_builder import Placed, complete, with_padding
+from megascale.planner.plan_builder import Placed, complete
 from megascale.planner.problem import Problem
 
 TRIES = 10
@@ -32,11 +32,6 @@ shelves and a static one, since each may be far slower than the others."""
 FEW, FEW_TIMES_RANKS, LIMITS = 1024, 16384, 12
 """Up to so many sequences, if there are few for a rank or few ranks too, other planners' plans are
 tried; up to a quarter of it, so many limits for how long a ring may last."""
-WAVE_SIZES = (1.0, 2.0, 3.0, 4.0)
-"""Tokens of a wave that is cut into chunks, over what a rank holds of one micro-batch."""
-WAVE_TRIES = 10
-CHUNKED_PLANS = 2
-"""Plans of chunks that are timed exactly, the most promising first."""
 MANY = 16384
 """Sequences above which hindsight over static plans takes longer than all the rest."""
 STACKS = ((1.0, False), (1.0, True), (0.5, False))
@@ -66,19 +61,24 @@ def plan_hybrid(problem: Problem) -> StepPlan:
     began = time.perf_counter()
     problem.require_fit()
     batch = Batch.of(problem)
-    best = _best(problem, batch, began, TRIES)
-    plan = _fastest(problem, best.placed() if best else [[]], began)
-    if not (problem.may_chunk and best):
-        return plan
-    chunked = _chunked(problem, batch, began)
-    fastest = min([plan, *chunked], key=lambda one: one.predicted_s)
-    return replace(fastest, plan_s=time.perf_counter() - began)
+    chunked = plan_chunked(problem, lambda waves: _few_tries(waves, batch), began)
+    limit_s = chunked.predicted_s if chunked else math.inf
+    best = _best(problem, batch, began, TRIES, limit_s)
+    if chunked and (best is None or best.seconds >= limit_s):
+        return chunked
+    whole = _fastest(problem, best.placed() if best else [[]], began)
+    return chunked if chunked and chunked.predicted_s <= whole.predicted_s else whole
 
 
-def _best(problem: Problem, batch: Batch, began: float, tries: int) -> Candidate | None:
-    """The best of so many candidates, or of those of the budget; None without a sequence."""
+def _best(
+    problem: Problem, batch: Batch, began: float, tries: int, limit_s: float = math.inf
+) -> Candidate | None:
+    """The best of so many candidates, or of those of the budget; None without a sequence.
+
+    Waves that cannot take less than `limit_s` are not tried.
+    """
     best: Candidate | None = None
-    for number, candidate in enumerate(_candidates(problem, batch), start=1):
+    for number, candidate in enumerate(_candidates(problem, batch, limit_s), start=1):
         if best is None or candidate.seconds < best.seconds:
             best = candidate
         spent_s = time.perf_counter() - began
@@ -91,21 +91,11 @@ def _best(problem: Problem, batch: Batch, began: float, tries: int) -> Candidate
     return best
 
 
-def _chunked(problem: Problem, batch: Batch, began: float) -> list[StepPlan]:
-    """Plans whose waves hold more than a rank does at a time, and are cut into chunks."""
-    found: list[tuple[Cut, WaveTable]] = []
-    for part in WAVE_SIZES:
-        capacity = int(problem.capacity * part)
-        waves = replace(problem, capacity=capacity, pipeline=1, chunks=1, offload=None)
-        if problem.lengths.max() > capacity * problem.num_ranks:
-            continue
-        best = _best(waves, batch, began, WAVE_TRIES)
-        for placed in best.placed() if best else []:
-            table = WaveTable.of(problem, with_padding(problem, placed))
-            found += [(cut, table) for cut in table.cuts()]
-    found.sort(key=lambda one: one[0].seconds)
-    plans = (table.plan(cut, began) for cut, table in found)
-    return list(islice((plan for plan in plans if plan is not None), CHUNKED_PLANS))
+def _few_tries(problem: Problem, batch: Batch) -> list[list[Placed]]:
+    """Micro-batches of the best of the first candidates, in one order of execution or several."""
+    found = islice(_candidates(problem, batch), LEAST_TRIES)
+    best = min(found, key=lambda one: one.seconds, default=None)
+    return best.placed() if best else []
 
 
 Way = tuple[float, Callable[[Sheet, list[int]], bool]]
@@ -121,16 +111,17 @@ class Candidate:
     """Its micro-batches, in one order of execution or several."""
 
 
-def _candidates(problem: Problem, batch: Batch) -> Iterator[Candidate]:
+def _candidates(problem: Problem, batch: Batch, limit_s: float = math.inf) -> Iterator[Candidate]:
+    """Plans in the order in which they are worth trying; not those that cannot beat `limit_s`."""
     if not batch.order:
         return
     if problem.mode != "free":
-        waves = _waves(problem, batch)
+        waves = _waves(problem, batch, limit_s)
         if problem.pipeline > 1 and has_few_short(problem):
             limit_s = longest_s(problem, batch)
             found = (shelve(problem, batch, limit_s * part) for part in LONGEST)
             shelved = (_shelved(problem, *one) for one in found if one is not None)
-            yield next(waves)
+            yield from islice(waves, 1)
             yield from islice(shelved, 1)
             is_many = len(batch.order) > MANY
             yield _of_peer((plan_static_balanced if is_many else plan_static_best)(problem))
@@ -237,7 +228,7 @@ def _stacks(problem: Problem, batch: Batch, limit_s: float, nest: bool) -> Candi
     return Candidate(stacks.seconds, lambda: [stacks.placed()])
 
 
-def _waves(problem: Problem, batch: Batch) -> Iterator[Candidate]:
+def _waves(problem: Problem, batch: Batch, limit_s: float = math.inf) -> Iterator[Candidate]:
     """Plans in waves: the most promising numbers of waves and ways to fill them first.
 
     Where even waves spread long sequences over so many ranks that it costs much, or have no room
@@ -246,7 +237,7 @@ def _waves(problem: Problem, batch: Batch) -> Iterator[Candidate]:
     """
     even, long = even_levels(problem, batch), list[Level]()
     first, rest = even[:1], even[1:]
-    best_s, needed_s = math.inf, _needed_s(problem, batch)
+    best_s, needed_s = limit_s, _needed_s(problem, batch)
 
     def tried(levels: list[Level], ways: tuple[Way, ...]) -> Iterator[Candidate]:
         nonlocal best_s
