@@ -55,8 +55,8 @@ class MoeConfig:
     balance: Literal["global", "micro", "sequence", "loss_free", "none"] = "global"
     """What is balanced over the experts. `global`: their use over the global batch, so that experts
     may specialise, and the result does not depend on how the batch was cut. `micro`: their use
-    over every micro-batch. `sequence`: their use over every sequence. `loss_free`: no loss; a bias
-    of each expert steers the choice. `none`: nothing."""
+    over every micro-batch. `sequence`: their use over every sequence, or over each of its
+    chunks. `loss_free`: no loss; a bias of each expert steers the choice. `none`: nothing."""
     balance_weight: float = 0.008
     """Weight of the balance loss. The loss is 1 where use is even. The default is the paper's."""
     balance_weights: tuple[float, ...] | None = None
@@ -369,10 +369,19 @@ class PlannerConfig:
     """Seconds that a planner may spend on improving a plan. None: a fixed number of tries, so
     that equal inputs give equal plans. With a number, plans depend on the machine's speed, and
     a resumed run is no longer bit-equal."""
+    chunks: int = 1
+    """Most chunks into which `hybrid` cuts a micro-batch of a pipeline, where that is faster by
+    prediction. Chunks fill a pipeline faster. A later chunk attends to the keys and
+    values of the earlier ones. 1: sequences stay whole. More needs `parallel.pipeline` of 2 or
+    more."""
     host_copy_bytes_per_s: float | None = None
     """Bytes per second that a rank copies between device and host memory while it computes, in the
     slower direction. With a number, plans may keep part of the activations of long sequences in
     host memory. None: no plan does."""
+    chunk_cache: Literal["device", "host"] = "device"
+    """Where keys and values of a chunk of sequences wait for the later chunks of these. `host`: in
+    host memory. The device then has room for longer sequences, and every later chunk copies them
+    back in its forward and in its backward pass."""
     ahead_steps: int = 2
     """Steps that are planned ahead, in a process beside rank 0, while earlier steps train. The
     default is 2, so that training seldom waits for a plan that takes longer than a step."""

@@ -61,7 +61,7 @@ class PackedAttention(torch.nn.Module):
         query, key = rotate(query, key, segments.rotary)
         if not self.keeps_product:
             value = value.contiguous()
-        out_THD, _ = attend(query, key, value, segments, causal=True, window=self.window)
+        out_THD, _ = attend(query, key, value, segments, window=self.window, layer=self)
         return out_THD.reshape(out_THD.shape[0], -1)
 
 
