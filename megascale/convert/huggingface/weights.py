@@ -10,14 +10,13 @@ import torch
 from megascale.checkpoint.ranges import Shape
 from megascale.checkpoint.tensors import Piece, Tensors
 from megascale.config import ModelConfig
+from megascale.convert.closed_layers import refuse_closed_layers
 from megascale.convert.huggingface.families import family_of
 from megascale.convert.huggingface.model_files import ModelFiles
 from megascale.convert.router_loads import even_loads
 from megascale.errors import UserError
-from megascale.model.initialise import CLOSED_TOKENS
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
-CLOSED = f"decoder.layers.{CLOSED_TOKENS}"
 NOT_WEIGHTS = ".rotary_emb.inv_freq"
 """End of the names of tables that old versions of transformers saved too."""
 
@@ -204,11 +203,7 @@ def export_tensors(stored: Tensors, model: ModelConfig) -> Iterator[tuple[str, t
     Raises UserError where the checkpoint is not of this model.
     """
     shapes = stored.shapes
-    if CLOSED in shapes and bool(stored.read(CLOSED).any()):
-        raise UserError(
-            f"checkpoint {stored.found.folder} has layers that are still masked, which no family "
-            f"has; train it for {int(stored.read(CLOSED).max()):,} more tokens"
-        )
+    refuse_closed_layers(stored)
     for match in matches(model):
         rows = sum(match.rows)
         held = shapes.get(match.key, ())
