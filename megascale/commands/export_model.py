@@ -87,12 +87,12 @@ def _export_hugging_face(found: Found, out: Path, args: argparse.Namespace) -> l
 
     shard_bytes = whole_number(args.shard_bytes or SHARD_BYTES, "--shard-bytes", least=1)
     config, stored = run_config(found), Tensors(found)
-    shapes = export_shapes(config.model)
     dtype = stored.read("decoder.final_layernorm.weight").dtype
     type_name = str(dtype).removeprefix("torch.")
     source = tokenizer_folder(found, config, args.tokenizer)
     family, notes = write_settings(kept_of(found), config, type_name, source, out)
-    tensors = export_tensors(stored, config.model)
+    shapes = export_shapes(config.model, family)
+    tensors = export_tensors(stored, config.model, family)
     files = write_files(out, shapes, dtype, tensors, shard_bytes)
     said = [f"{family} in {type_name}, {len(files)} file{'s' * (len(files) > 1)}"]
     if args.check:

@@ -11,7 +11,7 @@ from megascale.convert.megatron.optimizer import RESHARDABLE
 from megascale.errors import UserError
 from megascale.model.counts import padded_vocab_size
 
-LLAMA_SCALING = {"low_turns": 1.0, "high_turns": 4.0, "original_tokens": 8192}
+LLAMA_SCALING = {"kind": "llama3", "low_turns": 1.0, "kept_turns": 4.0, "original_tokens": 8192}
 """Numbers of Llama 3's rope scaling that Megatron has no options for."""
 CONTENT = {
     "distrib_optim_sharding_type": RESHARDABLE,
@@ -26,9 +26,11 @@ def refuse_unknown(model: ModelConfig) -> None:
     moe, scaling = model.moe, model.rope_scaling
     lacking = {
         "model.parallel_block": model.parallel_block,
+        "model.attention_pattern": bool(model.attention_pattern),
+        "model.local_rope_base": model.local_rope_base is not None,
         "model.moe.attention_experts": moe is not None and moe.attention_experts > 1,
         "model.moe.balance = loss_free": moe is not None and moe.balance == "loss_free",
-        "model.rope_scaling with other numbers than Llama 3.1's": scaling is not None
+        "model.rope_scaling other than Llama 3.1's": scaling is not None
         and any(getattr(scaling, name) != value for name, value in LLAMA_SCALING.items()),
     }
     for option, is_set in lacking.items():
