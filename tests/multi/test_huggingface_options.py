@@ -68,7 +68,7 @@ READ = {
     ],
     "mistral": [
         WINDOW,
-        WINDOW | {"layer_types": MIXED_LAYERS},
+        WINDOW | MIXED,
         {"sliding_window": 1},
         {"sliding_window": 300, "num_hidden_layers": 1},
     ],
