@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -24,6 +24,7 @@ from megascale.optim.build import apply_gradients, set_rates
 from megascale.optim.schedule import lr_at
 from megascale.runtime.distributed import Ranks
 from megascale.runtime.heartbeat import pulse
+from megascale.training.chunk_schedule import run_chunks
 
 
 @dataclass
@@ -46,10 +47,12 @@ def train_step(
     most_loss: float = math.inf,
     stop: bool = False,
     writes_done: bool = True,
+    waves: Sequence[int] = (),
     overlap: bool = False,
 ) -> StepResult:
     """Train on one global batch, of which `micro_batches` (`count` of them) are this rank's.
 
+    `waves` says how many chunks each wave has, where the plan has chunks.
     `loss_tokens` are those of the whole batch and `tokens_seen` those up to and including it.
     With a mean loss above `most_loss`, or one that is not finite, the weights are left alone.
     With `overlap`, equal on all ranks, gradients are reduced during the last backward pass; see
@@ -72,7 +75,7 @@ def train_step(
             balance.adopt(look(learner, micro_batches, count))
         balance.begin(count, loss_tokens)
     pulse.enter("micro-batches")
-    sums = run_micro_batches(learner, micro_batches, count)
+    sums = run_micro_batches(learner, micro_batches, count, waves=waves)
     pulse.enter("gradients")
     if balance is not None:
         balance.begin_sum()
@@ -131,15 +134,19 @@ def run_micro_batches(
     micro_batches: Iterable[MicroBatch],
     count: int,
     forward_only: bool = False,
+    waves: Sequence[int] = (),
 ) -> torch.Tensor:
     """Forward (and backward) through megatron-core's schedule for this layout.
 
+    Waves of chunks run backward in the order of the plan, by `chunk_schedule`.
     Returns this rank's (summed loss, loss tokens), fp64 on its device, both 0 where another rank
     reports them. The host does not wait for the device.
     """
     device = learner.ranks.device
     learner.model.gathers.begin()
-    reports = get_forward_backward_func()(
+    in_order = not forward_only and any(chunks > 1 for chunks in waves)
+    schedule = partial(run_chunks, waves) if in_order else get_forward_backward_func()
+    reports = schedule(
         forward_step_func=partial(_forward, learner.model),
         data_iterator=iter(micro_batches),
         model=learner.model.chunks,
@@ -168,6 +175,8 @@ def _forward(
             loss_mask=batch.loss_mask_T[None],
             packed_seq_params=batch.segments,
         )
+    if not torch.is_grad_enabled():
+        batch.segments.end_group()
 
     def report(loss_sum: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         tokens = torch.full((), batch.num_tokens, dtype=torch.int32, device=loss_sum.device)
