@@ -12,6 +12,7 @@ from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
 
+import torch
 from gpu_rows import Rows, measure_all
 
 ROOT = Path(__file__).parents[1]
@@ -53,6 +54,8 @@ def main(words: list[str] | None = None) -> int:
     if arguments.ended is not None:
         Rows(arguments.json, arguments.part, keep=True).ended(arguments.ended)
         return 0
+    if not arguments.small and not torch.cuda.is_available():
+        parser.error("torch sees no CUDA device; --small runs the parts at tiny sizes on CPU")
     prepare()
     rows = Rows(arguments.json, arguments.part, arguments.small)
     measure_all(rows, measures(arguments.part))

@@ -46,6 +46,7 @@ for part in "${parts[@]}"; do
     status=0
     timeout --kill-after 5 "$left" "$python" tools/gpu.py --part "$part" --json "$json" \
         "${small[@]}" || status=$?
+    [ $status -ne 2 ] || exit 2 # no device, or no part of that name
     [ $status -eq 0 ] || "$python" tools/gpu.py --part "$part" --json "$json" --ended "$status"
 done
 exec "$python" tools/gpu_rows.py "$json"

@@ -6,7 +6,6 @@ import queue
 import threading
 from collections import defaultdict
 from collections.abc import Callable
-from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
@@ -115,11 +114,13 @@ def ring_hops(rows: Rows) -> None:
 class RingInTurn:
     """All places of a ring on one device: a thread each, and messages through queues.
 
-    The threads queue their kernels on one stream, so nothing overlaps and the time is the sum.
+    One thread runs at a time, until it waits for a message. All queue their kernels on one stream,
+    so nothing overlaps and the time is the sum.
     """
 
     def __init__(self, tokens: int, device: torch.device) -> None:
         self._device, self._boxes = device, defaultdict(queue.Queue)  # type: ignore[var-annotated]
+        self._turn = threading.Lock()
         bounds = np.linspace(0, tokens, 2 * RING + 1).astype(np.int64)[None]
         self.shares = [
             RingShare(place=place, bounds=bounds, ranks=tuple(range(RING)), group=None)
@@ -140,22 +141,24 @@ class RingInTurn:
     def run(self, *parts: list[torch.Tensor]) -> list[list[torch.Tensor]]:
         """Output, dq, dk and dv of every place, from q, k, v and the gradient of every place."""
         with patch.object(ring_attention, "_Exchange", self._exchange()):
-            found = in_threads(lambda place: self._place(place, *(x[place] for x in parts)))
+            found = in_turn(
+                self._turn, lambda place: self._place(place, *(x[place] for x in parts))
+            )
         return [list(of_all) for of_all in zip(*found, strict=True)]
 
     def _place(self, place: int, q: Any, k: Any, v: Any, grad: Any) -> tuple[torch.Tensor, ...]:
-        """The passes of one place, called apart from autograd, which has one thread per device."""
+        """The passes of one place. The backward pass is called apart from autograd, which has one
+        thread for each device."""
         if self._device.type == "cuda":
             torch.cuda.set_device(self._device)
-        context = Context()
-        function = ring_attention._RingAttention
+        given = [x.detach().requires_grad_() for x in (q, k, v)]
+        out, _ = ring_attention.ring_attend(*given, self.shares[place])
         with torch.no_grad():
-            out, _ = function.forward(context, q, k, v, self.shares[place], None)
-            dq, dk, dv, *_ = function.backward(context, grad, None)
-        return out, dq, dk, dv
+            dq, dk, dv, *_ = ring_attention._RingAttention.backward(out.grad_fn, grad, None)
+        return out.detach(), dq, dk, dv
 
     def _exchange(self) -> type:
-        boxes = self._boxes
+        boxes, turn = self._boxes, self._turn
 
         class Exchange(ring_attention._Exchange):
             """Messages between threads."""
@@ -172,7 +175,12 @@ class RingInTurn:
             def finish(self) -> None:
                 place = self._share.place
                 for _, coming in self._pairs:
-                    coming.copy_(boxes[(place - 1) % RING, place].get(timeout=WAIT_S))
+                    turn.release()
+                    try:
+                        sent = boxes[(place - 1) % RING, place].get(timeout=WAIT_S)
+                    finally:
+                        turn.acquire()
+                    coming.copy_(sent)
 
             def _add(self, going: torch.Tensor, coming: torch.Tensor) -> torch.Tensor:
                 self._pairs.append((going, coming))
@@ -181,25 +189,16 @@ class RingInTurn:
         return Exchange
 
 
-class Context(SimpleNamespace):
-    """What autograd gives a function to keep tensors for its backward pass."""
-
-    def save_for_backward(self, *kept: torch.Tensor) -> None:
-        """Keep."""
-        self.saved_tensors = kept
-
-    def mark_non_differentiable(self, *_: torch.Tensor) -> None:
-        """Nothing asks for it."""
-
-
-def in_threads(function: Callable[[int], Any]) -> list[Any]:
-    """What a function returns for each place, each in a thread. An error of one is raised."""
+def in_turn(turn: threading.Lock, function: Callable[[int], Any]) -> list[Any]:
+    """What a function returns for each place, each in a thread that holds `turn` while it runs. An
+    error of one is raised."""
     results: list[Any] = [None] * RING
     errors: list[BaseException] = []
 
     def call(place: int) -> None:
         try:
-            results[place] = function(place)
+            with turn:
+                results[place] = function(place)
         except BaseException as error:
             errors.append(error)
 
