@@ -572,6 +572,10 @@ class TrainConfig:
     """Compute precision. bf16 keeps fp32 master weights, moments and gradient sums."""
     recompute: Literal["none", "full"] = "none"
     """`full` keeps only layer inputs and runs each layer again in the backward pass."""
+    deterministic: bool = False
+    """On CUDA use only operations that give the same bits every time, so that a resume is
+    bit-equal, as it always is on CPU. Some operations, such as the backward pass of attention, are
+    slower. An operation that has no such form is an error."""
     threads: int | None = None
     """CPU threads per rank. Default: cores over ranks on the machine. Ignored on CUDA."""
     stop_after_steps: int | None = None

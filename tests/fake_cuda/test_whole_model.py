@@ -34,6 +34,8 @@ def times(number, syncs):
         (["parallel.tensor=2"], 4, 1, READ),
         (["parallel.pipeline=2"], 2, 0, READ),
         (["parallel.pipeline=2"], 2, 1, READ),
+        (["parallel.tensor=2", "parallel.pipeline=2"], 4, 0, READ),
+        ([MOE, "parallel.pipeline=2"], 2, 0, READ + USE_OF_EXPERTS),
         ([MOE], 1, 0, READ + USE_OF_EXPERTS),
         ([MOE], 8, 3, READ + USE_OF_EXPERTS),
         ([MOE, "model.moe.estimate=buffer_corrected"], 1, 0, READ + USE_OF_EXPERTS),
