@@ -18,7 +18,7 @@ SMALLER = {
     "extend_context": (
         "train.tokens=6M",
         "optim.warmup_tokens=1M",
-        "data.stages=[{blend: {long: 0.25, short: 0.75}, tokens: 2M}, {blend: {long: 1, short: 1}}]",
+        "data.stages=[{blend: {long: 0.25, short: 0.75}, tokens: 2M}, {blend: {long: 1}}]",
     )
 }
 """Options of configs that would read the corpus of the test many times."""
