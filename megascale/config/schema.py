@@ -193,7 +193,12 @@ class ModelConfig:
     norm_eps: float = 1e-5
     """Added to the mean square in RMSNorm."""
     qk_norm: bool = False
-    """Normalise queries and keys per head before the rotary embedding (as Qwen3 does)."""
+    """Normalise queries and keys before the rotary embedding (as Qwen3 does)."""
+    qk_norm_heads: Literal["each", "all"] = "each"
+    """Over what `qk_norm` goes: each head, or all heads together (as in OLMo 2)."""
+    norm_position: Literal["before", "after"] = "before"
+    """Where the two norms of a layer are: before attention and feed-forward part, or after them,
+    on what they add to the residual stream (as in OLMo 2). `after` needs a dense model."""
     qkv_bias: bool = False
     """Add a bias to queries, keys and values (as Qwen2 does)."""
     parallel_block: bool = False

@@ -114,6 +114,7 @@ def _validate_model(config: RunConfig) -> None:
         )
     _validate_rope(model.rope_scaling)
     _validate_pattern(model)
+    _validate_norms(model)
     if not model.vocab_size >= 1:
         raise UserError(f"model.vocab_size = {model.vocab_size} must be at least 1")
     if cut.sequence_parallel and cut.tensor == 1:
@@ -156,6 +157,17 @@ def _validate_rope(scaling: RopeScalingConfig | None) -> None:
         raise UserError(
             f"model.rope_scaling.attention_factor = {scaling.attention_factor} must be above 0; "
             "leave it out"
+        )
+
+
+def _validate_norms(model: ModelConfig) -> None:
+    if model.qk_norm_heads == "all" and not model.qk_norm:
+        raise UserError("model.qk_norm_heads = all goes with model.qk_norm; set it to true")
+    several = model.moe is not None or model.parallel_block
+    if model.norm_position == "after" and several:
+        raise UserError(
+            "model.norm_position = after is not built with model.moe or model.parallel_block; set "
+            "it to before"
         )
 
 

@@ -155,16 +155,19 @@ def _layer_bytes(config: RunConfig, layout: Layout) -> int:
     block); queries and keys after the rotary embedding, values and output, (2 heads + 2 groups) of
     a head's size; SwiGLU's two inputs and its output, 3 feed-forward. Norms of queries and keys
     keep queries before them, and for the keys the product that has the values too: another (2 heads
-    + groups). Beside these in bytes: a norm's and a head's fp32 scalars. The rotary tables are
-    those of the micro-batch.
+    + groups). Norms over all heads keep their inputs in fp32, (heads + 2 groups), and their outputs
+    before the weights, (heads + groups). Beside these in bytes: a norm's and a head's fp32 scalars.
+    The rotary tables are those of the micro-batch.
     """
     model, element = config.model, _element_bytes(config)
     norms = 1 if model.parallel_block else 2
     hidden = 2 * norms * model.hidden_size * element + norms * FP32_BYTES
     heads, groups, size = model.num_heads, known(model.num_kv_heads), known(model.head_dim)
     attention = 2 * (heads + groups) * size * element + heads * FP32_BYTES
-    if model.qk_norm:
+    if model.qk_norm and model.qk_norm_heads == "each":
         attention += (2 * heads + groups) * size * element + (heads + groups) * FP32_BYTES
+    elif model.qk_norm:
+        attention += ((heads + 2 * groups) * FP32_BYTES + (heads + groups) * element) * size
     cut = attentions(model) * attention + _feed_forward_bytes(model, element)
     whole = _router_bytes(model, element)
     return hidden // _hidden_cut(config, layout) + cut // layout.tensor + whole

@@ -108,7 +108,9 @@ def transformer_config(config: RunConfig, ranks: Ranks) -> TransformerConfig:
         ffn_hidden_size=model.ffn_hidden_size,
         normalization="RMSNorm",
         layernorm_epsilon=model.norm_eps,
-        qk_layernorm=model.qk_norm,
+        # megatron-core sums gradients of these norms over tensor ranks, which all have the same
+        # weights; norms over all heads are cut
+        qk_layernorm=model.qk_norm and model.qk_norm_heads == "each",
         gated_linear_unit=True,
         activation_func=torch.nn.functional.silu,
         add_bias_linear=False,

@@ -230,6 +230,8 @@ def test_bad_overrides(override):
         ("model.local_rope_base=10000", "set model.rope_base alone"),
         ("model={sliding_window: 8, attention_pattern: [full]}", "has no sliding layer"),
         ("model.attention_pattern=[linear]", "must be one of full, sliding, full_nope"),
+        ("model.qk_norm_heads=all", "goes with model.qk_norm; set it to true"),
+        ("model={norm_position: after, parallel_block: true}", "set it to before"),
         ("growth={at_tokens: 0}", "growth.at_tokens = 0 must be at least 1"),
         ("growth={at_tokens: 100, factor: 1}", "growth.factor = 1 must be at least 2"),
         ("growth={at_tokens: 100, operator: random}", "needs growth.mask_tokens, over which"),
