@@ -23,7 +23,7 @@ def activation_bytes(config: RunConfig, layout: Layout, stage: int) -> int:
 
     Under 1F1B a stage holds one micro-batch for itself and one for each stage after it. Of each it
     keeps `layer_activation_bytes` in every layer. The last stage adds the peak of the output head,
-    `head_bytes`. With full recomputation one layer's activations come back at a time, after the
+    `head_bytes`. With recomputation what one layer does not keep comes back at a time, after the
     head's are gone, so the larger of the two counts.
 
     An 8B model (32 layers of 4096, 32 heads and 8 groups of 128, feed-forward 14336, 128,256
@@ -34,9 +34,12 @@ def activation_bytes(config: RunConfig, layout: Layout, stage: int) -> int:
     num_layers, in_flight = config.model.num_layers // layout.pipeline, layout.pipeline - stage
     kept = in_flight * num_layers * layer_activation_bytes(config, layout)
     head = head_bytes(config, layout) if stage == layout.pipeline - 1 else 0
+    comes_back = 0
     if config.train.recompute == "full":
-        return tokens * kept + max(head, tokens * _layer_bytes(config, layout))
-    return tokens * kept + head
+        comes_back = _layer_bytes(config, layout)
+    elif config.train.recompute == "selective":
+        comes_back = _layer_bytes(config, layout) - layer_activation_bytes(config, layout)
+    return tokens * kept + max(head, tokens * comes_back)
 
 
 def layer_activation_bytes(config: RunConfig, layout: Layout) -> int:
@@ -46,7 +49,7 @@ def layer_activation_bytes(config: RunConfig, layout: Layout) -> int:
     """
     if config.train.recompute == "full":
         return _element_bytes(config) * (config.model.hidden_size // _hidden_cut(config, layout))
-    return _layer_bytes(config, layout)
+    return _layer_bytes(config, layout, config.recomputed_parts)
 
 
 def head_bytes(config: RunConfig, layout: Layout) -> int:
@@ -84,8 +87,12 @@ def ring_buffer_bytes(config: RunConfig, layout: Layout) -> int:
     return known(config.planner.capacity_tokens) * per_token
 
 
-def _layer_bytes(config: RunConfig, layout: Layout) -> int:
+def _layer_bytes(
+    config: RunConfig, layout: Layout, recomputed: frozenset[str] = frozenset()
+) -> int:
     """What the operations of one layer keep per token for their backward pass.
+
+    Outputs of the parts in `recomputed` are not kept: of norms, and of SwiGLU.
 
     In elements of the precision: inputs and outputs of the norms, 4 hidden (2 in a parallel
     block); queries and keys after the rotary embedding, values and output, (2 heads + 2 groups) of
@@ -96,22 +103,24 @@ def _layer_bytes(config: RunConfig, layout: Layout) -> int:
     """
     model, element = config.model, _element_bytes(config)
     norms = 1 if model.parallel_block else 2
-    hidden = 2 * norms * model.hidden_size * element + norms * FP32_BYTES
+    states = norms if "norms" in recomputed else 2 * norms
+    hidden = states * model.hidden_size * element + norms * FP32_BYTES
     heads, groups, size = model.num_heads, known(model.num_kv_heads), known(model.head_dim)
     attention = 2 * (heads + groups) * size * element + heads * FP32_BYTES
     if model.qk_norm:
         attention += (2 * heads + groups) * size * element + (heads + groups) * FP32_BYTES
-    cut = attentions(model) * attention + _feed_forward_bytes(model, element)
+    cut = attentions(model) * attention + _feed_forward_bytes(model, element, recomputed)
     whole = _router_bytes(model, element)
     return hidden // _hidden_cut(config, layout) + cut // layout.tensor + whole
 
 
-def _feed_forward_bytes(model: ModelConfig, element: int) -> int:
+def _feed_forward_bytes(model: ModelConfig, element: int, recomputed: frozenset[str]) -> int:
     """SwiGLU of a dense layer, or of a token's experts with the tokens that they get."""
+    plain, of_experts = (2 if part in recomputed else 3 for part in ("swiglu", "experts"))
     if model.moe is None:
-        return 3 * known(model.ffn_hidden_size) * element
-    routed = model.moe.top_k * (3 * known(model.moe.ffn_hidden_size) + model.hidden_size)
-    return (routed + 3 * model.moe.shared_ffn_hidden_size) * element
+        return plain * known(model.ffn_hidden_size) * element
+    routed = model.moe.top_k * (of_experts * known(model.moe.ffn_hidden_size) + model.hidden_size)
+    return (routed + plain * model.moe.shared_ffn_hidden_size) * element
 
 
 def _router_bytes(model: ModelConfig, element: int) -> int:
