@@ -29,6 +29,7 @@ def plan(
     pipeline: int = 1,
     offload: OffloadModel | None = None,
     slowdown: Sequence[float] = (),
+    chunks: int = 1,
 ) -> StepPlan:
     """Decide which ranks take which sequences of one batch, and how many share a long one.
 
@@ -37,7 +38,8 @@ def plan(
     `pipeline` stages; "lockstep" for experts over all ranks. `cost` says what a micro-batch takes:
     a model, such as that of `model_cost`, or a COST.json of `megascale calibrate`; None assumes a
     model of 7B. `planner` is "hybrid", a peer such as "static_best", or "module:function".
-    `slowdown` has, for each rank, how many times as long as a fast one it takes.
+    `slowdown` has, for each rank, how many times as long as a fast one it takes. With
+    pipeline stages "hybrid" may cut the micro-batches of a wave into at most `chunks` chunks.
 
     The same arguments give equal plans, so each rank may plan for itself; only "flexsp" is an
     exception, because its solver has a time limit. Raises UserError (a ValueError) for input from
@@ -71,11 +73,14 @@ def plan(
             pipeline=pipeline,
             offload=offload,
             slowdown=slowdown,
+            chunks=chunks,
         )
     except ValueError as error:
         raise UserError(str(error)) from None
     if problem.pipeline > 1 and mode == "free":
         raise UserError(f"pipeline={problem.pipeline} needs mode aligned or lockstep")
+    if problem.chunks > 1 and not (problem.may_chunk and planner == "hybrid"):
+        raise UserError(f"chunks={problem.chunks} needs pipeline=2 or more, and planner hybrid")
     return replace(plan_with(planner, problem), lengths=tuple(problem.lengths.tolist()))
 
 

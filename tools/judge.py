@@ -9,18 +9,19 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from judge_bounds import Cost, bounds_s, kept_share
+from judge_chunks import chunk_problems, stage_slots
 from numpy.typing import ArrayLike, NDArray
 
 Integers = NDArray[np.int64]
 Floats = NDArray[np.float64]
-Cost = Mapping[str, float]
 
 COST_KEYS = ("a", "b", "fixed", "latency", "transfer_intra", "transfer_inter", "node_size")
 MODES = ("free", "aligned", "lockstep")
@@ -72,14 +73,13 @@ def judge(
     if set(cost) != set(COST_KEYS):
         raise ValueError(f"cost has keys {sorted(cost)}; the neutral model knows {COST_KEYS}")
     tokens = np.asarray(lengths, dtype=np.int64)
-    bounded = tokens, plan["num_ranks"], plan["capacity"], cost, _gain(plan)
-    bounds_s = lower_bound_s(*bounded), pipeline_bound_s(*bounded, pipeline)
-    flat = Flat.of(plan)
+    least_s = bounds_s(plan, tokens, cost, pipeline)
+    flat = Flat.of(plan, tokens)
     problems = _not_the_step(flat, plan["num_ranks"], len(tokens))
     if problems:
-        return Verdict(tuple(problems), *[float("inf")] * 3, *bounds_s)
-    problems = _broken_rules(flat, plan, tokens)
-    seconds = _ring_seconds(flat, tokens, cost)
+        return Verdict(tuple(problems), *[float("inf")] * 3, *least_s)
+    problems = _broken_rules(flat, plan) + chunk_problems(plan, tokens.tolist(), pipeline)
+    seconds = _ring_seconds(flat, cost)
     if slowdown is not None:
         pace = np.zeros(len(seconds))
         np.maximum.at(pace, flat.rings, np.asarray(slowdown, dtype=np.float64)[flat.ranks])
@@ -92,8 +92,8 @@ def judge(
         free_s=float(end_s.max(initial=0.0)),
         lock_s=float(slowest.sum()),
         pipeline_s=_run_pipeline(flat, seconds, pipeline),
-        lower_bound_s=bounds_s[0],
-        pipeline_bound_s=bounds_s[1],
+        lower_bound_s=least_s[0],
+        pipeline_bound_s=least_s[1],
     )
 
 
@@ -110,6 +110,12 @@ class Flat:
     """Sequences of all rings, one ring after the other."""
     sequence_ring: Integers
     """Position of the ring that each of them is in."""
+    begin: Integers
+    """First token that the ring computes of each of them."""
+    end: Integers
+    """Where the tokens end that it computes."""
+    chunks: Integers
+    """Chunks of the group of each ring; 1 for whole sequences."""
     ranks: Integers
     """Rank of each membership."""
     rings: Integers
@@ -120,9 +126,11 @@ class Flat:
     """How many rings the rank runs."""
 
     @staticmethod
-    def of(plan: Mapping[str, Any]) -> Flat:
-        """Flatten the rings of a plan."""
+    def of(plan: Mapping[str, Any], tokens: Integers) -> Flat:
+        """Flatten the rings of a plan of sequences of so many tokens."""
         rings = plan["rings"]
+        begin_end = np.array([span for ring in rings for span in _spans(ring, tokens)])
+        begin, end = begin_end.astype(np.int64).reshape(-1, 2).T
         sizes = np.array([len(ring["ranks"]) for ring in rings], dtype=np.int64)
         held = np.array([len(ring["sequences"]) for ring in rings], dtype=np.int64)
         ranks = _chained(rings, "ranks")
@@ -137,6 +145,9 @@ class Flat:
             sizes=sizes,
             sequences=_chained(rings, "sequences"),
             sequence_ring=np.repeat(np.arange(len(rings)), held),
+            begin=begin,
+            end=end,
+            chunks=np.array([ring.get("chunks", 1) for ring in rings], dtype=np.int64),
             ranks=ranks,
             rings=owner[order],
             place=np.arange(len(ranks)) - np.repeat(begins, counts),
@@ -148,15 +159,14 @@ def _chained(rings: list[dict[str, Any]], key: str) -> Integers:
     return np.fromiter(chain.from_iterable(ring[key] for ring in rings), np.int64)
 
 
-def _kept_share(offload: ArrayLike, stage_layers: int) -> Floats:
-    """Activations that stay on the device; the first and the last layer cannot leave it."""
-    movable = max(0, stage_layers - 2) / max(2, stage_layers)
-    return 1.0 - np.asarray(offload, dtype=np.float64) * movable
-
-
-def _gain(plan: Mapping[str, Any]) -> float:
-    """Times its capacity that a rank can hold; plans without `stage_layers` gain nothing."""
-    return float(1.0 / _kept_share(1.0, plan.get("stage_layers", 2)))
+def _spans(ring: Mapping[str, Any], tokens: Integers) -> Iterator[tuple[int, int]]:
+    """The tokens [begin, end) that a ring computes of each of its sequences."""
+    if ring.get("chunks", 1) != 1:
+        spans = [tuple(span) for span in ring.get("spans", ())]
+        yield from (spans + [(0, 0)] * len(ring["sequences"]))[: len(ring["sequences"])]
+        return
+    known = len(tokens)
+    yield from ((0, int(tokens[i]) if 0 <= i < known else 0) for i in ring["sequences"])
 
 
 class Found(list[str]):
@@ -179,19 +189,21 @@ def _not_the_step(flat: Flat, num_ranks: int, num_sequences: int) -> list[str]:
     found.check(unknown, f"rank that none of {num_ranks} is", flat.ranks)
     unknown = (flat.sequences < 0) | (flat.sequences >= num_sequences)
     found.check(unknown, f"sequence that none of {num_sequences} is", flat.sequences)
-    times = np.bincount(flat.sequences[~unknown], minlength=num_sequences)
+    cut = flat.chunks[flat.sequence_ring] > 1  # whether chunks cover it is a rule of its own
+    placed = [flat.sequences[~unknown & ~cut], np.unique(flat.sequences[~unknown & cut])]
+    times = np.bincount(np.concatenate(placed), minlength=num_sequences)
     found.check(times == 0, "sequence not placed", np.arange(num_sequences))
     found.check(times > 1, "sequence placed more than once", np.arange(num_sequences))
     return found
 
 
-def _broken_rules(flat: Flat, plan: Mapping[str, Any], tokens: Integers) -> list[str]:
+def _broken_rules(flat: Flat, plan: Mapping[str, Any]) -> list[str]:
     """Rules that a plan breaks which can be timed all the same."""
     found = Found()
     found.check(np.diff(flat.ids) <= 0, "ring id not above the one before", flat.ids[1:])
     found.check((flat.offload < 0) | (flat.offload > 1), "offload outside 0 to 1", flat.ids)
-    held = np.bincount(flat.sequence_ring, tokens[flat.sequences], len(flat.ids))
-    kept = held * _kept_share(flat.offload, plan.get("stage_layers", 2))
+    held = np.bincount(flat.sequence_ring, flat.end - flat.begin, len(flat.ids))
+    kept = held * kept_share(flat.offload, plan.get("stage_layers", 2))
     over = kept > plan["capacity"] * flat.sizes * (1 + 1e-9)
     found.check(over, "ring above its capacity", flat.ids)
     falls = (np.diff(flat.ranks) == 0) & (np.diff(flat.indices[flat.rings]) <= 0)
@@ -210,12 +222,16 @@ def _broken_rules(flat: Flat, plan: Mapping[str, Any], tokens: Integers) -> list
     return found
 
 
-def _ring_seconds(flat: Flat, tokens: Integers, cost: Cost) -> Floats:
-    """Seconds of each ring: what the cost file's keys say, term by term."""
+def _ring_seconds(flat: Flat, cost: Cost) -> Floats:
+    """Seconds of each ring: what the cost file's keys say, term by term.
+
+    A chunk attends to what is before it, so its squares are end^2 - begin^2. Its keys and values
+    stay where they were computed.
+    """
     num_rings = len(flat.ids)
-    placed = tokens[flat.sequences].astype(np.float64)
-    total = np.bincount(flat.sequence_ring, placed, num_rings)
-    squares = np.bincount(flat.sequence_ring, placed**2, num_rings)
+    begin, end = flat.begin.astype(np.float64), flat.end.astype(np.float64)
+    total = np.bincount(flat.sequence_ring, end - begin, num_rings)
+    squares = np.bincount(flat.sequence_ring, end**2 - begin**2, num_rings)
     node = flat.ranks // int(cost["node_size"])
     lowest, highest = np.full(num_rings, np.iinfo(np.int64).max), np.zeros(num_rings, np.int64)
     np.minimum.at(lowest, flat.rings, node)
@@ -237,10 +253,9 @@ def _run_free(flat: Flat, seconds: Floats) -> tuple[Floats, Integers]:
 
 
 def _run_pipeline(flat: Flat, seconds: Floats, pipeline: int) -> float:
-    """End of 1F1B: every stage of every rank runs its own order, the ranks of a ring together.
+    """End of the step: every stage of every rank runs its own order, the ranks of a ring together.
 
-    Stage p of P begins with P - 1 - p forwards (or as many as there are micro-batches), goes on
-    with one forward, one backward, and ends with the backwards that are left.
+    See `stage_slots`; without chunks it is 1F1B.
     """
     num_rings, num_members = len(seconds), len(flat.ranks)
     node_s = np.concatenate([FORWARD * seconds, BACKWARD * seconds] * pipeline)
@@ -249,12 +264,7 @@ def _run_pipeline(flat: Flat, seconds: Floats, pipeline: int) -> float:
     for stage in range(pipeline):
         forward = 2 * stage * num_rings
         backward = forward + num_rings
-        warm_up = np.minimum(pipeline - 1 - stage, flat.counts)
-        steady = flat.counts - warm_up
-        forward_slot = flat.place + np.maximum(0, flat.place - warm_up)
-        backward_slot = np.where(
-            flat.place < steady, warm_up + 2 * flat.place + 1, flat.counts + flat.place
-        )
+        forward_slot, backward_slot = _slots(flat, pipeline - 1 - stage)
         begin = 2 * (np.arange(num_members) - flat.place)
         order = np.empty(2 * num_members, dtype=np.int64)
         order[begin + forward_slot] = forward + flat.rings
@@ -269,6 +279,21 @@ def _run_pipeline(flat: Flat, seconds: Floats, pipeline: int) -> float:
             targets.append(backward + rings)
     ends = _longest_paths(node_s, np.concatenate(sources), np.concatenate(targets))
     return float(ends.max(initial=0.0))
+
+
+def _slots(flat: Flat, ahead: int) -> tuple[Integers, Integers]:
+    """Places of the forward and the backward pass of each membership in the order of its rank."""
+    begins = np.flatnonzero(flat.place == 0)
+    known: dict[bytes, tuple[Integers, Integers]] = {}
+    found = []
+    for begin, end in zip(begins, [*begins[1:], len(flat.ranks)], strict=True):
+        chunks = flat.chunks[flat.rings[begin:end]]
+        key = chunks.tobytes()
+        if key not in known:
+            known[key] = stage_slots(chunks, ahead)
+        found.append(known[key])
+    forward, backward = zip(*found, strict=True) if found else ((flat.place,), (flat.place,))
+    return np.concatenate(forward), np.concatenate(backward)
 
 
 def _longest_paths(weights: Floats, sources: Integers, targets: Integers) -> Floats:
@@ -294,69 +319,6 @@ def _longest_paths(weights: Floats, sources: Integers, targets: Integers) -> Flo
         candidates = np.unique(reached)
         ready = candidates[waiting[candidates] == 0]
     return end
-
-
-def lower_bound_s(
-    lengths: ArrayLike, num_ranks: int, capacity: int, cost: Cost, gain: float = 1.0
-) -> float:
-    """Seconds that no plan can beat; `gain` is what offload adds to the capacity, at most.
-
-    The larger of two: the cheapest rank-seconds of every sequence over all ranks, with the fixed
-    time of as few micro-batches as hold the tokens; and the longest sequence on the ring that is
-    best for it. A ring's latency is charged for the part of its capacity that a sequence fills.
-    """
-    tokens = np.asarray(lengths, dtype=np.float64)
-    if not len(tokens):
-        return 0.0
-    held = capacity * gain
-    fewest = _fewest(tokens, held, num_ranks)
-    shared = np.maximum(fewest, 2)
-    latency = cost["latency"] * np.log2(shared) / held
-    extra = np.where(fewest == 1, 0.0, np.inf)
-    if num_ranks > 1:
-        within = shared <= min(cost["node_size"], num_ranks)
-        extra = np.minimum(extra, np.where(within, cost["transfer_intra"] + latency, np.inf))
-    if num_ranks > cost["node_size"]:
-        extra = np.minimum(extra, cost["transfer_inter"] + latency)
-    work = cost["a"] * tokens**2 + (cost["b"] + extra) * tokens
-    even_s = work.sum() / num_ranks + cost["fixed"] * tokens.sum() / (num_ranks * held)
-    return max(float(even_s), _longest_alone_s(tokens.max(), fewest.max(), num_ranks, cost))
-
-
-def pipeline_bound_s(
-    lengths: ArrayLike, num_ranks: int, capacity: int, cost: Cost, gain: float, stages: int
-) -> float:
-    """Seconds that no plan of whole sequences can beat on a pipeline of `stages`.
-
-    The longest sequence passes all stages. The last stage waits until a first micro-batch has
-    passed the others, and after its work a last one passes them again.
-    """
-    even_s = lower_bound_s(lengths, num_ranks, capacity, cost, gain)
-    bound_s = even_s + (stages - 1) * cost["fixed"]
-    tokens = np.asarray(lengths, dtype=np.float64)
-    if not len(tokens):
-        return bound_s
-    fewest = _fewest(tokens.max(), capacity * gain, num_ranks)
-    return max(bound_s, stages * _longest_alone_s(tokens.max(), float(fewest), num_ranks, cost))
-
-
-def _fewest(tokens: ArrayLike, held: float, num_ranks: int) -> Floats:
-    fewest: Floats = np.clip(np.ceil(np.asarray(tokens) / held - 1e-9), 1, num_ranks)
-    return fewest
-
-
-def _longest_alone_s(longest: float, fewest: float, num_ranks: int, cost: Cost) -> float:
-    sizes = np.arange(int(fewest), num_ranks + 1)
-    best = np.full(len(sizes), np.inf)
-    for transfer, allowed in (
-        (0.0, sizes == 1),
-        (cost["transfer_intra"], (sizes > 1) & (sizes <= cost["node_size"])),
-        (cost["transfer_inter"], (sizes > 1) & (num_ranks > cost["node_size"])),
-    ):
-        work = cost["a"] * longest**2 + (cost["b"] + transfer) * longest
-        seconds = cost["fixed"] + cost["latency"] * np.log2(sizes) + work / sizes
-        best = np.minimum(best, np.where(allowed, seconds, np.inf))
-    return float(best.min())
 
 
 def main() -> int:

@@ -176,7 +176,7 @@ class Saver:
             for given, known in zip((model, optimizer), self._prepared_for, strict=True)
         ):
             self.prepare(model, optimizer)
-        model.finish_gathers()
+        model.gathers.finish()
         manifest = Manifest(  # the cursor goes on changing, so take it as it is now
             position=replace(position, cursor=json.loads(json.dumps(position.cursor))),
             optimizer_steps=optimizer.steps,

@@ -27,7 +27,7 @@ from megascale.planner import (
 )
 from megascale.planner.gantt import LEGEND, plot_gantt, text_gantt
 from megascale.planner.plan import Mode
-from megascale.planner.problem import MOST_RANKS, MOST_STAGES, MOST_TOKENS
+from megascale.planner.problem import MOST_CHUNKS, MOST_RANKS, MOST_STAGES, MOST_TOKENS
 from megascale.run.auto_capacity import with_capacity_of
 from megascale.run.describe import describe_drawn, describe_run, static_line
 from megascale.run.on_device import NamedDevice
@@ -39,7 +39,7 @@ from megascale.simulate.cluster import ASSUMED_MODEL, assumed_cost
 from megascale.simulate.lengths import DISTRIBUTIONS, read_lengths
 
 PLAN_JSON = json_of("a plan of megascale plan --json", "num_ranks", "capacity", "rings")
-LENGTHS_ONLY = ("capacity", "mode", "pp", "cost", "planner", "budget_s")
+LENGTHS_ONLY = ("capacity", "mode", "pp", "chunks", "cost", "planner", "budget_s")
 
 
 def add_plan_arguments(parser: argparse.ArgumentParser) -> None:
@@ -63,6 +63,7 @@ def add_plan_arguments(parser: argparse.ArgumentParser) -> None:
     add("--capacity", metavar="TOKENS", help="tokens that a rank holds in a micro-batch")
     add("--mode", choices=("free", "aligned", "lockstep"), help="default: free")
     add("--pp", metavar="P", help="pipeline stages, in aligned or lockstep mode; default: 1")
+    add("--chunks", metavar="K", help="most chunks of a wave, with --pp; default: 1, none")
     add("--cost", metavar="COST.json", help=f"default: that of a {ASSUMED_MODEL} model, assumed")
     names = f"{', '.join(PLANNERS)}, or module:function; default: hybrid"
     add("--planner", metavar="NAME", help=names)
@@ -199,6 +200,9 @@ def _problem(args: argparse.Namespace) -> Problem:
     mode, pipeline = args.mode or "free", whole_number(args.pp or "1", "--pp", 1, MOST_STAGES)
     if pipeline > 1 and mode == "free":
         raise UserError(f"--pp {pipeline}: needs --mode aligned, or lockstep")
+    chunks = whole_number(args.chunks or "1", "--chunks", 1, MOST_CHUNKS)
+    if chunks > 1 and (pipeline == 1 or (args.planner or "hybrid") != "hybrid"):
+        raise UserError(f"--chunks {chunks}: needs --pp 2 or more, and --planner hybrid")
     if args.budget_s is not None and not 0 <= args.budget_s < float("inf"):
         raise UserError(f"--budget-s {args.budget_s:g}: must be at least 0, such as 0.5")
     cost = CostModel.load(args.cost) if args.cost else assumed_cost()
@@ -210,6 +214,7 @@ def _problem(args: argparse.Namespace) -> Problem:
         cost,
         pipeline=pipeline,
         budget_s=args.budget_s,
+        chunks=chunks,
     )
 
 

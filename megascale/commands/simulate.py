@@ -16,7 +16,7 @@ from megascale.config.load import whole_number
 from megascale.devices.table import DEVICES, device_of
 from megascale.errors import UserError
 from megascale.planner import PLANNERS
-from megascale.planner.problem import MOST_RANKS, MOST_TOKENS
+from megascale.planner.problem import MOST_CHUNKS, MOST_RANKS, MOST_TOKENS
 from megascale.run.on_device import NamedDevice
 from megascale.run.on_paper import on_paper, run_config
 from megascale.runtime.files import write_output
@@ -56,6 +56,7 @@ WITHOUT_CONFIG = {
     "expert": "1",
     "mode": None,
     "budget_s": None,
+    "chunks": "1",
     "offload": "paying",
     "seed": "0",
 }
@@ -96,6 +97,7 @@ def _add_arguments_without_config(parser: argparse.ArgumentParser) -> None:
     add("--mode", metavar="MODE", help="free, aligned or lockstep; by pipeline and expert")
     budget = "for a planner to improve a plan; default: a fixed number of tries, and equal plans"
     add("--budget-s", type=float, metavar="S", help=budget)
+    add("--chunks", metavar="K", help="most chunks of a pipeline's wave; default: 1, none")
     offload = "none; paying: as much as saves time; all: as far as copies hide behind compute"
     add("--offload", metavar="HOW", help=f"{offload}; default: paying")
     add("--seed", metavar="N", help="of the drawn lengths; default: 0")
@@ -109,6 +111,9 @@ def _cluster(args: argparse.Namespace) -> Cluster:
     layout = layout_of(
         args.model, ranks, tensor, pipeline, whole_number(args.expert, "--expert", 1)
     )
+    chunks = whole_number(args.chunks, "--chunks", 1, MOST_CHUNKS)
+    if chunks > 1 and pipeline == 1:
+        raise UserError(f"--chunks {chunks}: needs --pipeline 2 or more")
     if args.budget_s is not None and not 0 <= args.budget_s < float("inf"):
         raise UserError(f"--budget-s {args.budget_s:g}: must be at least 0, such as 0.5")
     return Cluster(
@@ -123,6 +128,7 @@ def _cluster(args: argparse.Namespace) -> Cluster:
         mode=mode_of(args.mode, layout),
         offload=offload_kind(args.offload),
         budget_s=args.budget_s,
+        chunks=chunks,
     )
 
 

@@ -12,9 +12,9 @@ from megascale.parsing import is_plain_name
 
 AT_LEAST_ONE = {
     "model": "num_layers hidden_size num_heads num_kv_heads head_dim ffn_hidden_size rope_base "
-    "vocab_multiple sliding_window mask_tokens",
+    "local_rope_base vocab_multiple sliding_window mask_tokens",
     "parallel": "tensor pipeline expert",
-    "planner": "ahead_steps",
+    "planner": "ahead_steps chunks",
     "data": "context_tokens global_batch_tokens max_epochs",
     "train": "tokens threads stop_after_steps",
     "train.spikes": "patience_steps",
@@ -42,7 +42,7 @@ AT_MOST: Mapping[str, Mapping[str, float]] = {
     | dict.fromkeys(("ffn_hidden_size", "shared_ffn_hidden_size"), 2**24),
     "parallel": dict.fromkeys(("tensor", "pipeline", "expert"), 2**20),
     "data": {"context_tokens": 2**40, "global_batch_tokens": 2**40},
-    "planner": {"ahead_steps": 1000, "capacity_tokens": 2**40, "timeout_s": 1e6},
+    "planner": {"ahead_steps": 1000, "chunks": 256, "capacity_tokens": 2**40, "timeout_s": 1e6},
     "train": {"threads": 2**16},
     "train.spikes": {"window_steps": 10**6},
 }
@@ -105,6 +105,12 @@ def require_numbers(config: RunConfig) -> None:
         if speeds == "measured" and not fits:
             works = {"planner.name": "hybrid"}.get(name, 10)
             raise UserError(f"planner.rank_speeds = measured needs {name}={works}")
+    chunks = config.planner.chunks
+    needs = {"planner.name=hybrid": config.planner.name == "hybrid"}
+    needs["parallel.pipeline=2 or more"] = config.parallel.pipeline > 1
+    for works, fits in needs.items():
+        if chunks > 1 and not fits:
+            raise UserError(f"planner.chunks = {chunks} needs {works}")
     timeout_s = config.planner.timeout_s
     if not 0 < timeout_s < float("inf"):
         raise UserError(

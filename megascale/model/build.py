@@ -23,6 +23,7 @@ from megascale.mesh.offload import Offloader
 from megascale.model.balance import Balance
 from megascale.model.counts import padded_vocab_size
 from megascale.model.experts import groups_experts
+from megascale.model.gathers import Gathers
 from megascale.model.gpt import Gpt
 from megascale.model.initialise import initialise
 from megascale.model.layers import LayerMask, final_norm, layer_spec, use_transformer_engine
@@ -63,10 +64,16 @@ def build_model(config: RunConfig, ranks: Ranks) -> Model:
     exclude_padding(network, config.model.vocab_size, ranks.device)
     initialise(network, config.model, config.seed)
     network = network.to(ranks.device)
-    layers = network.decoder.layers
+    gpt, layers = network, network.decoder.layers
     if config.train.precision == "bf16":
         network = Float16Module(core, network)
-    wrapped = DistributedDataParallel(core, _reduction(config, ranks), network)
+    reduction = _reduction(config, ranks)
+    wrapped = DistributedDataParallel(core, reduction, network)
+    gathers = Gathers([wrapped])
+    for layer in layers:
+        gathers.wait_before(layer, layer.parameters(), wrapped)
+    if ranks.is_last_stage:  # the loss takes the weight of the head
+        gathers.wait_before(gpt.decoder.final_layernorm, gpt.output_layer.parameters(), wrapped)
     core.no_sync_func = wrapped.no_sync  # gradients are reduced after the last micro-batch only
     return Model(
         chunks=[wrapped],
@@ -74,6 +81,8 @@ def build_model(config: RunConfig, ranks: Ranks) -> Model:
         balance=_balance(config, layers),
         timer=ComputeTimer(layers, ranks.device),
         masked_layers=[layer for layer in layers if isinstance(layer, LayerMask)],
+        gathers=gathers,
+        overlaps=reduction.overlap_grad_reduce,
     )
 
 
@@ -186,21 +195,25 @@ def _block_spec(config: RunConfig, core: TransformerConfig, ranks: Ranks) -> Mod
     return TransformerBlockSubmodules(layer_specs=layers, layer_norm=norm)
 
 
+def can_overlap(device: torch.device) -> bool:
+    """Whether communication runs beside computation."""
+    return device.type == "cuda"
+
+
 def _reduction(config: RunConfig, ranks: Ranks) -> DistributedDataParallelConfig:
-    """Overlap with the backward pass pays on CUDA, where nothing else is on the way.
+    """Overlap with computation pays on CUDA.
 
     Experts without tokens have no gradient to announce, so a MoE model without grouped experts
-    reduces at the end. So do ranks that share sequences: a reduction that waits for ranks with
-    more micro-batches would stand in the GPU's queues before messages of rings that these need.
+    reduces at the end. `Model.overlap_reductions` says step by step whether reductions overlap.
     """
     whole = config.model.moe is None or use_transformer_engine(config.model)
     whole = whole or groups_experts(config, ranks.device)
-    rings = config.planner.name != "longest_first"
-    overlap = ranks.device.type == "cuda" and whole and not rings
+    overlap = config.parallel.overlap and can_overlap(ranks.device) and whole
     flat = config.optim.distributed_optimizer and OPTIMIZERS[config.optim.name].is_flat
     return DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
         overlap_grad_reduce=overlap,
         overlap_param_gather=overlap and flat,
+        align_param_gather=True,  # a forward pass begins no gather; see Gathers
         use_distributed_optimizer=flat,
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -16,7 +17,7 @@ from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_layer import TransformerLayer
 
-from megascale.config import ModelConfig, RopeScalingConfig
+from megascale.config import LayerAttention, ModelConfig, RopeScalingConfig
 from megascale.errors import UserError
 from megascale.fused.recompute import computed_by, recomputing
 from megascale.model.attention import PackedAttention
@@ -225,13 +226,17 @@ def with_packed_attention(
     rope_base: float = 10_000.0,
     window: int | None = None,
     rope_scaling: RopeScalingConfig | None = None,
+    layers: Sequence[LayerAttention] = (),
 ) -> ModuleSpec:
     """A layer spec of megatron-core whose attention is `PackedAttention`.
 
     Its model takes the `segments` of a micro-batch as `packed_seq_params`, has no position
     embedding of its own (`position_embedding_type="none"`), and may share sequences with any ranks.
+    `layers`: the attention of each layer of the whole model, where they differ; it comes in the
+    place of the other options.
     """
-    options = {"rope_base": rope_base, "window": window, "rope_scaling": rope_scaling}
+    options: dict[str, Any] = {"rope_base": rope_base, "window": window}
+    options |= {"rope_scaling": rope_scaling, "layers": tuple(layers)}
     core = ModuleSpec(module=PackedAttention, params=options)
     attention = spec.submodules.self_attention
     submodules = replace(attention.submodules, core_attention=core)
@@ -239,8 +244,8 @@ def with_packed_attention(
 
 
 def _attention(model: ModelConfig, spec: ModuleSpec, **changes: Any) -> ModuleSpec:
-    rope = (model.rope_base, model.sliding_window, model.rope_scaling)
-    attention = with_packed_attention(spec, *rope).submodules.self_attention
+    layers = [model.attention_of(layer) for layer in range(1, model.num_layers + 1)]
+    attention = with_packed_attention(spec, layers=layers).submodules.self_attention
     attention = replace(attention, submodules=replace(attention.submodules, **changes))
     if model.moe is None or model.moe.attention_experts == 1:
         return attention

@@ -11,11 +11,11 @@ from megascale.planner.peers.bytescale import plan_bytescale, plan_bytescale_nai
 from megascale.planner.peers.flexsp import plan_flexsp
 from megascale.planner.peers.longest_first import plan_longest_first
 from megascale.planner.peers.static import plan_static, plan_static_balanced, plan_static_best
-from megascale.planner.plan import PlanError, StepPlan
+from megascale.planner.plan import StepPlan
 from megascale.planner.plan_builder import Placed, complete
 from megascale.planner.problem import OffloadModel, Planner, Problem
 from megascale.planner.registry import PLANNERS, find_planner, plan_with
-from megascale.planner.ring import Ring
+from megascale.planner.ring import PlanError, Ring
 from megascale.planner.shares import RankMicroBatch
 from megascale.planner.timeline import Timeline, step_s, timeline
 

@@ -9,8 +9,8 @@ import numpy as np
 
 from megascale.arrays import Integers, Seconds
 from megascale.planner.cost import FORWARD_SHARE, CostModel
-from megascale.planner.plan import kept_share
 from megascale.planner.problem import Problem
+from megascale.planner.ring import kept_share
 
 
 def memory_sizes(problem: Problem, lengths: Integers, gain: float = 1.0) -> Integers:
@@ -66,29 +66,70 @@ def smallest_sizes(
 
     0 where no ring is fast enough.
     """
-    sizes = np.where(alone_s(problem, lengths, fewest) <= limit_s, fewest, 0)
-    node = min(problem.cost.node_size, problem.num_ranks)
-    for low, high in ((1, node), (node + 1, problem.num_ranks)):
-        todo = np.flatnonzero((sizes == 0) & (fewest <= high))
-        if len(todo) and low <= high:
-            begin = np.maximum(fewest[todo], low)
-            sizes[todo] = _first_fast(problem, lengths[todo], begin, high, limit_s)
-    return sizes
+    return RingSizes(problem, lengths, fewest).smallest(limit_s)
 
 
-def _first_fast(
-    problem: Problem, lengths: Integers, begin: Integers, high: int, limit_s: float
-) -> Integers:
-    """Bisection over the sizes up to the fastest one, where time falls with size."""
-    end = np.minimum(high, np.maximum(begin, _fastest(problem, lengths, high)))
-    reachable = alone_s(problem, lengths, end) <= limit_s
-    low, top = begin.copy(), end.copy()
-    while np.any(low < top):
-        middle = (low + top) // 2
-        fast = alone_s(problem, lengths, middle) <= limit_s
-        top = np.where(fast, middle, top)
-        low = np.where(fast, low, np.minimum(middle + 1, top))
-    return np.where(reachable, top, 0)
+class RingSizes:
+    """Ring sizes of sequences, for several limits of time."""
+
+    def __init__(self, problem: Problem, lengths: Integers, fewest: Integers) -> None:
+        """Of sequences of `lengths` tokens, on rings of at least `fewest` ranks."""
+        self._fewest = fewest
+        self._fewest_s = alone_s(problem, lengths, fewest)
+        node = min(problem.cost.node_size, problem.num_ranks)
+        self._ranges = [
+            _Range(problem, lengths, fewest, low, high)
+            for low, high in ((2, node), (node + 1, problem.num_ranks))
+            if low <= high
+        ]
+
+    def smallest(self, limit_s: float) -> Integers:
+        """See `smallest_sizes`."""
+        sizes = np.where(self._fewest_s <= limit_s, self._fewest, 0)
+        for some in self._ranges:
+            todo = np.flatnonzero((sizes == 0) & (some.fastest_s <= limit_s))
+            if len(todo):
+                sizes[todo] = some.smallest(todo, limit_s)
+        return sizes
+
+
+class _Range:
+    """Rings of `low` to `high` ranks, all within a node or all across nodes."""
+
+    def __init__(
+        self, problem: Problem, lengths: Integers, fewest: Integers, low: int, high: int
+    ) -> None:
+        cost, tokens = problem.cost, lengths.astype(np.float64)
+        within = high <= cost.node_size
+        self._fixed, self._latency = cost.fixed, cost.latency
+        self._passing = (cost.pass_intra if within else cost.pass_inter) * tokens
+        self._attention = cost.a * tokens * tokens
+        transfer = cost.transfer_intra if within else cost.transfer_inter
+        self._work = self._attention + (cost.b + transfer) * tokens
+        self._begin = np.maximum(fewest, low)
+        self._end = np.minimum(high, np.maximum(self._begin, _fastest(problem, lengths, high)))
+        everything = np.arange(len(lengths))
+        self.fastest_s = np.where(self._begin <= high, self._seconds(everything, self._end), np.inf)
+        """Seconds of each sequence on its fastest ring; infinite where no size is in the range."""
+
+    def _seconds(self, some: Integers, sizes: Integers) -> Seconds:
+        """`alone_s` of some sequences."""
+        work = self._work[some]
+        if self._passing.any():
+            passing = self._passing[some] * (sizes - 1) - self._attention[some]
+            work = work + np.maximum(0.0, passing)
+        seconds: Seconds = self._fixed + self._latency * np.log2(sizes) + work / sizes
+        return seconds
+
+    def smallest(self, some: Integers, limit_s: float) -> Integers:
+        """Bisection over the sizes up to the fastest one, where time falls with size."""
+        low, top = self._begin[some], self._end[some]
+        while np.any(low < top):
+            middle = (low + top) // 2
+            fast = self._seconds(some, middle) <= limit_s
+            top = np.where(fast, middle, top)
+            low = np.where(fast, low, np.minimum(middle + 1, top))
+        return top
 
 
 def _fastest(problem: Problem, lengths: Integers, high: int) -> Integers:
@@ -141,6 +182,12 @@ def nested_sizes(problem: Problem, sizes: Integers, whole_nodes: bool = False) -
     return np.where(sizes <= node, within, -(-sizes // node) * node if whole_nodes else sizes)
 
 
+def chunked_memory(problem: Problem) -> Problem:
+    """`problem` with the tokens of one sequence that a rank holds as its capacity."""
+    held = problem.capacity * (problem.pipeline if problem.may_chunk else 1)
+    return replace(problem, capacity=held, chunks=1)
+
+
 def lower_bound_s(problem: Problem) -> float:
     """Seconds that no plan can beat, by the cost model.
 
@@ -150,10 +197,13 @@ def lower_bound_s(problem: Problem) -> float:
     least one micro-batch, and no micro-batch holds more than its capacity.
 
     With P pipeline stages a sequence passes all of them, so it takes P times its time on one; and
-    the last stage waits for P - 1 forwards before its work, and P - 1 backwards follow it.
+    the last stage waits for P - 1 forwards before its work, and P - 1 backwards follow it. Where
+    plans may cut sequences into chunks, several stages compute a sequence at a time, and a rank
+    holds P times its capacity of one.
     """
-    stages = problem.pipeline
-    fill_s = (stages - 1) * problem.cost.fixed
+    stages = 1 if problem.may_chunk else problem.pipeline
+    fill_s = (problem.pipeline - 1) * problem.cost.fixed
+    problem = chunked_memory(problem)
     lengths = np.unique(problem.lengths)
     if not len(lengths):
         return problem.cost.fixed + fill_s
@@ -166,10 +216,10 @@ def lower_bound_s(problem: Problem) -> float:
     longest_s = stages * float(alone_s(problem, lengths, fewest).max())
     if longest_s <= low:
         return low
-    high = longest_s
+    high, ring_sizes = longest_s, RingSizes(problem, lengths, fewest)
     for _ in range(30):
         middle = (low + high) / 2
-        sizes = smallest_sizes(problem, lengths, fewest, middle / stages)
+        sizes = ring_sizes.smallest(middle / stages)
         fits = bool(np.all(sizes))
         if fits:
             even_s = _even_s(problem, lengths, times, sizes, held, middle / stages)

@@ -36,6 +36,11 @@ class CostModel:
     `pass` are those `_intra` where the ring lies within one node, else those `_inter`, and 0
     where d = 1. The last term is what attention does not hide of the keys and values that every
     rank receives from all the others.
+
+    Of a chunk, s is the tokens that it computes. Its attention is that of the causal trapezoid:
+    a * (end^2 - begin^2). The keys and values of the tokens before it stay on the ranks that
+    computed them, and pass through the ring once more: `pass` counts the chunk's end instead of s,
+    and where d > 1 there is a term prefix * sum(begin) / d.
     """
 
     a: float
@@ -56,6 +61,11 @@ class CostModel:
     """Seconds to pass the keys and values of one token on to the next rank, forward and backward,
     within a node; hidden behind attention as far as that lasts."""
     pass_inter: float = 0.0
+    """The same, for rings across nodes."""
+    prefix_intra: float = 0.0
+    """Seconds, per token before a chunk that a rank holds, for what attention does not hide of
+    passing its keys and values on again, for rings within a node."""
+    prefix_inter: float = 0.0
     """The same, for rings across nodes."""
     calibrated: bool = True
     """False where the rate is assumed: then only ratios of times mean anything."""
@@ -85,13 +95,14 @@ class CostModel:
     def load(path: str | Path) -> CostModel:
         """Read a COST.json: an object with the fields above, `calibrated` excepted.
 
-        The two `pass_` fields may be left out.
+        The `pass_` and `prefix_` fields may be left out. What passes through a ring once more then
+        takes as long as the first time: `prefix_` is `transfer_`.
 
         Raises UserError for an unreadable file, a key that is unknown or missing, and a value
         that is no number from 0 to 1e6 (of `node_size`: no whole number from 1 to 1e6).
         """
         names = [one.name for one in fields(CostModel) if one.name != "calibrated"]
-        needed = [name for name in names if not name.startswith("pass_")]
+        needed = [name for name in names if not name.startswith(("pass_", "prefix_"))]
         try:
             value = read_json(given_or_example(path))
         except OSError as error:
@@ -105,6 +116,8 @@ class CostModel:
             raise UserError(f"cost file {path}: unknown key {unknown[0]}; keys: {', '.join(names)}")
         if missing:
             raise UserError(f"cost file {path}: {', '.join(missing)} missing")
+        for where in ("intra", "inter"):
+            value.setdefault(f"prefix_{where}", value[f"transfer_{where}"])
         cost = CostModel(**value)
         try:
             cost.require_sound()
@@ -138,20 +151,29 @@ class CostModel:
         return float(self.seconds((tokens * tokens).sum(), tokens.sum(), len(ranks), one_node))
 
     def seconds(
-        self, squares: ArrayLike, tokens: ArrayLike, size: ArrayLike, one_node: ArrayLike
+        self,
+        squares: ArrayLike,
+        tokens: ArrayLike,
+        size: ArrayLike,
+        one_node: ArrayLike,
+        before: ArrayLike = 0.0,
     ) -> Floats:
         """Seconds of micro-batches on rings of `size` ranks; the arguments broadcast.
 
         `squares` is the sum of squared lengths, `tokens` the sum of lengths, and `one_node` says
-        whether the ring lies within a node.
+        whether the ring lies within a node. Of chunks, `squares` is the sum of end^2 - begin^2,
+        and `before` the sum of the tokens before them.
         """
         squares, tokens = np.asarray(squares, np.float64), np.asarray(tokens, np.float64)
+        before = np.asarray(before, np.float64)
         size = np.asarray(size, np.float64)
         shared = size > 1
         transfer = np.where(one_node, self.transfer_intra, self.transfer_inter) * shared
-        passing = np.where(one_node, self.pass_intra, self.pass_inter) * tokens * (size - 1)
+        again = np.where(one_node, self.prefix_intra, self.prefix_inter) * shared
+        passed = tokens + before
+        passing = np.where(one_node, self.pass_intra, self.pass_inter) * passed * (size - 1)
         attention = self.a * squares
         exposed = np.maximum(0.0, passing - attention) * shared
-        work = attention + (self.b + transfer) * tokens + exposed
+        work = attention + (self.b + transfer) * tokens + again * before + exposed
         seconds: Floats = self.fixed + self.latency * np.log2(size) + work / size
         return seconds

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import lru_cache
 
 import numpy as np
 
 from megascale.arrays import Integers
-from megascale.planner.bound import lower_bound_s
+from megascale.planner.bound import chunked_memory, lower_bound_s
 from megascale.planner.cost import FORWARD_SHARE
 from megascale.planner.linear_program import Rows, linear_program, quiet_solver
 from megascale.planner.problem import Problem
@@ -33,7 +34,7 @@ def fill_bound_s(problem: Problem) -> float:
     bound_s = lower_bound_s(problem)
     if problem.pipeline == 1 or problem.pipeline > MOST_STAGES:
         return bound_s
-    area_s = lower_bound_s(replace(problem, pipeline=1))
+    area_s = lower_bound_s(replace(chunked_memory(problem), pipeline=1))
     share = problem.cost.fixed / area_s if area_s else 1.0
     return max(bound_s, area_s * fill_factor(problem.pipeline, share))
 
@@ -72,7 +73,7 @@ def _least_s(stages: int, slots: int, fixed_share: float) -> float:
     pass begins after the same slot's pass on the stage before it, and after the pass before it on
     its own stage.
     """
-    passes = list(one_forward_one_backward(stages, slots))
+    passes = one_forward_one_backward(stages, slots)
     count, (later, earlier) = len(passes), _follows(passes)
     share = np.array(
         [1 - FORWARD_SHARE if backward else FORWARD_SHARE for _, backward, _ in passes]
@@ -95,7 +96,7 @@ def _least_s(stages: int, slots: int, fixed_share: float) -> float:
     return float(solver.getInfo().objective_function_value)
 
 
-def _follows(passes: list[tuple[int, int, int]]) -> Integers:
+def _follows(passes: Sequence[tuple[int, int, int]]) -> Integers:
     """(later, earlier) passes of which one waits for the other, [2, pairs]."""
     number = {one: at for at, one in enumerate(passes)}
     pairs: list[tuple[int, int]] = []

@@ -335,13 +335,19 @@ def _identified(columns: Floats) -> Booleans:
 def _cost(found: Floats, ratios: tuple[float, float], node_size: int) -> CostModel:
     values = dict(zip(COEFFICIENTS, found.tolist(), strict=True))
     passing = {"pass_intra": ratios[0] * values["a"], "pass_inter": ratios[1] * values["a"]}
-    return CostModel(**values, **passing, node_size=node_size)
+    again = {"prefix_intra": values["transfer_intra"], "prefix_inter": values["transfer_inter"]}
+    return CostModel(**values, **passing, **again, node_size=node_size)
 
 
 def _copied(cost: CostModel, table: _Table) -> tuple[CostModel, tuple[str, ...]]:
     if table.crosses:
         return cost, ()
-    cost = replace(cost, transfer_inter=cost.transfer_intra, pass_inter=cost.pass_intra)
+    cost = replace(
+        cost,
+        transfer_inter=cost.transfer_intra,
+        pass_inter=cost.pass_intra,
+        prefix_inter=cost.prefix_intra,
+    )
     return cost, ("transfer_inter", "pass_inter")
 
 

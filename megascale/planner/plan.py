@@ -9,24 +9,20 @@ from dataclasses import dataclass, field, fields
 from itertools import pairwise
 from typing import Any, Literal
 
-from megascale.planner.ring import Ring
+from megascale.planner.chunk_order import Pass, chunks_of_waves, stage_order
+from megascale.planner.chunk_rules import (
+    check_chunk,
+    check_chunk_order,
+    check_cover,
+    check_waves,
+    peak_tokens,
+    require,
+)
+from megascale.planner.ring import PlanError, Ring, kept_share
 from megascale.planner.shares import RankMicroBatch
 
 Mode = Literal["free", "aligned", "lockstep"]
 """How ranks may differ in what they run (see `StepPlan.mode`)."""
-
-
-class PlanError(AssertionError):
-    """A plan breaks its own rules: the mistake of a planner, never of a user."""
-
-
-def kept_share(offload: float, stage_layers: int) -> float:
-    """Part of the activations that stays on the device when `offload` of them may leave.
-
-    The first and the last layer of a stage never offload (ByteScale, Eq. 3).
-    """
-    layers = max(2, stage_layers)
-    return (2 + (1 - offload) * (layers - 2)) / layers
 
 
 @dataclass(frozen=True)
@@ -61,6 +57,10 @@ class StepPlan:
     """Tokens of each sequence, where the plan is to say what each rank has of them. The plans of a
     run leave them out, since every rank knows its batch."""
 
+    pipeline: int = 1
+    """Pipeline stages, where rings are chunks: a rank holds at most that many times `capacity`
+    tokens at a time. 1 in plans of whole sequences, which do not depend on it."""
+
     def micro_batches(self, rank: int) -> Iterator[RankMicroBatch]:
         """What `rank` runs, in order, of a plan that has its `lengths`.
 
@@ -76,6 +76,21 @@ class StepPlan:
         """Rings that `rank` computes, in order."""
         return tuple(ring for ring in self.rings if rank in ring.ranks)
 
+    @property
+    def ends_without_rings(self) -> bool:
+        """Whether no rank's last micro-batch is shared, so that what a rank begins during its last
+        backward pass (a reduction over all ranks) holds up no ring that others still compute. False
+        for plans with chunks."""
+        shared: dict[int, bool] = {}
+        for ring in self.rings:
+            shared.update(dict.fromkeys(ring.ranks, len(ring.ranks) > 1))
+        return not any(shared.values()) and all(ring.chunks == 1 for ring in self.rings)
+
+    def stage_order(self, rank: int, stage: int, stages: int) -> list[Pass]:
+        """(is backward, number of the micro-batch) of the passes of `rank` on `stage` of `stages`,
+        in order; see `chunk_order`."""
+        return stage_order(chunks_of_waves(self.rings_of(rank)), stages, stage)
+
     def counts(self) -> list[int]:
         """Rings that each rank computes, [ranks]; one pass over the plan."""
         counts = [0] * self.num_ranks
@@ -87,23 +102,23 @@ class StepPlan:
     def to_json(self) -> dict[str, Any]:
         """The plan as plain values; the format is described by the fields of this class."""
         # dataclasses.asdict would copy each number by a call of its own
-        values = {**vars(self), "rings": [dict(vars(ring)) for ring in self.rings]}
+        values = {**vars(self), "rings": [ring.to_json() for ring in self.rings]}
         if not self.lengths:
             del values["lengths"]
+        if self.pipeline == 1:
+            del values["pipeline"]
         return values
 
     @staticmethod
     def from_json(value: dict[str, Any]) -> StepPlan:
         """Inverse of `to_json`, also after a round trip through JSON text.
 
-        Fields that this version does not know are left out.
+        Fields that this version does not know are left out. Raises PlanError for a ring that is
+        not as the fields of `Ring` say.
         """
         known = {one.name for one in fields(StepPlan)}
         value = {name: one for name, one in value.items() if name in known}
-        rings = tuple(
-            Ring(**{**ring, "ranks": tuple(ring["ranks"]), "sequences": tuple(ring["sequences"])})
-            for ring in value["rings"]
-        )
+        rings = tuple(map(Ring.from_json, value["rings"]))
         return StepPlan(**{**value, "rings": rings, "lengths": tuple(value.get("lengths", ()))})
 
     def to_bytes(self) -> bytes:
@@ -125,9 +140,10 @@ class StepPlan:
         """Check every invariant for sequences of `lengths` tokens. Raises PlanError."""
         _check_sequences(self, len(lengths))
         for before, after in pairwise(self.rings):
-            _require(before.id < after.id, f"ring {after.id} follows ring {before.id}")
+            require(before.id < after.id, f"ring {after.id} follows ring {before.id}")
         for ring in self.rings:
-            _check_ring(self, ring, sum(int(lengths[i]) for i in ring.sequences))
+            check_chunk(ring, lengths)
+            _check_ring(self, ring, ring.num_tokens(lengths))
         on_rank: list[list[Ring]] = [[] for _ in range(self.num_ranks)]
         for ring in self.rings:
             for rank in ring.ranks:
@@ -135,19 +151,18 @@ class StepPlan:
         for rank, rings in enumerate(on_rank):
             _check_rank(self.mode, rank, rings)
         _check_lockstep(self, [len(rings) for rings in on_rank])
+        _check_chunks(self, lengths, on_rank)
 
 
 def _canonical(value: dict[str, Any]) -> bytes:
     return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
 
 
-def _require(condition: bool, problem: str) -> None:
-    if not condition:
-        raise PlanError(problem)
-
-
 def _check_sequences(plan: StepPlan, num_sequences: int) -> None:
-    placed = sorted(index for ring in plan.rings for index in ring.sequences)
+    """Each sequence is in one ring, or in chunks of one group."""
+    placed = [index for ring in plan.rings if ring.chunks == 1 for index in ring.sequences]
+    cut = {(index, one.group) for one in plan.rings if one.chunks != 1 for index in one.sequences}
+    placed = sorted([*placed, *(index for index, _ in cut)])
     if placed != list(range(num_sequences)):
         missing = sorted(set(range(num_sequences)) - set(placed))[:3]
         raise PlanError(
@@ -159,11 +174,11 @@ def _check_sequences(plan: StepPlan, num_sequences: int) -> None:
 def _check_ring(plan: StepPlan, ring: Ring, num_tokens: int) -> None:
     ranks = set(ring.ranks)
     known = all(0 <= rank < plan.num_ranks for rank in ranks)
-    _require(bool(ranks) and known, f"ring {ring.id} has ranks {ring.ranks} of {plan.num_ranks}")
-    _require(len(ranks) == len(ring.ranks), f"ring {ring.id} has a rank twice: {ring.ranks}")
-    _require(0 <= ring.offload <= 1, f"ring {ring.id} offloads {ring.offload}")
+    require(bool(ranks) and known, f"ring {ring.id} has ranks {ring.ranks} of {plan.num_ranks}")
+    require(len(ranks) == len(ring.ranks), f"ring {ring.id} has a rank twice: {ring.ranks}")
+    require(0 <= ring.offload <= 1, f"ring {ring.id} offloads {ring.offload}")
     kept = num_tokens * kept_share(ring.offload, plan.stage_layers)
-    _require(
+    require(
         kept <= plan.capacity * len(ranks) * (1 + 1e-9),
         f"ring {ring.id} holds {num_tokens} tokens on {len(ranks)} ranks of {plan.capacity}"
         + f" and offloads {ring.offload}" * (ring.offload > 0),
@@ -173,15 +188,34 @@ def _check_ring(plan: StepPlan, ring: Ring, num_tokens: int) -> None:
 def _check_rank(mode: Mode, rank: int, rings: list[Ring]) -> None:
     indices = [ring.index for ring in rings]
     in_order = all(before < after for before, after in pairwise(indices))
-    _require(in_order, f"rank {rank} has micro-batch indices {indices}")
+    require(in_order, f"rank {rank} has micro-batch indices {indices}")
     if mode != "free":
-        _require(indices == list(range(len(rings))), f"rank {rank} has gaps: {indices}")
+        require(indices == list(range(len(rings))), f"rank {rank} has gaps: {indices}")
 
 
 def _check_lockstep(plan: StepPlan, counts: list[int]) -> None:
     size = plan.expert_group
-    _require(size >= 1 and plan.num_ranks % size == 0, f"expert groups of {size}")
-    _require(size == 1 or plan.mode == "lockstep", f"expert groups of {size} in {plan.mode} mode")
+    require(size >= 1 and plan.num_ranks % size == 0, f"expert groups of {size}")
+    require(size == 1 or plan.mode == "lockstep", f"expert groups of {size} in {plan.mode} mode")
     for begin in range(0, plan.num_ranks, size):
         group = counts[begin : begin + size]
-        _require(len(set(group)) == 1, f"ranks from {begin} run {group} micro-batches")
+        require(len(set(group)) == 1, f"ranks from {begin} run {group} micro-batches")
+
+
+def _check_chunks(plan: StepPlan, lengths: Sequence[int], on_rank: list[list[Ring]]) -> None:
+    """All that chunks ask of a plan whose rings are sound each."""
+    require(plan.pipeline >= 1, f"the plan is for a pipeline of {plan.pipeline} stages")
+    if all(ring.chunks == 1 for ring in plan.rings):
+        return
+    require(plan.mode != "free", "chunks in free mode, in which no pipeline runs")
+    for rank, rings in enumerate(on_rank):
+        check_chunk_order(rank, rings)
+    check_cover(plan.rings, lengths)
+    check_waves(plan.rings)
+    peaks = peak_tokens(plan.rings, lengths, plan.num_ranks, plan.pipeline, plan.stage_layers)
+    worst, limit = int(peaks.argmax()), plan.pipeline * plan.capacity
+    require(
+        peaks[worst] <= limit * (1 + 1e-9),
+        f"rank {worst} holds {peaks[worst]:.0f} tokens at a time, keys and values for later "
+        f"chunks included, where {plan.pipeline} stages of {plan.capacity} hold {limit}",
+    )

@@ -31,6 +31,39 @@ def complete(problem: Problem, placed: Sequence[Placed], began: float | None = N
     are added for ranks without any, in aligned and lockstep mode where a rank of a ring is behind
     the others, and in lockstep mode for ranks with fewer than others of their expert group.
     """
+    rings = tuple(
+        Ring(id_, tuple(one.ranks), tuple(one.sequences), one.offload, index)
+        for id_, (index, one) in enumerate(with_padding(problem, placed))
+    )
+    return with_seconds(problem, rings, 1, began)
+
+
+def with_seconds(
+    problem: Problem, rings: tuple[Ring, ...], pipeline: int, began: float | None
+) -> StepPlan:
+    """The plan of `rings`, with its predicted seconds and its bound; see `complete`."""
+    plan = StepPlan(
+        num_ranks=problem.num_ranks,
+        mode=problem.mode,
+        capacity=problem.capacity,
+        predicted_s=0.0,
+        lower_bound_s=lower_bound_s(problem),
+        plan_s=0.0,
+        rings=rings,
+        expert_group=problem.expert_group,
+        stage_layers=problem.stage_layers,
+        pipeline=pipeline,
+    )
+    predicted_s = step_s(plan, problem.lengths, problem.cost, problem.pipeline, problem.slowdown)
+    plan_s = 0.0 if began is None else time.perf_counter() - began
+    return replace(plan, predicted_s=predicted_s, plan_s=plan_s)
+
+
+Indexed = tuple[int, Placed]
+
+
+def with_padding(problem: Problem, placed: Sequence[Placed]) -> list[Indexed]:
+    """(index, micro-batch) in execution order, with the empty ones that `complete` adds."""
     done: list[Indexed] = []
     counts = [0] * problem.num_ranks
     for one in placed:
@@ -43,26 +76,7 @@ def complete(problem: Problem, placed: Sequence[Placed], began: float | None = N
         _catch_up(done, counts, ranks, max(1, *(counts[rank] for rank in ranks)))
     if problem.mode != "free":
         done.sort(key=lambda one: one[0])
-    plan = StepPlan(
-        num_ranks=problem.num_ranks,
-        mode=problem.mode,
-        capacity=problem.capacity,
-        predicted_s=0.0,
-        lower_bound_s=lower_bound_s(problem),
-        plan_s=0.0,
-        rings=tuple(
-            Ring(id_, tuple(one.ranks), tuple(one.sequences), one.offload, index)
-            for id_, (index, one) in enumerate(done)
-        ),
-        expert_group=group,
-        stage_layers=problem.stage_layers,
-    )
-    predicted_s = step_s(plan, problem.lengths, problem.cost, problem.pipeline, problem.slowdown)
-    plan_s = 0.0 if began is None else time.perf_counter() - began
-    return replace(plan, predicted_s=predicted_s, plan_s=plan_s)
-
-
-Indexed = tuple[int, Placed]
+    return done
 
 
 def _catch_up(done: list[Indexed], counts: list[int], ranks: Sequence[int], index: int) -> None:

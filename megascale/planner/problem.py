@@ -14,10 +14,13 @@ from numpy.typing import ArrayLike
 from megascale.arrays import Integers
 from megascale.errors import UserError
 from megascale.planner.cost import CostModel
-from megascale.planner.plan import Mode, StepPlan, kept_share
+from megascale.planner.plan import Mode, StepPlan
+from megascale.planner.ring import kept_share
 
 MOST_RANKS, MOST_STAGES = 131_072, 1024
 """More than any cluster has, and as much as is planned in seconds."""
+MOST_CHUNKS = 256
+"""Of a wave; slots are far too small for a device long before."""
 MOST_TOKENS = 1 << 40
 """Of a sequence, and of a rank; larger numbers are mistakes, and their squares overflow."""
 
@@ -65,6 +68,10 @@ class Problem:
     """How many times as long as by `cost` each rank takes, at least 1; a ring is as slow as its
     slowest rank. Empty: all are alike. Only `hybrid` gives slow ranks less."""
 
+    chunks: int = 1
+    """Most chunks that a plan may cut a wave into, where there are pipeline stages and ranks do not
+    run freely. Only `hybrid` cuts waves."""
+
     @staticmethod
     def of(
         lengths: ArrayLike,
@@ -90,6 +97,7 @@ class Problem:
         group = others.get("expert_group", num_ranks) if mode == "lockstep" else 1
         others["expert_group"] = _whole("expert_group", group, num_ranks)
         others["pipeline"] = _whole("pipeline", others.get("pipeline", 1), MOST_STAGES)
+        others["chunks"] = _whole("chunks", others.get("chunks", 1), MOST_CHUNKS)
         others["slowdown"] = _checked_slowdown(others.get("slowdown", ()), num_ranks)
         _check_offload(others.get("offload"))
         problem = Problem(tokens, num_ranks, capacity, mode, cost, **others)
@@ -98,6 +106,11 @@ class Problem:
                 f"expert_group = {problem.expert_group} must divide the {num_ranks} ranks"
             )
         return problem
+
+    @property
+    def may_chunk(self) -> bool:
+        """Whether a plan may cut waves into chunks."""
+        return self.chunks > 1 and self.pipeline > 1 and self.mode != "free"
 
     def slowest(self, ranks: Iterable[int]) -> float:
         """How many times as long as by `cost` a ring of these ranks takes."""

@@ -13,8 +13,9 @@ from megascale.planner.peers.bytescale import plan_bytescale, plan_bytescale_nai
 from megascale.planner.peers.flexsp import plan_flexsp
 from megascale.planner.peers.longest_first import plan_longest_first
 from megascale.planner.peers.static import plan_static, plan_static_balanced, plan_static_best
-from megascale.planner.plan import PlanError, StepPlan
+from megascale.planner.plan import StepPlan
 from megascale.planner.problem import Planner, Problem
+from megascale.planner.ring import PlanError
 
 PLANNERS: dict[str, Planner] = {
     "hybrid": plan_hybrid,

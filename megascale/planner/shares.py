@@ -6,13 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from megascale.arrays import Integers
 from megascale.planner.ring import Ring
 
 
-def chunk_bounds(lengths: Sequence[int], size: int) -> Integers:
+def chunk_bounds(lengths: ArrayLike, size: int) -> Integers:
     """Where to cut each sequence into the 2 * `size` chunks of a ring: (N, 2 * size + 1).
 
     Place i of the ring holds chunks i and 2 * size - 1 - i of each sequence, so that all places
@@ -41,7 +41,8 @@ class Share:
     place: int
     """From 0, in the order of the ring's ranks."""
     bounds: Integers
-    """Chunk bounds of the ring's sequences, from `chunk_bounds`."""
+    """Chunk bounds of the ring's sequences, from `chunk_bounds`; where the ring computes a part of
+    each sequence, of these parts, as positions in the sequence."""
 
     @property
     def size(self) -> int:
@@ -102,8 +103,8 @@ class RankMicroBatch:
 
         `lengths` are the tokens of all sequences of the step.
         """
-        mine = [int(lengths[sequence]) for sequence in ring.sequences]
-        bounds = chunk_bounds(mine, len(ring.ranks))
+        spans = np.array(ring.token_spans(lengths), dtype=np.int64).reshape(-1, 2)
+        bounds = spans[:, :1] + chunk_bounds(spans[:, 1] - spans[:, 0], len(ring.ranks))
         return RankMicroBatch(ring, Share(ring.ranks.index(rank), bounds))
 
     @property
@@ -134,7 +135,9 @@ class RankMicroBatch:
 
     @property
     def token_ranges(self) -> tuple[tuple[tuple[int, int], ...], ...]:
-        """(start, stop) of the tokens of each sequence on this rank; at most two ranges each."""
+        """(start, stop) of the tokens of each sequence on this rank; at most two ranges each.
+
+        Of a chunk, they lie in `ring.spans`."""
         return tuple(
             tuple((start, start + tokens) for start, tokens in self.share.spans(place))
             for place in range(len(self.sequences))

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike
 
 from megascale.arrays import Integers, Seconds
+from megascale.planner.chunk_order import chunks_of_waves, pipeline_generations, pipeline_order
 from megascale.planner.cost import FORWARD_SHARE, CostModel
 from megascale.planner.plan import StepPlan
 
@@ -39,20 +41,32 @@ def ring_seconds(
     plan: StepPlan, lengths: ArrayLike, cost: CostModel, slowdown: Sequence[float] = ()
 ) -> Seconds:
     """Seconds of each ring of `plan`, [rings]; see `Problem.slowdown`."""
-    tokens = np.asarray(lengths, dtype=np.float64)
-    counts = [len(ring.sequences) for ring in plan.rings]
-    placed = np.fromiter((i for ring in plan.rings for i in ring.sequences), np.int64, sum(counts))
-    owner = np.repeat(np.arange(len(counts)), counts)
-    held = np.bincount(owner, tokens[placed], len(counts))
-    squares = np.bincount(owner, tokens[placed] ** 2, len(counts))
+    owner, begin, end = _computed(plan, lengths)
+    count = len(plan.rings)
+    before, held = (np.bincount(owner, tokens, count) for tokens in (begin, end - begin))
+    squares = np.bincount(owner, end**2 - begin**2, count)
     sizes = [len(ring.ranks) for ring in plan.rings]
     first = np.array([min(ring.ranks) for ring in plan.rings], dtype=np.int64)
     last = np.array([max(ring.ranks) for ring in plan.rings], dtype=np.int64)
     one_node = first // cost.node_size == last // cost.node_size
-    seconds = cost.seconds(squares, held, sizes, one_node)
+    seconds = cost.seconds(squares, held, sizes, one_node, before)
     if slowdown:
         seconds = seconds * [max(slowdown[rank] for rank in ring.ranks) for ring in plan.rings]
     return seconds
+
+
+def _computed(plan: StepPlan, lengths: ArrayLike) -> tuple[Integers, Seconds, Seconds]:
+    """(position of the ring, begin, end) of all tokens that rings compute, sequence by sequence."""
+    counts = [len(ring.sequences) for ring in plan.rings]
+    placed = np.fromiter((i for ring in plan.rings for i in ring.sequences), np.int64, sum(counts))
+    end = np.asarray(lengths, dtype=np.float64)[placed]
+    begin = np.zeros(len(end))
+    chunked = [ring.chunks > 1 for ring in plan.rings]
+    if any(chunked):
+        spans = [span for ring in plan.rings for span in ring.spans]
+        begin_end = np.array(spans, dtype=np.float64).reshape(-1, 2)
+        begin[np.repeat(chunked, counts)], end[np.repeat(chunked, counts)] = begin_end.T
+    return np.repeat(np.arange(len(counts)), counts), begin, end
 
 
 def timeline(
@@ -89,62 +103,66 @@ def step_s(
     """Seconds of the step, with `pipeline` stages that each take what `cost` says.
 
     Stages run one forward, one backward (1F1B, as megatron-core's schedule does): stage p of P
-    begins with P - p - 1 forwards. A ring's ranks run each of its forwards and backwards
-    together; in lockstep mode so does an expert group.
+    begins with P - p - 1 forwards. Chunks run in the order of `chunk_order`. A ring's ranks run
+    each of its forwards and backwards together; in lockstep mode so does an expert group.
     """
     if pipeline == 1:
         return timeline(plan, lengths, cost, slowdown).total_s
-    waves = list(_by_index(plan))
     ring_s = ring_seconds(plan, lengths, cost, slowdown)
-    wave_s = [np.repeat(ring_s[one], _members(plan, one)[2]) for one in waves]
-    members = [_members(plan, one)[:2] for one in waves]
-    free_s = np.zeros((pipeline, plan.num_ranks))
-    done_s = np.zeros((2, pipeline, len(waves), plan.num_ranks))
-    for stage, backward, index in one_forward_one_backward(pipeline, len(waves)):
-        ranks, starts = members[index]
-        begin_s = free_s[stage, ranks]
-        before = stage + 1 if backward else stage - 1
-        if 0 <= before < pipeline:
-            begin_s = np.maximum(begin_s, done_s[backward, before, index, ranks])
-        begin_s = _together(plan, ranks, starts, begin_s)
-        share = 1 - FORWARD_SHARE if backward else FORWARD_SHARE
-        free_s[stage, ranks] = begin_s + share * wave_s[index]
-        done_s[backward, stage, index, ranks] = free_s[stage, ranks]
+    positions = list(_by_index(plan))
+    waves = [_Wave(np.array(one), *_members(plan, one)) for one in positions]
+    chunks = chunks_of_waves(plan.rings[one[0]] for one in positions)
+    free_s = np.zeros(pipeline * plan.num_ranks)
+    done_s = np.zeros((2, pipeline + 2, len(plan.rings)))  # stages count from 1
+    for passes in pipeline_generations(tuple(chunks), pipeline):
+        some = [waves[index] for _, _, index in passes]
+        ring = np.concatenate([wave.rings for wave in some])
+        count = [len(wave.rings) for wave in some]
+        stage = np.repeat([stage for stage, _, _ in passes], count)
+        backward = np.repeat([int(backward) for _, backward, _ in passes], count)
+        sizes = np.concatenate([wave.sizes for wave in some])
+        members = np.concatenate([wave.ranks for wave in some])
+        members += np.repeat(stage, sizes) * plan.num_ranks
+        starts = np.cumsum(sizes) - sizes
+        begin_s = np.maximum(
+            np.maximum.reduceat(free_s[members], starts),
+            done_s[backward, stage + 2 * backward, ring],
+        )
+        if plan.mode == "lockstep":
+            begin_s = _with_groups(plan.expert_group, members, starts, sizes, begin_s)
+        share = np.where(backward, 1 - FORWARD_SHARE, FORWARD_SHARE)
+        end_s = begin_s + share * ring_s[ring]
+        done_s[backward, stage + 1, ring] = end_s
+        free_s[members] = np.repeat(end_s, sizes)
     return float(free_s.max(initial=0.0))
 
 
-def _together(plan: StepPlan, ranks: Integers, starts: Integers, begin_s: Seconds) -> Seconds:
-    """When each of `ranks` can begin, given when its ring and its expert group can."""
-    sizes = np.diff(np.append(starts, len(ranks)))
-    begin_s = np.repeat(np.maximum.reduceat(begin_s, starts), sizes)
-    if plan.mode == "lockstep":
-        of_group = np.zeros(plan.num_ranks // plan.expert_group)
-        np.maximum.at(of_group, ranks // plan.expert_group, begin_s)
-        begin_s = of_group[ranks // plan.expert_group]
-    return begin_s
+class _Wave(NamedTuple):
+    """Rings of the same index."""
+
+    rings: Integers
+    """Their positions in the plan."""
+    ranks: Integers
+    """The ranks of all of them."""
+    starts: Integers
+    sizes: Integers
+    """Ranks of each."""
 
 
-def one_forward_one_backward(pipeline: int, count: int) -> Iterator[tuple[int, int, int]]:
+def _with_groups(
+    size: int, members: Integers, starts: Integers, sizes: Integers, begin_s: Seconds
+) -> Seconds:
+    """When rings can begin whose expert groups, of `size` ranks, begin together."""
+    groups, at = np.unique(members // size, return_inverse=True)
+    of_group = np.zeros(len(groups))
+    np.maximum.at(of_group, at, np.repeat(begin_s, sizes))
+    together: Seconds = np.maximum.reduceat(of_group[at], starts)
+    return together
+
+
+def one_forward_one_backward(pipeline: int, count: int) -> Sequence[tuple[int, bool, int]]:
     """(stage, is backward, index) of all micro-batches, in an order that respects 1F1B."""
-    orders = []
-    for stage in range(pipeline):
-        warm_up = min(pipeline - stage - 1, count)
-        order = [(0, index) for index in range(warm_up)]
-        for index in range(count - warm_up):
-            order += [(0, warm_up + index), (1, index)]
-        orders.append(order + [(1, index) for index in range(count - warm_up, count)])
-    at = [0] * pipeline
-    done: set[tuple[int, int, int]] = set()
-    while len(done) < 2 * pipeline * count:
-        for stage, order in enumerate(orders):
-            while at[stage] < len(order):
-                backward, index = order[at[stage]]
-                before = stage + 1 if backward else stage - 1
-                if 0 <= before < pipeline and (before, backward, index) not in done:
-                    break
-                done.add((stage, backward, index))
-                at[stage] += 1
-                yield stage, backward, index
+    return pipeline_order((1,) * count, pipeline)
 
 
 def _by_index(plan: StepPlan) -> Iterator[list[int]]:

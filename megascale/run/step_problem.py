@@ -69,6 +69,7 @@ def step_problem(
         expert_group=layout.expert,
         offload=offload_model(config, layout),
         budget_s=config.planner.budget_s,
+        chunks=config.planner.chunks,
     )
 
 

@@ -213,6 +213,8 @@ class Cluster:
     offload: Offload
     budget_s: float | None
     """As that of a `Problem`."""
+    chunks: int = 1
+    """Most chunks of a pipeline's wave."""
 
     @property
     def shape(self) -> Shape:
@@ -246,6 +248,7 @@ class Cluster:
             expert_group=group,
             offload=None if self.offload == "none" else offload,
             budget_s=self.budget_s,
+            chunks=self.chunks,
         )
 
     def to_json(self) -> dict[str, Any]:

@@ -10,9 +10,11 @@ import numpy as np
 from megascale.arrays import Floats
 from megascale.errors import UserError, did_you_mean
 from megascale.planner import PLANNERS, find_planner
+from megascale.planner.chunk_rules import peak_tokens
 from megascale.planner.peers.static import plan_static_rings
-from megascale.planner.plan import PlanError, StepPlan, kept_share
+from megascale.planner.plan import StepPlan
 from megascale.planner.problem import Planner, Problem
+from megascale.planner.ring import PlanError, kept_share
 from megascale.planner.timeline import ring_seconds, timeline
 
 BASELINE = "static"
@@ -61,9 +63,10 @@ def judge(plan: StepPlan, problem: Problem, overhead_s: float = 0.0) -> Outcome:
     With pipeline stages busy time is that of one stage; what the others wait for is idle. Raises
     PlanError for a plan that breaks its own rules.
     """
-    plan.check(problem.lengths.tolist())
+    lengths = problem.lengths.tolist()
+    plan.check(lengths)
     sizes = np.array([len(ring.ranks) for ring in plan.rings])
-    tokens = np.array([problem.lengths[list(ring.sequences)].sum() for ring in plan.rings])
+    tokens = np.array([ring.num_tokens(lengths) for ring in plan.rings])
     kept = np.array([kept_share(ring.offload, plan.stage_layers) for ring in plan.rings])
     busy_s = timeline(plan, problem.lengths, problem.cost).busy_s
     hidden = replace(problem.cost, pass_intra=0.0, pass_inter=0.0)
@@ -83,11 +86,22 @@ def judge(plan: StepPlan, problem: Problem, overhead_s: float = 0.0) -> Outcome:
         passing_share=float(np.dot(exposed_s, sizes)) / plan.num_ranks / step_s,
         least_busy_s=float(busy_s.min()),
         most_busy_s=float(busy_s.max()),
-        kept_tokens=int(np.ceil((tokens * kept / sizes).max(initial=0) - 1e-6)),
+        kept_tokens=_kept_tokens(plan, problem, tokens * kept / sizes),
         offloaded_share=float(np.dot(tokens, 1 - kept)) / total,
         num_rings=len(plan.rings),
         tokens_by_size=tuple(by_size.tolist()),
     )
+
+
+def _kept_tokens(plan: StepPlan, problem: Problem, of_rings: Floats) -> int:
+    """Tokens that a rank keeps of a micro-batch; of chunks, all at a time over the stages."""
+    most = of_rings.max(initial=0)
+    if plan.pipeline > 1:
+        peaks = peak_tokens(
+            plan.rings, problem.lengths.tolist(), plan.num_ranks, plan.pipeline, plan.stage_layers
+        )
+        most = max(most, peaks.max() / plan.pipeline)
+    return int(np.ceil(most - 1e-6))
 
 
 def plan_static_mesh(problem: Problem, context: int) -> StepPlan:

@@ -9,7 +9,7 @@ import hashlib
 import struct
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -21,6 +21,7 @@ import numpy as np
 from megascale.config.schema import PlannerConfig
 from megascale.corpus.batches import Cursor, GlobalBatch, GlobalBatches
 from megascale.planner import PlanError, Problem, StepPlan, find_planner
+from megascale.planner.chunk_rules import check_rank_chunks
 from megascale.planner.service.ahead import Planned, PlansAhead
 from megascale.runtime.distributed import Ranks, begin_broadcast, broadcast_bytes
 from megascale.runtime.first_rank import error_bytes, error_from, on_first_rank
@@ -247,18 +248,19 @@ def _read(message: bytes, step: _Step, ranks: Ranks) -> Planned:
     plan = StepPlan.from_bytes(payload)
     dealt = step.dealt.result()
     assert dealt is not None, "a step without a batch has no plan"
-    check_own(plan, ranks, dealt.batch.num_sequences)
+    check_own(plan, ranks, dealt.batch.length.tolist())
     return Planned(plan, payload)
 
 
-def check_own(plan: StepPlan, ranks: Ranks, num_sequences: int) -> None:
+def check_own(plan: StepPlan, ranks: Ranks, lengths: Sequence[int]) -> None:
     """Raise PlanError for a plan that this rank cannot run as its part; rank 0 checks all of it."""
     layout, rings = ranks.layout, plan.rings_of(ranks.hdp_rank)
     fits = (plan.num_ranks, plan.mode) == (layout.hdp, layout.mode)
-    known = all(0 <= one < num_sequences for ring in rings for one in ring.sequences)
+    known = all(0 <= one < len(lengths) for ring in rings for one in ring.sequences)
     in_order = all(a.id < b.id and a.index < b.index for a, b in pairwise(rings))
     if not (rings and fits and known and in_order):
         raise PlanError(f"rank {ranks.rank} cannot run its part of a plan for {plan.num_ranks}")
+    check_rank_chunks(ranks.hdp_rank, rings, lengths)
 
 
 def start_plans(config: PlannerConfig, ranks: Ranks, logs: Path | None) -> PlansAhead | None:

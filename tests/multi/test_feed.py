@@ -343,9 +343,23 @@ def test_a_rank_knows_what_it_cannot_run(change):
     plan = StepPlan(2, "free", 128, 1.0, 1.0, 0.0, rings)
     layout = SimpleNamespace(hdp=2, mode="free")
     rank = SimpleNamespace(rank=0, hdp_rank=0, layout=layout)
-    check_own(plan, rank, 3)
+    check_own(plan, rank, [9, 9, 9])
     with pytest.raises(PlanError, match="rank 0 cannot run its part"):
-        check_own(replace(plan, **change), rank, 3)
+        check_own(replace(plan, **change), rank, [9, 9, 9])
+
+
+def test_a_rank_knows_chunks_that_it_cannot_run():
+    chunks = [
+        Ring(0, (0, 1), (0,), 0.0, 0, 0, 0, 2, ((0, 5),)),
+        Ring(1, (0, 1), (0,), 0.0, 1, 0, 1, 2, ((5, 9),)),
+    ]
+    rank = SimpleNamespace(rank=3, hdp_rank=1, layout=SimpleNamespace(hdp=2, mode="aligned"))
+    plan = StepPlan(2, "aligned", 128, 1.0, 1.0, 0.0, tuple(chunks), pipeline=2)
+    check_own(plan, rank, [9])
+    with pytest.raises(PlanError, match="chunks of group 0 end at token 9 of 10 of sequence 0"):
+        check_own(plan, rank, [10])
+    with pytest.raises(PlanError, match="rank 1 ends with chunk 0 of 2, ring 0"):
+        check_own(replace(plan, rings=tuple(chunks[:1])), rank, [9])
 
 
 def orphans(config):

@@ -15,8 +15,9 @@ from megascale.planner.cost import FORWARD_SHARE, CostModel
 from megascale.planner.peers import bytescale
 from megascale.planner.peers.bytescale import best_fit, plan_bytescale, plan_bytescale_naive
 from megascale.planner.peers.ring_sizes import ROUNDING, offload_to_fit, ring_ranks, smallest_ring
-from megascale.planner.plan import StepPlan, kept_share
+from megascale.planner.plan import StepPlan
 from megascale.planner.problem import OffloadModel, Problem
+from megascale.planner.ring import kept_share
 from megascale.planner.timeline import timeline
 from megascale.simulate.lengths import draw_lengths
 

@@ -29,6 +29,8 @@ TRUE = CostModel(
     latency=6e-3,
     transfer_intra=4e-6,
     transfer_inter=9e-5,
+    prefix_intra=4e-6,  # what passes again takes what it takes the first time
+    prefix_inter=9e-5,
     node_size=2,
 )
 LENGTHS = (128, 256, 512, 1024, 2048)

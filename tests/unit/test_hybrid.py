@@ -30,8 +30,9 @@ from megascale.planner.bound import (
     smallest_sizes,
 )
 from megascale.planner.hybrid.stacks import MOST_ROOMS, Stack
-from megascale.planner.plan import Mode, kept_share
+from megascale.planner.plan import Mode
 from megascale.planner.plan_builder import Placed, complete
+from megascale.planner.ring import kept_share
 from megascale.planner.scalar_cost import Clock
 from megascale.simulate.lengths import draw_lengths
 

@@ -6,14 +6,19 @@ import subprocess
 import sys
 from pathlib import Path
 
+import chunk_plans
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from judge import judge, lower_bound_s, pipeline_bound_s
+from judge import judge
+from judge_bounds import lower_bound_s, pipeline_bound_s
 from processor_time import processor_s
+from test_chunk_plans import BROKEN
+from test_chunk_plans import plan_of as chunked_plan
 
 from megascale.planner import CostModel, Placed, Problem, complete, step_s, timeline
+from megascale.planner import chunk_rules as plan_rules
 
 TOOLS = Path(__file__).parents[2] / "tools"
 COST = {
@@ -309,3 +314,48 @@ def test_a_cluster_is_judged_in_a_second():
     everyone = plan_of(rings, 12_288, "lockstep", 1 << 20)
     assert processor_s(lambda: judge(everyone, lengths, COST)) < 1.0
     assert judge(everyone, lengths, COST).problems == ()
+
+
+CHUNKS = {
+    "num_ranks": 2, "mode": "aligned", "capacity": 60, "pipeline": 2,
+    "rings": [
+        {"id": 0, "ranks": [0, 1], "sequences": [0], "offload": 0.0, "index": 0,
+         "group": 0, "chunk": 0, "chunks": 2, "spans": [[0, 60]]},
+        {"id": 1, "ranks": [0, 1], "sequences": [0], "offload": 0.0, "index": 1,
+         "group": 0, "chunk": 1, "chunks": 2, "spans": [[60, 100]]},
+    ],
+}  # fmt: skip
+
+
+def test_chunks_by_hand():
+    """The second chunk's attention is that of the trapezoid: 0.01 (100^2 - 60^2)."""
+    verdict = judge(CHUNKS, [100], COST, pipeline=2)
+    assert verdict.problems == ()
+    first = 2.5 + (0.01 * 3600 + 60 + 0.25 * 60) / 2
+    second = 2.5 + (0.01 * 6400 + 40 + 0.25 * 40) / 2
+    # stage 0: F0 F1 .. B1 .. B0; stage 1: F0 F1 B1 B0
+    last = max(first + second, 2 * first) / 3 + second / 3 + second * 2 / 3
+    assert verdict.pipeline_s == pytest.approx(last + max(first, second) * 2 / 3 + first * 2 / 3)
+    assert verdict.pipeline_bound_s == pytest.approx(verdict.lower_bound_s + 2)
+
+
+@given(st.integers(0, 2**32), st.integers(1, 5), st.integers(2, 4))
+@settings(max_examples=30)
+def test_chunks_as_the_planner_times_and_checks_them(seed, num_ranks, stages):
+    plan = chunk_plans.random_plan(np.random.default_rng(seed), num_ranks, stages)
+    value = json.loads(json.dumps(plan.to_json()))
+    verdict = judge(value, plan.lengths, COST, stages)
+    assert verdict.problems == ()
+    seconds = step_s(plan, plan.lengths, CostModel(**COST), stages)
+    assert verdict.pipeline_s == pytest.approx(seconds)
+    if plan.pipeline > 1 and plan.capacity > 1:
+        full = plan_rules.peak_tokens(plan.rings, plan.lengths, num_ranks, stages).max()
+        tight = judge(value | {"capacity": int(full) // stages - 1}, plan.lengths, COST, stages)
+        assert tight.problems
+
+
+@pytest.mark.parametrize("problem", sorted(BROKEN))
+def test_broken_chunks_are_found(problem):
+    value = json.loads(json.dumps(chunked_plan(BROKEN[problem], capacity=20).to_json()))
+    verdict = judge(value, [40, 6, 7], COST, pipeline=2)
+    assert verdict.problems and all("\n" not in line for line in verdict.problems)

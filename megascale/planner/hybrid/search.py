@@ -12,6 +12,7 @@ import numpy as np
 
 from megascale.arrays import Integers
 from megascale.planner.bound import alone_s, fewest_ranks, nested_sizes, sizes_within
+from megascale.planner.hybrid.chunks import plan_chunked
 from megascale.planner.hybrid.levels import STRETCH, Batch, Level, even_levels, long_levels
 from megascale.planner.hybrid.shelves import LONGEST, has_few_short, longest_s, shelve
 from megascale.planner.hybrid.stacks import Stacks
@@ -60,18 +61,41 @@ def plan_hybrid(problem: Problem) -> StepPlan:
     began = time.perf_counter()
     problem.require_fit()
     batch = Batch.of(problem)
+    chunked = plan_chunked(problem, lambda waves: _few_tries(waves, batch), began)
+    limit_s = chunked.predicted_s if chunked else math.inf
+    best = _best(problem, batch, began, TRIES, limit_s)
+    if chunked and (best is None or best.seconds >= limit_s):
+        return chunked
+    whole = _fastest(problem, best.placed() if best else [[]], began)
+    return chunked if chunked and chunked.predicted_s <= whole.predicted_s else whole
+
+
+def _best(
+    problem: Problem, batch: Batch, began: float, tries: int, limit_s: float = math.inf
+) -> Candidate | None:
+    """The best of so many candidates, or of those of the budget; None without a sequence.
+
+    Waves that cannot take less than `limit_s` are not tried.
+    """
     best: Candidate | None = None
-    for number, candidate in enumerate(_candidates(problem, batch), start=1):
+    for number, candidate in enumerate(_candidates(problem, batch, limit_s), start=1):
         if best is None or candidate.seconds < best.seconds:
             best = candidate
         spent_s = time.perf_counter() - began
         is_over = number >= LEAST_TRIES and spent_s > (problem.budget_s or 0.0)
-        if number == TRIES if problem.budget_s is None else is_over:
+        if number == tries if problem.budget_s is None else is_over:
             break
     for candidate in _of_few(problem, batch):
         if best is None or candidate.seconds < best.seconds:
             best = candidate
-    return _fastest(problem, best.placed() if best else [[]], began)
+    return best
+
+
+def _few_tries(problem: Problem, batch: Batch) -> list[list[Placed]]:
+    """Micro-batches of the best of the first candidates, in one order of execution or several."""
+    found = islice(_candidates(problem, batch), LEAST_TRIES)
+    best = min(found, key=lambda one: one.seconds, default=None)
+    return best.placed() if best else []
 
 
 Way = tuple[float, Callable[[Sheet, list[int]], bool]]
@@ -87,16 +111,17 @@ class Candidate:
     """Its micro-batches, in one order of execution or several."""
 
 
-def _candidates(problem: Problem, batch: Batch) -> Iterator[Candidate]:
+def _candidates(problem: Problem, batch: Batch, limit_s: float = math.inf) -> Iterator[Candidate]:
+    """Plans in the order in which they are worth trying; not those that cannot beat `limit_s`."""
     if not batch.order:
         return
     if problem.mode != "free":
-        waves = _waves(problem, batch)
+        waves = _waves(problem, batch, limit_s)
         if problem.pipeline > 1 and has_few_short(problem):
             limit_s = longest_s(problem, batch)
             found = (shelve(problem, batch, limit_s * part) for part in LONGEST)
             shelved = (_shelved(problem, *one) for one in found if one is not None)
-            yield next(waves)
+            yield from islice(waves, 1)
             yield from islice(shelved, 1)
             is_many = len(batch.order) > MANY
             yield _of_peer((plan_static_balanced if is_many else plan_static_best)(problem))
@@ -203,7 +228,7 @@ def _stacks(problem: Problem, batch: Batch, limit_s: float, nest: bool) -> Candi
     return Candidate(stacks.seconds, lambda: [stacks.placed()])
 
 
-def _waves(problem: Problem, batch: Batch) -> Iterator[Candidate]:
+def _waves(problem: Problem, batch: Batch, limit_s: float = math.inf) -> Iterator[Candidate]:
     """Plans in waves: the most promising numbers of waves and ways to fill them first.
 
     Where even waves spread long sequences over so many ranks that it costs much, or have no room
@@ -212,7 +237,7 @@ def _waves(problem: Problem, batch: Batch) -> Iterator[Candidate]:
     """
     even, long = even_levels(problem, batch), list[Level]()
     first, rest = even[:1], even[1:]
-    best_s, needed_s = math.inf, _needed_s(problem, batch)
+    best_s, needed_s = limit_s, _needed_s(problem, batch)
 
     def tried(levels: list[Level], ways: tuple[Way, ...]) -> Iterator[Candidate]:
         nonlocal best_s

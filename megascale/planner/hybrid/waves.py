@@ -16,6 +16,7 @@ import numpy as np
 
 from megascale.arrays import Integers
 from megascale.planner.bound import (
+    RingSizes,
     alone_s,
     fewest_ranks,
     needed_offload,
@@ -272,11 +273,12 @@ def even_level(
 
     low = even_s()
     slow = np.flatnonzero(seconds > low)
+    ring_sizes = RingSizes(problem, lengths[slow], fewest[slow])
     high = float(seconds.max(initial=low))
     while len(slow) and high > low * LEVEL_PRECISION:
         # work falls where rings may last longer, so the level is where both meet
         limit_s = min((low + high) / 2, low * 1.02)
-        sizes[slow] = smallest_sizes(problem, lengths[slow], fewest[slow], limit_s)
+        sizes[slow] = ring_sizes.smallest(limit_s)
         seconds[slow] = alone_s(problem, lengths[slow], np.maximum(sizes[slow], 1))
         even = even_s()
         if even <= limit_s:

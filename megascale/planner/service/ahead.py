@@ -10,9 +10,10 @@ from dataclasses import dataclass, replace
 from itertools import count
 from pathlib import Path
 
-from megascale.planner.plan import PlanError, StepPlan
+from megascale.planner.plan import StepPlan
 from megascale.planner.problem import Planner, Problem
 from megascale.planner.registry import PLANNERS, find_planner
+from megascale.planner.ring import PlanError
 from megascale.planner.service.process import PlannerFailure, PlannerProcess
 
 MAX_RESTARTS = 3
@@ -135,6 +136,8 @@ def check_answer(plan: StepPlan, problem: Problem) -> None:
     answered = (plan.num_ranks, plan.mode, plan.capacity, plan.expert_group)
     if (*asked, problem.stage_layers) != (*answered, plan.stage_layers):
         raise PlanError(f"a plan for {answered} where one for {asked} was asked for")
+    if plan.pipeline > problem.pipeline:
+        raise PlanError(f"a plan for {plan.pipeline} stages where there are {problem.pipeline}")
     plan.check(problem.lengths.tolist())
 
 
