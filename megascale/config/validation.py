@@ -39,6 +39,7 @@ def validate(config: RunConfig) -> None:
     _validate_data(config)
     _validate_schedule(config)
     _validate_growth(config)
+    _validate_recompute(config)
     if config.device == "cuda":
         validate_on_cuda(config)
 
@@ -55,6 +56,26 @@ def validate_on_cuda(config: RunConfig) -> None:
             f"model.head_dim = {size} must be a multiple of {FLASH_MULTIPLE} up to {FLASH_MOST}, "
             f"because FlashAttention runs on CUDA in {config.train.precision}; {works} works"
         )
+
+
+def _validate_recompute(config: RunConfig) -> None:
+    train, has = config.train, sorted(config.recomputable_parts)
+    if train.recompute == "selective" and config.model.implementation == "transformer_engine":
+        raise UserError("train.recompute=selective needs model.implementation=local")
+    if train.recompute_parts is None:
+        return
+    if train.recompute != "selective":
+        raise UserError(
+            f"train.recompute_parts goes with train.recompute=selective, not {train.recompute}"
+        )
+    if not train.recompute_parts:
+        raise UserError("train.recompute_parts is empty; set train.recompute=none")
+    for part in train.recompute_parts:
+        if part not in has:
+            raise UserError(
+                f"train.recompute_parts has {part}, which the model does not have; it has "
+                + ", ".join(has)
+            )
 
 
 def _validate_growth(config: RunConfig) -> None:

@@ -131,7 +131,7 @@ def transformer_config(config: RunConfig, ranks: Ranks) -> TransformerConfig:
         calculate_per_token_loss=True,
         variable_seq_lengths=not config.pads_to_capacity,
         batch_p2p_comm=on_cuda,
-        bias_activation_fusion=on_cuda,
+        bias_activation_fusion=on_cuda or bool(config.recomputed_parts & {"swiglu", "experts"}),
         gradient_accumulation_fusion=on_cuda,
         masked_softmax_fusion=False,
         **_recompute_options(config),
@@ -160,7 +160,7 @@ def pack_multiple(config: RunConfig, device: torch.device) -> int:
 
 
 def _recompute_options(config: RunConfig) -> dict[str, Any]:
-    if config.train.recompute == "none":
+    if config.train.recompute != "full":
         return {}
     return {
         "recompute_granularity": "full",
@@ -188,7 +188,8 @@ def _moe_options(moe: MoeConfig | None, grouped: bool) -> dict[str, Any]:
 
 
 def _block_spec(config: RunConfig, core: TransformerConfig, ranks: Ranks) -> ModuleSpec | Any:
-    spec = layer_spec(config.model, groups_experts(config, ranks.device))
+    grouped = groups_experts(config, ranks.device)
+    spec = layer_spec(config.model, grouped, config.recomputed_parts)
     norm = final_norm(config.model)
     if norm is None:
         return spec

@@ -19,6 +19,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 
 from megascale.config import LayerAttention, ModelConfig, RopeScalingConfig
 from megascale.errors import UserError
+from megascale.fused.recompute import recomputing
 from megascale.model.attention import PackedAttention
 from megascale.model.attention_experts import AttentionExperts
 from megascale.model.balance import BalancedRouter
@@ -72,6 +73,22 @@ class ParallelBlockLayer(TransformerLayer):  # type: ignore[misc]
         )
         feed_forward, _bias = self.mlp(normed)
         return hidden_states + attention + feed_forward, None
+
+
+class RecomputingLayer(torch.nn.Module):
+    """Over a layer: its backward pass computes the outputs of `recomputed_parts` again."""
+
+    def __init__(
+        self, config: Any, *args: Any, recomputed_parts: frozenset[str], **kwargs: Any
+    ) -> None:
+        super().__init__(config, *args, **kwargs)
+        self.recomputed_parts = recomputed_parts
+
+    def forward(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, Any]:
+        """What the layer does."""
+        with recomputing(self.recomputed_parts):
+            output: tuple[torch.Tensor, Any] = super().forward(*args, **kwargs)
+        return output
 
 
 class LayerMask(torch.nn.Module):
@@ -130,16 +147,29 @@ def _only_local(model: ModelConfig) -> str:
     return next((name for name, is_set in options.items() if is_set), "")
 
 
-def layer_spec(model: ModelConfig, grouped: bool = False) -> ModuleSpec:
+def layer_spec(
+    model: ModelConfig, grouped: bool = False, recomputed_parts: frozenset[str] = frozenset()
+) -> ModuleSpec:
     """The spec of one transformer layer of `model`.
 
     With `grouped` its experts are multiplied together where Transformer Engine does not do it.
+    Outputs of `recomputed_parts` are computed again in the backward pass. Raises UserError where
+    Transformer Engine would have to do that.
     """
     spec = _open_layer_spec(model, grouped)
-    if model.mask_tokens is None:
-        return spec
-    masked = type(f"Masked{spec.module.__name__}", (LayerMask, spec.module), {})
-    return replace(spec, module=masked, params={**spec.params, "mask_tokens": model.mask_tokens})
+    if recomputed_parts:
+        if use_transformer_engine(model):
+            raise UserError("train.recompute=selective needs model.implementation=local")
+        spec = _over(spec, RecomputingLayer, recomputed_parts=recomputed_parts)
+    if model.mask_tokens is not None:
+        spec = _over(spec, LayerMask, mask_tokens=model.mask_tokens)
+    return spec
+
+
+def _over(spec: ModuleSpec, cover: type, **options: Any) -> ModuleSpec:
+    """A layer whose class has the methods of `cover` over its own."""
+    module = type(f"{cover.__name__}{spec.module.__name__}", (cover, spec.module), {})
+    return replace(spec, module=module, params={**spec.params, **options})
 
 
 def _open_layer_spec(model: ModelConfig, grouped: bool) -> ModuleSpec:

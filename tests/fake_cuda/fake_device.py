@@ -84,8 +84,9 @@ def install() -> None:
     torch.cuda.Stream = torch.cuda.Event = Stream
     torch.cuda.synchronize = lambda device=None: on_sync("synchronize")
     torch.cuda.random.get_rng_state = torch.cuda.get_rng_state
+    torch.cuda.random.device_count = torch.cuda.device_count  # torch's own asks the driver
     torch.cuda.nvtx.range_push = torch.cuda.nvtx.range_pop = lambda *args, **kwargs: 0
-    torch.cuda.default_generators = [_Generator(state)]
+    torch.cuda.default_generators = [_Generator(state)] * NUM_DEVICES
     torch.nn.Module._apply = _apply
     torch.Tensor.record_stream = lambda self, stream: None
     torch.Tensor.pin_memory = _pin_memory

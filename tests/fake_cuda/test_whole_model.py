@@ -10,6 +10,7 @@ from measure import DENSE, EXPERTS, layers_of, micro_batch, step
 from scene import MOE, scene
 
 TOKENS = 8192
+SELECTIVE = "train.recompute=selective"
 READ = Counter({"tolist in training/step.py:_read": 1})
 """The values of a step, after the optimizer was launched."""
 EXCHANGE = Counter({"tolist in model/dispatch.py:_agree": 1})
@@ -27,6 +28,7 @@ def times(number, syncs):
     [
         ([], 1, 0, READ),
         (["train.recompute=full"], 1, 0, READ),
+        ([SELECTIVE], 1, 0, READ),
         (["model.sliding_window=1000"], 8, 3, READ),
         ([], 8, 0, READ),
         ([], 8, 7, READ),
@@ -85,6 +87,8 @@ def test_a_step_beside_its_micro_batches():
     [
         ([], 1),
         (["train.recompute=full"], 1),
+        ([SELECTIVE], 1),
+        ([EXPERTS, SELECTIVE], 1),
         ([MOE], 1),
         ([EXPERTS], 1),
         (["parallel.tensor=2"], 2),
