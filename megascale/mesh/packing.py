@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -43,8 +44,9 @@ class Segments:
     """Tokens that count; they come first in the pack, and the rest is padding."""
     sources: tuple[int, ...] = ()
     """The source of each sequence, padding aside; a number in the order of the sources."""
-    rotary: tuple[torch.Tensor, torch.Tensor] | None = field(default=None, repr=False)
-    """Cosines and sines at the positions, filled by the first layer that needs them."""
+    rotary: dict[Any, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict, repr=False)
+    """Cosines and sines at the positions by kind of angles, each filled by the first layer that
+    needs it."""
     _owners: tuple[torch.Tensor, torch.Tensor] | None = field(default=None, repr=False)
     qkv_format: str = "thd"
     """megatron-core's word for [tokens, heads, head_dim]."""

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from megascale.corpus.batches import GlobalBatch
+from megascale.corpus.fim import FimReader
 from megascale.corpus.shards import Shard
 from megascale.errors import RankError
 from megascale.mesh.chunk_groups import ChunkGroups
@@ -26,7 +27,7 @@ class TokenSource:
     """The shards of one source, and what is needed to read them."""
 
     name: str
-    shard: Shard
+    shard: Shard | FimReader
     first_id: int
     """The input before the first token of every document: its beginning-of-text id, or the id that
     ends documents. A piece from the middle of a document has the token before it."""

@@ -56,8 +56,13 @@ class Trainers:
         dist.barrier(group=control)
         busy_s, began, worked = machine_busy_s(), time.perf_counter(), time.process_time()
         result = train_step(
-            *(self.learners[name], micro_batches, len(rings), tokens, self._tokens_seen[name]),
+            self.learners[name],
+            micro_batches,
+            len(rings),
+            loss_tokens=tokens,
+            tokens_seen=self._tokens_seen[name],
             waves=chunks_of_waves(rings),
+            overlap=plan.ends_without_rings,
         )
         if on_gpu:
             torch.cuda.synchronize()

@@ -233,6 +233,7 @@ def _step(run: Run, planned: PlannedBatch) -> StepResult:
         most_loss=run.spikes.most_loss,
         stop=bool(run.stop_request),
         writes_done=run.saver.pending_done(),
+        overlap=planned.plan.ends_without_rings,
     )
 
 

@@ -213,6 +213,12 @@ def agree(answers, expected_sums, expected, tolerance):
 
 
 MOE = "model.moe.num_experts=4"
+PATTERN = [
+    "model.sliding_window=16",
+    "model.local_rope_base=50",
+    "model.attention_pattern=[sliding, full_nope]",
+    "model.rope_scaling={kind: yarn, factor: 4, original_tokens: 32}",
+]
 
 
 @pytest.mark.parametrize(
@@ -222,6 +228,7 @@ MOE = "model.moe.num_experts=4"
         (3, "free", []),
         (4, "free", []),
         (4, "free", ["model.sliding_window=16"]),
+        (4, "free", PATTERN),
         (2, "free", ["train.recompute=full"]),
         (4, "free", ["parallel.tensor=2"]),
         (4, "free", ["parallel.tensor=2", "parallel.sequence_parallel=false"]),

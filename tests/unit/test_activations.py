@@ -110,7 +110,7 @@ def test_the_head_takes_what_is_tracked(
         replace(LLAMA_8B, vocab_size=ids), tokens, train=TrainConfig(precision=precision)
     )
     # as kernels of CUDA do, without intermediate tensors
-    monkeypatch.setattr(loss, "_add_product", lambda total, left, right: total.add_(1))
+    monkeypatch.setattr(loss, "add_product", lambda total, left, right: total.add_(1))
     monkeypatch.setattr(loss, "summarise", summarised_in_place)
     monkeypatch.setattr(loss, "differentiate", lambda softmax, *_: softmax.state_CV.add_(1))
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
