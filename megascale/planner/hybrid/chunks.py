@@ -13,7 +13,7 @@ from megascale.arrays import Floats, Seconds
 from megascale.planner.chunk_cut import Lines, cut_waves, waves_of
 from megascale.planner.chunk_order import backward_passes, stage_order
 from megascale.planner.chunk_rules import peak_tokens
-from megascale.planner.cost import FORWARD_SHARE
+from megascale.planner.cost import FORWARD_SHARE, CostModel
 from megascale.planner.plan import StepPlan
 from megascale.planner.plan_builder import Indexed, Placed, with_padding, with_seconds
 from megascale.planner.problem import Problem
@@ -26,6 +26,9 @@ WORSE = 3
 """Sizes without a better step after which no smaller ones are tried."""
 
 
+SLOTS = 0.35
+"""Slots that waves are made for, over the root of stages times work over fixed parts: half of those
+that fill a pipeline best, since memory and long rings leave fewer."""
 WAVE_SIZES = ((0.75, 4.0), (0.5, 3.0))
 """Tokens of a wave that is cut into chunks, over what a rank holds of a micro-batch: as a part of
 the stages, and at most."""
@@ -47,7 +50,8 @@ def plan_chunked(
         capacity = int(problem.capacity * min(most, part * problem.pipeline))
         if longest > capacity * problem.num_ranks:
             continue
-        waves = replace(problem, capacity=capacity, pipeline=1, chunks=1, offload=None)
+        cost = _cost_in_chunks(problem, capacity)
+        waves = replace(problem, capacity=capacity, cost=cost, pipeline=1, chunks=1, offload=None)
         for placed in even_waves(waves):
             table = WaveTable.of(problem, with_padding(problem, placed))
             found += [(cut, table) for cut in table.cuts()]
@@ -56,6 +60,20 @@ def plan_chunked(
         if plan is not None:
             return plan
     return None
+
+
+def _cost_in_chunks(problem: Problem, capacity: int) -> CostModel:
+    """The cost of a micro-batch of up to `capacity` tokens that is cut: each of its chunks has the
+    fixed part and the latency of its ring.
+
+    So rings of many ranks, which have more latency, get less work.
+    """
+    cost, ranks = problem.cost, problem.effective_ranks
+    work_s = float(cost.compute_s(problem.lengths).sum()) / ranks
+    waves = max(1.0, float(problem.lengths.sum()) / (capacity * problem.num_ranks))
+    slots = SLOTS * math.sqrt(problem.pipeline * work_s / max(cost.fixed, 1e-12))
+    chunks = min(max(1.0, slots / waves), problem.chunks)
+    return replace(cost, fixed=cost.fixed * chunks, latency=cost.latency * chunks)
 
 
 @dataclass(frozen=True)
