@@ -24,8 +24,8 @@ FINER = 1.3
 """Between the sizes of slots that are tried."""
 WORSE = 3
 """Sizes without a better step after which no smaller ones are tried."""
-
-
+MADE = 8
+"""Plans that are made, the most promising first, until one fits exactly."""
 SLOTS = 0.35
 """Slots that waves are made for, over the root of stages times work over fixed parts: half of those
 that fill a pipeline best, since memory and long rings leave fewer."""
@@ -55,11 +55,9 @@ def plan_chunked(
         for placed in even_waves(waves):
             table = WaveTable.of(problem, with_padding(problem, placed))
             found += [(cut, table) for cut in table.cuts()]
-    for cut, table in sorted(found, key=lambda one: one[0].seconds):
-        plan = table.plan(cut, began)
-        if plan is not None:
-            return plan
-    return None
+    found.sort(key=lambda one: one[0].seconds)
+    plans = (table.plan(cut, began) for cut, table in found[:MADE])
+    return next((plan for plan in plans if plan is not None), None)
 
 
 def _cost_in_chunks(problem: Problem, capacity: int) -> CostModel:
@@ -163,11 +161,8 @@ class WaveTable:
         rings = cut_waves(problem, self.indexed, cut.order, cut.chunks)
         lengths = problem.lengths.tolist()
         largest = max(-(-ring.num_tokens(lengths) // len(ring.ranks)) for ring in rings)
-        if max(cut.chunks) > 1:
-            peaks = peak_tokens(rings, lengths, problem.num_ranks, problem.pipeline)
-            if largest > problem.capacity or peaks.max() > problem.capacity * problem.pipeline:
-                return None
-        elif largest > problem.capacity:
+        peaks = peak_tokens(rings, lengths, problem.num_ranks, problem.pipeline)
+        if largest > problem.capacity or peaks.max() > problem.capacity * problem.pipeline:
             return None
         return with_seconds(problem, rings, problem.pipeline if max(cut.chunks) > 1 else 1, began)
 
