@@ -1,5 +1,6 @@
 """`hybrid` with chunks: valid, never slower than whole sequences, near what filling costs."""
 
+import json
 from dataclasses import replace
 
 import numpy as np
@@ -10,9 +11,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megascale import plan as plan_lengths
+from megascale.cli import main
 from megascale.config.limits import AT_MOST
 from megascale.errors import UserError
-from megascale.planner import CostModel, Placed, Problem, lower_bound_s, plan_hybrid, step_s
+from megascale.planner import (
+    CostModel,
+    Placed,
+    Problem,
+    StepPlan,
+    lower_bound_s,
+    plan_hybrid,
+    step_s,
+)
 from megascale.planner.chunk_cut import Lines, cut_waves
 from megascale.planner.chunk_order import chunks_of_waves
 from megascale.planner.hybrid.chunks import WaveTable, slots_s
@@ -145,3 +155,41 @@ def test_the_setting_has_limits_and_says_what_it_needs():
     )  # fmt: skip
     assert 1 < max(ring.chunks for ring in step.rings) <= 16
     assert sum(batch.num_tokens for batch in step.micro_batches(3)) > 0
+
+
+def test_plan_and_simulate_take_chunks(tmp_path, capsys):
+    lengths, out = tmp_path / "lengths.txt", tmp_path / "plan.json"
+    lengths.write_text("\n".join(map(str, SCENARIOS["o1"].draw(0).tolist())))
+    words = ["plan", "--lengths", str(lengths), "--ranks", "24", "--capacity", "8Ki"]
+    words += ["--mode", "aligned", "--pp", "4", "--json", str(out)]
+    seconds = []
+    for chunks in ("1", "16"):
+        assert main([*words, "--chunks", chunks]) == 0
+        value = json.loads(out.read_text())
+        seconds.append(value["predicted_s"])
+        assert {ring.get("chunks", 1) > 1 for ring in value["rings"]} == {chunks != "1"}
+        StepPlan.from_json(value).check(SCENARIOS["o1"].draw(0).tolist())
+    assert seconds[1] < seconds[0] / 1.1
+    assert main([*words[:-4], "--chunks", "16"]) == 2
+    assert "--chunks 16: needs --pp 2 or more" in capsys.readouterr().err
+    small = "--ranks 32 --context 32Ki --batch-tokens 512Ki --steps 1 --planners hybrid".split()
+    shape = [
+        "--model",
+        "7b",
+        "--tensor",
+        "1",
+        "--pipeline",
+        "4",
+        "--json",
+        str(tmp_path / "steps.json"),
+    ]
+    for chunks in ("1", "16"):
+        assert main(["simulate", *small, *shape, "--chunks", chunks]) == 0
+        rows = {
+            one["planner"]: one
+            for one in json.loads((tmp_path / "steps.json").read_text())["planners"]
+        }
+        seconds.append(rows["hybrid"]["step_s"])
+    assert seconds[3] < seconds[2]
+    assert main(["simulate", *small, "--pipeline", "1", "--chunks", "4"]) == 2
+    assert "--chunks 4: needs --pipeline 2 or more" in capsys.readouterr().err
