@@ -15,6 +15,11 @@ settings.register_profile(
 settings.load_profile("megascale")
 
 
+def pytest_addoption(parser):
+    """How much of what has no end is tried."""
+    parser.addoption("--chunk-plans", type=int, default=30, help="random plans with chunks")
+
+
 @pytest.fixture(scope="session")
 def rank_pools():
     """The pools of this session; ended with it."""

@@ -201,9 +201,44 @@ class Trained:
         with _may_have_children():
             dist_checkpointing.save(state, str(folder))
 
+    def load(self, folder):
+        """Load as Megatron-LM does, by the default strictness of megatron-core.
+
+        Without Transformer Engine the optimizer has no state to load into before its first step.
+        """
+        from megatron.core import dist_checkpointing
+
+        self.losses(1)
+        for optimizer in self.optimizer.chained_optimizers:
+            _keep_steps(optimizer)
+        common = dist_checkpointing.load_common_state_dict(str(folder))
+        metadata = (
+            dist_checkpointing.load_content_metadata(preloaded_state_dict=common) or RESHARDABLE
+        )
+        state = {"model": self._network().sharded_state_dict(metadata=metadata)}
+        state["optimizer"] = self.optimizer.sharded_state_dict(
+            state["model"], is_loading=True, metadata=metadata
+        )
+        loaded = dist_checkpointing.load(state, str(folder))
+        self._network().load_state_dict(loaded["model"])
+        self.optimizer.load_state_dict(loaded["optimizer"])
+        return loaded["iteration"], vars(loaded["args"])
+
     def _network(self):
         network = self.model.module
         return getattr(network, "module", network)
+
+
+def _keep_steps(optimizer):
+    """PyTorch's AdamW has a tensor `step` for each weight, which megatron-core does not save and
+    still asks for. Transformer Engine's, which its users have, has none."""
+    load, states = (
+        optimizer._set_main_param_and_optimizer_states,
+        optimizer._get_main_param_and_optimizer_states,
+    )
+    optimizer._set_main_param_and_optimizer_states = lambda weight, tensors: load(
+        weight, {**states(weight), **tensors}
+    )
 
 
 def _masked(logits, labels, known):
@@ -260,6 +295,20 @@ def write(folder, known=None, saves=None, **options):
         return trained.losses(2, known)
     finally:
         parallel_state.destroy_model_parallel()
+
+
+def continue_from(folder, steps, again, known=None, **options):
+    """Load a checkpoint, save it as `again` and train; iteration, arguments and losses."""
+    from megatron.core import parallel_state
+
+    with ranks_of_megatron():
+        try:
+            trained = Trained(**options)
+            iteration, found = trained.load(folder)
+            trained.save(again)
+            return iteration, found, trained.losses(steps, known)
+        finally:
+            parallel_state.destroy_model_parallel()
 
 
 def write_all(cases):

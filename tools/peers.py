@@ -18,6 +18,8 @@ import time
 from collections.abc import Iterator, Sequence
 from itertools import count
 
+from newer_peers import plan_dhp, plan_wlb_llm
+
 from megascale.planner import Placed, Planner, Problem, StepPlan, complete
 from megascale.planner.peers.longest_first_rings import (
     plan_longest_first_rings,
@@ -158,5 +160,7 @@ PEERS: dict[str, Planner] = {
     "lpt_best": plan_longest_first_rings_best,
     "verl_kk": plan_verl_kk,
     "megatron_core": plan_megatron_core,
+    "wlb_llm": plan_wlb_llm,
+    "dhp": plan_dhp,
 }
 """By the name that the bench gives."""

@@ -27,6 +27,8 @@ NAMES = {
     "lpt_best": "longest first*",
     "verl_kk": "verl",
     "megatron_core": "megatron-core",
+    "wlb_llm": "WLB-LLM",
+    "dhp": "DHP",
 }
 """Planners as people read them; *: with the ring size that is best for the batch, in hindsight."""
 AHEAD, BEHIND, INK = "#2166ac", "#d6604d", "#303030"

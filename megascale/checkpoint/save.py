@@ -1,4 +1,4 @@
-"""Saving in two stages: copy to host memory while the step waits, write while training goes on."""
+"""Saving in two stages: copy to host memory before the next update, write beside training."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ import torch.distributed as dist
 from megascale.checkpoint import folder as folders
 from megascale.checkpoint.boxes import Box, boxes
 from megascale.checkpoint.emergency import Emergency
+from megascale.checkpoint.host_copy import HostCopy
 from megascale.checkpoint.manifest import FileSum, Manifest, Position, current_versions
 from megascale.checkpoint.storage import (
     Entry,
@@ -107,7 +108,7 @@ class Saver:
         self._versions = current_versions()
         self._prepared_for: tuple[Model, Optimizer] | None = None
         self._boxes: list[Box] = []
-        self._host: list[torch.Tensor] = []
+        self._host = HostCopy([], ranks.device)
         self._entries: list[list[Entry]] = []
         self._report_bytes = 0
         self._last_good = folders.read_latest(self.checkpoints)
@@ -129,12 +130,7 @@ class Saver:
         """
         optimizer.set_steps(optimizer.steps)  # its state is made
         self._boxes = boxes(model, optimizer, to_write=True)
-        on_cuda = self.ranks.device.type == "cuda"
-        lives = [box.live() for box in self._boxes]
-        self._host = [
-            torch.zeros(live.shape, dtype=live.dtype, device="cpu", pin_memory=on_cuda)
-            for live in lives
-        ]
+        self._host = HostCopy(self._boxes, self.ranks.device)
         self._entries = self._gather([Entry.of(box) for box in self._boxes])
         most = int(from_first_rank(self.ranks, self._most_boxes))
         self._report_bytes = REPORT_BYTES + REPORT_BYTES_PER_BOX * most
@@ -152,9 +148,9 @@ class Saver:
         earlier one; without, this one.
         """
         earlier = self.wait()
-        job = self._stage(position, model, optimizer)
-        folder = self._unfinished(position.step)
-        job.writing = self._background.submit(write_tensors, folder, self.ranks.rank, self._host)
+        job, host = self._stage(position, model, optimizer), self._host
+        folder, rank = self._unfinished(position.step), self.ranks.rank
+        job.writing = self._background.submit(lambda: write_tensors(folder, rank, host.finished()))
         self._job = job
         results = [earlier, None if self.config.async_save else self.wait()]
         return [result for result in results if result is not None]
@@ -166,22 +162,21 @@ class Saver:
         """
         if self._job is not None or self.emergency is None:
             return None
-        job = self._stage(position, model, optimizer)
-        write = self.emergency.write
-        job.copy = self._background.submit(write, job.manifest, self._host, self._entries)
+        job, host = self._stage(position, model, optimizer), self._host
+        write, entries = self.emergency.write, self._entries
+        job.copy = self._background.submit(lambda: write(job.manifest, host.finished(), entries))
         self._job = job
         return None if self.config.async_save else self.wait()
 
     def _stage(self, position: Position, model: Model, optimizer: Optimizer) -> _Job:
-        """Copy the state to host memory; the save to be done with it."""
+        """Begin to copy the state to host memory; the save to be done with it."""
         began = time.perf_counter()
         if self._prepared_for is None or any(
             given is not known
             for given, known in zip((model, optimizer), self._prepared_for, strict=True)
         ):
             self.prepare(model, optimizer)
-        model.finish_gathers()
-        self._copy_to_host()
+        model.gathers.finish()
         manifest = Manifest(  # the cursor goes on changing, so take it as it is now
             position=replace(position, cursor=json.loads(json.dumps(position.cursor))),
             optimizer_steps=optimizer.steps,
@@ -189,6 +184,7 @@ class Saver:
             versions=self._versions,
             files={},
         )
+        self._host.begin(optimizer)  # numbers read from the device later would wait behind it
         return _Job(manifest, began)
 
     def pending_done(self) -> bool:
@@ -225,12 +221,6 @@ class Saver:
             if result is not None:
                 return result
         return None
-
-    def _copy_to_host(self) -> None:
-        for box, host in zip(self._boxes, self._host, strict=True):
-            host.copy_(box.live(), non_blocking=True)
-        if self.ranks.device.type == "cuda":
-            torch.cuda.current_stream().synchronize()
 
     def _unfinished(self, step: int) -> Path:
         return self.checkpoints / f"{UNFINISHED}{folders.name_of(step)}"

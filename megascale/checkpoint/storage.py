@@ -139,7 +139,7 @@ def write_index(
     empty = io.BytesIO()
     torch.save({}, empty)
     contents = {
-        METADATA: pickle.dumps(_metadata(entries, written)),
+        METADATA: pickle.dumps(metadata_of(entries, written)),
         "metadata.json": json.dumps(BACKEND).encode(),
         "common.pt": empty.getvalue(),  # megatron-core wants the file; nothing is kept in it
     }
@@ -210,7 +210,8 @@ def _checked(metadata: Any) -> Index:
     return Index(metadata, tensors)
 
 
-def _metadata(entries: Sequence[Sequence[Entry]], written: Sequence[Written]) -> Metadata:
+def metadata_of(entries: Sequence[Sequence[Entry]], written: Sequence[Written]) -> Metadata:
+    """The content of `.metadata`: which box of which tensor is where, by rank."""
     tensors: dict[str, TensorStorageMetadata] = {}
     places: dict[MetadataIndex, _StorageInfo] = {}
     for of_rank, report in zip(entries, written, strict=True):

@@ -22,6 +22,7 @@ from megascale.checkpoint.read import read_piece
 from megascale.checkpoint.storage import (
     Entry,
     Index,
+    Written,
     check_cover,
     read_index,
     write_index,
@@ -140,6 +141,18 @@ def fill_checkpoint(
     Pieces are written as they come and none is kept. Raises OSError, RuntimeError where the pieces
     do not cover every tensor once.
     """
+    entries, written = write_pieces(folder, pieces)
+    files = write_index(folder, [entries], [written])
+    manifest = Manifest(position, optimizer_steps, {}, current_versions(), files)
+    manifest.write(folder)
+    return manifest
+
+
+def write_pieces(folder: Path, pieces: Iterable[Piece]) -> tuple[list[Entry], Written]:
+    """Write the one file of tensors of `folder`: what its index says of them.
+
+    Raises OSError, RuntimeError where the pieces do not cover every tensor once.
+    """
     entries: list[Entry] = []
 
     def contents() -> Iterator[torch.Tensor]:
@@ -153,7 +166,4 @@ def fill_checkpoint(
 
     written = write_tensors(folder, 0, contents())
     check_cover([entries])
-    files = write_index(folder, [entries], [written])
-    manifest = Manifest(position, optimizer_steps, {}, current_versions(), files)
-    manifest.write(folder)
-    return manifest
+    return entries, written

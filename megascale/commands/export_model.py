@@ -1,4 +1,5 @@
-"""`megascale export`: a checkpoint becomes a model folder that `transformers` loads."""
+"""`megascale export`: a checkpoint becomes a model folder that `transformers` loads, or a
+checkpoint that Megatron loads."""
 
 from __future__ import annotations
 
@@ -6,8 +7,10 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megascale.commands.import_model import add_check_arguments, check_tokens
+from megascale.commands.export_megatron import add_megatron_export_arguments, export_megatron
+from megascale.commands.import_model import TOLERANCE, add_check_arguments, check_tokens
 from megascale.config.load import whole_number
+from megascale.errors import UserError
 
 if TYPE_CHECKING:
     from megascale.checkpoint.load import Found
@@ -19,7 +22,14 @@ def add_export_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of `megascale export`."""
     add = parser.add_argument
     add("checkpoint", metavar="CHECKPOINT", help="checkpoint folder, or a run_dir for its latest")
-    add("out", metavar="OUT", help="model folder to make")
+    add("out", metavar="OUT", help="folder to make")
+    add(
+        "--to",
+        choices=("huggingface", "megatron"),
+        default="huggingface",
+        help="a model of Hugging Face, or a checkpoint of Megatron (torch_dist) in "
+        "OUT/iter_*; default: huggingface",
+    )
     add(
         "--tokenizer",
         metavar="FOLDER",
@@ -29,11 +39,11 @@ def add_export_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add(
         "--shard-bytes",
-        default=SHARD_BYTES,
         metavar="N",
         help=f"largest file, such as 500M or 2Gi; default: {SHARD_BYTES}",
     )
     add_check_arguments(parser)
+    add_megatron_export_arguments(parser)
 
 
 def run_export(args: argparse.Namespace) -> int:
@@ -44,15 +54,27 @@ def run_export(args: argparse.Namespace) -> int:
     from megascale.checkpoint.folder import whole_or_not_at_all
     from megascale.checkpoint.load import find_at
 
-    shard_bytes = whole_number(args.shard_bytes, "--shard-bytes", least=1)
+    _refuse_other_options(args)
+    convert = export_megatron if args.to == "megatron" else _export_hugging_face
     found, out = find_at(args.checkpoint), Path(args.out)
     with whole_or_not_at_all(out) as unfinished:
-        said = _convert(found, unfinished, shard_bytes, args)
+        said = convert(found, unfinished, args)
     print("\n".join([f"{out}: {said[0]}", *said[1:]]))
     return 0
 
 
-def _convert(found: Found, out: Path, shard_bytes: int, args: argparse.Namespace) -> list[str]:
+def _refuse_other_options(args: argparse.Namespace) -> None:
+    """Raise UserError for an option that belongs to the other format."""
+    if args.to == "megatron":
+        if args.check_tokens or args.tolerance != TOLERANCE or args.shard_bytes:
+            raise UserError(
+                "--check-tokens, --tolerance and --shard-bytes go with --to huggingface"
+            )
+    elif args.optimizer or args.expert_parallel:
+        raise UserError("--optimizer and --expert-parallel go with --to megatron")
+
+
+def _export_hugging_face(found: Found, out: Path, args: argparse.Namespace) -> list[str]:
     """Write the model folder; what there is to say."""
     from megascale.checkpoint.tensors import Tensors
     from megascale.convert.compare_logits import compare_logits, require_close
@@ -63,13 +85,14 @@ def _convert(found: Found, out: Path, shard_bytes: int, args: argparse.Namespace
     from megascale.run.checkpoint_tokenizer import tokenizer_folder
     from megascale.run.origin import kept_of
 
+    shard_bytes = whole_number(args.shard_bytes or SHARD_BYTES, "--shard-bytes", least=1)
     config, stored = run_config(found), Tensors(found)
-    shapes = export_shapes(config.model)
     dtype = stored.read("decoder.final_layernorm.weight").dtype
     type_name = str(dtype).removeprefix("torch.")
     source = tokenizer_folder(found, config, args.tokenizer)
     family, notes = write_settings(kept_of(found), config, type_name, source, out)
-    tensors = export_tensors(stored, config.model)
+    shapes = export_shapes(config.model, family)
+    tensors = export_tensors(stored, config.model, family)
     files = write_files(out, shapes, dtype, tensors, shard_bytes)
     said = [f"{family} in {type_name}, {len(files)} file{'s' * (len(files) > 1)}"]
     if args.check:

@@ -110,14 +110,14 @@ def _import_hugging_face(source: Path, out: Path, args: argparse.Namespace) -> l
 
     theirs = read_config(source)
     model, files = model_of(theirs, source / CONFIG), ModelFiles.open(source)
-    dtype = check_files(files, model)
+    dtype = check_files(files, model, theirs.model_type)
     if args.dtype is not None:
         dtype = torch.float32 if args.dtype == "fp32" else torch.bfloat16
     precision: Literal["fp32", "bf16"] = "fp32" if dtype == torch.float32 else "bf16"
     data = DataConfig(context_tokens=theirs.max_position_embeddings)
     config = RunConfig(model=model, data=data, train=TrainConfig(precision=precision))
     position = Position(0, 0, config.seed, dump_config(config), {})
-    fill_checkpoint(out, import_pieces(files, model, dtype), position)
+    fill_checkpoint(out, import_pieces(files, model, theirs.model_type, dtype), position)
     keep(source, theirs, out)
     size = count_parameters(model).total
     said = [f"{theirs.model_type} of {size:,} parameters in {precision}"]

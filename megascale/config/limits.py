@@ -12,7 +12,7 @@ from megascale.parsing import is_plain_name
 
 AT_LEAST_ONE = {
     "model": "num_layers hidden_size num_heads num_kv_heads head_dim ffn_hidden_size rope_base "
-    "vocab_multiple sliding_window mask_tokens",
+    "local_rope_base vocab_multiple sliding_window mask_tokens",
     "parallel": "tensor pipeline expert",
     "planner": "ahead_steps chunks",
     "data": "context_tokens global_batch_tokens max_epochs",

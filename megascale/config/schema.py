@@ -7,6 +7,7 @@ that None switches something off.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
@@ -55,8 +56,8 @@ class MoeConfig:
     balance: Literal["global", "micro", "sequence", "loss_free", "none"] = "global"
     """What is balanced over the experts. `global`: their use over the global batch, so that experts
     may specialise, and the result does not depend on how the batch was cut. `micro`: their use
-    over every micro-batch. `sequence`: their use over every sequence. `loss_free`: no loss; a bias
-    of each expert steers the choice. `none`: nothing."""
+    over every micro-batch. `sequence`: their use over every sequence, or over each of its
+    chunks. `loss_free`: no loss; a bias of each expert steers the choice. `none`: nothing."""
     balance_weight: float = 0.008
     """Weight of the balance loss. The loss is 1 where use is even. The default is the paper's."""
     balance_weights: tuple[float, ...] | None = None
@@ -99,21 +100,58 @@ class MoeConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class RopeScalingConfig:
-    """Slower rotary angles for contexts longer than those of pretraining, as in Llama 3.1.
+    """Slower rotary angles for contexts longer than those of pretraining.
 
-    Pairs that turn more than `high_turns` times in the original context stay as they are, those
-    that turn less than `low_turns` times turn `factor` times more slowly, and between the two
-    the change is gradual.
+    `llama3` (Llama 3.1): pairs that turn more than `high_turns` times in the original context stay
+    as they are, those that turn less than `low_turns` times turn `factor` times more slowly, and
+    between the two the change is gradual in turns. `yarn` (arXiv 2309.00071): the same, gradual in
+    the number of the pair, and cosines and sines are multiplied by `attention_factor`, which
+    sharpens attention. `linear`: all pairs turn `factor` times more slowly (arXiv 2306.15595).
     """
 
+    kind: Literal["llama3", "yarn", "linear"] = "llama3"
+    """Which pairs are slowed."""
     factor: float = 8.0
     """How many times more slowly pairs turn."""
     low_turns: float = 1.0
-    """Turns below which a pair is slowed by the whole factor."""
-    high_turns: float = 4.0
-    """Turns above which a pair is not slowed."""
+    """Turns below which a pair is slowed by the whole factor. `linear` has no use for it."""
+    high_turns: float | None = None
+    """Turns above which a pair is not slowed. Default: 4 for `llama3`, 32 for `yarn`."""
     original_tokens: int = 8192
     """The context in which turns are counted."""
+    attention_factor: float | None = None
+    """For `yarn`: factor of cosines and sines. Default: 0.1 ln(`factor`) + 1."""
+    whole_pairs: bool = True
+    """For `yarn`: the change begins and ends at a whole number of a pair."""
+
+    @property
+    def kept_turns(self) -> float:
+        """`high_turns`, or its default."""
+        if self.high_turns is not None:
+            return self.high_turns
+        return 32.0 if self.kind == "yarn" else 4.0
+
+    @property
+    def amplitude(self) -> float:
+        """Factor of cosines and sines."""
+        if self.kind != "yarn":
+            return 1.0
+        if self.attention_factor is not None:
+            return self.attention_factor
+        return 0.1 * math.log(self.factor) + 1.0
+
+
+AttentionKind = Literal["full", "sliding", "full_nope", "sliding_nope"]
+
+
+@dataclass(frozen=True)
+class LayerAttention:
+    """The attention of one layer."""
+
+    window: int | None
+    """Tokens that a query sees, itself included; None means the whole past."""
+    rotary: tuple[float, RopeScalingConfig | None] | None
+    """Base of the rotary angles, and their scaling; None means no rotary embedding."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,7 +182,14 @@ class ModelConfig:
     rope_base: float = 10000.0
     """Base of the rotary angles; raise it for long contexts."""
     rope_scaling: RopeScalingConfig | None = None
-    """Slower angles for longer contexts, as in Llama 3.1. None: as `rope_base` says."""
+    """Slower angles for longer contexts. None: as `rope_base` says."""
+    local_rope_base: float | None = None
+    """Base of the rotary angles of layers with a sliding window, which have no `rope_scaling`
+    then (as in Gemma 3 and OLMo 3). None: the same angles in all layers."""
+    attention_pattern: tuple[AttentionKind, ...] = ()
+    """Attention of the layers in turn, from the first on, again and again: `full`, `sliding`, and
+    with `_nope` the same without rotary embedding. SmolLM3 is `[full, full, full, full_nope]`.
+    Default: `sliding` where `sliding_window` is set, else `full`."""
     norm_eps: float = 1e-5
     """Added to the mean square in RMSNorm."""
     qk_norm: bool = False
@@ -154,7 +199,8 @@ class ModelConfig:
     parallel_block: bool = False
     """y = x + MLP(LN x) + Attention(LN x), one norm per layer (MegaScale section 3.1)."""
     sliding_window: int | None = None
-    """Tokens that a query sees, itself included; None means the whole past."""
+    """Tokens that a query sees, itself included; None means the whole past. With
+    `attention_pattern`, those of its layers with a window."""
     init_std: float = 0.02
     """Standard deviation of initial weights; output projections are scaled by 1/sqrt(2 layers)."""
     moe: MoeConfig | None = None
@@ -167,6 +213,23 @@ class ModelConfig:
     implementation: Literal["auto", "local", "transformer_engine"] = "auto"
     """Layers of megatron-core's own (`local`) or Transformer Engine's; `auto` takes the latter
     on CUDA where it is installed."""
+
+    def attention_kind(self, layer: int) -> AttentionKind:
+        """The kind of attention of a layer, which are numbered from 1."""
+        if self.attention_pattern:
+            return self.attention_pattern[(layer - 1) % len(self.attention_pattern)]
+        return "full" if self.sliding_window is None else "sliding"
+
+    def attention_of(self, layer: int) -> LayerAttention:
+        """The attention of a layer, which are numbered from 1."""
+        kind = self.attention_kind(layer)
+        slides = kind.startswith("sliding")
+        window = self.sliding_window if slides else None
+        if kind.endswith("_nope"):
+            return LayerAttention(window, None)
+        if slides and self.local_rope_base is not None:
+            return LayerAttention(window, (self.local_rope_base, None))
+        return LayerAttention(window, (self.rope_base, self.rope_scaling))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -181,6 +244,10 @@ class ParallelConfig:
     """Ranks of the HDP axis over which the experts of a layer are spread."""
     sequence_parallel: bool | None = None
     """Split norms and residuals over the tensor ranks. Default: on when `tensor` > 1."""
+    overlap: bool = True
+    """On CUDA, reduce gradients during the backward pass of each rank's last micro-batch, in steps
+    where no rank ends with a ring, and gather weights during the forward pass. CPU ranks do not
+    overlap. False: reduce and gather between steps."""
 
 
 ORDER_VERSION = 1
@@ -221,6 +288,27 @@ class EarlierConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class FillInMiddleConfig:
+    """Reading documents as prefix, suffix and then middle, so that a model learns to fill in."""
+
+    rate: float = 0.5
+    """Share of the blocks that are transformed, from 0 to 1. A block is at most `block_tokens` of
+    one document. Blocks of fewer than 8 tokens never are, and held-out documents never are."""
+    spm: float = 0.5
+    """Share of the transformed blocks in the order suffix, prefix, middle (SPM), from 0 to 1. The
+    others have prefix, suffix, middle (PSM)."""
+    block_tokens: int | None = None
+    """Most tokens of a block, with its three sentinels. Default: `data.context_tokens`."""
+    prefix_id: int | None = None
+    """Id of the sentinel before the prefix. None: that of the tokenizer. The three ids are given
+    together or left out together."""
+    suffix_id: int | None = None
+    """Id of the sentinel before the suffix."""
+    middle_id: int | None = None
+    """Id of the sentinel before the middle."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class SourceConfig:
     """One prepared corpus."""
 
@@ -243,6 +331,8 @@ class SourceConfig:
     max_document_tokens: int | None = None
     """Longer training documents of this corpus are not read. None: there is no limit. Held-out
     documents of every length are evaluated, once where sources share them."""
+    fim: FillInMiddleConfig | None = None
+    """Fill-in-the-middle, for code. None: documents are read as they are."""
     earlier: EarlierConfig | None = None
     """What the runs before `start.checkpoint` have read of the source. This run reads what they
     have left, and then all of it again. Written by megascale, not by hand."""
@@ -265,6 +355,16 @@ class StageConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class BatchRampConfig:
+    """Batches that grow at the beginning of a run, in proportion to the tokens it has seen."""
+
+    start_tokens: int
+    """Loss tokens of the first step, to within one sequence per source."""
+    over_tokens: int
+    """Loss tokens of the run after which a step has `data.global_batch_tokens`."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class DataConfig:
     """What is read, in which proportion, cut how."""
 
@@ -280,6 +380,9 @@ class DataConfig:
     """Loss tokens of one optimizer step, to within one sequence per source. A step takes at least
     one sequence, even if that has more tokens. `steplaw`: the Step Law's value for
     `train.tokens`."""
+    batch_ramp: BatchRampConfig | None = None
+    """Smaller batches at first: they train as well there, in more steps. The rate follows
+    `optim.schedule`, which counts tokens and not steps. None: all batches are equal."""
     replay_fraction: float = 0.0
     """Part of every batch's tokens that is drawn again from what the runs before
     `start.checkpoint` have read, so that less is forgotten. The other sources give that much
@@ -338,6 +441,10 @@ class PlannerConfig:
     """Bytes per second that a rank copies between device and host memory while it computes, in the
     slower direction. With a number, plans may keep part of the activations of long sequences in
     host memory. None: no plan does."""
+    chunk_cache: Literal["device", "host"] = "device"
+    """Where keys and values of a chunk of sequences wait for the later chunks of these. `host`: in
+    host memory. The device then has room for longer sequences, and every later chunk copies them
+    back in its forward and in its backward pass."""
     ahead_steps: int = 2
     """Steps that are planned ahead, in a process beside rank 0, while earlier steps train. The
     default is 2, so that training seldom waits for a plan that takes longer than a step."""

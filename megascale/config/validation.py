@@ -9,6 +9,7 @@ from megascale.config.layout import cut_by_tensor, divisors
 from megascale.config.limits import require_names, require_numbers
 from megascale.config.optimizers import OPTIMIZERS, titles_of_growable
 from megascale.config.schema import (
+    ModelConfig,
     MoeConfig,
     RopeScalingConfig,
     RunConfig,
@@ -112,6 +113,7 @@ def _validate_model(config: RunConfig) -> None:
             f"pairs; {model.head_dim + 1} works"
         )
     _validate_rope(model.rope_scaling)
+    _validate_pattern(model)
     if not model.vocab_size >= 1:
         raise UserError(f"model.vocab_size = {model.vocab_size} must be at least 1")
     if cut.sequence_parallel and cut.tensor == 1:
@@ -143,10 +145,36 @@ def _validate_rope(scaling: RopeScalingConfig | None) -> None:
             f"model.rope_scaling: factor = {scaling.factor:g} and original_tokens = "
             f"{scaling.original_tokens} must be at least 1, such as 8 and 8192"
         )
-    if not 0 <= scaling.low_turns < scaling.high_turns < math.inf:
+    if not 0 <= scaling.low_turns < scaling.kept_turns < math.inf:
         raise UserError(
             f"model.rope_scaling.low_turns = {scaling.low_turns:g} must be below high_turns = "
-            f"{scaling.high_turns:g}, such as 1 and 4"
+            f"{scaling.kept_turns:g}, such as 1 and 4"
+        )
+    if scaling.kind == "yarn" and scaling.low_turns == 0:
+        raise UserError("model.rope_scaling.low_turns = 0 has no place in yarn; 1 works")
+    if not 0 < scaling.amplitude < math.inf:
+        raise UserError(
+            f"model.rope_scaling.attention_factor = {scaling.attention_factor} must be above 0; "
+            "leave it out"
+        )
+
+
+def _validate_pattern(model: ModelConfig) -> None:
+    """Windows and layers that have one belong together."""
+    slides = any(kind.startswith("sliding") for kind in model.attention_pattern)
+    if slides and model.sliding_window is None:
+        raise UserError(
+            "model.attention_pattern has sliding layers; set model.sliding_window, such as 4096"
+        )
+    if model.attention_pattern and not slides and model.sliding_window is not None:
+        raise UserError(
+            f"model.sliding_window = {model.sliding_window}, and model.attention_pattern has no "
+            "sliding layer; remove one of them"
+        )
+    if model.local_rope_base is not None and model.sliding_window is None:
+        raise UserError(
+            "model.local_rope_base is that of layers with a window; set model.sliding_window, or "
+            "set model.rope_base alone"
         )
 
 
@@ -205,6 +233,17 @@ def _validate_data(config: RunConfig) -> None:
         raise UserError(
             f"data.replay_fraction = {data.replay_fraction} needs start.checkpoint, whose run has "
             "read what is replayed"
+        )
+    ramp = data.batch_ramp
+    if ramp is not None and not 1 <= ramp.start_tokens <= data.global_batch_tokens:
+        raise UserError(
+            f"data.batch_ramp.start_tokens = {ramp.start_tokens} must be from 1 to "
+            f"data.global_batch_tokens = {data.global_batch_tokens}"
+        )
+    if ramp is not None and not 1 <= ramp.over_tokens <= 2**50:
+        raise UserError(
+            f"data.batch_ramp.over_tokens = {ramp.over_tokens} must be from 1 to 2^50, such as "
+            f"{max(1, config.train.tokens // 10)}"
         )
     if not data.sources:
         raise UserError("data.sources is empty; name at least one prepared corpus")

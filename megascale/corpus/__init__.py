@@ -1,7 +1,8 @@
 """Text to token shards, and from shards to the batches of a step.
 
-For training loops of others: `SourceInfo` says what a prepared corpus holds, `Shard` reads its
-documents, and `GlobalBatches` deals the batches of a run, each a function of a `Cursor`.
+For training loops of others: `SourceInfo` says what a prepared corpus holds, `training_documents`
+reads its documents as a run does and `Shard` as they are stored, and `GlobalBatches` deals the
+batches of a run, each a function of a `Cursor`.
 """
 
 from typing import TYPE_CHECKING
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from megascale.corpus.shards import Shard as Shard
     from megascale.corpus.shards import ShardWriter as ShardWriter
     from megascale.corpus.sources import SourceInfo as SourceInfo
+    from megascale.corpus.sources import training_documents as training_documents
     from megascale.corpus.tokenizers import load_tokenizer as load_tokenizer
 
 _MODULES = {
@@ -25,6 +27,7 @@ _MODULES = {
     "ShardWriter": "megascale.corpus.shards",
     "SourceInfo": "megascale.corpus.sources",
     "load_tokenizer": "megascale.corpus.tokenizers",
+    "training_documents": "megascale.corpus.sources",
 }
 
 __all__ = list(_MODULES)

@@ -47,8 +47,8 @@ class SourceCursor:
 class Cursor:
     """Where the data stands between two steps; all that a resumed run needs to go on exactly.
 
-    Nominal tokens count `global_batch_tokens` per step; they decide what each source owes. A
-    source that is in no current blend keeps its place.
+    Nominal tokens count `step_tokens` per step; they decide what each source owes. A source that is
+    in no current blend keeps its place.
     """
 
     step: int = 0
@@ -115,11 +115,28 @@ class GlobalBatch:
         return int(self.length.sum(dtype=np.int64))
 
 
+def step_tokens(data: DataConfig, tokens_seen: float) -> int:
+    """Nominal loss tokens of the step that begins after `tokens_seen`; see `BatchRampConfig`."""
+    whole, ramp = data.global_batch_tokens, data.batch_ramp
+    if ramp is None or tokens_seen >= ramp.over_tokens:
+        return whole
+    return ramp.start_tokens + int((whole - ramp.start_tokens) * tokens_seen) // ramp.over_tokens
+
+
+def step_sizes(data: DataConfig) -> str:
+    """The nominal tokens of steps, in words."""
+    whole, ramp = data.global_batch_tokens, data.batch_ramp
+    if ramp is None:
+        return f"{whole:,}"
+    return f"{ramp.start_tokens:,} to {whole:,} (after {ramp.over_tokens:,})"
+
+
 class GlobalBatches:
     """Deals the batches of a run.
 
     After k steps of a stage of share w, a source has given the first count of its pieces whose
-    tokens reach w * k * global_batch_tokens, so its share is exact to within one sequence at
+    tokens reach w times the nominal tokens of these steps (k * global_batch_tokens, or fewer while
+    batches grow), so its share is exact to within one sequence at
     every step. Where all sources have given that much already, because sequences are long beside
     a batch, the source with the fewest tokens for its share gives one more piece: no batch is
     empty, and shares still hold to within one sequence. Pieces come in the order of a permutation
@@ -144,7 +161,9 @@ class GlobalBatches:
         Raises UserError where a source would be read more than `data.max_epochs` times.
         """
         cursor = _enter_stage(cursor, self.data.stages)
-        stage_nominal_tokens = cursor.stage_nominal_tokens + self.data.global_batch_tokens
+        stage_nominal_tokens = cursor.stage_nominal_tokens + step_tokens(
+            self.data, cursor.tokens_seen
+        )
         sources, dealt = dict(cursor.sources), []
         owed, blend = {}, shares(self.data.stages[cursor.stage])
         for name, share in blend.items():
@@ -170,8 +189,9 @@ class GlobalBatches:
         )
         return batch, after
 
-    def rates(self, stage: int) -> tuple[float, float]:
-        """Mean loss tokens and mean pieces of a step of a stage, over many steps.
+    def rates(self, stage: int, tokens_seen: float) -> tuple[float, float]:
+        """Mean loss tokens and mean pieces of a step of a stage, over many steps like the one that
+        begins after `tokens_seen`.
 
         Where a piece is longer than the batch, as the blend draws them, a step is one piece.
         """
@@ -179,7 +199,7 @@ class GlobalBatches:
         pieces = sum(
             float(share) / self._orders[name].tokens_per_piece for name, share in blend.items()
         )
-        tokens = max(float(self.data.global_batch_tokens), 1 / pieces)
+        tokens = max(float(step_tokens(self.data, tokens_seen)), 1 / pieces)
         return tokens, tokens * pieces
 
     def _take(self, name: str, begin: int, need: int, step: int) -> Pieces:

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from megascale.arrays import Integers
 from megascale.config.schema import ORDER_VERSION, ReadConfig, SourceConfig
 from megascale.corpus.cache import cache_path, digest, kept
+from megascale.corpus.fim import BlockRule
 from megascale.corpus.shuffle import Permutation
 from megascale.errors import UserError
 
@@ -68,17 +69,52 @@ class DocumentsInRange:
             yield np.where(is_read, part, 0)
 
 
-def documents_of(shard: Documents, source: SourceConfig) -> Documents:
-    """The documents of a source's training shard that it reads."""
+@dataclass(frozen=True)
+class DocumentsAsRead:
+    """Documents by the tokens that a source with fill-in-the-middle reads of them."""
+
+    documents: Documents
+    rule: BlockRule
+
+    @property
+    def prefix(self) -> str | Path:
+        """That of the shard."""
+        return self.documents.prefix
+
+    @property
+    def mark(self) -> str:
+        """Stands for range and rule in names of files."""
+        return "-".join(filter(None, [getattr(self.documents, "mark", ""), self.rule.mark]))
+
+    @property
+    def lengths(self) -> Integers:
+        """Tokens that are read of each document; kept on disk and memory-mapped."""
+        lengths = np.asarray(self.documents.lengths)
+        path = cache_path(Path(self.prefix), f"lengths-{self.mark}")
+        return kept(path, lambda: self._chunks(lengths), len(lengths))
+
+    def _chunks(self, lengths: NDArray[Any]) -> Iterator[Integers]:
+        for begin in range(0, len(lengths), _CHUNK):
+            yield self.rule.lengths(lengths[begin : begin + _CHUNK], begin)
+
+
+def documents_in_range(shard: Documents, source: SourceConfig) -> Documents:
+    """The documents of a source's training shard that it reads, as they are stored."""
     shortest, longest = source.min_document_tokens, source.max_document_tokens
     if not shortest and longest is None:
         return shard
     return DocumentsInRange(shard, shortest, longest)
 
 
+def documents_of(shard: Documents, source: SourceConfig) -> Documents:
+    """The documents of a source's training shard as it reads them; its config is finalized."""
+    documents = documents_in_range(shard, source)
+    return documents if source.fim is None else DocumentsAsRead(documents, BlockRule.of(source.fim))
+
+
 def _cache_path(documents: Documents, kind: str) -> Path:
     """Where numbers that follow from documents are kept."""
-    if isinstance(documents, DocumentsInRange):
+    if isinstance(documents, (DocumentsInRange, DocumentsAsRead)):
         kind = f"{kind}-{documents.mark}"
     return cache_path(Path(documents.prefix), kind)
 

@@ -24,6 +24,10 @@ MOST_STEPS, MOST_PIECES = 1000, 100_000
 """Runs up to this size are dealt to the end to know their length; that takes half a second."""
 
 
+RAMP_PARTS = 64
+"""Of a batch ramp, in each of which an estimate takes batches as equal."""
+
+
 def is_over(cursor: Cursor, train: TrainConfig) -> bool:
     """Whether a run ends here: its last step is the one that reaches `train.tokens`."""
     stop = train.stop_after_steps
@@ -73,8 +77,7 @@ def run_length(batches: GlobalBatches, tokens: int, begin: Cursor) -> RunLength:
     of pieces, right to a step in each stage and to the chance in which pieces the run draws.
     Raises UserError where a source is used up before the end.
     """
-    about = _estimated(batches, tokens, begin)
-    pieces = _pieces(batches, about)
+    about, pieces = _estimated(batches, tokens, begin)
     if about.steps[-1] - begin.step > MOST_STEPS or pieces > MOST_PIECES:
         return about
     cursors = [begin]
@@ -90,32 +93,40 @@ def run_length(batches: GlobalBatches, tokens: int, begin: Cursor) -> RunLength:
     )
 
 
-def _estimated(batches: GlobalBatches, tokens: int, begin: Cursor) -> RunLength:
-    data, step, seen = batches.data, float(begin.step), float(begin.tokens_seen)
+def _estimated(batches: GlobalBatches, tokens: int, begin: Cursor) -> tuple[RunLength, float]:
+    """The length of a run, and the pieces that it reads, about."""
+    data, step, seen, pieces = batches.data, float(begin.step), float(begin.tokens_seen), 0.0
     steps, points, stages = [step], [seen], []
     read = {name: float(one.tokens) for name, one in begin.sources.items()}
     while seen < tokens:
         stage = stage_at(int(seen), data.stages)
         end = min([tokens, *stage_ends(data.stages)[stage : stage + 1]])
-        step_tokens, _ = batches.rates(stage)
-        count = math.ceil((end - seen) / step_tokens)
+        grown = _grown(data, seen)
+        if grown is not None and grown < end:
+            of_step, of_pieces = batches.rates(stage, (seen + grown) / 2)
+            count, reached = (grown - seen) / of_step, grown
+        else:
+            of_step, of_pieces = batches.rates(stage, seen if grown is None else (seen + end) / 2)
+            count = math.ceil((end - seen) / of_step)
+            reached = seen + count * of_step
         for name, share in shares(data.stages[stage]).items():
-            read[name] = read.get(name, 0.0) + float(share) * count * step_tokens
-        step, seen = step + count, seen + count * step_tokens
+            read[name] = read.get(name, 0.0) + float(share) * (reached - seen)
+        step, seen, pieces = step + count, reached, pieces + count * of_pieces
         steps.append(step)
         points.append(seen)
         stages.append(stage)
     rounded = {name: round(count) for name, count in read.items()}
-    return RunLength(np.array(steps), np.array(points), tuple(stages), rounded, None)
+    once = tuple(dict.fromkeys(stages))
+    return RunLength(np.array(steps), np.array(points), once, rounded, None), pieces
 
 
-def _pieces(batches: GlobalBatches, length: RunLength) -> float:
-    """Pieces that a run reads, about."""
-    counts = np.diff(length.steps)
-    return sum(
-        float(count) * batches.rates(stage)[1]
-        for count, stage in zip(counts, length.stages, strict=True)
-    )
+def _grown(data: DataConfig, seen: float) -> float | None:
+    """While batches grow, the tokens up to which they are taken as equal; None afterwards."""
+    ramp = data.batch_ramp
+    if ramp is None or seen >= ramp.over_tokens:
+        return None
+    part = ramp.over_tokens / RAMP_PARTS
+    return float(min(ramp.over_tokens, (seen // part + 1) * part))
 
 
 def begin_after(length: RunLength) -> Cursor:
@@ -134,9 +145,12 @@ def most_tokens(data: DataConfig, tokens: int) -> dict[str, int]:
     """
     most = dict.fromkeys(used_sources(data.stages), 0)
     batch, begin = data.global_batch_tokens, 0
+    ramped = 0 if data.batch_ramp is None else data.batch_ramp.over_tokens
     for stage, end in zip(data.stages, [*stage_ends(data.stages), tokens], strict=True):
         end = min(end, tokens)
-        nominal = -(-max(0, end - begin) // batch) * batch
+        steps = -(-max(0, end - begin) // batch)
+        nominal = steps * batch if begin >= ramped else max(0, end - begin - 1) + batch
+        nominal *= steps > 0
         for name, share in shares(stage).items() if nominal else ():
             piece = data.context_tokens - 1 if most[name] else 0
             most[name] += math.ceil(share * nominal) + piece

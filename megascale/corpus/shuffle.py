@@ -54,13 +54,13 @@ class Permutation:
         high_mask = np.uint64((1 << (bits - bits // 2)) - 1)
         high, low = values >> low_bits, values & low_mask
         for even_key, odd_key in self._keys.reshape(-1, 2):
-            high ^= _mix(low + even_key) & high_mask
-            low ^= _mix(high + odd_key) & low_mask
+            high ^= mix(low + even_key) & high_mask
+            low ^= mix(high + odd_key) & low_mask
         return (high << low_bits) | low
 
     def _sorted_by_hash(self) -> Integers:
-        hashes = _mix(np.arange(self.size, dtype=np.uint64) + self._keys[0])
-        return np.argsort(_mix(hashes ^ self._keys[1]), kind="stable").astype(np.int64)
+        hashes = mix(np.arange(self.size, dtype=np.uint64) + self._keys[0])
+        return np.argsort(mix(hashes ^ self._keys[1]), kind="stable").astype(np.int64)
 
 
 def _round_keys(seed: int, name: str, epoch: int) -> _UInt64Array:
@@ -69,7 +69,7 @@ def _round_keys(seed: int, name: str, epoch: int) -> _UInt64Array:
     return np.frombuffer(digest, dtype="<u8").astype(np.uint64)
 
 
-def _mix(values: _UInt64Array) -> _UInt64Array:
+def mix(values: _UInt64Array) -> _UInt64Array:
     """SplitMix64's finalizer (Steele, Lea and Flood, 2014): every input bit reaches all bits."""
     values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)

@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 
 from megascale.config.schema import SourceConfig
-from megascale.corpus.pieces import documents_of
+from megascale.corpus.fim import BlockRule, FimReader, Sentinels
+from megascale.corpus.pieces import documents_in_range, documents_of
 from megascale.corpus.shards import Shard
 from megascale.errors import MissingInput, UserError
 from megascale.parsing import is_path, read_json
@@ -76,6 +77,17 @@ class SourceInfo:
         return self.eod_id if self.bos_id is None else self.bos_id
 
 
+def training_documents(source: SourceConfig, info: SourceInfo) -> Shard | FimReader:
+    """The training documents of a source of a finalized config, which read as the run reads them.
+
+    Raises UserError for files that are damaged.
+    """
+    shard = Shard.open(info.train)
+    if source.fim is None:
+        return shard
+    return FimReader(shard, BlockRule.of(source.fim), Sentinels.of(source.fim), info.eod_id)
+
+
 def identity(info: SourceInfo) -> str:
     """What a source holds, in words; a resumed run must find the same."""
     bos = "" if info.bos_id is None else f", each after token {info.bos_id}"
@@ -86,15 +98,25 @@ def identity(info: SourceInfo) -> str:
 
 
 def _of_documents_read(info: SourceInfo, source: SourceConfig) -> SourceInfo:
-    """`info` of the documents alone that a source reads, by their lengths.
+    """`info` of the documents alone that a source reads, by their lengths, as it reads them.
 
     Raises UserError where no document has a length that it reads.
     """
+    info = _of_range(info, source)
+    if source.fim is None:
+        return info
+    documents = documents_of(Shard.open(info.train), source)
+    tokens = int(np.asarray(documents.lengths).sum(dtype=np.int64))
+    mark = BlockRule.of(source.fim).mark
+    return replace(info, train_tokens=tokens, content=f"{info.content} ({mark})")
+
+
+def _of_range(info: SourceInfo, source: SourceConfig) -> SourceInfo:
     shortest, longest = source.min_document_tokens, source.max_document_tokens
     if not shortest and longest is None:
         return info
     shard = Shard.open(info.train)
-    lengths = documents_of(shard, source).lengths
+    lengths = documents_in_range(shard, source).lengths
     tokens = int(lengths.sum())
     limits = f"{shortest} to {'any number of' if longest is None else longest}"
     if not tokens:

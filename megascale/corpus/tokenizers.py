@@ -192,6 +192,11 @@ class FastTokenizer:
         """The id that the tokenizer's post-processor puts before a text, where it puts one."""
         return put_before_text(self._backend)
 
+    def token_id(self, spelling: str) -> int | None:
+        """The id of the token that is spelled so; None: there is none."""
+        token_id = self._backend.token_to_id(spelling)
+        return None if token_id is None else int(token_id)
+
     def token_text(self, token_id: int) -> str:
         """How an id is spelled."""
         return str(self._backend.id_to_token(token_id))

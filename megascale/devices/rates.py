@@ -103,17 +103,17 @@ def shape_of(config: RunConfig, tensor: int) -> Shape:
     """The model of a run as its cost sees it; `tensor` matters only through padded logits."""
     model = config.model
     alone = replace(config, parallel=replace(config.parallel, sequence_parallel=False))
-    pair, window = counts.flops_per_pair(model), model.sliding_window
+    pair, sliding = counts.attention_flops(model)
     moe = model.moe
     return Shape(
         num_layers=model.num_layers,
         hidden_size=model.hidden_size,
         kv_size=(model.num_kv_heads or 0) * (model.head_dim or 0) * counts.attentions(model),
         flops_per_token=counts.flops_per_token(model, tensor),
-        flops_per_pair=pair if window is None else 0.0,
+        flops_per_pair=pair,
         activation_bytes=layer_activation_bytes(alone, Layout(1, 1, 1, 1, 1)),
         head_flops_per_token=counts.head_flops_per_token(model, tensor),
-        window_flops_per_token=0.0 if window is None else pair * window,
+        window_flops_per_token=sliding,
         routed_size=moe.top_k * model.hidden_size if moe else 0,
     )
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import TYPE_CHECKING, Literal
 
 from megascale.config import ModelConfig, MoeConfig
@@ -91,8 +92,14 @@ class Operator:
     """Its options as a user would type them."""
 
 
-def _deeper(model: ModelConfig, growth: Growth) -> ModelConfig:
-    deeper = replace(model, num_layers=model.num_layers * growth.factor)
+def _deeper(model: ModelConfig, growth: Growth, order: LayerOrder = stacked) -> ModelConfig:
+    """More layers, each with the kind of attention of the layer that it is made from."""
+    pattern = model.attention_pattern
+    if pattern:
+        sources = order(model.num_layers, growth.factor)
+        pattern = tuple(model.attention_kind(layer + 1) for layer in sources)
+    layers = model.num_layers * growth.factor
+    deeper = replace(model, num_layers=layers, attention_pattern=pattern)
     if model.moe is None or model.moe.balance_weights is None:
         return deeper
     weights = model.moe.balance_weights * growth.factor  # repeated as the layers are
@@ -230,7 +237,7 @@ OPERATORS: Mapping[str, Operator] = {
     "interpolate": Operator(
         meaning="each layer several times in a row",
         options=("factor", "noise"),
-        model=_deeper,
+        model=partial(_deeper, order=interpolated),
         pieces=_copies(interpolated),
         moments=_copied_moments(interpolated),
     ),

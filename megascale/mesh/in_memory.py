@@ -8,6 +8,7 @@ from dataclasses import replace
 import numpy as np
 import torch
 
+from megascale.mesh.chunk_groups import ChunkGroups
 from megascale.mesh.packing import MicroBatch, TokenSequence, pack
 from megascale.mesh.ring_share import RingShare
 from megascale.planner.plan import StepPlan
@@ -31,12 +32,13 @@ def micro_batches(
 
     `sequences` are those of the whole batch, in the order of the lengths that were planned. A ring
     of two ranks or more needs `axis`, whose position `rank` this process is. Each micro-batch is
-    padded to a multiple of `multiple` tokens by `pad_id`; padding counts in no loss. Raises
-    ValueError, at once, for sequences that are no ids or do not fit the plan, a rank that is not of
-    the plan, and where an axis is missing.
+    padded to a multiple of `multiple` tokens by `pad_id`; padding counts in no loss. Chunks of
+    the same sequences keep keys and values for each other: run all of a group forward, and then all
+    backward in reverse order. Raises ValueError, at once, for sequences that are no ids or do not
+    fit the plan, a rank that is not of the plan, and where an axis is missing.
     """
     lengths = tuple(_length(index, sequence) for index, sequence in enumerate(sequences))
-    planned = sum(len(ring.sequences) for ring in plan.rings)
+    planned = len({index for ring in plan.rings for index in ring.sequences})
     if planned != len(lengths) or plan.lengths not in ((), lengths):
         raise ValueError("the plan is for other sequences than these")
     if multiple < 1:
@@ -52,8 +54,8 @@ def micro_batches(
         kept = np.concatenate([np.empty(0, np.int64), *places])
         return TokenSequence(np.asarray(whole.inputs)[kept], np.asarray(whole.targets)[kept])
 
-    place = torch.device(device)
-    return (packed_part(batch, part, place, axis, multiple, pad_id) for batch in mine)
+    place, groups = torch.device(device), ChunkGroups()
+    return (packed_part(batch, part, place, axis, multiple, pad_id, groups) for batch in mine)
 
 
 def _length(index: int, sequence: object) -> int:
@@ -79,19 +81,25 @@ def packed_part(
     axis: HdpAxis | None,
     multiple: int,
     pad_id: int,
+    groups: ChunkGroups,
     sources: Sequence[int] = (),
     window: int | None = None,
 ) -> MicroBatch:
     """A rank's micro-batch as tensors; `part` gives its part of each sequence.
 
-    `sources` number the source of each of its sequences; `window` is the window of attention.
+    `groups` makes the shares of all chunks of this rank. `sources` number the source of each of its
+    sequences; `window` is the window of attention.
     Raises ValueError for a ring of two ranks or more without an axis.
     """
     ring: RingShare | None = None
-    if len(mine.ranks) > 1:
+    ranks, group = mine.ranks, None
+    if len(ranks) > 1:
         axis = _given_axis(mine, axis)
-        ranks = tuple(axis.ranks[position] for position in mine.ranks)
-        ring = RingShare(mine.share.place, mine.share.bounds, ranks, axis.group)
+        ranks, group = tuple(axis.ranks[position] for position in ranks), axis.group
+    if mine.ring.chunks > 1:
+        ring = groups.share(mine, ranks, group)
+    elif len(ranks) > 1:
+        ring = RingShare(mine.share.place, mine.share.bounds, ranks, group)
     parts = [part(index, mine.share.spans(place)) for place, index in enumerate(mine.sequences)]
     packed = pack(parts, pad_id, multiple, device, ring, sources, window)
     return replace(packed, offload=mine.offload)

@@ -5,6 +5,8 @@ Shape suffixes: T tokens of the pack, H query heads, G key and value heads, D he
 
 from __future__ import annotations
 
+from collections.abc import Hashable
+
 import torch
 from torch.nn import functional
 
@@ -20,6 +22,7 @@ def attend(
     segments: Segments,
     causal: bool = True,
     window: int | None = None,
+    layer: Hashable = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Block-diagonal attention: each token sees its own sequence only.
 
@@ -27,14 +30,16 @@ def attend(
     itself included. Returns the output (T, H, D) and the log-sum-exp of the scores (T, H), by
     which partial results over different keys can be joined. Scores are scaled by 1/sqrt(D).
     Gradients flow through the output only. Where `segments` are a share of a ring, all its ranks
-    must call this together.
+    must call this together. Where they are a chunk of sequences, each token sees the chunks before
+    it too, as far as they ran under the same `layer`, a name that each attention of the model has
+    for itself; backward passes of chunks come in reverse order.
     """
     if window is not None and not causal:
         raise ValueError("attend: a window looks back, so it needs causal=True")
     if segments.ring is not None:
         if not causal:
             raise ValueError("attend: a ring needs causal=True")
-        return ring_attend(q_THD, k_TGD, v_TGD, segments.ring, window)
+        return ring_attend(q_THD, k_TGD, v_TGD, segments.ring, window, layer)
     kernel = kernel_for(q_THD)
     if kernel.grouped:
         call = _call_of(segments, causal, window)

@@ -7,11 +7,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import torch
 
-from megascale.mesh.ring_calls import arrays_of, host_calls, key_of, with_tensors
+from megascale.mesh.ring_calls import (
+    arrays_of,
+    host_calls,
+    key_of,
+    prefix_rows_of,
+    with_tensors,
+)
 from megascale.mesh.ring_share import RingShare
 from megascale.mesh.transfer import send_arrays
 
@@ -37,8 +44,9 @@ class Segments:
     """Tokens that count; they come first in the pack, and the rest is padding."""
     sources: tuple[int, ...] = ()
     """The source of each sequence, padding aside; a number in the order of the sources."""
-    rotary: tuple[torch.Tensor, torch.Tensor] | None = field(default=None, repr=False)
-    """Cosines and sines at the positions, filled by the first layer that needs them."""
+    rotary: dict[Any, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict, repr=False)
+    """Cosines and sines at the positions by kind of angles, each filled by the first layer that
+    needs it."""
     _owners: tuple[torch.Tensor, torch.Tensor] | None = field(default=None, repr=False)
     qkv_format: str = "thd"
     """megatron-core's word for [tokens, heads, head_dim]."""
@@ -51,6 +59,12 @@ class Segments:
             )
             self._owners = owner_T, source_T
         return self._owners
+
+    def end_group(self) -> None:
+        """After a forward pass without a backward pass: let go of keys and values that no later
+        chunk needs."""
+        if self.ring is not None and self.ring.cache is not None and self.ring.is_last:
+            self.ring.cache.clear()
 
     @staticmethod
     def of(lengths: Sequence[int], device: torch.device) -> Segments:
@@ -142,13 +156,15 @@ def pack(
     hops = host_calls(ring, window) if ring and device.type == "cuda" else []
     arrays = [
         *(_join([part.inputs for part in sequences]), _join([part.targets for part in sequences])),
-        *(mask, positions, _bounds(lengths), *_owners_of(lengths, sources), *arrays_of(hops)),
+        *(mask, positions, _bounds(lengths), *_owners_of(lengths, sources)),
+        *arrays_of(hops),
     ]
     tokens_T, targets_T, mask_T, positions_T, cu_seqlens, owner_T, source_T, *rest = send_arrays(
         arrays, device
     )
     if ring and hops:
         ring.calls[key_of(window, True, device)] = with_tensors(hops, iter(rest))
+        prefix_rows_of(ring, window, device)  # another copy, where a chunk sees a part of others
     segments = Segments(
         positions_T=positions_T,
         cu_seqlens=cu_seqlens,

@@ -10,8 +10,10 @@ import numpy as np
 import torch
 
 from megascale.corpus.batches import GlobalBatch
+from megascale.corpus.fim import FimReader
 from megascale.corpus.shards import Shard
 from megascale.errors import RankError
+from megascale.mesh.chunk_groups import ChunkGroups
 from megascale.mesh.in_memory import packed_part
 from megascale.mesh.packing import MicroBatch, TokenSequence
 from megascale.mesh.transfer import ahead
@@ -25,7 +27,7 @@ class TokenSource:
     """The shards of one source, and what is needed to read them."""
 
     name: str
-    shard: Shard
+    shard: Shard | FimReader
     first_id: int
     """The input before the first token of every document: its beginning-of-text id, or the id that
     ends documents. A piece from the middle of a document has the token before it."""
@@ -65,6 +67,8 @@ class MicroBatchReader:
     """How ranks that share sequences reach one another; None where no ring has two."""
     window: int | None = None
     """The window of attention."""
+    keeps_chunks_on_host: bool = False
+    """Keys and values of chunks wait in host memory for later chunks."""
 
     def read(self, plan: StepPlan, batch: GlobalBatch) -> Iterator[MicroBatch]:
         """This rank's micro-batches in plan order. On CPU each is read from disk when the caller
@@ -75,10 +79,11 @@ class MicroBatchReader:
 
     def _read(self, plan: StepPlan, batch: GlobalBatch) -> Iterator[MicroBatch]:
         part, pad_id = partial(self._part, batch), self.sources[0].first_id
+        groups = ChunkGroups(self.keeps_chunks_on_host)
         for ring in plan.rings_of(self.hdp_rank):
             mine = RankMicroBatch.of(ring, self.hdp_rank, batch.length)
             sources = [int(batch.source[i]) for i in ring.sequences]
-            given = (self.device, self.axis, self.multiple, pad_id, sources, self.window)
+            given = (self.device, self.axis, self.multiple, pad_id, groups, sources, self.window)
             yield packed_part(mine, part, *given)
 
     def _part(

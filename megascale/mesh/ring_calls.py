@@ -7,14 +7,14 @@ device with its tokens.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from itertools import pairwise, product
+from itertools import accumulate, pairwise, product
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
-from megascale.mesh.kernels import Call, Kernel
-from megascale.mesh.ring_share import RingShare
+from megascale.mesh.kernels import Call, Kernel, Rows
+from megascale.mesh.ring_share import PREFIX, Piece, RingShare
 from megascale.mesh.transfer import send_arrays
 
 Hops = list[list[Call]]
@@ -28,8 +28,8 @@ class _Block(NamedTuple):
     keys: tuple[int, int]
     causal: bool
     left: int | None
-    chunks: tuple[int, int] = (0, 0)
-    """Which chunks of their shares: blocks of equal `chunks` have no row in common."""
+    pieces: tuple[int, int] = (0, 0)
+    """Which pieces of their shares: blocks of equal `pieces` have no row in common."""
 
 
 def key_of(window: int | None, grouped: bool, device: torch.device) -> Any:
@@ -52,6 +52,17 @@ def calls_of(share: RingShare, window: int | None, kernel: Kernel, device: torch
         ]
     share.calls[key] = hops
     return hops
+
+
+def prefix_rows_of(share: RingShare, window: int | None, device: torch.device) -> Rows:
+    """The rows of earlier chunks here that this one sees. Made once per micro-batch."""
+    key = PREFIX, window, device
+    if key not in share.calls:
+        rows = share.prefix(window).rows(share.place)
+        is_array = isinstance(rows, np.ndarray)
+        share.calls[key] = send_arrays([rows], device)[0] if is_array else rows
+    found: Rows = share.calls[key]
+    return found
 
 
 def host_calls(share: RingShare, window: int | None) -> Hops:
@@ -97,41 +108,61 @@ def _by_hop(share: RingShare, window: int | None) -> list[list[_Block]]:
 def _blocks(share: RingShare, source: int, window: int | None) -> Iterator[_Block]:
     """The visible parts of the scores of this rank's queries over the keys of `source`.
 
-    Of an earlier place only the first chunk is in the past, and of both of mine; of a later
-    place both chunks are, but only of my second.
+    Its keys are those of earlier chunks of the group, sequence after sequence, and then those of
+    this micro-batch.
     """
-    mine, theirs = _pieces(share, share.place), _pieces(share, source)
     longest = share.bounds[:, -1].max(initial=0)
-    for queries, keys in zip(mine, theirs, strict=True):
+    for queries, before, keys in zip(
+        share.pieces(share.place), *_keys(share, source, window), strict=True
+    ):
         if window is not None and window < longest:
-            yield from _windowed(queries, keys, window)
-            continue
-        (row, _, front), (_, _, back) = queries
-        (column, _, first), (_, _, second) = keys
-        rows, columns = (row, row + front + back), (column, column + first + second)
-        if source == share.place:
-            block = _Block(rows, columns, True, None)
-        elif source < share.place:
-            block = _Block(rows, (column, column + first), False, None)
+            yield from _windowed(queries, [*before, *keys], window)
         else:
-            block = _Block((row + front, row + front + back), columns, False, None)
-        if block.queries[0] < block.queries[1] and block.keys[0] < block.keys[1]:
-            yield block
+            for block in _whole(queries, before, keys, share.place - source):
+                if block.queries[0] < block.queries[1] and block.keys[0] < block.keys[1]:
+                    yield block
 
 
-Piece = tuple[int, int, int]
-"""(row in the pack, position in the sequence, tokens) of a chunk."""
+def _keys(
+    share: RingShare, source: int, window: int | None
+) -> tuple[list[list[Piece]], list[tuple[Piece, ...]]]:
+    """Of each sequence, the pieces of earlier chunks and those of this one, with their rows among
+    the keys of `source`."""
+    row, before = 0, []
+    for pieces in share.prefix(window).pieces[source]:
+        rows = accumulate((size for _, _, size in pieces), initial=row)
+        before.append([(at, *piece[1:]) for at, piece in zip(rows, pieces, strict=False)])
+        row += sum(size for _, _, size in pieces)
+    own = [
+        tuple((row + at, start, size) for at, start, size in pair) for pair in share.pieces(source)
+    ]
+    return before, own
 
 
-def _pieces(share: RingShare, place: int) -> list[tuple[Piece, Piece]]:
-    sizes, starts = share.sizes(place), share.starts(place)
-    rows = sizes.cumsum().reshape(sizes.shape) - sizes
-    table = np.stack([rows, starts, sizes], axis=-1).tolist()
-    return [(tuple(first), tuple(second)) for first, second in table]
+def _whole(
+    queries: Sequence[Piece], before: Sequence[Piece], keys: Sequence[Piece], ahead: int
+) -> Iterator[_Block]:
+    """The parts without a window. `ahead` is how many places this rank is after that of the keys.
+
+    Of an earlier place only the first piece is in the past, and of both of mine; of a later
+    place both pieces are, but only of my second. Earlier chunks are all in the past.
+    """
+    (row, _, front), (_, _, back) = queries
+    (column, _, first), (_, _, second) = keys
+    rows, columns = (row, row + front + back), (column, column + first + second)
+    if before:
+        past = before[0][0], before[-1][0] + before[-1][2]
+        yield _Block(rows, past, False, None, (0, 1))
+    if ahead == 0:
+        yield _Block(rows, columns, True, None)
+    elif ahead > 0:
+        yield _Block(rows, (column, column + first), False, None)
+    else:
+        yield _Block((row + front, row + front + back), columns, False, None)
 
 
 def _windowed(queries: Sequence[Piece], keys: Sequence[Piece], window: int) -> Iterator[_Block]:
-    """The visible parts, chunk by chunk, less the rows and columns that are hidden throughout."""
+    """The visible parts, piece by piece, less the rows and columns that are hidden throughout."""
     for (i, (row, q_start, q_tokens)), (j, (column, k_start, k_tokens)) in product(
         enumerate(queries), enumerate(keys)
     ):
@@ -163,7 +194,7 @@ def _bands(block: _Block) -> Iterator[_Block]:
     for start in range(0, row_stop - row, window):
         stop, first = min(start + window, row_stop - row), max(0, start - window + 1)
         rows, columns = (row + start, row + stop), (column + first, column + stop)
-        yield _Block(rows, columns, True, block.left, block.chunks)
+        yield _Block(rows, columns, True, block.left, block.pieces)
 
 
 def _single(block: _Block) -> Call:
@@ -175,7 +206,7 @@ def _grouped(blocks: list[_Block]) -> list[Call]:
     """All blocks with the same mask in one call; without a window that is one call a hop."""
     groups: dict[Any, list[_Block]] = {}
     for block in blocks:
-        groups.setdefault((block.causal, block.left, block.chunks), []).append(block)
+        groups.setdefault((block.causal, block.left, block.pieces), []).append(block)
     calls = []
     for (causal, left, _), group in groups.items():
         queries, keys = [block.queries for block in group], [block.keys for block in group]

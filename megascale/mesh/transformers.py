@@ -56,5 +56,5 @@ def _attention(
     if scaling is not None:  # `attend` divides by the root of the head size
         query = query * (scaling * math.sqrt(query.shape[-1]))
     q_THD, k_TGD, v_TGD = (part[0].transpose(0, 1) for part in (query, key, value))
-    out_THD, _lse = attend(q_THD, k_TGD, v_TGD, segments, window=sliding_window)
+    out_THD, _lse = attend(q_THD, k_TGD, v_TGD, segments, window=sliding_window, layer=module)
     return out_THD[None], None

@@ -22,7 +22,8 @@ def activation_bytes(config: RunConfig, layout: Layout, stage: int) -> int:
     """Bytes of activations at the peak of a micro-batch of full capacity, by pipeline stage.
 
     Under 1F1B a stage holds one micro-batch for itself and one for each stage after it. Of each it
-    keeps `layer_activation_bytes` in every layer. The last stage adds the peak of the output head,
+    keeps `layer_activation_bytes` in every layer, and `chunk_bytes`. Chunks are as many tokens at
+    the most. The last stage adds the peak of the output head,
     `head_bytes`. With full recomputation one layer's activations come back at a time, after the
     head's are gone, so the larger of the two counts.
 
@@ -32,7 +33,8 @@ def activation_bytes(config: RunConfig, layout: Layout, stage: int) -> int:
     """
     tokens = known(config.planner.capacity_tokens)
     num_layers, in_flight = config.model.num_layers // layout.pipeline, layout.pipeline - stage
-    kept = in_flight * num_layers * layer_activation_bytes(config, layout)
+    per_token = layer_activation_bytes(config, layout) + chunk_bytes(config, layout)
+    kept = in_flight * num_layers * per_token
     head = head_bytes(config, layout) if stage == layout.pipeline - 1 else 0
     if config.train.recompute == "full":
         return tokens * kept + max(head, tokens * _layer_bytes(config, layout))
@@ -47,6 +49,23 @@ def layer_activation_bytes(config: RunConfig, layout: Layout) -> int:
     if config.train.recompute == "full":
         return _element_bytes(config) * (config.model.hidden_size // _hidden_cut(config, layout))
     return _layer_bytes(config, layout)
+
+
+def chunk_bytes(config: RunConfig, layout: Layout) -> int:
+    """Bytes that one layer keeps per token for later chunks of a sequence, beside its activations.
+
+    The sum of the gradients of keys and values, in fp32. Under full recomputation also these
+    themselves, which are not among the activations then, unless they wait in host memory. 0 where
+    plans have no chunks. With 8 groups of 128 in bf16 under full recomputation: 12,288 bytes.
+    """
+    if config.planner.chunks == 1:
+        return 0
+    kept = FP32_BYTES
+    if config.train.recompute == "full" and config.planner.chunk_cache == "device":
+        kept += _element_bytes(config)
+    model = config.model
+    groups, size = known(model.num_kv_heads), known(model.head_dim)
+    return attentions(model) * 2 * groups * size * kept // layout.tensor
 
 
 def head_bytes(config: RunConfig, layout: Layout) -> int:
@@ -72,14 +91,17 @@ def ring_buffer_bytes(config: RunConfig, layout: Layout) -> int:
 
     Per token: the gradient of queries in fp32 and a hop's part of it; four buffers of the
     gradients of keys and values in fp32 (own, this hop's, coming, going); keys and values twice
-    (at hand, coming). With 32 heads and 8 groups of 128 in bf16 these are 65,536 bytes, 0.5 GiB
-    per 8,192 tokens. 0 where no sequence is shared.
+    (at hand, coming). A chunk has the keys and values of the chunks before it there too: as many
+    tokens as a rank holds at a time. With 32 heads and 8 groups of 128 in bf16 these are 65,536
+    bytes, 0.5 GiB per 8,192 tokens. 0 where no sequence is shared and plans have no chunks.
     """
-    if layout.hdp == 1 or config.planner.name == "longest_first":
+    has_chunks = config.planner.chunks > 1
+    if config.planner.name == "longest_first" or (layout.hdp == 1 and not has_chunks):
         return 0
     model, element = config.model, _element_bytes(config)
     queries = model.num_heads * (FP32_BYTES + element)
     keys_and_values = known(model.num_kv_heads) * (4 * 2 * FP32_BYTES + 2 * 2 * element)
+    keys_and_values *= layout.pipeline if has_chunks else 1
     per_token = (queries + keys_and_values) * known(model.head_dim) // layout.tensor
     return known(config.planner.capacity_tokens) * per_token
 

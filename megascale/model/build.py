@@ -18,10 +18,12 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megascale.config import MoeConfig, RunConfig
 from megascale.config.optimizers import OPTIMIZERS
-from megascale.fused.swiglu import use_in_megatron
+from megascale.fused import swiglu, weight_gradient
 from megascale.mesh.offload import Offloader
 from megascale.model.balance import Balance
 from megascale.model.counts import padded_vocab_size
+from megascale.model.experts import groups_experts
+from megascale.model.gathers import Gathers
 from megascale.model.gpt import Gpt
 from megascale.model.initialise import initialise
 from megascale.model.layers import LayerMask, final_norm, layer_spec, use_transformer_engine
@@ -44,10 +46,12 @@ def build_model(config: RunConfig, ranks: Ranks) -> Model:
     """
     core = transformer_config(config, ranks)
     if core.bias_activation_fusion:
-        use_in_megatron()
+        swiglu.use_in_megatron()
+    if core.gradient_accumulation_fusion:
+        weight_gradient.use_in_megatron()
     network = Gpt(
         config=core,
-        transformer_layer_spec=_block_spec(config, core),
+        transformer_layer_spec=_block_spec(config, core, ranks),
         vocab_size=padded_vocab_size(config.model, config.parallel.tensor),
         max_sequence_length=config.data.context_tokens,
         pre_process=ranks.is_first_stage,
@@ -60,10 +64,16 @@ def build_model(config: RunConfig, ranks: Ranks) -> Model:
     exclude_padding(network, config.model.vocab_size, ranks.device)
     initialise(network, config.model, config.seed)
     network = network.to(ranks.device)
-    layers = network.decoder.layers
+    gpt, layers = network, network.decoder.layers
     if config.train.precision == "bf16":
         network = Float16Module(core, network)
-    wrapped = DistributedDataParallel(core, _reduction(config, ranks), network)
+    reduction = _reduction(config, ranks)
+    wrapped = DistributedDataParallel(core, reduction, network)
+    gathers = Gathers([wrapped] if reduction.overlap_param_gather else [])
+    for layer in layers:
+        gathers.wait_before(layer, layer.parameters(), wrapped)
+    if ranks.is_last_stage:  # the loss takes the weight of the head
+        gathers.wait_before(gpt.decoder.final_layernorm, gpt.output_layer.parameters(), wrapped)
     core.no_sync_func = wrapped.no_sync  # gradients are reduced after the last micro-batch only
     return Model(
         chunks=[wrapped],
@@ -71,6 +81,8 @@ def build_model(config: RunConfig, ranks: Ranks) -> Model:
         balance=_balance(config, layers),
         timer=ComputeTimer(layers, ranks.device),
         masked_layers=[layer for layer in layers if isinstance(layer, LayerMask)],
+        gathers=gathers,
+        overlaps=reduction.overlap_grad_reduce,
     )
 
 
@@ -118,7 +130,7 @@ def transformer_config(config: RunConfig, ranks: Ranks) -> TransformerConfig:
         variable_seq_lengths=not config.pads_to_capacity,
         batch_p2p_comm=on_cuda,
         bias_activation_fusion=on_cuda,
-        gradient_accumulation_fusion=False,
+        gradient_accumulation_fusion=on_cuda,
         masked_softmax_fusion=False,
         **_recompute_options(config),
         **_moe_options(model.moe, use_transformer_engine(model)),
@@ -173,28 +185,34 @@ def _moe_options(moe: MoeConfig | None, grouped: bool) -> dict[str, Any]:
     }
 
 
-def _block_spec(config: RunConfig, core: TransformerConfig) -> ModuleSpec | Any:
-    spec, norm = layer_spec(config.model), final_norm(config.model)
+def _block_spec(config: RunConfig, core: TransformerConfig, ranks: Ranks) -> ModuleSpec | Any:
+    spec = layer_spec(config.model, groups_experts(config, ranks.device))
+    norm = final_norm(config.model)
     if norm is None:
         return spec
     layers = [spec] * get_num_layers_to_build(core)
     return TransformerBlockSubmodules(layer_specs=layers, layer_norm=norm)
 
 
+def can_overlap(device: torch.device) -> bool:
+    """Whether communication runs beside computation."""
+    return device.type == "cuda"
+
+
 def _reduction(config: RunConfig, ranks: Ranks) -> DistributedDataParallelConfig:
-    """Overlap with the backward pass pays on CUDA, where nothing else is on the way.
+    """Overlap with computation pays on CUDA.
 
     Experts without tokens have no gradient to announce, so a MoE model without grouped experts
-    reduces at the end. So do ranks that share sequences: a reduction that waits for ranks with
-    more micro-batches would stand in the GPU's queues before messages of rings that these need.
+    reduces at the end. `Model.overlap_reductions` says step by step whether reductions overlap.
     """
     whole = config.model.moe is None or use_transformer_engine(config.model)
-    rings = config.planner.name != "longest_first"
-    overlap = ranks.device.type == "cuda" and whole and not rings
+    whole = whole or groups_experts(config, ranks.device)
+    overlap = config.parallel.overlap and can_overlap(ranks.device) and whole
     flat = config.optim.distributed_optimizer and OPTIMIZERS[config.optim.name].is_flat
     return DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
         overlap_grad_reduce=overlap,
         overlap_param_gather=overlap and flat,
+        align_param_gather=True,  # a forward pass begins no gather; see Gathers
         use_distributed_optimizer=flat,
     )

@@ -7,6 +7,8 @@ All functions want a finalized config. Counts are those of megatron-core's GPT a
 from __future__ import annotations
 
 import math
+from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -142,27 +144,40 @@ def visible_pairs(lengths: ArrayLike, window: int | None = None) -> int:
     return int(pairs.sum(dtype=np.int64))
 
 
+def windows(model: ModelConfig) -> Mapping[int | None, int]:
+    """Numbers of layers by sliding window, None for layers without one."""
+    return Counter(model.attention_of(layer).window for layer in range(1, model.num_layers + 1))
+
+
+def attention_flops(model: ModelConfig) -> tuple[float, float]:
+    """Forward operations per pair of a query and a key that layers without a window see, and per
+    token in layers with one.
+
+    Sliding-window attention is charged its full window for every token, which is too much for
+    sequences near or below the window.
+    """
+    pair = flops_per_pair(model) / model.num_layers
+    by_window = windows(model)
+    sliding = sum(n * window for window, n in by_window.items() if window is not None)
+    return pair * by_window.get(None, 0), pair * sliding
+
+
 def batch_flops(model: ModelConfig, lengths: ArrayLike, tensor: int = 1) -> int:
     """Operations of a forward and backward pass over packed sequences of `lengths` tokens.
 
     What recomputation repeats is not counted, as is usual for model FLOPs utilisation.
     """
     num_tokens = int(np.asarray(lengths, dtype=np.int64).sum())
-    pairs = visible_pairs(lengths, model.sliding_window)
-    forward = num_tokens * flops_per_token(model, tensor) + pairs * flops_per_pair(model)
+    pairs = sum(n * visible_pairs(lengths, window) for window, n in windows(model).items())
+    of_layer = flops_per_pair(model) // model.num_layers
+    forward = num_tokens * flops_per_token(model, tensor) + pairs * of_layer
     return BACKWARD_AND_FORWARD * forward
 
 
 def default_cost(model: ModelConfig, tensor: int = 1) -> CostModel:
-    """Uncalibrated cost model for the planner, from the operation counts.
-
-    Sliding-window attention is charged its full window for every token, which is too much for
-    sequences near or below the window.
-    """
-    window, pair = model.sliding_window, flops_per_pair(model)
-    per_token, per_token_squared = flops_per_token(model, tensor) + pair / 2, pair / 2
-    if window is not None:
-        per_token, per_token_squared = flops_per_token(model, tensor) + pair * window, 0.0
+    """Uncalibrated cost model for the planner, from the operation counts (`attention_flops`)."""
+    pair, sliding = attention_flops(model)
+    per_token, per_token_squared = flops_per_token(model, tensor) + pair / 2 + sliding, pair / 2
     # keys and values, forward; they and their gradients, backward; bf16
     passed = 3 * 2 * known(model.num_kv_heads) * known(model.head_dim) * 2 * model.num_layers
     passed *= attentions(model)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -16,11 +17,13 @@ from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_layer import TransformerLayer
 
-from megascale.config import ModelConfig, RopeScalingConfig
+from megascale.config import LayerAttention, ModelConfig, RopeScalingConfig
 from megascale.errors import UserError
 from megascale.model.attention import PackedAttention
 from megascale.model.attention_experts import AttentionExperts
 from megascale.model.balance import BalancedRouter
+from megascale.model.dispatch import Dispatcher
+from megascale.model.experts import GroupedExperts
 from megascale.model.initialise import CLOSED_TOKENS
 
 
@@ -57,6 +60,16 @@ class RoutedLayer(TransformerLayer):  # type: ignore[misc]
             *args, packed_seq_params=packed_seq_params, **kwargs
         )
         return output
+
+
+class GroupedLayer(RoutedLayer):
+    """With the dispatcher that grouped experts want, in the place of megatron-core's alltoall."""
+
+    def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
+        super().__init__(config, *args, **kwargs)
+        if config.moe_token_dispatcher_type == "alltoall":
+            mlp = self.mlp
+            mlp.token_dispatcher = Dispatcher(config, mlp.num_local_experts, mlp.token_dispatcher)
 
 
 class ParallelBlockLayer(TransformerLayer):  # type: ignore[misc]
@@ -124,16 +137,19 @@ def use_transformer_engine(model: ModelConfig) -> bool:
     return model.implementation == "auto" and installed and cuda and not model.parallel_block
 
 
-def layer_spec(model: ModelConfig) -> ModuleSpec:
-    """The spec of one transformer layer of `model`."""
-    spec = _open_layer_spec(model)
+def layer_spec(model: ModelConfig, grouped: bool = False) -> ModuleSpec:
+    """The spec of one transformer layer of `model`.
+
+    With `grouped` its experts are multiplied together where Transformer Engine does not do it.
+    """
+    spec = _open_layer_spec(model, grouped)
     if model.mask_tokens is None:
         return spec
     masked = type(f"Masked{spec.module.__name__}", (LayerMask, spec.module), {})
     return replace(spec, module=masked, params={**spec.params, "mask_tokens": model.mask_tokens})
 
 
-def _open_layer_spec(model: ModelConfig) -> ModuleSpec:
+def _open_layer_spec(model: ModelConfig, grouped: bool) -> ModuleSpec:
     num_experts = model.moe.num_experts if model.moe else None
     if use_transformer_engine(model):
         spec = get_gpt_layer_with_transformer_engine_spec(
@@ -147,21 +163,24 @@ def _open_layer_spec(model: ModelConfig) -> ModuleSpec:
     attention = _attention(model, spec, q_layernorm=qk_norm, k_layernorm=qk_norm)
     pre_mlp_norm = IdentityOp if model.parallel_block else RMSNorm
     spec = _with(spec, attention, input_layernorm=RMSNorm, pre_mlp_layernorm=pre_mlp_norm)
-    spec = _routed(model, spec)
+    spec = _routed(model, spec, grouped)
     return replace(spec, module=ParallelBlockLayer) if model.parallel_block else spec
 
 
-def _routed(model: ModelConfig, spec: ModuleSpec) -> ModuleSpec:
-    """With our router, where there are experts."""
+def _routed(model: ModelConfig, spec: ModuleSpec, grouped: bool = False) -> ModuleSpec:
+    """With our router, and with `grouped` our experts, where there are experts."""
     if model.moe is None:
         return spec
-    mlp, router = spec.submodules.mlp, partial(BalancedRouter, moe=model.moe)
+    mlp, parts = spec.submodules.mlp, {"router": partial(BalancedRouter, moe=model.moe)}
+    if grouped:
+        parts["experts"] = GroupedExperts
     if isinstance(mlp, partial):  # megatron-core 0.19
-        parts = replace(mlp.keywords["submodules"], router=router)
-        mlp = partial(mlp.func, **{**mlp.keywords, "submodules": parts})
+        submodules = replace(mlp.keywords["submodules"], **parts)
+        mlp = partial(mlp.func, **{**mlp.keywords, "submodules": submodules})
     else:
-        mlp = replace(mlp, submodules=replace(mlp.submodules, router=router))
-    return replace(spec, module=RoutedLayer, submodules=replace(spec.submodules, mlp=mlp))
+        mlp = replace(mlp, submodules=replace(mlp.submodules, **parts))
+    module = GroupedLayer if grouped else RoutedLayer
+    return replace(spec, module=module, submodules=replace(spec.submodules, mlp=mlp))
 
 
 def final_norm(model: ModelConfig) -> type | None:
@@ -174,13 +193,17 @@ def with_packed_attention(
     rope_base: float = 10_000.0,
     window: int | None = None,
     rope_scaling: RopeScalingConfig | None = None,
+    layers: Sequence[LayerAttention] = (),
 ) -> ModuleSpec:
     """A layer spec of megatron-core whose attention is `PackedAttention`.
 
     Its model takes the `segments` of a micro-batch as `packed_seq_params`, has no position
     embedding of its own (`position_embedding_type="none"`), and may share sequences with any ranks.
+    `layers`: the attention of each layer of the whole model, where they differ; it comes in the
+    place of the other options.
     """
-    options = {"rope_base": rope_base, "window": window, "rope_scaling": rope_scaling}
+    options: dict[str, Any] = {"rope_base": rope_base, "window": window}
+    options |= {"rope_scaling": rope_scaling, "layers": tuple(layers)}
     core = ModuleSpec(module=PackedAttention, params=options)
     attention = spec.submodules.self_attention
     submodules = replace(attention.submodules, core_attention=core)
@@ -188,8 +211,8 @@ def with_packed_attention(
 
 
 def _attention(model: ModelConfig, spec: ModuleSpec, **changes: Any) -> ModuleSpec:
-    rope = (model.rope_base, model.sliding_window, model.rope_scaling)
-    attention = with_packed_attention(spec, *rope).submodules.self_attention
+    layers = [model.attention_of(layer) for layer in range(1, model.num_layers + 1)]
+    attention = with_packed_attention(spec, layers=layers).submodules.self_attention
     attention = replace(attention, submodules=replace(attention.submodules, **changes))
     if model.moe is None or model.moe.attention_experts == 1:
         return attention

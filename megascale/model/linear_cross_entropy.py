@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 
 from megascale.fused.softmax import Softmax, differentiate, summarise
+from megascale.fused.weight_gradient import add_product
 from megascale.model.counts import loss_chunk_tokens
 
 
@@ -120,16 +121,8 @@ def _losses(
     torch.mm(gradient_CV, weight_VD, out=gradients[0])
     gradients[0].mul_(mask_C[:, None])
     counted_CD = torch.mul(hidden_CD, mask_C[:, None], out=torch.empty_like(hidden_CD))
-    _add_product(gradients[1], gradient_CV.T, counted_CD)
+    add_product(gradients[1], gradient_CV.T, counted_CD)
     return losses_C
-
-
-def _add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
-    """total += left @ right, where `total` may have a higher precision."""
-    if left.is_cuda and left.dtype != total.dtype:
-        torch.addmm(total, left, right, out_dtype=total.dtype, out=total)
-    else:
-        total.addmm_(left.to(total.dtype), right.to(total.dtype))
 
 
 def _chunks(tokens: int, rows: int, element_bytes: int) -> Iterator[slice]:

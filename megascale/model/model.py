@@ -11,6 +11,7 @@ from megatron.core.distributed import DistributedDataParallel
 
 from megascale.mesh.offload import Offloader
 from megascale.model.balance import Balance
+from megascale.model.gathers import Gathers
 from megascale.model.layers import LayerMask
 from megascale.model.timing import ComputeTimer
 
@@ -29,6 +30,10 @@ class Model:
     """Times forward passes."""
     masked_layers: list[LayerMask]
     """Layers that a step opens further."""
+    gathers: Gathers
+    """Brings the weights to all ranks after a step."""
+    overlaps: bool
+    """Whether gradients may be reduced during a backward pass."""
 
     def named_parameters(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
         """The weights of all chunks, with their names inside their chunk."""
@@ -58,15 +63,11 @@ class Model:
         for chunk in self.chunks:
             chunk.zero_grad_buffer()
 
-    def finish_gathers(self) -> None:
-        """Bring the weights of all chunks to their values after the last step; all ranks call it.
-
-        Where gathers overlap with computation, the next forward pass begins them. Until then a rank
-        has new values only of the weights that its optimizer updates.
-        """
+    def overlap_reductions(self, overlap: bool) -> None:
+        """Whether the next step reduces gradients during its last backward passes; the same on all
+        ranks. Without `parallel.overlap` and on CPU it never does."""
         for chunk in self.chunks:
-            if chunk.ddp_config.overlap_param_gather:
-                chunk.start_param_sync(force_sync=True)
+            chunk.ddp_config.overlap_grad_reduce = overlap and self.overlaps
 
     def scale_gradients(self, factor: float) -> None:
         """Multiply the gradients of all chunks by `factor`."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -22,12 +22,19 @@ class Optimizer:
     """megatron-core's; it may be a chain of others."""
     state: StateTensors
     """What it keeps."""
+    readers: list[Any] = field(default_factory=list)
+    """Events on the device after which weights and state may change: copies that are on the way."""
 
     @property
     def inner(self) -> list[Any]:
         """megatron-core's optimizers that hold parameters on this rank."""
         chained = getattr(self.core, "chained_optimizers", [self.core])
         return [inner for inner in chained if not getattr(inner, "is_stub_optimizer", False)]
+
+    def await_readers(self) -> None:
+        """Let the device, not the host, wait for all `readers` before what comes next."""
+        while self.readers:
+            self.readers.pop().wait()
 
     @property
     def steps(self) -> int:
@@ -112,6 +119,7 @@ def apply_gradients(
     the device unless the optimizer is fused.
     """
     core = optimizer.core
+    optimizer.await_readers()
     core.prepare_grads()
     if is_fused(optimizer.inner):
         return step_on_device(core, optimizer.inner, loss_tokens, clip_grad_norm, good_loss)

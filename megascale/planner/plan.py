@@ -76,6 +76,16 @@ class StepPlan:
         """Rings that `rank` computes, in order."""
         return tuple(ring for ring in self.rings if rank in ring.ranks)
 
+    @property
+    def ends_without_rings(self) -> bool:
+        """Whether no rank's last micro-batch is shared, so that what a rank begins during its last
+        backward pass (a reduction over all ranks) holds up no ring that others still compute. False
+        for plans with chunks."""
+        shared: dict[int, bool] = {}
+        for ring in self.rings:
+            shared.update(dict.fromkeys(ring.ranks, len(ring.ranks) > 1))
+        return not any(shared.values()) and all(ring.chunks == 1 for ring in self.rings)
+
     def stage_order(self, rank: int, stage: int, stages: int) -> list[Pass]:
         """(is backward, number of the micro-batch) of the passes of `rank` on `stage` of `stages`,
         in order; see `chunk_order`."""

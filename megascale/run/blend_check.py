@@ -12,7 +12,7 @@ import numpy as np
 from megascale.corpus.batches import used_sources
 from megascale.corpus.check import Findings
 from megascale.corpus.overlap import FEWEST_TOKENS, Overlap, Part, find_overlap
-from megascale.corpus.pieces import documents_of
+from megascale.corpus.pieces import documents_in_range
 from megascale.corpus.run_length import RunLength
 from megascale.corpus.shards import Shard
 from megascale.corpus.sources import SourceInfo
@@ -158,7 +158,7 @@ def _parts(run: ResolvedRun) -> Iterator[BlendPart]:
         if name in used and not source.replay and limits not in trained:
             trained.add(limits)
             shard = Shard.open(info.train)
-            part = Part(f"train of {name}", shard, documents_of(shard, source).lengths)
+            part = Part(f"train of {name}", shard, documents_in_range(shard, source).lengths)
             yield BlendPart(name, False, part, mark_of(info))
         if info.heldout is not None and info.heldout not in evaluated:
             evaluated.add(info.heldout)

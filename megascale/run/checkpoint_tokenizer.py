@@ -12,7 +12,7 @@ from megascale.convert.huggingface.kept import KEPT
 from megascale.convert.huggingface.model_folder import SPECIAL_IDS, load_theirs, require_known
 from megascale.convert.huggingface.tokenizer_folder import has_tokenizer, relation
 from megascale.convert.score_text import TextTokens
-from megascale.corpus.sources import CORPUS_FILE, TOKENIZER_FOLDER, describe, identity
+from megascale.corpus.sources import CORPUS_FILE, TOKENIZER_FOLDER, SourceInfo, identity
 from megascale.corpus.tokenizers import load_hf, load_tokenizer
 from megascale.errors import UserError
 from megascale.infowindow.tokenizer import InfoWindowTokenizer
@@ -45,7 +45,7 @@ def tokenizer_folder(found: Found, config: RunConfig, given: str | None) -> Path
 def _require_same(name: str, source: SourceConfig, held: str) -> None:
 
     try:
-        now = identity(part_seen(describe(source.path), source))
+        now = identity(part_seen(SourceInfo.of(source), source))
     except UserError as error:
         now = str(error)
     if now != held:

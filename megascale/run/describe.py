@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from megascale.config import Layout, MoeConfig, RunConfig
-from megascale.corpus.batches import Cursor, shares, used_sources
+from megascale.corpus.batches import Cursor, shares, step_sizes, used_sources
 from megascale.corpus.check import missing_ends
 from megascale.corpus.run_length import RunLength, begin_after, run_length
 from megascale.corpus.sources import SourceInfo
@@ -137,7 +137,7 @@ def _title(config: RunConfig, length: RunLength) -> list[str]:
     steps = length.num_steps
     about = "about " * (length.end is None)
     lines = [
-        f"run {config.run_dir}: {about}{steps:,} steps of {config.data.global_batch_tokens:,} "
+        f"run {config.run_dir}: {about}{steps:,} steps of {step_sizes(config.data)} "
         f"tokens to reach {config.train.tokens:,}, {config.train.precision}, seed {config.seed}",
         f"  takes {about}{length.num_tokens:,} tokens, {length.num_tokens / steps:,.0f} in a step",
     ]

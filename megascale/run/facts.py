@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from megascale.config import ModelConfig, RunConfig
+from megascale.corpus.batches import step_sizes
 from megascale.model.counts import count_parameters
 from megascale.monitor.metric_fields import field_called
 from megascale.monitor.quantities import show_count, show_names
@@ -80,7 +81,7 @@ def _of_config(config: RunConfig) -> Iterator[tuple[str, str]]:
     yield (
         "data",
         f"{show_names(list(data.sources))}; context {data.context_tokens:,}, "
-        f"{data.global_batch_tokens:,} tokens a step",
+        f"{step_sizes(data)} tokens a step",
     )
 
 

@@ -16,7 +16,7 @@ from megascale.errors import UserError
 from megascale.optim.schedule import lr_at
 from megascale.parsing import parse_yaml
 
-ORDER_OF_DATA = ("seed", "data.context_tokens", "data.global_batch_tokens")
+ORDER_OF_DATA = ("seed", "data.context_tokens", "data.global_batch_tokens", "data.batch_ramp")
 WEIGHTS_AND_START = ("model", "start")
 CHANGEABLE = (
     *("implementation", "vocab_multiple", "moe.balance_weight", "moe.balance_weights"),
@@ -34,7 +34,7 @@ def compare_configs(saved_yaml: str, config: RunConfig, tokens_seen: int) -> lis
     saved = parse_config(saved_yaml)
     changed = changes(*_trees(saved, config))
     for key, (was, now) in changed.items():
-        fixed = key in ORDER_OF_DATA or key.split(".")[0] in WEIGHTS_AND_START
+        fixed = key.startswith(ORDER_OF_DATA) or key.split(".")[0] in WEIGHTS_AND_START
         fixed = fixed and not (key == "start.checkpoint" and same_start(saved, config))
         if fixed and key.removeprefix("model.") not in CHANGEABLE:
             raise UserError(

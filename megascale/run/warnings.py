@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from megascale.config import Layout, OptimConfig, RunConfig
 from megascale.config.lr_curves import options_of
 from megascale.config.optimizers import OPTIMIZERS
-from megascale.corpus.batches import used_sources
+from megascale.corpus.batches import step_tokens, used_sources
 from megascale.corpus.run_length import RunLength
 from megascale.model.counts import count_parameters
 from megascale.optim import steplaw
@@ -130,10 +130,10 @@ def _steps(config: RunConfig, length: RunLength) -> Iterator[str]:
             f"data.global_batch_tokens = {batch} is less than a sequence, and a step takes at "
             f"least one: {mean:,.0f} tokens on average"
         )
-    if config.train.tokens < config.data.global_batch_tokens:
+    if config.train.tokens < step_tokens(config.data, 0):
         yield (
             f"train.tokens = {config.train.tokens} is less than one step of "
-            f"{config.data.global_batch_tokens} tokens; one step is run"
+            f"{step_tokens(config.data, 0)} tokens; one step is run"
         )
     save, keep = config.checkpoint.save_every_steps, config.checkpoint.keep_every_steps
     if save and keep % save:

@@ -24,8 +24,7 @@ from megascale.checkpoint.save import Saver
 from megascale.config import RunConfig, parse_config
 from megascale.corpus.batches import Cursor, with_stages
 from megascale.corpus.run_length import is_over, run_length
-from megascale.corpus.shards import Shard
-from megascale.corpus.sources import SourceInfo, identity
+from megascale.corpus.sources import SourceInfo, identity, training_documents
 from megascale.mesh.reader import MicroBatchReader, TokenSource
 from megascale.model.build import build_model
 from megascale.monitor.speeds import RankSpeeds
@@ -152,8 +151,10 @@ def token_sources(config: RunConfig, sources: Mapping[str, SourceInfo]) -> list[
     """The training shards of a run as ranks read them, in the order of `GlobalBatch.source`."""
     vocab_size = config.model.vocab_size or 0
     return [
-        TokenSource(name, Shard.open(sources[name].train), sources[name].first_id, vocab_size)
-        for name in config.data.sources
+        TokenSource(
+            name, training_documents(one, sources[name]), sources[name].first_id, vocab_size
+        )
+        for name, one in config.data.sources.items()
     ]
 
 

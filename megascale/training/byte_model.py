@@ -155,7 +155,7 @@ def freeze(run: Path) -> M1:
     require_freezable(config)
     weights = {
         name: tensor.float().numpy()
-        for name, tensor in export_tensors(Tensors(found), config.model)
+        for name, tensor in export_tensors(Tensors(found), config.model, "llama")
     }
     return M1.freeze(shape_of(config), weights)
 
@@ -175,10 +175,21 @@ def require_freezable(config: RunConfig) -> None:
     shape_of(config).require_exact()
 
 
+NOT_FROZEN = (
+    "moe",
+    "qk_norm",
+    "qkv_bias",
+    "parallel_block",
+    "sliding_window",
+    "rope_scaling",
+    "attention_pattern",
+)
+"""Options of `model` that M1 does not have."""
+
+
 def _require_plain(config: RunConfig) -> None:
     model = config.model
-    names = ("moe", "qk_norm", "qkv_bias", "parallel_block", "sliding_window", "rope_scaling")
-    for name in names:
+    for name in NOT_FROZEN:
         if getattr(model, name):
             raise UserError(f"M1: model.{name} is not among what can be frozen; leave it out")
     if not SHORTEST_CONTEXT <= config.data.context_tokens <= MOST_TERMS:

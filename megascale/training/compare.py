@@ -20,6 +20,7 @@ from megascale.monitor.quantities import show_duration
 from megascale.monitor.ratios import machine_busy_s
 from megascale.optim.build import build_optimizer
 from megascale.planner import CostModel, Problem, StepPlan, find_planner
+from megascale.planner.chunk_order import chunks_of_waves
 from megascale.planner.fit import fit_cost
 from megascale.run.resolve import ResolvedRun
 from megascale.run.step_problem import cost_model, following_batches, step_problem
@@ -50,12 +51,18 @@ class Trainers:
         tokens = batch.num_tokens
         self._tokens_seen[name] += tokens
         micro_batches = self.reader.read(plan, batch)
-        count = len(plan.rings_of(self.ranks.hdp_rank))
+        rings = plan.rings_of(self.ranks.hdp_rank)
         control, on_gpu = self.ranks.control, self.ranks.device.type == "cuda"
         dist.barrier(group=control)
         busy_s, began, worked = machine_busy_s(), time.perf_counter(), time.process_time()
         result = train_step(
-            self.learners[name], micro_batches, count, tokens, self._tokens_seen[name]
+            self.learners[name],
+            micro_batches,
+            len(rings),
+            loss_tokens=tokens,
+            tokens_seen=self._tokens_seen[name],
+            waves=chunks_of_waves(rings),
+            overlap=plan.ends_without_rings,
         )
         if on_gpu:
             torch.cuda.synchronize()

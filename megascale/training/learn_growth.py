@@ -12,20 +12,19 @@ from megascale.checkpoint.load import Found
 from megascale.checkpoint.tensors import Tensors
 from megascale.config import Layout, ModelConfig, ParallelConfig, RunConfig
 from megascale.convert.one_rank import for_one_rank, run_config
-from megascale.corpus.batches import Cursor, GlobalBatches
-from megascale.corpus.shards import Shard
+from megascale.corpus.batches import Cursor
 from megascale.corpus.sources import SourceInfo, identity
 from megascale.errors import UserError
 from megascale.growth.learn import DepthMaps, Maps
 from megascale.mesh.packing import MicroBatch
-from megascale.mesh.reader import TokenSource
 from megascale.model.build import build_model
 from megascale.run.replay import part_seen
 from megascale.run.resume import compare_sources
-from megascale.run.step_problem import plan_lengths
+from megascale.run.step_problem import batches_of, plan_lengths
 from megascale.runtime import distributed
 from megascale.runtime.distributed import Ranks
 from megascale.runtime.environment import world_from_environment
+from megascale.training.begin import token_sources
 from megascale.training.reading import reader_of
 from megascale.training.step import Learner, run_micro_batches
 
@@ -87,15 +86,9 @@ class _Batches:
     def __init__(
         self, config: RunConfig, sources: dict[str, SourceInfo], ranks: Ranks, cursor: Cursor
     ) -> None:
-        shards = {name: Shard.open(info.train) for name, info in sources.items()}
         self._config, self.cursor = config, cursor
-        self._batches = GlobalBatches(config.data, shards, config.seed)
-        vocab_size = config.model.vocab_size or 0
-        readable = [
-            TokenSource(name, shards[name], sources[name].first_id, vocab_size)
-            for name in self._batches.names
-        ]
-        self._reader = reader_of(config, ranks, readable)
+        self._batches = batches_of(config, sources)
+        self._reader = reader_of(config, ranks, token_sources(config, sources))
 
     def next(self) -> tuple[list[MicroBatch], int]:
         """(micro-batches of the next global batch, its loss tokens)."""

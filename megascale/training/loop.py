@@ -28,6 +28,7 @@ from megascale.model.timing import SAMPLED
 from megascale.monitor.profile import profiler
 from megascale.monitor.step_record import StepResult
 from megascale.monitor.stragglers import slowdown_R
+from megascale.planner.chunk_order import chunks_of_waves
 from megascale.run.earlier_runs import with_earlier
 from megascale.run.folder import RunFolder, noting_errors
 from megascale.run.growing import require_growth, small_and_grown
@@ -221,15 +222,18 @@ def _step(run: Run, planned: PlannedBatch) -> StepResult:
     every = run.config.monitor.compare_ranks_every_steps
     if run.learner.ranks.world > 1 and every and -planned.after.step % every < COMPARED_STEPS:
         run.learner.model.timer.begin_step()
+    rings = planned.plan.rings_of(run.reader.hdp_rank)
     return train_step(
         run.learner,
         run.reader.read(planned.plan, planned.batch),
-        count=len(planned.plan.rings_of(run.reader.hdp_rank)),
+        count=len(rings),
+        waves=chunks_of_waves(rings),
         loss_tokens=planned.batch.num_tokens,
         tokens_seen=planned.after.tokens_seen,
         most_loss=run.spikes.most_loss,
         stop=bool(run.stop_request),
         writes_done=run.saver.pending_done(),
+        overlap=planned.plan.ends_without_rings,
     )
 
 

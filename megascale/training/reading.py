@@ -19,4 +19,5 @@ def reader_of(config: RunConfig, ranks: Ranks, sources: Sequence[TokenSource]) -
         ranks.device,
         ranks.axis,
         config.model.sliding_window,
+        config.planner.chunk_cache == "host",
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -24,6 +24,7 @@ from megascale.optim.build import apply_gradients, set_rates
 from megascale.optim.schedule import lr_at
 from megascale.runtime.distributed import Ranks
 from megascale.runtime.heartbeat import pulse
+from megascale.training.chunk_schedule import run_chunks
 
 
 @dataclass
@@ -46,12 +47,17 @@ def train_step(
     most_loss: float = math.inf,
     stop: bool = False,
     writes_done: bool = True,
+    waves: Sequence[int] = (),
+    overlap: bool = False,
 ) -> StepResult:
     """Train on one global batch, of which `micro_batches` (`count` of them) are this rank's.
 
+    `waves` says how many chunks each wave has, where the plan has chunks.
     `loss_tokens` are those of the whole batch and `tokens_seen` those up to and including it.
     With a mean loss above `most_loss`, or one that is not finite, the weights are left alone.
-    Raises RuntimeError when the ranks together did not run every token exactly once.
+    With `overlap`, equal on all ranks, gradients are reduced during the last backward pass; see
+    `StepPlan.ends_without_rings`. Raises RuntimeError when the ranks together did not run every
+    token exactly once.
     """
     began = time.perf_counter()
     config, model, optimizer = learner.config, learner.model, learner.optimizer
@@ -60,6 +66,7 @@ def train_step(
     for layer in model.masked_layers:
         layer.open_by(loss_tokens)
     model.zero_grad_buffer()
+    model.overlap_reductions(overlap)
     optimizer.core.zero_grad()
     balance = model.balance
     if balance is not None:
@@ -68,7 +75,7 @@ def train_step(
             balance.adopt(look(learner, micro_batches, count))
         balance.begin(count, loss_tokens)
     pulse.enter("micro-batches")
-    sums = run_micro_batches(learner, micro_batches, count)
+    sums = run_micro_batches(learner, micro_batches, count, waves=waves)
     pulse.enter("gradients")
     if balance is not None:
         balance.begin_sum()
@@ -79,6 +86,7 @@ def train_step(
     loss_sum, ran = sums[:2]
     good_loss = loss_sum.isfinite() & (loss_sum <= most_loss * loss_tokens) & (ran == loss_tokens)
     update = apply_gradients(model, optimizer, loss_tokens, config.optim.clip_grad_norm, good_loss)
+    model.gathers.begin()
     loss, ran, stops, writing, moved_gib, norm, stepped = _read(*sums, *update)
     if int(ran) != loss_tokens:
         raise RuntimeError(f"the plan ran {int(ran)} tokens of a batch of {loss_tokens}")
@@ -126,14 +134,23 @@ def run_micro_batches(
     micro_batches: Iterable[MicroBatch],
     count: int,
     forward_only: bool = False,
+    waves: Sequence[int] = (),
 ) -> torch.Tensor:
     """Forward (and backward) through megatron-core's schedule for this layout.
 
+    Waves of chunks run backward in the order of the plan, by `chunk_schedule`. So do all waves of a
+    pipeline on CUDA: megatron-core's schedule sends shapes first, and waits for each.
     Returns this rank's (summed loss, loss tokens), fp64 on its device, both 0 where another rank
     reports them. The host does not wait for the device.
     """
     device = learner.ranks.device
-    reports = get_forward_backward_func()(
+    learner.model.gathers.begin()
+    pipeline = learner.config.parallel.pipeline > 1 and device.type == "cuda"
+    in_order = not forward_only and (pipeline or any(chunks > 1 for chunks in waves))
+    schedule = get_forward_backward_func()
+    if in_order:
+        schedule = partial(run_chunks, waves or [1] * count)
+    reports = schedule(
         forward_step_func=partial(_forward, learner.model),
         data_iterator=iter(micro_batches),
         model=learner.model.chunks,
@@ -162,6 +179,8 @@ def _forward(
             loss_mask=batch.loss_mask_T[None],
             packed_seq_params=batch.segments,
         )
+    if not torch.is_grad_enabled():
+        batch.segments.end_group()
 
     def report(loss_sum: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         tokens = torch.full((), batch.num_tokens, dtype=torch.int32, device=loss_sum.device)

@@ -197,6 +197,8 @@ def _values(config: Any) -> Iterator[None]:
     """Lists of numbers of tensors: experts get equally many tokens, and keep their order."""
     from megatron.core.transformer.moe import token_dispatcher
 
+    from megascale.model.dispatch import Dispatcher
+
     plain, plain_sort = torch.Tensor.tolist, token_dispatcher.sort_chunks_by_idxs
     moe, capacity = config.model.moe, config.planner.capacity_tokens
 
@@ -214,7 +216,14 @@ def _values(config: Any) -> Iterator[None]:
     def sort(chunks: Any, sizes: Any, order: Any, **options: Any) -> Any:
         return plain_sort(chunks, sizes, np.arange(len(order)), **options)
 
+    def on_host(self: Any, counts: torch.Tensor, sizes: torch.Tensor) -> list[list[int]]:
+        fake_device.on_sync("tolist")
+        tensor, expert = sizes.shape
+        rows = capacity * moe.top_k // tensor
+        return [[rows // expert] * expert, [rows // expert] * expert, [rows] * tensor]
+
     with (
+        patch.object(Dispatcher, "_on_host", on_host),
         patch.object(torch.Tensor, "tolist", tolist),
         patch.object(FakeTensor, "tolist", tolist),
         patch.object(token_dispatcher, "sort_chunks_by_idxs", sort),

@@ -1,34 +1,21 @@
 """The real model, its step and its optimizer on CUDA tensors that hold nothing: nothing fails, the
 host waits for the device only where a list says so, and counts stay below their limits."""
 
+import contextlib
 from collections import Counter
 
 import pytest
 import torch
-from measure import DENSE, layers_of, micro_batch, step
+from measure import DENSE, EXPERTS, layers_of, micro_batch, step
 from scene import MOE, scene
 
 TOKENS = 8192
 READ = Counter({"tolist in training/step.py:_read": 1})
 """The values of a step, after the optimizer was launched."""
-EXPERTS = Counter(
-    {
-        "masked_select in moe/moe_utils.py:permute": 2,
-        "synchronize in moe/token_dispatcher.py:_maybe_dtoh_and_synchronize": 1,
-    }
-)
-"""In each layer, until experts are one grouped product."""
+EXCHANGE = Counter({"tolist in model/dispatch.py:_agree": 1})
+"""In each layer whose expert ranks exchange tokens: how many come and go."""
 USE_OF_EXPERTS = Counter({"copy to host in model/balance.py:finish_sum": 1})
 """In each step, after the optimizer was launched too."""
-STAGE = Counter(
-    {
-        "copy to device in pipeline_parallel/p2p_communication.py:_communicate_shapes": 1,
-        "synchronize in pipeline_parallel/p2p_communication.py:_communicate_shapes": 2,
-        "synchronize in pipeline_parallel/p2p_communication.py:_communicate": 2,
-        "tolist in pipeline_parallel/p2p_communication.py:_communicate_shapes": 1,
-    }
-)
-"""A micro-batch between two stages, whose shape is a message."""
 
 
 def times(number, syncs):
@@ -45,12 +32,15 @@ def times(number, syncs):
         ([], 8, 7, READ),
         (["parallel.tensor=2"], 2, 1, READ),
         (["parallel.tensor=2"], 4, 1, READ),
-        (["parallel.pipeline=2"], 2, 0, READ + STAGE),
-        (["parallel.pipeline=2"], 2, 1, READ + STAGE),
-        ([MOE], 1, 0, READ + USE_OF_EXPERTS + times(2, EXPERTS)),
-        ([MOE], 8, 3, READ + USE_OF_EXPERTS + times(2, EXPERTS)),
-        ([MOE, "model.moe.estimate=buffer_corrected"], 1, 0,
-         READ + USE_OF_EXPERTS + times(2, EXPERTS)),
+        (["parallel.pipeline=2"], 2, 0, READ),
+        (["parallel.pipeline=2"], 2, 1, READ),
+        ([MOE], 1, 0, READ + USE_OF_EXPERTS),
+        ([MOE], 8, 3, READ + USE_OF_EXPERTS),
+        ([MOE, "model.moe.estimate=buffer_corrected"], 1, 0, READ + USE_OF_EXPERTS),
+        ([MOE, "parallel.tensor=2"], 2, 1, READ + USE_OF_EXPERTS),
+        ([MOE, "parallel.expert=2"], 2, 1, READ + USE_OF_EXPERTS + times(2, EXCHANGE)),
+        ([MOE, "parallel.expert=2", "parallel.tensor=2"], 4, 1,
+         READ + USE_OF_EXPERTS + times(2, EXCHANGE)),
     ],
     ids=lambda value: " ".join(value)[:40] if isinstance(value, list) else None,
 )  # fmt: skip
@@ -70,8 +60,8 @@ def test_the_host_waits_only_where_it_must(overrides, world, rank, syncs):
 
 @pytest.mark.parametrize(
     "overrides, world, launches, gigabytes",
-    [(DENSE, 1, 68, 12.74), (DENSE, 8, 224, 29.79), (MOE, 1, 207, 6.66)],
-    ids=["dense", "ring", "experts"],
+    [(DENSE, 1, 33, 10.62), (DENSE, 8, 141, 24.53), (MOE, 1, 99, 4.74), (EXPERTS, 1, 99, 14.2)],
+    ids=["dense", "ring", "experts", "64 experts"],
 )
 def test_launches_and_bytes_of_a_layer(overrides, world, launches, gigabytes):
     """Of its forward and its backward pass. The limits are what was counted: they may only fall."""
@@ -90,7 +80,14 @@ def test_a_step_beside_its_micro_batches():
 
 @pytest.mark.parametrize(
     "overrides, world",
-    [([], 1), (["train.recompute=full"], 1), ([MOE], 1), (["parallel.tensor=2"], 2), ([], 8)],
+    [
+        ([], 1),
+        (["train.recompute=full"], 1),
+        ([MOE], 1),
+        ([EXPERTS], 1),
+        (["parallel.tensor=2"], 2),
+        ([], 8),
+    ],
     ids=lambda value: " ".join(value)[:40] if isinstance(value, list) else None,
 )
 def test_the_memory_of_activations_is_what_the_plan_says(overrides, world):
@@ -123,3 +120,44 @@ def test_attention_goes_through_calls_that_every_version_has():
             found.step(batches)
     assert counts.launches["_flash_attention_forward"] == 2
     assert counts.launches["_flash_attention_backward"] == 2
+
+
+def test_a_save_copies_beside_the_next_step():
+    """The host waits in the thread that writes, and the device before the update. What the step
+    changes before its update is copied first."""
+    from unittest.mock import patch
+
+    from megascale.checkpoint import host_copy
+    from megascale.checkpoint.boxes import boxes
+
+    plain, copied, beside = host_copy._copy, {}, []
+
+    @contextlib.contextmanager
+    def stream(_):
+        beside.append(True)
+        yield
+        beside.clear()
+
+    def copy(pairs):
+        copied[bool(beside)] = {box.key for box, _ in pairs}
+        plain(pairs)
+
+    with scene(MOE) as found, contextlib.ExitStack() as leave:
+        learner = found.learner
+        found.step(found.read(((0,), [TOKENS])))
+        leave.enter_context(patch.object(torch.cuda, "stream", stream))
+        leave.enter_context(patch.object(host_copy, "_copy", copy))
+        leave.enter_context(patch.object(torch.Tensor, "is_pinned", lambda *_: True))
+        held = boxes(learner.model, learner.optimizer, to_write=True)
+        host = host_copy.HostCopy(held, learner.ranks.device)
+        with found.device.counting() as counts:
+            host.begin(learner.optimizer)
+        assert not counts.syncs and len(learner.optimizer.readers) == 1
+        with found.device.counting() as counts:
+            found.step(found.read(((0,), [TOKENS])))
+        assert counts.syncs == READ + USE_OF_EXPERTS and not learner.optimizer.readers
+        with found.device.counting() as counts:
+            assert len(host.finished()) == len(held)
+        assert counts.syncs == Counter({"synchronize in checkpoint/host_copy.py:finished": 1})
+    assert copied[False] | copied[True] == {box.key for box in held}
+    assert all(key.endswith(("load_E", "earlier_E")) for key in copied[False]) and copied[False]

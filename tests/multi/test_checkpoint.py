@@ -195,6 +195,31 @@ def test_a_save_has_the_weights_after_the_last_step(
         assert same(state, expected[0]) and losses == expected[1]
 
 
+class Reader:
+    """A copy on its way, which sees the weights when the step waits for it."""
+
+    def __init__(self, run: Run) -> None:
+        self.run, self.seen = run, []
+
+    def wait(self) -> None:
+        self.seen.append(self.run.state())
+
+
+def step_that_waits() -> Any:
+    """The state before a step, when the step waits for a copy, and after it."""
+    run = Run(["train.precision=bf16"])
+    run.train(range(1))
+    before, reader = run.state(), Reader(run)
+    run.optimizer.readers.append(reader)
+    run.train(range(1, 3))
+    return before, reader.seen, run.state()
+
+
+def test_an_update_waits_for_a_copy_to_host(ranks: Any) -> None:
+    before, (seen,), after = ranks(1, step_that_waits)[0]
+    assert same(before, seen) and not same(before, after)
+
+
 TENSOR, PIPELINE = "parallel.tensor=2", "parallel.pipeline=2"
 EXPERT, REPLICATED = "parallel.expert=2", "optim.distributed_optimizer=false"
 SOAP = "optim.name=soap"

@@ -71,8 +71,10 @@ def random_plan(seed, lengths, num_ranks, mode):
 
 def bare(core, reduction, model):
     """The model without gradient buffers, which have no fp64."""
+    import torch
+
     model.no_sync = nullcontext
-    core.moe_router_dtype = "fp64"
+    core.moe_router_dtype, core.pipeline_dtype = "fp64", torch.float64
     return model
 
 
@@ -88,6 +90,7 @@ def gradients(overrides, plans, exact=False, loads=None):
 
     from megascale.mesh.reader import MicroBatchReader, TokenSource
     from megascale.model import build
+    from megascale.planner.chunk_order import chunks_of_waves
     from megascale.runtime import distributed
     from megascale.training.step import Learner, look, run_micro_batches
 
@@ -122,33 +125,37 @@ def gradients(overrides, plans, exact=False, loads=None):
         else:
             model.zero_grad_buffer()
         micro_batches = reader.read(plan, whole_batch(LENGTHS))
-        count = len(plan.rings_of(ranks.hdp_rank))
+        rings = plan.rings_of(ranks.hdp_rank)
+        count = len(rings)
         learner = Learner(config, ranks, model, None)
         if model.balance is not None:
             if model.balance.looks_first:
                 micro_batches = list(micro_batches)
                 model.balance.adopt(look(learner, micro_batches, count))
             model.balance.begin(count, sum(LENGTHS))
-        sums = run_micro_batches(learner, micro_batches, count)
+        waves = chunks_of_waves(rings)
+        sums = run_micro_batches(learner, micro_batches, count, waves=waves)
         dist.all_reduce(sums)
         if not exact:
             finalize_model_grads(model.chunks)
-        results.append((sums.tolist(), _named(model, ranks, exact)))
+        results.append((sums.tolist(), _named(model, ranks, exact, config.model.num_layers)))
     dist.new_group = new_group
     return results, len(made)
 
 
-def _named(model, ranks, exact):
+def _named(model, ranks, exact, num_layers):
     """Gradients under the names they have in one process, with the part of the tensor axis."""
     import torch.distributed as dist
     from megatron.core import parallel_state as state
 
     cut, found = ranks.layout, {}
-    layers = 2 // cut.pipeline * state.get_pipeline_model_parallel_rank()
+    layers = num_layers // cut.pipeline * state.get_pipeline_model_parallel_rank()
     experts = 4 // cut.expert * state.get_expert_model_parallel_rank()
     for name, weight in model.named_parameters():
         if exact:
-            dist.all_reduce(weight.grad)
+            dist.all_reduce(weight.grad, group=ranks.axis.group)
+            if cut.pipeline > 1 and ("embedding" in name or "output_layer" in name):
+                dist.all_reduce(weight.grad, group=state.get_embedding_group())
         grad = (weight.grad if exact else weight.main_grad).detach().clone()
         words = name.removeprefix("module.").split(".")
         for key, offset in (("layers", layers), ("local_experts", experts)):
@@ -206,6 +213,12 @@ def agree(answers, expected_sums, expected, tolerance):
 
 
 MOE = "model.moe.num_experts=4"
+PATTERN = [
+    "model.sliding_window=16",
+    "model.local_rope_base=50",
+    "model.attention_pattern=[sliding, full_nope]",
+    "model.rope_scaling={kind: yarn, factor: 4, original_tokens: 32}",
+]
 
 
 @pytest.mark.parametrize(
@@ -215,6 +228,7 @@ MOE = "model.moe.num_experts=4"
         (3, "free", []),
         (4, "free", []),
         (4, "free", ["model.sliding_window=16"]),
+        (4, "free", PATTERN),
         (2, "free", ["train.recompute=full"]),
         (4, "free", ["parallel.tensor=2"]),
         (4, "free", ["parallel.tensor=2", "parallel.sequence_parallel=false"]),

@@ -28,10 +28,33 @@ LLAMA_3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 32,  # within which some pairs turn often, some seldom
 }
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 1e4,
+    "factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+PATTERN = {
+    "num_hidden_layers": 4,
+    "sliding_window": 16,
+    "layer_types": ["sliding_attention", "full_attention", "full_attention"] * 2,
+}
+PATTERN["layer_types"] = PATTERN["layer_types"][:4]
 FAMILIES = {
     "llama": {"rope_theta": 5e5},
     "llama 3": {"rope_parameters": LLAMA_3},
     "mistral": {"sliding_window": 16, "tie_word_embeddings": True},
+    "ministral": PATTERN | {"head_dim": 12},
+    "smollm3": {"num_hidden_layers": 3, "no_rope_layer_interval": 2, "pad_token_id": None}
+    | {"rope_parameters": YARN},
+    "smollm3 window": PATTERN
+    | {"use_sliding_window": True, "no_rope_layers": [1, 0, 1, 0], "pad_token_id": None},
+    "phi3": {"sliding_window": 16, "pad_token_id": None, "eos_token_id": 2},
+    "qwen2 yarn": {"rope_parameters": YARN},
+    "qwen3 yarn": {"rope_parameters": YARN | {"attention_factor": 1.3, "beta_fast": 8.0}}
+    | PATTERN
+    | {"use_sliding_window": True},
+    "llama linear": {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 3.0}},
     "qwen2": {"vocab_size": 100, "tie_word_embeddings": True},
     "qwen3": {"head_dim": 16, "tie_word_embeddings": True},
     "mixtral": EXPERTS,

@@ -55,6 +55,7 @@ IGNORE = {
     | {"shared_expert_intermediate_size": 24, "qkv_bias": True, "mlp_only_layers": [7]}
     | {"layer_types": SLIDING, "max_window_layers": 0},
 }
+MIXED = {"layer_types": ["full_attention", "sliding_attention"]}
 READ = {
     "llama": [
         {"rope_scaling": LLAMA_3},
@@ -65,8 +66,14 @@ READ = {
         {"rope_parameters": {"rope_type": "default", "rope_theta": 77.0}, "rope_theta": 5e5},
         {"original_max_position_embeddings": 16, "rope_parameters": LLAMA_3},
     ],
-    "mistral": [WINDOW, {"sliding_window": 1}, {"sliding_window": 300, "num_hidden_layers": 1}],
+    "mistral": [
+        WINDOW,
+        WINDOW | MIXED,
+        {"sliding_window": 1},
+        {"sliding_window": 300, "num_hidden_layers": 1},
+    ],
     "qwen2": [USED, WINDOW | {"use_sliding_window": True, "layer_types": SLIDING}]
+    + [USED | {"max_window_layers": 1}, USED | MIXED]
     + [USED | {"max_window_layers": 2}, USED | {"layer_types": ["full_attention"] * 2}],
     "qwen3": [USED, USED | {"max_window_layers": 2}, {"head_dim": 4}],
     "mixtral": [WINDOW, {"num_local_experts": 3}, {"sliding_window": 5, "head_dim": 4}],
@@ -83,10 +90,11 @@ READ = {
 }
 """Options that a family has; every family also has those of `ALL_READ`."""
 ALL_READ = [
+    {"rope_scaling": {"rope_type": "yarn", "factor": 2.0, "beta_slow": 2, "truncate": False}},
+    {"rope_scaling": {"type": "linear", "factor": 2.0}},
     {"num_key_value_heads": 4, "head_dim": 6, "tie_word_embeddings": True, "rms_norm_eps": 0.3},
     {"rope_theta": 50.0, "num_key_value_heads": 1, "vocab_size": 101},
 ]
-MIXED = {"layer_types": ["full_attention", "sliding_attention"]}
 REFUSED = {
     "llama": [
         ({"attention_bias": True}, "attention_bias = True"),
@@ -94,18 +102,15 @@ REFUSED = {
     ],
     "mistral": [
         ({"sliding_window": 0}, "sliding_window = 0"),
-        ({"layer_types": SLIDING}, "ministral"),
     ],
-    "qwen2": [(USED | {"max_window_layers": 1}, "layers of full_attention, sliding_attention")]
-    + [({"layer_types": SLIDING}, "need sliding_window and use_sliding_window")],
-    "qwen3": [({"attention_bias": True}, "attention_bias"), (USED | MIXED, "layers of full")],
+    "qwen2": [({"layer_types": SLIDING}, "need sliding_window and use_sliding_window")],
+    "qwen3": [({"attention_bias": True}, "attention_bias")],
     "mixtral": [({"num_experts_per_tok": 1}, "one expert per token")],
     "qwen2_moe": [
         ({"mlp_only_layers": [1]}, r"mlp_only_layers = \[1\] .* layers \[1\]"),
         ({"decoder_sparse_step": 0}, "decoder_sparse_step = 0 must be at least 1"),
         ({"decoder_sparse_step": 2}, r"decoder_sparse_step = 2 leave layers \[0\]"),
         ({"norm_topk_prob": True, "num_experts_per_tok": 1}, "one expert per token"),
-        (USED | {"max_window_layers": 2}, "layers of full_attention, sliding_attention"),
         ({"layer_types": SLIDING}, "need sliding_window"),
     ],
     "qwen3_moe": [({"attention_bias": True}, "attention_bias"), ({"mlp_only_layers": [0]}, "[0]")],
@@ -114,9 +119,8 @@ ALL_REFUSED = [
     ({"hidden_act": "gelu"}, "hidden_act = gelu"),
     ({"is_causal": False}, "is_causal = False"),
     ({"rope_theta": None}, "rope_theta = None"),
-    ({"rope_scaling": {"rope_type": "linear", "factor": 2.0}}, "linear"),
     ({"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "dynamic"),
-    ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "yarn"),
+    ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0, "mscale": 1.5}}, "mscale = 1.5"),
     ({"rope_parameters": LLAMA_3, "partial_rotary_factor": 0.5}, "partial_rotary_factor"),
     ({"per_layer_config": {"0": {"intermediate_size": 8}}}, "per_layer_config"),
     ({"num_experts_per_tok": 5, "num_experts": 4, "model_type": "qwen3_moe"}, "top_k = 5"),

@@ -69,6 +69,13 @@ def single(ranks, *overrides):
     return np.array(curve)
 
 
+PATTERN = [
+    "model.sliding_window=16",
+    "model.local_rope_base=50",
+    "model.attention_pattern=[sliding, full_nope]",
+]
+
+
 @pytest.mark.parametrize(
     "world, overrides",
     [
@@ -87,6 +94,8 @@ def single(ranks, *overrides):
         (2, ["model.parallel_block=true"]),
         (2, ["model.parallel_block=true", "parallel.tensor=2"]),
         (2, ["model.sliding_window=16"]),
+        (2, [*PATTERN, "parallel.pipeline=2"]),
+        (3, PATTERN),
         (2, ["model.moe.num_experts=4", "parallel.expert=2"]),
         (2, ["model.moe.num_experts=4", "parallel.expert=2", "model.moe.dispatcher=allgather"]),
         (2, ["model.moe.num_experts=4", "parallel.tensor=2"]),
@@ -119,6 +128,9 @@ def test_options_of_the_model_change_it(ranks):
     plain = single(ranks)
     for option in ("parallel_block=true", "sliding_window=16", "qk_norm=false", "rope_base=10"):
         assert abs(single(ranks, f"model.{option}")[0] - plain[0]).max() > 1e-6, option
+    for number, option in enumerate(PATTERN[1:], 1):
+        before, after = single(ranks, *PATTERN[:number]), single(ranks, *PATTERN[: number + 1])
+        assert abs(before[0] - after[0]).max() > 1e-6, option
 
 
 def test_bf16_follows_fp32(ranks):

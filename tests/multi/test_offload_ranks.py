@@ -56,7 +56,7 @@ def gradients_by_ratio(overrides):
         model.zero_grad_buffer()
         run = [replace(m, offload=r) for m, r in zip(micro_batches, ratios)]
         for micro_batch in run:
-            micro_batch.segments.rotary = None
+            micro_batch.segments.rotary.clear()
         run_micro_batches(learner, run, len(run))
         grads = [weight.main_grad.clone() for weight in model.parameters()]
         expected = expected or grads

@@ -26,9 +26,11 @@ from megascale.config import (
     finalize,
 )
 from megascale.fused.softmax import Softmax
+from megascale.mesh.chunk_cache import ChunkCache
 from megascale.model import linear_cross_entropy as loss
 from megascale.model.activations import (
     activation_bytes,
+    chunk_bytes,
     head_bytes,
     layer_activation_bytes,
     ring_buffer_bytes,
@@ -108,7 +110,7 @@ def test_the_head_takes_what_is_tracked(
         replace(LLAMA_8B, vocab_size=ids), tokens, train=TrainConfig(precision=precision)
     )
     # as kernels of CUDA do, without intermediate tensors
-    monkeypatch.setattr(loss, "_add_product", lambda total, left, right: total.add_(1))
+    monkeypatch.setattr(loss, "add_product", lambda total, left, right: total.add_(1))
     monkeypatch.setattr(loss, "summarise", summarised_in_place)
     monkeypatch.setattr(loss, "differentiate", lambda softmax, *_: softmax.state_CV.add_(1))
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
@@ -135,6 +137,34 @@ def test_buffers_of_rings_are_those_that_were_tracked() -> None:
     assert ring_buffer_bytes(config, ALONE) == 0
     unshared = replace(config, planner=replace(config.planner, name="longest_first"))
     assert ring_buffer_bytes(unshared, layout) == 0
+
+
+def test_chunks_keep_keys_values_and_gradients() -> None:
+    """What a cache holds, in bf16 under full recomputation, and what gathers them."""
+    planner = {"capacity_tokens": TOKENS, "chunks": 4}
+    full, two = TrainConfig(recompute="full"), Layout(2, 1, 2, 1, 1)
+    whole = run_config(replace(DENSE, num_layers=2), train=full)
+    config = replace(whole, planner=replace(whole.planner, **planner))
+    own = torch.zeros(2, 10, 2, 16, dtype=torch.bfloat16)
+    cache, rows = ChunkCache(), slice(None)
+    for chunk in (0, 1):
+        seen = cache.extend("layer", chunk, own, rows)
+    cache.settle("layer", 1, torch.zeros(seen.shape), rows)
+    (layer,) = cache._layers.values()
+    assert len(layer.kept_2SGD) == 1 and layer.gradient_2PGD is not None
+    held = layer.kept_2SGD[0].nbytes + layer.gradient_2PGD.nbytes
+    assert chunk_bytes(config, ALONE) == held / 10
+    on_host = replace(config, planner=replace(config.planner, chunk_cache="host"))
+    kept = replace(config, train=TrainConfig())
+    assert (
+        chunk_bytes(on_host, ALONE) == chunk_bytes(kept, ALONE) == layer.gradient_2PGD.nbytes / 10
+    )
+    assert chunk_bytes(whole, ALONE) == 0
+    more = activation_bytes(config, two, 0) - activation_bytes(whole, two, 0)
+    assert more == TOKENS * 2 * held / 10
+    # one share of queries, and keys and values of two
+    queries, keys = 4 * (4 + 2) * 16, 2 * (4 * 2 * 4 + 2 * 2 * 2) * 16
+    assert ring_buffer_bytes(config, two) == TOKENS * (queries + 2 * keys)
 
 
 def test_stages_hold_micro_batches_for_the_stages_after_them() -> None:

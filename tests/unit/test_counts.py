@@ -40,6 +40,7 @@ MODELS = {
     "dense": DENSE,
     "grouped": replace(DENSE, num_kv_heads=2, head_dim=6, qk_norm=True),
     "untied": replace(DENSE, tied_embeddings=False, sliding_window=3),
+    "pattern": replace(DENSE, sliding_window=3, attention_pattern=("sliding", "full_nope")),
     "biased": replace(DENSE, num_kv_heads=2, qkv_bias=True),
     "parallel": replace(DENSE, parallel_block=True),
     "moe": MOE,
@@ -114,11 +115,13 @@ def multiply_adds(model: ModelConfig, lengths: list[int]) -> int:
                     product(rows, columns)
             if model.tied_embeddings:
                 product(*matrices["embedding"])
-            for seen in range(query + 1):
-                if model.sliding_window is None or query - seen < model.sliding_window:
-                    for _layer, _head in itertools.product(
-                        range(model.num_layers), range(attentions(model) * model.num_heads)
-                    ):
+            for seen, layer in itertools.product(range(query + 1), range(model.num_layers)):
+                window = model.sliding_window
+                if model.attention_pattern:
+                    kind = model.attention_pattern[layer % len(model.attention_pattern)]
+                    window = window if kind.startswith("sliding") else None
+                if window is None or query - seen < window:
+                    for _head in range(attentions(model) * model.num_heads):
                         product(1, model.head_dim)  # score of query and key
                         product(model.head_dim, 1)  # value times probability
     return count

@@ -18,8 +18,21 @@ GATED = replace(MOE, shared_ffn_hidden_size=10, shared_gate=True)
 MODELS = {
     "llama": PLAIN,
     "llama untied": replace(PLAIN, tied_embeddings=False, rope_base=5e5, norm_eps=1e-6),
-    "llama 3": replace(PLAIN, rope_scaling=RopeScalingConfig(factor=4, original_tokens=32)),
+    "llama 3": replace(
+        PLAIN, rope_scaling=RopeScalingConfig(factor=4, high_turns=4, original_tokens=32)
+    ),
     "mistral": replace(PLAIN, sliding_window=3, head_dim=6),
+    "ministral": replace(PLAIN, sliding_window=3, attention_pattern=("sliding", "full")),
+    "llama yarn": replace(
+        PLAIN,
+        rope_scaling=RopeScalingConfig(kind="yarn", high_turns=32, factor=4, original_tokens=19),
+    ),
+    "llama linear": replace(PLAIN, rope_scaling=RopeScalingConfig(kind="linear", factor=4)),
+    "smollm3": replace(PLAIN, attention_pattern=("full", "full_nope")),
+    "smollm3 window": replace(PLAIN, sliding_window=3, attention_pattern=("full", "sliding_nope")),
+    "qwen2 pattern": replace(
+        PLAIN, qkv_bias=True, sliding_window=3, attention_pattern=("full", "sliding")
+    ),
     "mistral odd heads": replace(PLAIN, num_heads=6, head_dim=2),
     "qwen2": replace(PLAIN, qkv_bias=True),
     "qwen2 window": replace(PLAIN, qkv_bias=True, sliding_window=3),
@@ -42,9 +55,17 @@ def hf():
 
     distributed.prepare_device("cpu")
     from megascale.convert import huggingface
-    from megascale.convert.huggingface import config, model_files, tokenizer_folder, weights
+    from megascale.convert.huggingface import (
+        config,
+        families,
+        model_files,
+        tokenizer_folder,
+        weights,
+    )
 
-    assert huggingface.__doc__ and config and model_files and tokenizer_folder and weights
+    assert (
+        huggingface.__doc__ and config and families and model_files and tokenizer_folder and weights
+    )
     return huggingface
 
 
@@ -77,6 +98,8 @@ def test_a_config_comes_back(hf, tmp_path, name):
         ({"moe": replace(MOE, balance="loss_free")}, "loss_free"),
         ({"moe": replace(MOE, normalize_top_k=False)}, "normalize_top_k = false"),
         ({"moe": GATED, "qk_norm": True}, "shared_gate with model.qk_norm"),
+        ({"attention_pattern": ("full_nope",), "qk_norm": True}, "attention_pattern"),
+        ({"sliding_window": 3, "local_rope_base": 9.0}, "sliding_window"),
     ],
 )
 def test_models_of_no_family_are_refused(hf, changes, said):
@@ -126,10 +149,25 @@ def test_defaults_and_names_of_old_configs(hf, tmp_path):
         ({"attention_bias": True}, "attention_bias = True"),
         ({"mlp_bias": True}, "mlp_bias = True"),
         ({"quantization_config": {"quant_method": "fp8"}}, "quantization_config"),
-        ({"rope_scaling": {"rope_type": "linear", "factor": 2.0}}, "rotary embedding .*linear"),
+        ({"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "rotary embedding .*dynamic"),
+        ({"model_type": "deepseek_v3"}, r"'deepseek_v3' is not built \(MLA is not built\); llama"),
+        ({"model_type": "gpt_oss"}, "attention sinks is not built"),
+        ({"model_type": "qwen3_next"}, "linear attention is not built"),
         (
-            {"model_type": "qwen2", "use_sliding_window": True, "max_window_layers": 1},
-            "layers of full_attention, sliding_attention",
+            {"rope_scaling": {"rope_type": "yarn", "factor": 2.0, "mscale": 0.7}},
+            "mscale = 0.7 is not built; give attention_factor",
+        ),
+        (
+            {"model_type": "smollm3", "num_key_value_heads": 2, "no_rope_layers": [1]}
+            | {"layer_types": ["full_attention"] * 2},
+            "no_rope_layers must have 2 values",
+        ),
+        ({"model_type": "phi3", "partial_rotary_factor": 0.75, "hidden_size": 64}, "partial_rot"),
+        (
+            {"model_type": "phi3", "pad_token_id": 0}
+            | {"rope_scaling": {"type": "longrope", "short_factor": [1.0] * 4}}
+            | {"rope_theta": 1e4},
+            "longrope",
         ),
         ({"num_attention_heads": 5}, "config.json: .*5"),
         ({"num_key_value_heads": 3}, "model.num_kv_heads = 3 does not divide"),
@@ -150,12 +188,16 @@ def test_a_folder_without_a_config(hf, tmp_path, text):
         hf.config.read_config(tmp_path)
 
 
+def kind_of(hf, model):
+    return hf.families.family_of(model)
+
+
 def model_tensors(hf, model):
     """Random tensors of a model by the names of Hugging Face."""
     import torch
 
     generator = torch.Generator().manual_seed(1)
-    shapes = hf.weights.export_shapes(model)
+    shapes = hf.weights.export_shapes(model, kind_of(hf, model))
     return {n: torch.randn(shape, generator=generator) for n, shape in shapes.items()}
 
 
@@ -203,8 +245,8 @@ def test_pieces_are_made_of_theirs_and_fall_into_them(hf, tmp_path, name):
     tensors = model_tensors(hf, model)
     write(hf, tmp_path, tensors, 2000)
     files = hf.model_files.ModelFiles.open(tmp_path)
-    assert hf.weights.check_files(files, model) == torch.float32
-    pieces = list(hf.weights.import_pieces(files, model, torch.float32))
+    assert hf.weights.check_files(files, model, kind_of(hf, model)) == torch.float32
+    pieces = list(hf.weights.import_pieces(files, model, kind_of(hf, model), torch.float32))
     key = "decoder.layers.self_attention.linear_qkv.weight"
     (qkv,) = (piece for piece in pieces if piece.key == key and piece.offset[0] == 1)
     expected, per_group = [], model.num_heads // model.num_kv_heads
@@ -214,7 +256,7 @@ def test_pieces_are_made_of_theirs_and_fall_into_them(hf, tmp_path, name):
         expected += heads[0][group * per_group : (group + 1) * per_group]
         expected += [heads[1][group], heads[2][group]]
     assert qkv.tensor[0].equal(torch.cat(expected))
-    for match in hf.weights.matches(model):
+    for match in hf.weights.matches(model, kind_of(hf, model)):
         parts = match.split(match.join([tensors[one] for one in match.names])[: sum(match.rows)])
         assert all(p.equal(tensors[one]) for one, p in zip(match.names, parts, strict=True))
 
@@ -222,7 +264,7 @@ def test_pieces_are_made_of_theirs_and_fall_into_them(hf, tmp_path, name):
 def test_a_checkpoint_of_an_import_has_a_row_for_each_id_and_no_other(hf):
     model = final(hf, replace(PLAIN, vocab_size=21, vocab_multiple=16))
     tensors = model_tensors(hf, model)
-    first = next(iter(hf.weights.matches(model)))
+    first = next(iter(hf.weights.matches(model, kind_of(hf, model))))
     joined = first.join([tensors["model.embed_tokens.weight"]])
     assert joined.shape == (21, 8) and joined.equal(tensors["model.embed_tokens.weight"])
 
@@ -281,7 +323,9 @@ def test_tensors_are_those_of_the_config(hf, tmp_path):
     def check(name, model=model, dtype=None, **changes):
         wanted = {k: v for k, v in (tensors | changes.get("put", {})).items() if v is not None}
         write(hf, tmp_path / name, wanted, dtype=dtype)
-        return hf.weights.check_files(hf.model_files.ModelFiles.open(tmp_path / name), model)
+        return hf.weights.check_files(
+            hf.model_files.ModelFiles.open(tmp_path / name), model, kind_of(hf, model)
+        )
 
     assert check("fp16", dtype=torch.float16) == torch.float32
     assert check("bf16", dtype=torch.bfloat16) == torch.bfloat16
@@ -307,7 +351,7 @@ def test_weights_of_other_types_are_refused(hf, tmp_path):
     tensors["model.norm.weight"] = torch.ones(8, dtype=torch.int8)
     save_file(tensors, tmp_path / "model.safetensors")
     with pytest.raises(UserError, match="model.norm.weight is I8; F32, BF16, F16 can be read"):
-        hf.weights.check_files(hf.model_files.ModelFiles.open(tmp_path), final(hf, PLAIN))
+        hf.weights.check_files(hf.model_files.ModelFiles.open(tmp_path), final(hf, PLAIN), "llama")
 
 
 TEXTS = ["def f(x):\n\treturn x\r\n", "Größe 漢字 \U0001f600\x00\x7f ", "", "a  b"]

@@ -51,7 +51,7 @@ def test_what_has_not_changed_stays_in_the_words_of_the_import(hf, tmp_path, nam
     assert model == replace(wanted, ffn_hidden_size=experts or wanted.ffn_hidden_size)
 
 
-SCALED = replace(PLAIN, rope_scaling=RopeScalingConfig(factor=4, original_tokens=32))
+SCALED = replace(PLAIN, rope_scaling=RopeScalingConfig(factor=4, high_turns=4, original_tokens=32))
 LLAMA_3 = {"rope_type": "llama3", "factor": 2.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 OLD_ROPE = {
     "rope_parameters": LLAMA_3 | {"rope_theta": 7.0, "original_max_position_embeddings": 16},

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from test_batches import Lengths, data, shard
 
 from megascale.config import DataConfig, TrainConfig
+from megascale.config.schema import BatchRampConfig
 from megascale.corpus import run_length as lengths
 from megascale.corpus.batches import Cursor, GlobalBatches
 from megascale.corpus.run_length import begin_after, is_over, most_tokens, run_length
@@ -31,6 +32,7 @@ RUNS = st.fixed_dictionaries(
         "seed": st.integers(0, 3),
         "weights": st.lists(st.floats(0.05, 5), min_size=1, max_size=3),
         "stages": st.lists(st.integers(1, 400), max_size=2),
+        "ramp": st.one_of(st.none(), st.tuples(st.integers(1, 200), st.integers(1, 700))),
     }
 )
 
@@ -43,6 +45,10 @@ def run_of(options: dict) -> tuple[DataConfig, dict[str, Lengths], int]:
         for turn, end in enumerate(ends)
     ]
     sizes = {"context_tokens": options["context"], "global_batch_tokens": options["batch"]}
+    if options["ramp"] is not None:
+        start, over = options["ramp"]
+        start = min(start, options["batch"])
+        sizes["batch_ramp"] = BatchRampConfig(start_tokens=start, over_tokens=over)
     draw = np.random.default_rng(options["seed"])
     shards = {f"s{i}": Lengths(draw.integers(1, 90, 30)) for i in range(len(weights))}
     return data(blends, **sizes), shards, options["tokens"]

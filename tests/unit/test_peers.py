@@ -16,6 +16,7 @@ from bench_planner import Job, Row, Scenario, corpus_lengths, in_process
 from hypothesis import given
 from hypothesis import strategies as st
 from judge import judge
+from newer_peers import Pack, plan_dhp, plan_wlb_llm, share_ranks
 from peers import karmarkar_karp, plan_megatron_core, plan_verl_kk
 from PIL import Image
 
@@ -60,6 +61,77 @@ def test_static_peers_keep_all_rules_but_verl_the_capacity(lengths, num_ranks, c
     smallest, best = plan_longest_first_rings(problem), plan_longest_first_rings_best(problem)
     assert verdict_on(smallest, lengths).problems == verdict_on(best, lengths).problems == ()
     assert best.predicted_s <= smallest.predicted_s
+
+
+@given(
+    lengths=st.lists(st.integers(1, 3000), min_size=1, max_size=60),
+    num_ranks=st.integers(1, 24),
+    capacity=st.integers(200, 4000),
+    mode=st.sampled_from(["free", "aligned", "lockstep"]),
+    pipeline=st.sampled_from([1, 4]),
+)
+def test_newer_peers_keep_all_rules(lengths, num_ranks, capacity, mode, pipeline):
+    pipeline = pipeline if mode == "aligned" else 1
+    cost = CostModel(**COST)
+    problem = Problem.of(lengths, num_ranks, capacity, mode, cost, pipeline=pipeline)
+    for planner in (plan_wlb_llm, plan_dhp):
+        if max(lengths) > num_ranks * capacity:
+            with pytest.raises(UserError):
+                planner(problem)
+            continue
+        plan = planner(problem)
+        assert judge(json.loads(plan.to_bytes()), lengths, COST, pipeline).problems == ()
+
+
+@given(
+    packs=st.lists(st.tuples(st.integers(1, 6), st.integers(100, 60_000)), min_size=1, max_size=4),
+    spare=st.integers(0, 12),
+    node_size=st.sampled_from([4, 8]),
+)
+def test_ranks_are_shared_as_by_dynamic_programming(packs, spare, node_size):
+    """The paper's program, over packs and ranks; rings across nodes may be slower."""
+    cost = CostModel(**{**COST, "node_size": node_size, "transfer_inter": 3e-4})
+    ranks = sum(least for least, _ in packs) + spare
+    problem = Problem.of([1], ranks, 100, "free", cost)
+    made = []
+    for least, tokens in packs:
+        made.append(Pack(room=0, least=least))
+        made[-1].add(0, tokens)
+
+    def seconds(pack, size):
+        return float(cost.seconds(pack.squares, pack.tokens, size, size <= node_size))
+
+    best = [0.0] * (ranks + 1)
+    for pack in made:
+        best = [
+            min(
+                (
+                    max(best[used - size], seconds(pack, size))
+                    for size in range(pack.least, used + 1)
+                ),
+                default=math.inf,
+            )
+            for used in range(ranks + 1)
+        ]
+    sizes = share_ranks(problem, made)
+    assert sum(sizes) <= ranks
+    assert max(map(seconds, made, sizes)) == pytest.approx(best[ranks])
+
+
+def test_packs_of_equal_work_and_unequal_tokens():
+    """WLB-LLM: one sequence of 4,000 tokens weighs as much as many short ones."""
+    lengths = [4000, *[100] * 90]
+    plan = plan_wlb_llm(problem_of(lengths, 2, 8000))
+    cost = CostModel(**COST)
+    work = [cost.compute_s([lengths[i] for i in ring.sequences]).sum() for ring in plan.rings]
+    assert len(work) == 2 and max(work) / min(work) < 1.02
+    assert plan.rings[0].sequences == (0, *plan.rings[0].sequences[1:])
+
+
+def test_short_sequences_join_a_pack_that_has_room():
+    plan = plan_dhp(problem_of([1500, 400, 190], 3, 1000))
+    assert sorted(ring.sequences for ring in plan.rings) == [(0, 1), (2,)]
+    assert sorted(len(ring.ranks) for ring in plan.rings) == [1, 2]
 
 
 @pytest.mark.parametrize("name", ["plan_longest_first_rings", "plan_longest_first_rings_best"])

@@ -12,18 +12,22 @@ from megascale.checkpoint.storage import one_line
 from megascale.config import (
     ModelConfig,
     MoeConfig,
-    RopeScalingConfig,
     RunConfig,
 )
 from megascale.config.complete import complete
 from megascale.config.load import checked
+from megascale.convert.huggingface.attention import (
+    MOST_LAYERS,
+    attention_options,
+    options_of_attention,
+)
 from megascale.convert.huggingface.documents import CONFIG, read_document, write_document
 from megascale.convert.huggingface.families import (
-    BY_LAYER,
-    EVERY_LAYER,
     FAMILIES,
     Family,
     family_of,
+    kind_of,
+    not_built,
 )
 from megascale.errors import UserError
 
@@ -33,8 +37,6 @@ ONLY = {
     "quantization_config": (None,),
 }
 """Options that all families have, and the values that our model can be."""
-MOST_LAYERS = 10_000
-"""As many layers are looked at; `config` refuses more."""
 LEAST_MULTIPLE = 8
 """A vocabulary that this divides is not padded; up to 8 tensor ranks can share it."""
 
@@ -55,18 +57,13 @@ def config_from(document: Mapping[str, Any], path: Path) -> Any:
     """
     from transformers import CONFIG_MAPPING
 
-    kind = document.get("model_type")
+    kind = kind_of(document)
     if not isinstance(kind, str) or kind not in FAMILIES:
-        raise UserError(f"{path}: model_type {kind!r} is not built; {', '.join(FAMILIES)} are")
+        raise UserError(f"{path}: {not_built(kind)}")
     if document.get("per_layer_config"):
         raise UserError(f"{path}: per_layer_config is not built; equal layers are")
-    if kind == "mistral" and "layer_types" in document:
-        raise UserError(
-            f"{path}: transformers takes a mistral with layer_types for a ministral, which is not "
-            f"built; {', '.join(FAMILIES)} are"
-        )
     try:
-        config = CONFIG_MAPPING[kind].from_dict(deepcopy(dict(document)))
+        config = CONFIG_MAPPING[kind].from_dict({**deepcopy(dict(document)), "model_type": kind})
         config.standardize_rope_params()  # a model with scaled angles does so too when it is made
         return config
     except Exception as error:  # its validation raises many kinds
@@ -89,7 +86,7 @@ def model_of(config: Any, where: Path) -> ModelConfig:
 def _model_of(config: Any, where: Path) -> ModelConfig:
     family = FAMILIES[config.model_type]
     _refuse(config, family, where)
-    rope, vocabulary = config.rope_parameters, math.gcd(config.vocab_size, 128)
+    vocabulary = math.gcd(config.vocab_size, 128)
     model = ModelConfig(
         num_layers=config.num_hidden_layers,
         hidden_size=config.hidden_size,
@@ -100,14 +97,12 @@ def _model_of(config: Any, where: Path) -> ModelConfig:
         vocab_size=config.vocab_size,
         vocab_multiple=vocabulary if vocabulary >= LEAST_MULTIPLE else 128,
         tied_embeddings=config.tie_word_embeddings,
-        rope_base=float(rope["rope_theta"]),
-        rope_scaling=_scaling(rope),
         norm_eps=config.rms_norm_eps,
         qk_norm=family.qk_norm,
         qkv_bias=config.qkv_bias if family.qkv_bias is None else family.qkv_bias,
-        sliding_window=_window(config, family, where),
         init_std=config.initializer_range,
         moe=_moe(config, family, where),
+        **attention_options(config, family, where),
     )
     try:
         return complete(RunConfig(model=checked(model, "model"))).model
@@ -134,58 +129,6 @@ def _refuse(config: Any, family: Family, where: Path) -> None:
         value = getattr(config, name, values[0])
         if value not in values:
             raise UserError(f"{where}: {name} = {value} is not built; only {values[0]} is")
-    rope = config.rope_parameters
-    # with angles that are not scaled, no family reads the part of a head that is turned
-    whole = rope.get("partial_rotary_factor", 1.0) == 1.0
-    if not (rope.get("rope_type") == "default" or (rope.get("rope_type") == "llama3" and whole)):
-        raise UserError(
-            f"{where}: rotary embedding {rope} is not built; rope_type = default and llama3 are"
-        )
-    if not isinstance(rope.get("rope_theta"), int | float):
-        raise UserError(f"{where}: rope_theta = {rope.get('rope_theta')} must be a number")
-
-
-SCALING = {
-    "factor": "factor",
-    "low_freq_factor": "low_turns",
-    "high_freq_factor": "high_turns",
-    "original_max_position_embeddings": "original_tokens",
-}
-"""Their names of Llama 3's rope scaling, and ours."""
-
-
-def _scaling(rope: dict[str, Any]) -> RopeScalingConfig | None:
-    if rope["rope_type"] != "llama3":
-        return None
-    return RopeScalingConfig(**{ours: rope[theirs] for theirs, ours in SCALING.items()})
-
-
-def _rope(model: ModelConfig) -> dict[str, Any]:
-    rope = {"rope_type": "default", "rope_theta": model.rope_base}
-    if model.rope_scaling is None:
-        return rope
-    scaling = {theirs: getattr(model.rope_scaling, ours) for theirs, ours in SCALING.items()}
-    return rope | {"rope_type": "llama3"} | scaling
-
-
-def _window(config: Any, family: Family, where: Path) -> int | None:
-    if family.window is None:
-        return None
-    window: int | None = config.sliding_window
-    if family.window == EVERY_LAYER:
-        return window
-    layers = set(config.layer_types)
-    if len(layers) > 1 or layers - {"full_attention", "sliding_attention"}:
-        kinds = ", ".join(sorted(layers))
-        raise UserError(f"{where}: layers of {kinds} in one model are not built; equal layers are")
-    if layers == {"full_attention"}:
-        return None
-    if not window:
-        raise UserError(
-            f"{where}: layers of sliding_attention need sliding_window and use_sliding_window = "
-            "true; correct the config"
-        )
-    return window
 
 
 def _moe(config: Any, family: Family, where: Path) -> MoeConfig | None:
@@ -230,14 +173,9 @@ def options_of(model: ModelConfig, kind: str) -> dict[str, Any]:
     """What config.json of the family `kind` says of a (finalized) model that the family has."""
     family, moe = FAMILIES[kind], model.moe
     inner = model.ffn_hidden_size
-    options: dict[str, Any] = {}
-    if family.window is not None:
-        options["sliding_window"] = model.sliding_window
-    if kind.startswith("qwen"):
-        options |= {"use_sliding_window": model.sliding_window is not None}
-    if family.window == BY_LAYER:
-        layer = "full_attention" if model.sliding_window is None else "sliding_attention"
-        options |= {"max_window_layers": 0, "layer_types": [layer] * model.num_layers}
+    options = options_of_attention(model, kind)
+    if family.has_head_dim or kind == "llama":
+        options["head_dim"] = model.head_dim
     if moe is not None:
         inner = inner if family.is_qwen_moe else moe.ffn_hidden_size
         options |= _options_of_experts(moe, kind)
@@ -248,11 +186,9 @@ def options_of(model: ModelConfig, kind: str) -> dict[str, Any]:
         "hidden_size": model.hidden_size,
         "num_attention_heads": model.num_heads,
         "num_key_value_heads": model.num_kv_heads,
-        "head_dim": model.head_dim,
         "intermediate_size": inner,
         "vocab_size": model.vocab_size,
         "tie_word_embeddings": model.tied_embeddings,
-        "rope_parameters": _rope(model),
         "rms_norm_eps": model.norm_eps,
         "initializer_range": model.init_std,
     }

@@ -13,7 +13,7 @@ from megascale.convert.huggingface.config import (
     rope_for_all,
 )
 from megascale.convert.huggingface.documents import CONFIG
-from megascale.convert.huggingface.families import family_of
+from megascale.convert.huggingface.families import family_of, kind_of
 from megascale.convert.huggingface.kept import POSITIONS, Kept
 
 ROPE = (
@@ -26,6 +26,8 @@ ROPE = (
 """Options by which some version of transformers decides the rotary angles."""
 EXPERTS = ("num_experts", "num_local_experts")
 """Two names of one option."""
+LAYERED = ("layer_types", "no_rope_layers")
+"""Options with a value for each layer."""
 NOT_KEPT = ("auto_map", "torch_dtype")
 """Code of the imported folder, which is not run here; an old name of `dtype`."""
 
@@ -38,7 +40,7 @@ def merged_config(
 
     Raises UserError where no family has such a model.
     """
-    was, where = kept.config["model_type"], kept.folder / CONFIG
+    was, where = kind_of(kept.config), kept.folder / CONFIG
     kind = family_of(model, preferred=was)
     positions = {POSITIONS: max(kept.config[POSITIONS], context_tokens)}
     # read with the new context, on which options may depend that the import did not state:
@@ -47,15 +49,16 @@ def merged_config(
     new = options_of(model, kind)
     document = {k: value for k, value in kept.config.items() if k not in NOT_KEPT}
     if kind != was:
-        stale = {*old, *EXPERTS, *ROPE, "layer_types", *_options_that_only(kind, was)}
+        stale = {*old, *EXPERTS, *ROPE, *LAYERED, *_options_that_only(kind, was)}
         document = {k: value for k, value in document.items() if k not in stale}
         old = {}
     changed = {k: value for k, value in new.items() if k not in old or old[k] != value}
     if "rope_parameters" in changed:
         document = {k: value for k, value in document.items() if k not in ROPE}
         changed |= rope_for_all(changed["rope_parameters"])
-    if len(document.get("layer_types") or ()) != model.num_layers:
-        document.pop("layer_types", None)
+    for name in LAYERED:
+        if len(document.get(name) or ()) != model.num_layers:
+            document.pop(name, None)
     return {
         **document,
         **changed,

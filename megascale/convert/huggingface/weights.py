@@ -10,14 +10,13 @@ import torch
 from megascale.checkpoint.ranges import Shape
 from megascale.checkpoint.tensors import Piece, Tensors
 from megascale.config import ModelConfig
-from megascale.convert.huggingface.families import family_of
+from megascale.convert.closed_layers import refuse_closed_layers
+from megascale.convert.huggingface.families import FAMILIES
 from megascale.convert.huggingface.model_files import ModelFiles
 from megascale.convert.router_loads import even_loads
 from megascale.errors import UserError
-from megascale.model.initialise import CLOSED_TOKENS
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
-CLOSED = f"decoder.layers.{CLOSED_TOKENS}"
 NOT_WEIGHTS = ".rotary_emb.inv_freq"
 """End of the names of tables that old versions of transformers saved too."""
 
@@ -39,17 +38,21 @@ class Match:
     groups: int = 1
     """Ours takes the first part of every one of theirs, then the second, and so on: megatron-core
     keeps the queries, the key and the value of a group together."""
+    parts: tuple[int, ...] = ()
+    """Rows of what is put together so, where that is not each of their tensors (`fused`)."""
 
-    def join(self, parts: list[torch.Tensor]) -> torch.Tensor:
+    def join(self, theirs: list[torch.Tensor]) -> torch.Tensor:
         """Ours from theirs."""
+        parts = list(torch.cat(theirs).split(self.parts)) if self.parts else theirs
         grouped = [part.unflatten(0, (self.groups, -1)) for part in parts]
         return torch.cat(grouped, dim=1).flatten(0, 1)
 
     def split(self, joined: torch.Tensor) -> list[torch.Tensor]:
         """Theirs from ours."""
-        sizes = [count // self.groups for count in self.rows]
-        parts = joined.unflatten(0, (self.groups, -1)).split(sizes, dim=1)
-        return [part.flatten(0, 1) for part in parts]
+        sizes = [count // self.groups for count in self.parts or self.rows]
+        grouped = joined.unflatten(0, (self.groups, -1)).split(sizes, dim=1)
+        parts = [part.flatten(0, 1) for part in grouped]
+        return list(torch.cat(parts).split(self.rows)) if self.parts else parts
 
     def shapes(self) -> dict[str, Shape]:
         """Shapes of theirs by name."""
@@ -62,19 +65,16 @@ class Match:
         return Piece(self.key, shape, offset, joined[(None,) * len(self.stack)])
 
 
-def matches(model: ModelConfig) -> Iterator[Match]:
-    """All tensors of a finalized model, in the order of its layers.
-
-    Raises UserError where no family has such a model.
-    """
-    moe_names = _MOE_NAMES.get(family_of(model))
+def matches(model: ModelConfig, kind: str) -> Iterator[Match]:
+    """All tensors of a finalized model of a family, in the order of its layers."""
+    family, moe_names = FAMILIES[kind], _MOE_NAMES.get(kind)
     vocab, width = model.vocab_size or 0, (model.hidden_size,)
     key = "embedding.word_embeddings.weight"
     yield Match(key, (EMBEDDING,), (vocab,), width)
     for layer in range(model.num_layers):
-        yield from _attention(model, layer)
+        yield from _attention(model, layer, family.fused)
         if moe_names is None:
-            yield from _dense(model, layer)
+            yield from _dense(model, layer, family.fused)
         else:
             yield from _experts(model, layer, *moe_names)
     norm = ("model.norm.weight",)
@@ -91,7 +91,7 @@ _MOE_NAMES = {
 """By family: the part of a layer that holds the experts; gate, up and down of one expert."""
 
 
-def _attention(model: ModelConfig, layer: int) -> Iterator[Match]:
+def _attention(model: ModelConfig, layer: int, fused: bool) -> Iterator[Match]:
     size, groups, width = model.head_dim or 0, model.num_kv_heads or 0, model.hidden_size
     stack, place, heads = (model.num_layers,), (layer,), model.num_heads * size
     rows = (heads, groups * size, groups * size)
@@ -101,8 +101,10 @@ def _attention(model: ModelConfig, layer: int) -> Iterator[Match]:
     yield Match(f"{query}.layer_norm_weight", norm, (width,), (), stack, place)
     for kind, row in (("weight", (width,)), ("bias", ())):
         if kind == "weight" or model.qkv_bias:
-            names = tuple(f"{theirs}.self_attn.{one}_proj.{kind}" for one in "qkv")
-            yield Match(f"{query}.{kind}", names, rows, row, stack, place, groups)
+            parts = ("qkv",) if fused else ("q", "k", "v")
+            names = tuple(f"{theirs}.self_attn.{one}_proj.{kind}" for one in parts)
+            of_theirs, inside = ((sum(rows),), rows) if fused else (rows, ())
+            yield Match(f"{query}.{kind}", names, of_theirs, row, stack, place, groups, inside)
     if model.qk_norm:
         for one in "qk":
             names = (f"{theirs}.self_attn.{one}_norm.weight",)
@@ -113,8 +115,9 @@ def _attention(model: ModelConfig, layer: int) -> Iterator[Match]:
     yield Match("decoder.layers.mlp.linear_fc1.layer_norm_weight", norm, (width,), (), stack, place)
 
 
-def _dense(model: ModelConfig, layer: int) -> Iterator[Match]:
-    names = tuple(f"model.layers.{layer}.mlp.{part}_proj" for part in ("gate", "up", "down"))
+def _dense(model: ModelConfig, layer: int, fused: bool) -> Iterator[Match]:
+    parts = ("gate_up", "down") if fused else ("gate", "up", "down")
+    names = tuple(f"model.layers.{layer}.mlp.{part}_proj" for part in parts)
     stack, place, inner = (model.num_layers,), (layer,), model.ffn_hidden_size or 0
     yield from _swiglu("decoder.layers.mlp", names, model.hidden_size, inner, stack, place)
 
@@ -141,24 +144,30 @@ def _experts(model: ModelConfig, layer: int, block: str, parts: tuple[str, ...])
 def _swiglu(
     key: str, names: tuple[str, ...], width: int, inner: int, stack: Shape, place: Shape
 ) -> Iterator[Match]:
-    gate, up, down = (f"{name}.weight" for name in names)
-    yield Match(f"{key}.linear_fc1.weight", (gate, up), (inner, inner), (width,), stack, place)
+    """`names`: of gate and up, together or apart, and of down."""
+    *gated, down = (f"{name}.weight" for name in names)
+    rows = (2 * inner // len(gated),) * len(gated)
+    yield Match(f"{key}.linear_fc1.weight", tuple(gated), rows, (width,), stack, place)
     yield Match(f"{key}.linear_fc2.weight", (down,), (width,), (inner,), stack, place)
 
 
-def import_pieces(files: ModelFiles, model: ModelConfig, dtype: torch.dtype) -> Iterator[Piece]:
-    """The pieces of our checkpoint, one box of one layer at a time."""
-    for match in matches(model):
+def import_pieces(
+    files: ModelFiles, model: ModelConfig, kind: str, dtype: torch.dtype
+) -> Iterator[Piece]:
+    """The pieces of our checkpoint, one box of one layer at a time; `kind` is their family."""
+    for match in matches(model, kind):
         yield match.piece(match.join([files.read(name) for name in match.names]).to(dtype))
     yield from even_loads(model)
 
 
-def check_files(files: ModelFiles, model: ModelConfig) -> torch.dtype:
+def check_files(files: ModelFiles, model: ModelConfig, kind: str) -> torch.dtype:
     """The type that holds every tensor of the files without loss: bf16 where all are, else fp32.
 
     Raises UserError, naming a tensor, unless they hold what config.json speaks of, and no more.
     """
-    wanted = {name: shape for match in matches(model) for name, shape in match.shapes().items()}
+    wanted = {
+        name: shape for match in matches(model, kind) for name, shape in match.shapes().items()
+    }
     for name, shape in wanted.items():
         if name not in files.file_of:
             hint = "; is tie_word_embeddings to be true?" if name == HEAD else ""
@@ -193,23 +202,21 @@ def _by(shape: Shape) -> str:
     return "x".join(map(str, shape))
 
 
-def export_shapes(model: ModelConfig) -> dict[str, Shape]:
+def export_shapes(model: ModelConfig, kind: str) -> dict[str, Shape]:
     """Shapes of the tensors that `export_tensors` gives, by name and in its order."""
-    return {name: shape for match in matches(model) for name, shape in match.shapes().items()}
+    return {name: shape for match in matches(model, kind) for name, shape in match.shapes().items()}
 
 
-def export_tensors(stored: Tensors, model: ModelConfig) -> Iterator[tuple[str, torch.Tensor]]:
+def export_tensors(
+    stored: Tensors, model: ModelConfig, kind: str
+) -> Iterator[tuple[str, torch.Tensor]]:
     """Their tensors by name, from the boxes of our checkpoint, one of one layer at a time.
 
     Raises UserError where the checkpoint is not of this model.
     """
     shapes = stored.shapes
-    if CLOSED in shapes and bool(stored.read(CLOSED).any()):
-        raise UserError(
-            f"checkpoint {stored.found.folder} has layers that are still masked, which no family "
-            f"has; train it for {int(stored.read(CLOSED).max()):,} more tokens"
-        )
-    for match in matches(model):
+    refuse_closed_layers(stored)
+    for match in matches(model, kind):
         rows = sum(match.rows)
         held = shapes.get(match.key, ())
         fits = held[: len(match.stack)] == match.stack and held[len(match.stack) + 1 :] == match.row

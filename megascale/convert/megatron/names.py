@@ -118,12 +118,17 @@ class Names:
             places = [self._place(one, offset, stack, wanted) for one in keys]
             found = [one for one in places if one is not None]
             if len(found) == len(parts):
-                self.used.update(keys)
+                self.used.update(keys, self._other_names(key, place, state))
                 return found
             size = tuple(self.index.tensors[keys[0]].size)
             wrong = f"{keys[0]} is {_by(size)}, and {_by(stack + shape)} by the architecture"
         what = f"the {state} of {key}" if state else key
         raise UserError(wrong or f"tensor {what}{_which(place)} is missing")
+
+    def _other_names(self, key: str, place: Shape, state: str) -> set[str]:
+        """All tensors under a name of this box; a checkpoint may have it under both of ALIASES."""
+        parts = (name for names, _ in _candidates(key, place) for name in names)
+        return {self._keys[state, name] for name in parts if (state, name) in self._keys}
 
     def _place(self, key: str, offset: Shape, stack: Shape, wanted: Shape) -> Place | None:
         """The box at `offset`; rows of the vocabulary may be followed by padded ones."""
