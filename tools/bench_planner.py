@@ -25,7 +25,7 @@ from dataclasses import dataclass, field, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 
-import bench_chunks
+import bench_planner_chunks
 import numpy as np
 from judge import COST_KEYS, judge
 from numpy.typing import NDArray
@@ -295,7 +295,7 @@ def plan_times(seed: int, cost: dict[str, float]) -> list[dict[str, object]]:
         for mode in (*MODES, CHUNKED):
             problem = make_problem(scenario, lengths, "aligned" if mode == CHUNKED else mode, cost)
             if mode == CHUNKED:
-                problem = replace(problem, chunks=bench_chunks.MOST_CHUNKS)
+                problem = replace(problem, chunks=bench_planner_chunks.MOST_CHUNKS)
             PLANNERS[OURS](problem)
             median_s = timed(PLANNERS[OURS], problem, most=5)[1]
             goal = goals_ms[mode in ("aligned", CHUNKED)]
@@ -366,14 +366,14 @@ def summary(rows: Sequence[Row]) -> list[str]:
 
 def chunk_rows(
     scenarios: Sequence[str], seed: int, cost: dict[str, float]
-) -> list[bench_chunks.ChunkRow]:
+) -> list[bench_planner_chunks.ChunkRow]:
     """Our plans with chunks, of every number of stages."""
     rows = []
-    for stages in bench_chunks.STAGES:
+    for stages in bench_planner_chunks.STAGES:
         progress = Progress(len(scenarios))
         for name in scenarios:
             progress.show(f"{name} chunks, {stages} stages")
-            rows.append(bench_chunks.chunk_row(name, SCENARIOS[name], stages, seed, cost))
+            rows.append(bench_planner_chunks.chunk_row(name, SCENARIOS[name], stages, seed, cost))
         progress.end()
     return rows
 
@@ -383,14 +383,18 @@ def to_json(
     times: list[dict[str, object]],
     seed: int,
     cost: dict[str, float],
-    chunked: Sequence[bench_chunks.ChunkRow] = (),
+    chunked: Sequence[bench_planner_chunks.ChunkRow] = (),
 ) -> str:
     """All results as JSON."""
     names = {row.scenario for row in rows}
     machine = f"{os.cpu_count()} cores, {platform.machine()}, Python {platform.python_version()}"
     head = {"machine": machine, "seed": seed, "cost": cost, "scenarios": about(names)}
     head = {key: value for key, value in head.items() if value}
-    head |= {"summary": summary(rows), "plan_times": times, "chunks": bench_chunks.values(chunked)}
+    head |= {
+        "summary": summary(rows),
+        "plan_times": times,
+        "chunks": bench_planner_chunks.values(chunked),
+    }
     return results_json(head, rows)
 
 
@@ -472,10 +476,10 @@ def bench_planner(arguments: Sequence[str]) -> None:
     for mode in MODES:
         print(table(rows, options.scenarios, mode))
     print(failures(rows), *summary(rows), sep="\n")
-    chunked: list[bench_chunks.ChunkRow] = []
+    chunked: list[bench_planner_chunks.ChunkRow] = []
     if OURS in options.planners:
         chunked = chunk_rows(options.scenarios, options.seed, options.cost)
-        print(*bench_chunks.lines(chunked), sep="\n")
+        print(*bench_planner_chunks.lines(chunked), sep="\n")
     times = plan_times(options.seed, options.cost) if options.times else []
     for one in times:
         print(f"{one['what']}, {one['mode']}: {one['ms']} ms (goal: at most {one['goal_ms']})")

@@ -5,8 +5,8 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from bench_chunks import MOST_CHUNKS, lines
 from bench_planner import COST, SCENARIOS, chunk_rows
+from bench_planner_chunks import MOST_CHUNKS, lines
 from hypothesis import given, settings
 from hypothesis import strategies as st
 

@@ -29,7 +29,7 @@ MADE = 8
 SLOTS = 0.35
 """Slots that waves are made for, over the root of stages times work over fixed parts: half of those
 that fill a pipeline best, since memory and long rings leave fewer."""
-WAVE_SIZES = ((0.75, 4.0), (0.5, 3.0))
+WAVE_SIZE, MOST_WAVE_SIZE = 0.75, 4.0
 """Tokens of a wave that is cut into chunks, over what a rank holds of a micro-batch: as a part of
 the stages, and at most."""
 
@@ -45,12 +45,11 @@ def plan_chunked(
     """
     if not (problem.may_chunk and len(problem.lengths)):
         return None
-    longest, found = int(problem.lengths.max()), list[tuple[Cut, WaveTable]]()
-    for part, most in WAVE_SIZES:
-        capacity = int(problem.capacity * min(most, part * problem.pipeline))
-        if longest > capacity * problem.num_ranks:
-            continue
-        cost = _cost_in_chunks(problem, capacity)
+    capacity = int(problem.capacity * min(MOST_WAVE_SIZE, WAVE_SIZE * problem.pipeline))
+    if int(problem.lengths.max()) > capacity * problem.num_ranks:
+        return None
+    found: list[tuple[Cut, WaveTable]] = []
+    for cost in (_cost_in_chunks(problem, capacity), problem.cost):
         waves = replace(problem, capacity=capacity, cost=cost, pipeline=1, chunks=1, offload=None)
         for placed in even_waves(waves):
             table = WaveTable.of(problem, with_padding(problem, placed))
