@@ -106,6 +106,15 @@ def test_the_memory_of_activations_is_what_the_plan_says(overrides, world):
     assert counts.peak_bytes - counts.start_bytes == pytest.approx(planned, rel=0.05)
 
 
+def test_a_deterministic_run_takes_a_step_and_leaves_torch_as_it_was():
+    with scene("train.deterministic=true") as found:
+        assert torch.are_deterministic_algorithms_enabled()
+        found.step(found.read(((0,), [TOKENS])))
+    assert not torch.are_deterministic_algorithms_enabled()
+    with scene():
+        assert not torch.are_deterministic_algorithms_enabled()
+
+
 def test_micro_batches_are_padded_and_packed_for_one_copy():
     with scene() as found:
         (batch,) = found.read(((0,), [100, 200]))

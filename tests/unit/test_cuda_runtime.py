@@ -43,6 +43,22 @@ def test_segments_of_the_allocator_grow_unless_the_user_chose(with_cuda, monkeyp
     assert "PYTORCH_ALLOC_CONF" not in os.environ
 
 
+def test_deterministic_work_needs_work_spaces_of_one_size(monkeypatch):
+    monkeypatch.delenv(cuda.WORKSPACE_VARIABLE, raising=False)
+    fill = torch.utils.deterministic.fill_uninitialized_memory
+    try:
+        cuda.compute_deterministically()
+        assert torch.are_deterministic_algorithms_enabled()
+        assert not torch.is_deterministic_algorithms_warn_only_enabled()
+        assert os.environ[cuda.WORKSPACE_VARIABLE] == ":4096:8"
+        monkeypatch.setenv(cuda.WORKSPACE_VARIABLE, ":16:8")
+        cuda.compute_deterministically()
+        assert os.environ[cuda.WORKSPACE_VARIABLE] == ":16:8"
+    finally:
+        torch.use_deterministic_algorithms(False)
+        torch.utils.deterministic.fill_uninitialized_memory = fill
+
+
 SMALL = """
 model: {num_layers: 2, hidden_size: 96, num_heads: 4, head_dim: 24}
 data: {sources: {a: {path: none}}, context_tokens: 4096}
