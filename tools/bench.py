@@ -107,6 +107,7 @@ WITH_OPTIONS = {
     "slow_rank": "One of two ranks is slow: steps with measured speeds of ranks and without.",
     "store": "Operations on the store for setting up groups, by number of ranks.",
     "overhead": "Step times with heartbeats and timers of ranks on and off.",
+    "gpu": "Draws the rows of tools/gpu.sh or tools/gpus.sh.",
 }
 """What functions `bench_NAME` of modules of that name do."""
 

@@ -54,8 +54,11 @@ python=$PWD/$made
 
 libraries=$PWD/$folder/stand_ins
 mkdir -p "$libraries"
-cc -shared -fPIC -o "$libraries/libcuda.so.1" tests/fake_cuda/stand_ins.c
-cp "$libraries/libcuda.so.1" "$libraries/first.so"
+# renamed into place: another run of this script may have the libraries loaded
+cc -shared -fPIC -o "$libraries/made.$$" tests/fake_cuda/stand_ins.c
+cp "$libraries/made.$$" "$libraries/copied.$$"
+mv "$libraries/made.$$" "$libraries/libcuda.so.1"
+mv "$libraries/copied.$$" "$libraries/first.so"
 export LD_LIBRARY_PATH=$libraries${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}
 export MEGASCALE_FAKE_CUDA=$libraries/first.so PYTHONPATH=$PWD OMP_NUM_THREADS=1
 if [ -n "$measure" ]; then

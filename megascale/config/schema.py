@@ -578,6 +578,10 @@ class TrainConfig:
     """What `recompute=selective` computes again: `norms` (RMSNorm before attention and feed-forward
     part), `swiglu` (of dense layers and shared experts), `experts` (SwiGLU of routed experts).
     Default: all that the model has."""
+    deterministic: bool = False
+    """On CUDA use only operations that give the same bits every time, so that a resume is
+    bit-equal, as it always is on CPU. Some operations, such as the backward pass of attention, are
+    slower. An operation that has no such form is an error."""
     threads: int | None = None
     """CPU threads per rank. Default: cores over ranks on the machine. Ignored on CUDA."""
     stop_after_steps: int | None = None

@@ -27,6 +27,8 @@ SMALLEST_BYTES = 16 * 1024
 BLOCK_BYTES = 32 * 1024 * 1024
 """Host memory is taken in blocks of this size, a power of two: torch's allocator of pinned
 memory rounds up to one."""
+MOVED_TYPES: tuple[type, ...] = (torch.Tensor,)
+"""Tensors that may leave. A subclass has more than a storage."""
 
 
 @dataclass
@@ -271,10 +273,10 @@ class _Window:
         recomputation keeps are among it.
         """
         self._layer = index
+        self._free_sources(before=index - 1)
         if index == len(self._offloader.layers) - 1:
             self._hooks.close()
             return
-        self._free_sources(before=index - 1)
         if index == 1:
             self._hooks.enter_context(saved_tensors_hooks(self._pack, _unpack))
         weights = (*layer.parameters(), *layer.buffers())
@@ -282,7 +284,9 @@ class _Window:
         self._outside.update(map(_storage_id, (*weights, *_tensors([*args[1:], *inputs]))))
 
     def end(self, layer: torch.nn.Module, args: Any, output: Any) -> None:
-        """After the last layer: its backward pass is the time to fetch the layer before."""
+        """After the last layer: its backward pass is the time to fetch the layer before. What has
+        left makes room for the output head."""
+        self._free_sources(before=len(self._offloader.layers))
         tape, fetched = weakref.ref(self._tape), self._layer - 1
 
         def fetch(_: torch.Tensor) -> None:
@@ -327,7 +331,7 @@ class _Window:
         A storage is known by its address, which the weak reference keeps from being given to
         another one while this forward pass lasts.
         """
-        plain = type(tensor) is torch.Tensor and tensor.layout == torch.strided
+        plain = type(tensor) in MOVED_TYPES and tensor.layout == torch.strided
         if not plain or tensor.device != self._offloader.copies.device:
             return None
         key = _storage_id(tensor)

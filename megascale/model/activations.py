@@ -23,25 +23,49 @@ def activation_bytes(config: RunConfig, layout: Layout, stage: int) -> int:
 
     Under 1F1B a stage holds one micro-batch for itself and one for each stage after it. Of each it
     keeps `layer_activation_bytes` in every layer, and `chunk_bytes`. Chunks are as many tokens at
-    the most. The last stage adds the peak of the output head, `head_bytes`. With recomputation
-    what one layer does not keep comes back at a time, after the
-    head's are gone, so the larger of the two counts.
+    the most. Beside these the larger of two counts: on the last stage the peak of the output head,
+    `head_bytes`; then gradients in the backward pass of a layer, with
+    recomputation and the activations of the layer that come back.
 
     An 8B model (32 layers of 4096, 32 heads and 8 groups of 128, feed-forward 14336, 128,256
     ids) at 16,384 tokens in bf16: 139,400 bytes per token in each layer are 68.1 GiB, and the head
-    takes 2.8. Under full recomputation 8,192 bytes per token in each layer are 4.0 GiB.
+    takes 2.8. Under full recomputation 8,192 bytes per token in each layer are 4.0 GiB, and one
+    layer that is computed again takes 3.1 with its gradients.
     """
     tokens = known(config.planner.capacity_tokens)
     num_layers, in_flight = config.model.num_layers // layout.pipeline, layout.pipeline - stage
     per_token = layer_activation_bytes(config, layout) + chunk_bytes(config, layout)
     kept = in_flight * num_layers * per_token
+    return tokens * kept + _beside_kept(config, layout, stage)
+
+
+def _beside_kept(config: RunConfig, layout: Layout, stage: int) -> int:
+    """The peak of what comes and goes beside what layers keep: the head's, or a layer's."""
+    layer = _gradient_bytes(config, layout) + _recomputed_bytes(config, layout)
     head = head_bytes(config, layout) if stage == layout.pipeline - 1 else 0
-    comes_back = 0
+    return max(head, known(config.planner.capacity_tokens) * layer)
+
+
+def _recomputed_bytes(config: RunConfig, layout: Layout) -> int:
+    """Per token, what recomputation makes again in one layer."""
+    whole = _layer_bytes(config, layout)
     if config.train.recompute == "full":
-        comes_back = _layer_bytes(config, layout)
-    elif config.train.recompute == "selective":
-        comes_back = _layer_bytes(config, layout) - layer_activation_bytes(config, layout)
-    return tokens * kept + max(head, tokens * comes_back)
+        return whole
+    return whole - layer_activation_bytes(config, layout)
+
+
+def _gradient_bytes(config: RunConfig, layout: Layout) -> int:
+    """Gradients at the peak of a layer's backward pass, per token: those of SwiGLU's two inputs, of
+    its output, whose place the freed output makes, and of the residual stream. Experts also have
+    those of the tokens that they get."""
+    model, element = config.model, _element_bytes(config)
+    if model.moe is None:
+        inner = 2 * known(model.ffn_hidden_size)
+    else:
+        routed = 2 * known(model.moe.ffn_hidden_size) + model.hidden_size
+        inner = max(model.moe.top_k * routed, 2 * model.moe.shared_ffn_hidden_size)
+    residual = model.hidden_size // _hidden_cut(config, layout)
+    return (inner // layout.tensor + residual) * element
 
 
 def layer_activation_bytes(config: RunConfig, layout: Layout) -> int:
@@ -87,6 +111,24 @@ def head_bytes(config: RunConfig, layout: Layout) -> int:
     chunk = min(tokens, loss_chunk_tokens(logits, element))
     weights = padded_vocab_size(model, layout.tensor) // layout.tensor * width * FP32_BYTES
     return tokens * hidden + chunk * (logits + width) * element + weights
+
+
+def ring_peak_bytes(config: RunConfig, layout: Layout, stage: int) -> int:
+    """What rings add to the peak of `activation_bytes`.
+
+    Their buffers come in the backward pass of attention. The head's memory is free by then, and so
+    is what the feed-forward part of the layer kept. For most dense models that is more than the
+    buffers, and rings add nothing.
+    """
+    buffers = ring_buffer_bytes(config, layout)
+    if not buffers:
+        return 0
+    model, element = config.model, _element_bytes(config)
+    free = _feed_forward_bytes(model, element) // layout.tensor
+    gradients = 2 * model.hidden_size * element  # of the residual stream and of attention's output
+    layer = _recomputed_bytes(config, layout) + gradients - free
+    peak = buffers + known(config.planner.capacity_tokens) * layer
+    return max(0, peak - _beside_kept(config, layout, stage))
 
 
 def ring_buffer_bytes(config: RunConfig, layout: Layout) -> int:

@@ -69,7 +69,7 @@ def build_model(config: RunConfig, ranks: Ranks) -> Model:
         network = Float16Module(core, network)
     reduction = _reduction(config, ranks)
     wrapped = DistributedDataParallel(core, reduction, network)
-    gathers = Gathers([wrapped])
+    gathers = Gathers([wrapped] if reduction.overlap_param_gather else [])
     for layer in layers:
         gathers.wait_before(layer, layer.parameters(), wrapped)
     if ranks.is_last_stage:  # the loss takes the weight of the head

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megascale.config import Layout, RunConfig
-from megascale.model.activations import activation_bytes, ring_buffer_bytes
+from megascale.model.activations import activation_bytes, ring_peak_bytes
 from megascale.model.counts import count_rank_parameters
 from megascale.optim.optimizer_kind import find_optimizer
 
@@ -19,7 +19,7 @@ class MemoryEstimate:
     optimizer: int
     activations: int
     rings: int
-    """Buffers of sequences that ranks share."""
+    """What buffers of sequences that ranks share add to the peak of activations."""
 
     @property
     def total(self) -> int:
@@ -49,5 +49,5 @@ def stage_memory(config: RunConfig, layout: Layout, stage: int) -> MemoryEstimat
         gradients=parameters * 4,
         optimizer=optimizer.state_bytes(config, layout, stage),
         activations=activation_bytes(config, layout, stage),
-        rings=ring_buffer_bytes(config, layout),
+        rings=ring_peak_bytes(config, layout, stage),
     )

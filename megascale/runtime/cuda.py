@@ -16,6 +16,10 @@ ALLOCATOR = "expandable_segments:True"
 """Lengths differ from micro-batch to micro-batch. With segments that grow, freed memory of one
 length serves another length."""
 
+WORKSPACE_VARIABLE, WORKSPACE = "CUBLAS_WORKSPACE_CONFIG", ":4096:8"
+"""Of cuBLAS, which sums in one order only with work spaces of a fixed size (torch's notes on
+reproducibility)."""
+
 
 class Attention(NamedTuple):
     """A FlashAttention that torch can take in the place of its own, by the name in torch."""
@@ -74,3 +78,14 @@ def _is_installed(module: str) -> bool:
         return find_spec(module) is not None
     except ImportError:  # of the package that it is in
         return False
+
+
+def compute_deterministically() -> None:
+    """Let torch take only operations that give the same bits every time (`train.deterministic`).
+
+    To be called before the first matrix product. torch does not fill memory that nothing has
+    written yet, which it would do by default.
+    """
+    os.environ.setdefault(WORKSPACE_VARIABLE, WORKSPACE)
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from megascale.config import Layout, RunConfig, validate_on_cuda
 from megascale.errors import RankError, UserError
+from megascale.runtime import cuda
 from megascale.runtime.environment import meeting_point, world_from_environment
 
 NAME_BYTES = 64
@@ -105,8 +106,6 @@ def prepare_device(wanted: str) -> tuple[str, str]:
 
         cpu.install()
     else:
-        from megascale.runtime import cuda
-
         cuda.prepare()
     return kind, why
 
@@ -127,6 +126,9 @@ def start(config: RunConfig) -> Ranks:
         validate_on_cuda(config)
         torch.cuda.set_device(device)
         _use_fastest_attention(config, device)
+        if config.train.deterministic:
+            _joined.deterministic = torch.are_deterministic_algorithms_enabled()
+            cuda.compute_deterministically()
     else:
         _joined.threads = torch.get_num_threads()
         torch.set_num_threads(config.train.threads or _threads_per_rank())
@@ -139,8 +141,6 @@ def start(config: RunConfig) -> Ranks:
 
 
 def _use_fastest_attention(config: RunConfig, device: torch.device) -> None:
-    from megascale.runtime import cuda
-
     model = config.model
     assert model.head_dim is not None  # it is finalized
     cuda.use_fastest_attention(device, model.head_dim, model.sliding_window is not None)
@@ -160,11 +160,14 @@ def stop() -> None:
     """Leave the groups; safe to call when they were never made.
 
     A default process group that the caller had made before `start` stays. torch has as many threads
-    as before.
+    as before, and is as deterministic.
     """
     if _joined.threads is not None:
         torch.set_num_threads(_joined.threads)
         _joined.threads = None
+    if _joined.deterministic is not None:
+        torch.use_deterministic_algorithms(_joined.deterministic)
+        _joined.deterministic = None
     if not dist.is_initialized():
         return
     from megatron.core import parallel_state
@@ -293,6 +296,7 @@ class _Joined:
         self.open = False
         self.excepthook = sys.excepthook
         self.threads: int | None = None
+        self.deterministic: bool | None = None
         self._where: tuple[object, ...] | None = None
         self._store: dist.Store | None = None
         self._times = 0

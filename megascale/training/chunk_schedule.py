@@ -13,7 +13,11 @@ from typing import Any
 
 import torch
 from megatron.core import parallel_state
-from megatron.core.pipeline_parallel.schedules import forward_step
+from megatron.core.pipeline_parallel.schedules import (
+    custom_backward,
+    deallocate_output_tensor,
+    forward_step,
+)
 from megatron.core.utils import get_model_config
 
 from megascale.mesh.packing import MicroBatch
@@ -119,12 +123,13 @@ class _Passes:
         self._kept[index] = given, output
         if self._stage < self._last:
             self.messages.send(False, index, output.detach())
+            deallocate_output_tensor(output, deallocate_pipeline_outputs=True)
 
     def backward(self, index: int) -> None:
         """Run a micro-batch backward, on the gradients of the stage after."""
         gradient = self.messages.receive(True, index) if self._stage < self._last else None
         given, output = self._kept.pop(index)
-        torch.autograd.backward(output, gradient)
+        custom_backward(output, gradient)  # torch's wants the data of the output, which is gone
         if given is not None:
             assert given.grad is not None, "the output depends on what the stage was given"
             self.messages.send(True, index, given.grad)

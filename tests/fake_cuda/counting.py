@@ -12,7 +12,7 @@ from typing import Any
 
 import fake_device
 import torch
-from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 NO_KERNEL = frozenset(
@@ -103,6 +103,8 @@ class Device(TorchDispatchMode):
             if name == "masked_select":
                 return given[0].new_empty(self._selected(given[0]))
         results = func(*args, **kwargs)
+        if name == "set_":
+            FakeTensorMode.cache_clear()  # a key of it would keep the storage
         made = _tensors(results)
         self._see_copy(name, args, kwargs, given, made)
         if func.namespace == "c10d":

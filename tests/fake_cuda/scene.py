@@ -84,7 +84,7 @@ class _Source:
 def scene(*overrides: str, world: int = 1, rank: int = 0) -> Iterator[Scene]:
     """A run with these options, on rank `rank` of `world`."""
     from megascale.config import finalize, parse_config
-    from megascale.mesh import transfer
+    from megascale.mesh import offload, transfer
 
     config = finalize(parse_config(CONFIG, overrides), {"random": 10**9}, 128256)
     top_k = config.model.moe.top_k if config.model.moe else 1
@@ -97,6 +97,7 @@ def scene(*overrides: str, world: int = 1, rank: int = 0) -> Iterator[Scene]:
         leave.enter_context(_values(config))
         leave.enter_context(_messages(device))
         leave.enter_context(patch.object(transfer, "ThreadPoolExecutor", _SameThread))
+        leave.enter_context(patch.object(offload, "MOVED_TYPES", (torch.Tensor, FakeTensor)))
         yield Scene(config, _learner(config), device)
 
 
@@ -210,7 +211,8 @@ def _values(config: Any) -> Iterator[None]:
         if moe is not None and self.numel() == moe.num_experts:
             return [capacity * moe.top_k // moe.num_experts] * moe.num_experts
         if self.numel() == 3:  # a pipeline asks for the shape of what comes
-            return [capacity, 1, config.model.hidden_size]
+            shared = config.parallel.tensor if config.parallel.sequence_parallel else 1
+            return [capacity // shared, 1, config.model.hidden_size]
         return [1] * self.numel()
 
     def sort(chunks: Any, sizes: Any, order: Any, **options: Any) -> Any:

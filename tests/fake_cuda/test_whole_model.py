@@ -17,15 +17,6 @@ EXCHANGE = Counter({"tolist in model/dispatch.py:_agree": 1})
 """In each layer whose expert ranks exchange tokens: how many come and go."""
 USE_OF_EXPERTS = Counter({"copy to host in model/balance.py:finish_sum": 1})
 """In each step, after the optimizer was launched too."""
-STAGE = Counter(
-    {
-        "copy to device in pipeline_parallel/p2p_communication.py:_communicate_shapes": 1,
-        "synchronize in pipeline_parallel/p2p_communication.py:_communicate_shapes": 2,
-        "synchronize in pipeline_parallel/p2p_communication.py:_communicate": 2,
-        "tolist in pipeline_parallel/p2p_communication.py:_communicate_shapes": 1,
-    }
-)
-"""A micro-batch between two stages, whose shape is a message."""
 
 
 def times(number, syncs):
@@ -43,8 +34,10 @@ def times(number, syncs):
         ([], 8, 7, READ),
         (["parallel.tensor=2"], 2, 1, READ),
         (["parallel.tensor=2"], 4, 1, READ),
-        (["parallel.pipeline=2"], 2, 0, READ + STAGE),
-        (["parallel.pipeline=2"], 2, 1, READ + STAGE),
+        (["parallel.pipeline=2"], 2, 0, READ),
+        (["parallel.pipeline=2"], 2, 1, READ),
+        (["parallel.tensor=2", "parallel.pipeline=2"], 4, 0, READ),
+        ([MOE, "parallel.pipeline=2"], 2, 0, READ + USE_OF_EXPERTS),
         ([MOE], 1, 0, READ + USE_OF_EXPERTS),
         ([MOE], 8, 3, READ + USE_OF_EXPERTS),
         ([MOE, "model.moe.estimate=buffer_corrected"], 1, 0, READ + USE_OF_EXPERTS),

@@ -12,6 +12,7 @@ import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from megascale.config import Layout, finalize, parse_config
+from megascale.devices.memory import with_capacity
 from megascale.errors import UserError
 from megascale.mesh import offload
 from megascale.mesh.offload import HostBlocks, Offloader, Traffic
@@ -45,10 +46,11 @@ def test_the_offload_model_follows_the_config(overrides):
     layout = Layout.of(config, 4)
     model = offload_model(config, layout)
     assert (model.stage_layers, model.copy_bytes_per_s) == (4, 2e9)
-    # The first of two stages holds two micro-batches of four layers each, and no logits.
-    whole, layers = activation_bytes(config, layout, 0) / 64, 2 * 4 * model.bytes_per_token
     assert model.bytes_per_token == layer_activation_bytes(config, layout)
-    assert whole == layers or "train.recompute=full" in overrides and layers < whole
+    # The first of two stages holds two micro-batches of four layers each, and no logits.
+    layers, twice = 2 * 4 * model.bytes_per_token, with_capacity(config, 128)
+    more = activation_bytes(twice, layout, 0) - activation_bytes(config, layout, 0)
+    assert layers < more / 64 < 1.5 * layers or "train.recompute=full" in overrides
 
 
 @pytest.mark.parametrize("rate", ["0", "-1", ".inf"])
