@@ -181,7 +181,9 @@ def _layer_bytes(
     return hidden // _hidden_cut(config, layout) + cut // layout.tensor + whole
 
 
-def _feed_forward_bytes(model: ModelConfig, element: int, recomputed: frozenset[str]) -> int:
+def _feed_forward_bytes(
+    model: ModelConfig, element: int, recomputed: frozenset[str] = frozenset()
+) -> int:
     """SwiGLU of a dense layer, or of a token's experts with the tokens that they get."""
     plain, of_experts = (2 if part in recomputed else 3 for part in ("swiglu", "experts"))
     if model.moe is None:

@@ -142,8 +142,6 @@ def start(config: RunConfig) -> Ranks:
 
 
 def _use_fastest_attention(config: RunConfig, device: torch.device) -> None:
-    from megascale.runtime import cuda
-
     model = config.model
     assert model.head_dim is not None  # it is finalized
     cuda.use_fastest_attention(device, model.head_dim, model.sliding_window is not None)
