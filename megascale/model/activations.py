@@ -55,9 +55,9 @@ def _recomputed_bytes(config: RunConfig, layout: Layout) -> int:
 
 
 def _gradient_bytes(config: RunConfig, layout: Layout) -> int:
-    """Gradients at the peak of a layer's backward pass, per token: of SwiGLU's two inputs and of the
-    residual stream; with experts also of the tokens that they get. The gradient of SwiGLU's output
-    takes the place that the output has left."""
+    """Gradients at the peak of a layer's backward pass, per token: of SwiGLU's two inputs and of
+    the residual stream; with experts also of the tokens that they get. The gradient of SwiGLU's
+    output takes the place that the output has left."""
     model, element = config.model, _element_bytes(config)
     if model.moe is None:
         inner = 2 * known(model.ffn_hidden_size)
