@@ -100,7 +100,7 @@ WITH_OPTIONS = {
     "devices": "Predicted against published step times on H100.",
     "planner": "Our plans against every peer's by the neutral judge, and the time to plan.",
     "hdp": "Training under our plans and under static ones on CPU ranks, end to end.",
-    "chunks": "Chunked pipelines on CPU ranks: against whole micro-batches and predictions.",
+    "pipeline": "Chunked pipelines on CPU ranks: against whole micro-batches and predictions.",
     "balance": "Ways to know the batch's use of experts: how near to exact, and what they cost.",
     "estimates": "Estimates of the batch's use of experts, over ranks, batches and steps.",
     "infowindow": "Equal-Info Windows against tokenizers in use: speed, exactness, ratios.",

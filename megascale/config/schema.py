@@ -193,7 +193,12 @@ class ModelConfig:
     norm_eps: float = 1e-5
     """Added to the mean square in RMSNorm."""
     qk_norm: bool = False
-    """Normalise queries and keys per head before the rotary embedding (as Qwen3 does)."""
+    """Normalise queries and keys before the rotary embedding (as Qwen3 does)."""
+    qk_norm_heads: Literal["each", "all"] = "each"
+    """Over what `qk_norm` goes: each head, or all heads together (as in OLMo 2)."""
+    norm_position: Literal["before", "after"] = "before"
+    """Where the two norms of a layer are: before attention and feed-forward part, or after them,
+    on what they add to the residual stream (as in OLMo 2). `after` needs a dense model."""
     qkv_bias: bool = False
     """Add a bias to queries, keys and values (as Qwen2 does)."""
     parallel_block: bool = False
@@ -570,8 +575,14 @@ class TrainConfig:
     """Loss tokens to train on. The last step is the step that reaches this number."""
     precision: Literal["fp32", "bf16"] = "bf16"
     """Compute precision. bf16 keeps fp32 master weights, moments and gradient sums."""
-    recompute: Literal["none", "full"] = "none"
-    """`full` keeps only layer inputs and runs each layer again in the backward pass."""
+    recompute: Literal["none", "selective", "full"] = "none"
+    """`full` keeps only layer inputs and runs each layer again in the backward pass. `selective`
+    computes the outputs of cheap operations again (`recompute_parts`); a dense layer keeps about
+    two thirds."""
+    recompute_parts: tuple[Literal["norms", "swiglu", "experts"], ...] | None = None
+    """What `recompute=selective` computes again: `norms` (RMSNorm before attention and feed-forward
+    part), `swiglu` (of dense layers and shared experts), `experts` (SwiGLU of routed experts).
+    Default: all that the model has."""
     deterministic: bool = False
     """On CUDA use only operations that give the same bits every time, so that a resume is
     bit-equal, as it always is on CPU. Some operations, such as the backward pass of attention, are
@@ -739,6 +750,22 @@ class RunConfig:
         """Whether every micro-batch has `planner.capacity_tokens` tokens, which the allgather
         dispatcher of experts needs."""
         return self.model.moe is not None and self.model.moe.dispatcher == "allgather"
+
+    @property
+    def recomputable_parts(self) -> frozenset[str]:
+        """The values of `train.recompute_parts` that this model has."""
+        moe = self.model.moe
+        if moe is None:
+            return frozenset({"norms", "swiglu"})
+        shared = {"swiglu"} if moe.shared_ffn_hidden_size else set()
+        return frozenset({"norms", "experts"} | shared)
+
+    @property
+    def recomputed_parts(self) -> frozenset[str]:
+        """Parts of layers whose outputs the backward pass computes again."""
+        if self.train.recompute != "selective":
+            return frozenset()
+        return frozenset(self.train.recompute_parts or self.recomputable_parts)
 
     @property
     def run_dirs(self) -> tuple[str, ...]:

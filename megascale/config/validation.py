@@ -39,6 +39,7 @@ def validate(config: RunConfig) -> None:
     _validate_data(config)
     _validate_schedule(config)
     _validate_growth(config)
+    _validate_recompute(config)
     if config.device == "cuda":
         validate_on_cuda(config)
 
@@ -55,6 +56,26 @@ def validate_on_cuda(config: RunConfig) -> None:
             f"model.head_dim = {size} must be a multiple of {FLASH_MULTIPLE} up to {FLASH_MOST}, "
             f"because FlashAttention runs on CUDA in {config.train.precision}; {works} works"
         )
+
+
+def _validate_recompute(config: RunConfig) -> None:
+    train, has = config.train, sorted(config.recomputable_parts)
+    if train.recompute == "selective" and config.model.implementation == "transformer_engine":
+        raise UserError("train.recompute=selective needs model.implementation=local")
+    if train.recompute_parts is None:
+        return
+    if train.recompute != "selective":
+        raise UserError(
+            f"train.recompute_parts goes with train.recompute=selective, not {train.recompute}"
+        )
+    if not train.recompute_parts:
+        raise UserError("train.recompute_parts is empty; set train.recompute=none")
+    for part in train.recompute_parts:
+        if part not in has:
+            raise UserError(
+                f"train.recompute_parts has {part}, which the model does not have; it has "
+                + ", ".join(has)
+            )
 
 
 def _validate_growth(config: RunConfig) -> None:
@@ -114,6 +135,7 @@ def _validate_model(config: RunConfig) -> None:
         )
     _validate_rope(model.rope_scaling)
     _validate_pattern(model)
+    _validate_norms(model)
     if not model.vocab_size >= 1:
         raise UserError(f"model.vocab_size = {model.vocab_size} must be at least 1")
     if cut.sequence_parallel and cut.tensor == 1:
@@ -156,6 +178,17 @@ def _validate_rope(scaling: RopeScalingConfig | None) -> None:
         raise UserError(
             f"model.rope_scaling.attention_factor = {scaling.attention_factor} must be above 0; "
             "leave it out"
+        )
+
+
+def _validate_norms(model: ModelConfig) -> None:
+    if model.qk_norm_heads == "all" and not model.qk_norm:
+        raise UserError("model.qk_norm_heads = all goes with model.qk_norm; set it to true")
+    several = model.moe is not None or model.parallel_block
+    if model.norm_position == "after" and several:
+        raise UserError(
+            "model.norm_position = after is not built with model.moe or model.parallel_block; set "
+            "it to before"
         )
 
 

@@ -14,6 +14,7 @@ import torch
 from megascale.checkpoint.load import Found
 from megascale.checkpoint.storage import one_line
 from megascale.config import ModelConfig
+from megascale.convert.huggingface.attention import FULL
 from megascale.convert.huggingface.config import read_config
 from megascale.convert.one_rank import open_model, run_config
 from megascale.errors import UserError
@@ -98,8 +99,9 @@ def _limits(theirs: Any, ours: ModelConfig) -> dict[str, int]:
     """Lengths in tokens beyond which either model may do something else than before."""
     scaling = ours.rope_scaling
     windows = (getattr(theirs, "sliding_window", None), ours.sliding_window)
+    rope = theirs.rope_parameters
     contexts = (
-        theirs.rope_parameters.get("original_max_position_embeddings"),
+        rope.get(FULL, rope).get("original_max_position_embeddings"),
         scaling.original_tokens if scaling is not None else None,
     )
     named = {"a sliding window": windows, "the context before scaling of rope": contexts}

@@ -30,7 +30,7 @@ from megascale.corpus.pieces import (
 )
 from megascale.errors import UserError
 
-MOST_PIECES = 2**22
+MOST_PIECES = 2**20
 """Sequences of a source in a batch, more than any run has."""
 
 

@@ -10,15 +10,18 @@ from typing import Any
 import torch
 
 from megascale.fused.choice import use_kernel
+from megascale.fused.recompute import computed_by
 
 
 def swiglu(x_N2F: torch.Tensor, weights_N: torch.Tensor | None = None) -> torch.Tensor:
     """(N, F): silu(first half) * second half, times the weight of the token where there are any.
 
-    The input alone is kept for the backward pass.
+    The input alone is kept for the backward pass. With weights it belongs to experts.
     """
     output: torch.Tensor = _SwiGlu.apply(x_N2F, weights_N)
-    return output
+    if weights_N is None:
+        return computed_by("swiglu", output, _gate, x_N2F)
+    return computed_by("experts", output, _gate, x_N2F, weights_N)
 
 
 def use_in_megatron() -> None:
@@ -51,11 +54,7 @@ class _SwiGlu(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weights):  # type: ignore[no-untyped-def]
         ctx.save_for_backward(x, weights)
-        if use_kernel(x):
-            from megascale.fused.triton_swiglu import gate
-
-            return gate(x, weights)
-        return gate_plain(x, weights)
+        return _gate(x, weights)
 
     @staticmethod
     def backward(ctx, gradient):  # type: ignore[no-untyped-def]
@@ -66,6 +65,15 @@ class _SwiGlu(torch.autograd.Function):
             for_x, for_weights = gate_backward(gradient, x, weights)
             return for_x, None if weights is None else for_weights.to(weights.dtype)
         return gate_backward_plain(gradient, x, weights)
+
+
+def _gate(x: torch.Tensor, weights: torch.Tensor | None = None) -> torch.Tensor:
+    if use_kernel(x):
+        from megascale.fused.triton_swiglu import gate
+
+        output: torch.Tensor = gate(x, weights)
+        return output
+    return gate_plain(x, weights)
 
 
 def gate_plain(x_N2F: torch.Tensor, weights_N: torch.Tensor | None = None) -> torch.Tensor:

@@ -152,6 +152,8 @@ def _learned_pieces(parents: Parents, grown: ModelConfig, growth: Growth) -> Ite
 def _wider(model: ModelConfig, growth: Growth) -> ModelConfig:
     assert model.num_kv_heads is not None and model.ffn_hidden_size is not None
     factor, moe = growth.factor, model.moe
+    if model.qk_norm_heads == "all":
+        raise UserError("models with model.qk_norm_heads = all do not grow in width yet")
     if moe is not None:
         assert moe.ffn_hidden_size is not None
         moe = replace(

@@ -33,6 +33,8 @@ def check_branches(model: ModelConfig, branches: Sequence[Tensors], moe: MoeConf
         raise UserError(f"{branches[0].found.folder} has experts already; upcycle a dense one")
     if model.parallel_block:
         raise UserError("a model with model.parallel_block cannot have experts")
+    if model.norm_position == "after":
+        raise UserError("a model with model.norm_position = after cannot have experts")
     if len(branches) > moe.num_experts:
         raise UserError(f"{len(branches)} branches do not fit {moe.num_experts} experts")
     if not 2 <= moe.top_k <= moe.num_experts:

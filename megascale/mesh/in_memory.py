@@ -38,7 +38,8 @@ def micro_batches(
     fit the plan, a rank that is not of the plan, and where an axis is missing.
     """
     lengths = tuple(_length(index, sequence) for index, sequence in enumerate(sequences))
-    planned = len({index for ring in plan.rings for index in ring.sequences})
+    cut = {(one.group, index) for one in plan.rings if one.chunks > 1 for index in one.sequences}
+    planned = len(cut) + sum(len(one.sequences) for one in plan.rings if one.chunks == 1)
     if planned != len(lengths) or plan.lengths not in ((), lengths):
         raise ValueError("the plan is for other sequences than these")
     if multiple < 1:

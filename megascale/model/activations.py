@@ -24,8 +24,8 @@ def activation_bytes(config: RunConfig, layout: Layout, stage: int) -> int:
     Under 1F1B a stage holds one micro-batch for itself and one for each stage after it. Of each it
     keeps `layer_activation_bytes` in every layer, and `chunk_bytes`. Chunks are as many tokens at
     the most. Beside these the larger of two counts: on the last stage the peak of the output head,
-    `head_bytes`; then gradients in the backward pass of a layer, with full recomputation and the
-    layer's activations, which come back.
+    `head_bytes`; then gradients in the backward pass of a layer, with recomputation and what the
+    layer does not keep, which comes back.
 
     An 8B model (32 layers of 4096, 32 heads and 8 groups of 128, feed-forward 14336, 128,256
     ids) at 16,384 tokens in bf16: 139,400 bytes per token in each layer are 68.1 GiB, and the head
@@ -47,8 +47,11 @@ def _beside_kept(config: RunConfig, layout: Layout, stage: int) -> int:
 
 
 def _recomputed_bytes(config: RunConfig, layout: Layout) -> int:
-    """Per token, what full recomputation makes again in one layer."""
-    return _layer_bytes(config, layout) if config.train.recompute == "full" else 0
+    """Per token, what recomputation makes again in one layer."""
+    if config.train.recompute == "none":
+        return 0
+    kept = layer_activation_bytes(config, layout) if config.train.recompute == "selective" else 0
+    return _layer_bytes(config, layout) - kept
 
 
 def _gradient_bytes(config: RunConfig, layout: Layout) -> int:
@@ -72,7 +75,7 @@ def layer_activation_bytes(config: RunConfig, layout: Layout) -> int:
     """
     if config.train.recompute == "full":
         return _element_bytes(config) * (config.model.hidden_size // _hidden_cut(config, layout))
-    return _layer_bytes(config, layout)
+    return _layer_bytes(config, layout, config.recomputed_parts)
 
 
 def chunk_bytes(config: RunConfig, layout: Layout) -> int:
@@ -121,7 +124,7 @@ def ring_peak_bytes(config: RunConfig, layout: Layout, stage: int) -> int:
     if not buffers:
         return 0
     model, element = config.model, _element_bytes(config)
-    free = _feed_forward_bytes(model, element) // layout.tensor
+    free = _feed_forward_bytes(model, element, frozenset()) // layout.tensor
     gradients = 2 * model.hidden_size * element  # of the residual stream and of attention's output
     layer = _recomputed_bytes(config, layout) + gradients - free
     peak = buffers + known(config.planner.capacity_tokens) * layer
@@ -148,34 +151,45 @@ def ring_buffer_bytes(config: RunConfig, layout: Layout) -> int:
     return known(config.planner.capacity_tokens) * per_token
 
 
-def _layer_bytes(config: RunConfig, layout: Layout) -> int:
+def _layer_bytes(
+    config: RunConfig, layout: Layout, recomputed: frozenset[str] = frozenset()
+) -> int:
     """What the operations of one layer keep per token for their backward pass.
+
+    Outputs of the parts in `recomputed` are not kept: of norms, and of SwiGLU.
 
     In elements of the precision: inputs and outputs of the norms, 4 hidden (2 in a parallel
     block); queries and keys after the rotary embedding, values and output, (2 heads + 2 groups) of
     a head's size; SwiGLU's two inputs and its output, 3 feed-forward. Norms of queries and keys
     keep queries before them, and for the keys the product that has the values too: another (2 heads
-    + groups). Beside these in bytes: a norm's and a head's fp32 scalars. The rotary tables are
-    those of the micro-batch.
+    + groups). Norms over all heads keep their inputs in fp32, (heads + 2 groups), and their outputs
+    before the weights, (heads + groups). Beside these in bytes: a norm's and a head's fp32 scalars.
+    The rotary tables are those of the micro-batch.
     """
     model, element = config.model, _element_bytes(config)
     norms = 1 if model.parallel_block else 2
-    hidden = 2 * norms * model.hidden_size * element + norms * FP32_BYTES
+    states = norms if "norms" in recomputed else 2 * norms
+    hidden = states * model.hidden_size * element + norms * FP32_BYTES
     heads, groups, size = model.num_heads, known(model.num_kv_heads), known(model.head_dim)
     attention = 2 * (heads + groups) * size * element + heads * FP32_BYTES
-    if model.qk_norm:
+    if model.qk_norm and model.qk_norm_heads == "each":
         attention += (2 * heads + groups) * size * element + (heads + groups) * FP32_BYTES
-    cut = attentions(model) * attention + _feed_forward_bytes(model, element)
+    elif model.qk_norm:
+        attention += ((heads + 2 * groups) * FP32_BYTES + (heads + groups) * element) * size
+    cut = attentions(model) * attention + _feed_forward_bytes(model, element, recomputed)
     whole = _router_bytes(model, element)
     return hidden // _hidden_cut(config, layout) + cut // layout.tensor + whole
 
 
-def _feed_forward_bytes(model: ModelConfig, element: int) -> int:
+def _feed_forward_bytes(
+    model: ModelConfig, element: int, recomputed: frozenset[str] = frozenset()
+) -> int:
     """SwiGLU of a dense layer, or of a token's experts with the tokens that they get."""
+    plain, of_experts = (2 if part in recomputed else 3 for part in ("swiglu", "experts"))
     if model.moe is None:
-        return 3 * known(model.ffn_hidden_size) * element
-    routed = model.moe.top_k * (3 * known(model.moe.ffn_hidden_size) + model.hidden_size)
-    return (routed + 3 * model.moe.shared_ffn_hidden_size) * element
+        return plain * known(model.ffn_hidden_size) * element
+    routed = model.moe.top_k * (of_experts * known(model.moe.ffn_hidden_size) + model.hidden_size)
+    return (routed + plain * model.moe.shared_ffn_hidden_size) * element
 
 
 def _router_bytes(model: ModelConfig, element: int) -> int:

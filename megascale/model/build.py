@@ -69,7 +69,7 @@ def build_model(config: RunConfig, ranks: Ranks) -> Model:
         network = Float16Module(core, network)
     reduction = _reduction(config, ranks)
     wrapped = DistributedDataParallel(core, reduction, network)
-    gathers = Gathers([wrapped])
+    gathers = Gathers([wrapped] if reduction.overlap_param_gather else [])
     for layer in layers:
         gathers.wait_before(layer, layer.parameters(), wrapped)
     if ranks.is_last_stage:  # the loss takes the weight of the head
@@ -108,7 +108,9 @@ def transformer_config(config: RunConfig, ranks: Ranks) -> TransformerConfig:
         ffn_hidden_size=model.ffn_hidden_size,
         normalization="RMSNorm",
         layernorm_epsilon=model.norm_eps,
-        qk_layernorm=model.qk_norm,
+        # megatron-core sums gradients of these norms over tensor ranks, which all have the same
+        # weights; norms over all heads are cut
+        qk_layernorm=model.qk_norm and model.qk_norm_heads == "each",
         gated_linear_unit=True,
         activation_func=torch.nn.functional.silu,
         add_bias_linear=False,
@@ -129,7 +131,7 @@ def transformer_config(config: RunConfig, ranks: Ranks) -> TransformerConfig:
         calculate_per_token_loss=True,
         variable_seq_lengths=not config.pads_to_capacity,
         batch_p2p_comm=on_cuda,
-        bias_activation_fusion=on_cuda,
+        bias_activation_fusion=on_cuda or bool(config.recomputed_parts & {"swiglu", "experts"}),
         gradient_accumulation_fusion=on_cuda,
         masked_softmax_fusion=False,
         **_recompute_options(config),
@@ -158,7 +160,7 @@ def pack_multiple(config: RunConfig, device: torch.device) -> int:
 
 
 def _recompute_options(config: RunConfig) -> dict[str, Any]:
-    if config.train.recompute == "none":
+    if config.train.recompute != "full":
         return {}
     return {
         "recompute_granularity": "full",
@@ -186,7 +188,8 @@ def _moe_options(moe: MoeConfig | None, grouped: bool) -> dict[str, Any]:
 
 
 def _block_spec(config: RunConfig, core: TransformerConfig, ranks: Ranks) -> ModuleSpec | Any:
-    spec = layer_spec(config.model, groups_experts(config, ranks.device))
+    grouped = groups_experts(config, ranks.device)
+    spec = layer_spec(config.model, grouped, config.recomputed_parts)
     norm = final_norm(config.model)
     if norm is None:
         return spec

@@ -73,6 +73,7 @@ def count_parameters(model: ModelConfig, tensor: int = 1) -> ParameterCounts:
     embedding *= 1 if model.tied_embeddings else 2
     layer = _norm_weights(model) + _router_weights(model)
     layer += _attention_weights(model) + _qkv_biases(model) + _feed_forward_weights(model)
+    layer += _all_heads_norms(model)
     experts = model.moe.num_experts * _expert_weights(model) if model.moe else 0
     total = embedding + model.num_layers * (layer + experts) + model.hidden_size
     idle = 0
@@ -100,6 +101,7 @@ def count_rank_parameters(model: ModelConfig, layout: Layout, stage: int) -> Ran
     is_first, is_last = stage == 0, stage == layout.pipeline - 1
     whole = _norm_weights(model) + _router_weights(model)
     cut = _attention_weights(model) + _qkv_biases(model) + _feed_forward_weights(model)
+    cut += _all_heads_norms(model)
     layer = whole + cut // tensor
     embeddings = 1 if is_first else 0
     if is_last and not (is_first and model.tied_embeddings):
@@ -205,9 +207,19 @@ def _qkv_biases(model: ModelConfig) -> int:
 
 
 def _norm_weights(model: ModelConfig) -> int:
-    """Weights of one layer's norms, those of queries and keys included."""
-    qk = 2 * attentions(model) * known(model.head_dim) if model.qk_norm else 0
+    """Weights of one layer's norms that every tensor rank has, those of queries and keys per head
+    included."""
+    per_head = model.qk_norm and model.qk_norm_heads == "each"
+    qk = 2 * attentions(model) * known(model.head_dim) if per_head else 0
     return (1 if model.parallel_block else 2) * model.hidden_size + qk
+
+
+def _all_heads_norms(model: ModelConfig) -> int:
+    """Weights of one layer's norms over all heads, which tensor ranks share."""
+    if not model.qk_norm or model.qk_norm_heads == "each":
+        return 0
+    heads = model.num_heads + known(model.num_kv_heads)
+    return attentions(model) * heads * known(model.head_dim)
 
 
 def _feed_forward_weights(model: ModelConfig) -> int:

@@ -18,13 +18,13 @@ from megatron.core.distributed import DistributedDataParallel
 
 
 class Gathers:
-    """Gathers of the weights of all chunks; nothing where they do not overlap."""
+    """Gathers of weights that overlap with computation."""
 
     def __init__(self, chunks: Sequence[DistributedDataParallel]) -> None:
+        """Of the weights of `chunks`; without any, all weights are gathered between steps."""
         self._groups = [
             group
             for chunk in chunks
-            if chunk.ddp_config.overlap_param_gather
             # megatron-core has them in the order of the backward pass
             for groups in (chunk.bucket_groups, chunk.expert_parallel_bucket_groups)
             for group in reversed(groups)
@@ -46,9 +46,11 @@ class Gathers:
         self, module: torch.nn.Module, weights: Iterable[torch.nn.Parameter], chunk: Any
     ) -> None:
         """Let each forward pass of `module` wait for `weights` of `chunk`."""
+        if not self._groups:
+            return
         of_weight = chunk.param_to_bucket_group
         groups = {id(group): group for one in weights if (group := of_weight.get(one)) is not None}
-        if self._groups and groups:
+        if groups:
             module.register_forward_pre_hook(partial(_before_forward, list(groups.values())))
 
 

@@ -19,30 +19,14 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 
 from megascale.config import LayerAttention, ModelConfig, RopeScalingConfig
 from megascale.errors import UserError
+from megascale.fused.recompute import recomputing
 from megascale.model.attention import PackedAttention
 from megascale.model.attention_experts import AttentionExperts
 from megascale.model.balance import BalancedRouter
 from megascale.model.dispatch import Dispatcher
 from megascale.model.experts import GroupedExperts
 from megascale.model.initialise import CLOSED_TOKENS
-
-
-class RMSNorm(torch.nn.Module):
-    """x / sqrt(mean(x^2) + eps) * weight, computed in fp32.
-
-    Unlike megatron-core's torch-wrapped norm it marks its weight for sequence parallelism, so
-    that its gradient is summed over the tensor ranks.
-    """
-
-    def __init__(self, config: Any, hidden_size: int, eps: float = 1e-5, **_: Any) -> None:
-        super().__init__()
-        self.eps = eps
-        self.weight = torch.nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
-        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(..., hidden) -> (..., hidden)."""
-        return torch.nn.functional.rms_norm(x, self.weight.shape, self.weight, self.eps)
+from megascale.model.norms import AllHeadsNorm, NormAfterLayer, RMSNorm
 
 
 class RoutedLayer(TransformerLayer):  # type: ignore[misc]
@@ -91,6 +75,22 @@ class ParallelBlockLayer(TransformerLayer):  # type: ignore[misc]
         return hidden_states + attention + feed_forward, None
 
 
+class RecomputingLayer(torch.nn.Module):
+    """Over a layer: its backward pass computes the outputs of `recomputed_parts` again."""
+
+    def __init__(
+        self, config: Any, *args: Any, recomputed_parts: frozenset[str], **kwargs: Any
+    ) -> None:
+        super().__init__(config, *args, **kwargs)
+        self.recomputed_parts = recomputed_parts
+
+    def forward(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, Any]:
+        """What the layer does."""
+        with recomputing(self.recomputed_parts):
+            output: tuple[torch.Tensor, Any] = super().forward(*args, **kwargs)
+        return output
+
+
 class LayerMask(torch.nn.Module):
     """Over a layer: y = x + m (layer(x) - x), where m goes from 0 to 1 with the tokens trained on.
 
@@ -130,23 +130,46 @@ def use_transformer_engine(model: ModelConfig) -> bool:
                 "model.implementation = transformer_engine, which is not installed; "
                 "set model.implementation=local"
             )
-        if model.parallel_block:
-            raise UserError("model.parallel_block needs model.implementation=local")
+        if only_local := _only_local(model):
+            raise UserError(f"{only_local} needs model.implementation=local")
         return True
     cuda = torch.cuda.is_available()
-    return model.implementation == "auto" and installed and cuda and not model.parallel_block
+    return model.implementation == "auto" and installed and cuda and not _only_local(model)
 
 
-def layer_spec(model: ModelConfig, grouped: bool = False) -> ModuleSpec:
+def _only_local(model: ModelConfig) -> str:
+    """An option that Transformer Engine's layers do not have; empty without one."""
+    options = {
+        "model.parallel_block": model.parallel_block,
+        "model.norm_position = after": model.norm_position == "after",
+        "model.qk_norm_heads = all": model.qk_norm_heads == "all",
+    }
+    return next((name for name, is_set in options.items() if is_set), "")
+
+
+def layer_spec(
+    model: ModelConfig, grouped: bool = False, recomputed_parts: frozenset[str] = frozenset()
+) -> ModuleSpec:
     """The spec of one transformer layer of `model`.
 
     With `grouped` its experts are multiplied together where Transformer Engine does not do it.
+    Outputs of `recomputed_parts` are computed again in the backward pass. Raises UserError where
+    Transformer Engine would have to do that.
     """
     spec = _open_layer_spec(model, grouped)
-    if model.mask_tokens is None:
-        return spec
-    masked = type(f"Masked{spec.module.__name__}", (LayerMask, spec.module), {})
-    return replace(spec, module=masked, params={**spec.params, "mask_tokens": model.mask_tokens})
+    if recomputed_parts:
+        if use_transformer_engine(model):
+            raise UserError("train.recompute=selective needs model.implementation=local")
+        spec = _over(spec, RecomputingLayer, recomputed_parts=recomputed_parts)
+    if model.mask_tokens is not None:
+        spec = _over(spec, LayerMask, mask_tokens=model.mask_tokens)
+    return spec
+
+
+def _over(spec: ModuleSpec, cover: type, **options: Any) -> ModuleSpec:
+    """A layer whose class has the methods of `cover` over its own."""
+    module = type(f"{cover.__name__}{spec.module.__name__}", (cover, spec.module), {})
+    return replace(spec, module=module, params={**spec.params, **options})
 
 
 def _open_layer_spec(model: ModelConfig, grouped: bool) -> ModuleSpec:
@@ -159,12 +182,24 @@ def _open_layer_spec(model: ModelConfig, grouped: bool) -> ModuleSpec:
     spec = get_gpt_layer_local_spec(
         num_experts=num_experts, qk_layernorm=model.qk_norm, normalization="RMSNorm"
     )
-    qk_norm = RMSNorm if model.qk_norm else IdentityOp
-    attention = _attention(model, spec, q_layernorm=qk_norm, k_layernorm=qk_norm)
-    pre_mlp_norm = IdentityOp if model.parallel_block else RMSNorm
-    spec = _with(spec, attention, input_layernorm=RMSNorm, pre_mlp_layernorm=pre_mlp_norm)
+    q_norm, k_norm = (_qk_norm(model, heads) for heads in (model.num_heads, model.num_kv_heads))
+    attention = _attention(model, spec, q_layernorm=q_norm, k_layernorm=k_norm)
+    after = model.norm_position == "after"
+    norm = IdentityOp if after else RMSNorm
+    pre_mlp_norm = IdentityOp if model.parallel_block else norm
+    spec = _with(spec, attention, input_layernorm=norm, pre_mlp_layernorm=pre_mlp_norm)
     spec = _routed(model, spec, grouped)
+    if after:
+        return replace(spec, module=NormAfterLayer)
     return replace(spec, module=ParallelBlockLayer) if model.parallel_block else spec
+
+
+def _qk_norm(model: ModelConfig, heads: int | None) -> Any:
+    if not model.qk_norm:
+        return IdentityOp
+    if model.qk_norm_heads == "each":
+        return RMSNorm
+    return ModuleSpec(module=AllHeadsNorm, params={"heads": heads})
 
 
 def _routed(model: ModelConfig, spec: ModuleSpec, grouped: bool = False) -> ModuleSpec:

@@ -65,8 +65,9 @@ def _attention(model: ModelConfig, layout: Layout) -> Iterator[Weight]:
     if model.qkv_bias:
         yield Weight((rows,))
     yield Weight((hidden, heads * model.head_dim // layout.tensor))
-    for _ in range(2 if model.qk_norm else 0):
-        yield Weight((model.head_dim,))
+    for count in (heads, model.num_kv_heads) if model.qk_norm else ():
+        all_heads = count // layout.tensor if model.qk_norm_heads == "all" else 1
+        yield Weight((all_heads * model.head_dim,))
 
 
 def _feed_forward(hidden: int, inner: int, is_expert: bool = False) -> Iterator[Weight]:

@@ -34,8 +34,9 @@ if TYPE_CHECKING:
 
 DECIDES_WEIGHTS = frozenset(
     "num_layers hidden_size num_heads num_kv_heads head_dim ffn_hidden_size tied_embeddings "
-    "qk_norm qkv_bias parallel_block mask_tokens moe moe.num_experts moe.ffn_hidden_size "
-    "moe.shared_ffn_hidden_size moe.shared_gate moe.normalize_top_k moe.attention_experts".split()
+    "qk_norm qk_norm_heads norm_position qkv_bias parallel_block mask_tokens "
+    "moe moe.num_experts moe.ffn_hidden_size moe.shared_ffn_hidden_size moe.shared_gate "
+    "moe.normalize_top_k moe.attention_experts".split()
 )
 """Options of the model that must be as they were for its weights to fit."""
 RATE_TOKENS = "rate_tokens"

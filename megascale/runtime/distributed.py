@@ -128,6 +128,8 @@ def start(config: RunConfig) -> Ranks:
         if config.train.deterministic:
             _joined.deterministic = torch.are_deterministic_algorithms_enabled()
             cuda.compute_deterministically()
+        else:
+            _use_fastest_attention(config, device)
     else:
         _joined.threads = torch.get_num_threads()
         torch.set_num_threads(config.train.threads or _threads_per_rank())
@@ -137,6 +139,12 @@ def start(config: RunConfig) -> Ranks:
     _make_groups(layout)
     seed_everything(config.seed)
     return _describe(layout, rank, local_rank, device, control, why)
+
+
+def _use_fastest_attention(config: RunConfig, device: torch.device) -> None:
+    model = config.model
+    assert model.head_dim is not None  # it is finalized
+    cuda.use_fastest_attention(device, model.head_dim, model.sliding_window is not None)
 
 
 def device_name(device: torch.device) -> str:

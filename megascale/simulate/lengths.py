@@ -19,8 +19,8 @@ from megascale.reading import MOST_TEXT_BYTES, read_whole
 LONGEST = 2**40
 """Tokens that a line of a lengths file may say."""
 _LENGTH = re.compile(r"0{0,40}[1-9][0-9]{0,12}")
-MOST_SEQUENCES = 2**22
-"""That are drawn at once, more than any batch has."""
+MOST_SEQUENCES = 2**18
+"""That are drawn at once: several times those of the largest batches of clusters."""
 BLOCK = 4096
 """Documents are drawn in blocks of so many, so that more tokens only add documents."""
 
@@ -148,7 +148,7 @@ def _draw(
     while left > 0:
         if len(blocks) * BLOCK >= MOST_SEQUENCES:
             raise UserError(
-                f"lengths: more than {MOST_SEQUENCES:,} sequences of these lengths; draw fewer"
+                f"lengths: more than {MOST_SEQUENCES:,} sequences at once; ask for fewer tokens"
             )
         blocks.append(np.rint(np.clip(block(rng), 1, context)).astype(np.int64))
         left -= BLOCK if num_tokens is None else int(blocks[-1].sum())

@@ -8,7 +8,7 @@ from megascale.arrays import Integers
 from megascale.errors import UserError
 from megascale.simulate.lengths import draw_lengths, given_documents, sample_lengths
 
-MOST_SEQUENCES = 2**24
+MOST_SEQUENCES = 2**21
 """Of all steps, which are in memory together."""
 
 

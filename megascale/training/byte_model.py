@@ -180,6 +180,7 @@ NOT_FROZEN = (
     "qk_norm",
     "qkv_bias",
     "parallel_block",
+    "norm_position",
     "sliding_window",
     "rope_scaling",
     "attention_pattern",
@@ -188,9 +189,11 @@ NOT_FROZEN = (
 
 
 def _require_plain(config: RunConfig) -> None:
-    model = config.model
+    from megascale.config import ModelConfig
+
+    model, plain = config.model, ModelConfig()
     for name in NOT_FROZEN:
-        if getattr(model, name):
+        if getattr(model, name) != getattr(plain, name):
             raise UserError(f"M1: model.{name} is not among what can be frozen; leave it out")
     if not SHORTEST_CONTEXT <= config.data.context_tokens <= MOST_TERMS:
         raise UserError(

@@ -13,11 +13,15 @@ from typing import Any
 
 import torch
 from megatron.core import parallel_state
-from megatron.core.pipeline_parallel.schedules import forward_step
+from megatron.core.pipeline_parallel.schedules import (
+    custom_backward,
+    deallocate_output_tensor,
+    forward_step,
+)
 from megatron.core.utils import get_model_config
 
 from megascale.mesh.packing import MicroBatch
-from megascale.planner.chunk_order import Pass, pipeline_order, stage_order
+from megascale.planner.chunk_order import pipeline_order, stage_order
 from megascale.training.stage_messages import StageMessages, messages_of
 
 
@@ -36,10 +40,8 @@ def run_chunks(
     reduced after the last backward pass at the earliest, as with megatron-core's schedules.
     """
     (chunk,) = model
-    stages = parallel_state.get_pipeline_model_parallel_world_size()
-    stage = parallel_state.get_pipeline_model_parallel_rank()
-    order = stage_order(waves, stages, stage)
-    passes = _Passes(forward_step_func, _Batches(data_iterator), chunk, order, waves)
+    passes = _Passes(forward_step_func, _Batches(data_iterator), chunk, waves)
+    order = stage_order(waves, passes.stages, passes.stage)
     with ExitStack() as unreduced:
         unreduced.enter_context(passes.config.no_sync_func())
         for number, (backward, index) in enumerate(order):
@@ -86,23 +88,23 @@ class _Passes:
         forward_step_func: Callable[..., Any],
         batches: _Batches,
         chunk: torch.nn.Module,
-        order: Sequence[Pass],
         waves: Sequence[int],
     ) -> None:
         self.config = get_model_config(chunk)
         self.reports: list[Any] = []
         self._forward, self._batches, self._chunk = forward_step_func, batches, chunk
         self._count = sum(waves)
-        stages = parallel_state.get_pipeline_model_parallel_world_size()
-        self._stage = parallel_state.get_pipeline_model_parallel_rank()
-        self._last = stages - 1
-        messages = messages_of(pipeline_order(tuple(waves), stages), stages, self._stage)
+        self.stages = parallel_state.get_pipeline_model_parallel_world_size()
+        self.stage = parallel_state.get_pipeline_model_parallel_rank()
+        self._is_first, self._is_last = self.stage == 0, self.stage == self.stages - 1
+        passes = pipeline_order(tuple(waves), self.stages)
+        messages = messages_of(passes, self.stages, self.stage)
         self.messages = StageMessages(messages, self.config, self._shape)
         self._kept: dict[int, tuple[torch.Tensor | None, torch.Tensor]] = {}
 
     def forward(self, index: int) -> None:
         """Run a micro-batch forward, on the activations of the stage before."""
-        given = self.messages.receive(False, index) if self._stage > 0 else None
+        given = self.messages.receive(False, index) if not self._is_first else None
         output, _tokens = forward_step(
             self._forward,
             self._batches,
@@ -114,17 +116,18 @@ class _Passes:
             cp_group_size=1,
             is_first_microbatch=index == 0,
             current_microbatch=index,
-            is_last_stage=self._stage == self._last,
+            is_last_stage=self._is_last,
         )
         self._kept[index] = given, output
-        if self._stage < self._last:
+        if not self._is_last:
             self.messages.send(False, index, output.detach())
+            deallocate_output_tensor(output, deallocate_pipeline_outputs=True)
 
     def backward(self, index: int) -> None:
         """Run a micro-batch backward, on the gradients of the stage after."""
-        gradient = self.messages.receive(True, index) if self._stage < self._last else None
+        gradient = self.messages.receive(True, index) if not self._is_last else None
         given, output = self._kept.pop(index)
-        torch.autograd.backward(output, gradient)
+        custom_backward(output, gradient)  # torch's wants the data of the output, which is gone
         if given is not None:
             assert given.grad is not None, "the output depends on what the stage was given"
             self.messages.send(True, index, given.grad)

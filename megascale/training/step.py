@@ -138,14 +138,18 @@ def run_micro_batches(
 ) -> torch.Tensor:
     """Forward (and backward) through megatron-core's schedule for this layout.
 
-    Waves of chunks run backward in the order of the plan, by `chunk_schedule`.
+    Waves of chunks run backward in the order of the plan, by `chunk_schedule`. So do all waves of a
+    pipeline on CUDA: megatron-core's schedule sends shapes first, and waits for each.
     Returns this rank's (summed loss, loss tokens), fp64 on its device, both 0 where another rank
     reports them. The host does not wait for the device.
     """
     device = learner.ranks.device
     learner.model.gathers.begin()
-    in_order = not forward_only and any(chunks > 1 for chunks in waves)
-    schedule = partial(run_chunks, waves) if in_order else get_forward_backward_func()
+    pipeline = learner.config.parallel.pipeline > 1 and device.type == "cuda"
+    in_order = not forward_only and (pipeline or any(chunks > 1 for chunks in waves))
+    schedule = get_forward_backward_func()
+    if in_order:
+        schedule = partial(run_chunks, waves or [1] * count)
     reports = schedule(
         forward_step_func=partial(_forward, learner.model),
         data_iterator=iter(micro_batches),

@@ -84,15 +84,16 @@ def install() -> None:
     torch.cuda.Stream = torch.cuda.Event = Stream
     torch.cuda.synchronize = lambda device=None: on_sync("synchronize")
     torch.cuda.random.get_rng_state = torch.cuda.get_rng_state
+    torch.cuda.random.device_count = torch.cuda.device_count  # torch's own asks the driver
     torch.cuda.nvtx.range_push = torch.cuda.nvtx.range_pop = lambda *args, **kwargs: 0
-    torch.cuda.default_generators = [_Generator(state)]
+    torch.cuda.default_generators = [_Generator(state)] * NUM_DEVICES
     torch.nn.Module._apply = _apply
     torch.Tensor.record_stream = lambda self, stream: None
     torch.Tensor.pin_memory = _pin_memory
     torch.Tensor.is_pinned = lambda self, device=None: getattr(self, "in_pinned_memory", False)
     torch.tensor = _of_numbers(torch.tensor)
     _patch_types()
-    _patch_engine()
+    torch.autograd.Variable._execution_engine = _Engine(torch.autograd.Variable._execution_engine)
     dist.all_gather_object = _all_gather_object
     dist.distributed_c10d.all_gather_object = _all_gather_object
 
@@ -164,19 +165,23 @@ def _patch_types() -> None:
     torch.Tensor.type = type_
 
 
-def _patch_engine() -> None:
-    """The engine gives each device a thread, and asks once how many devices there are."""
-    count = ctypes.c_int.in_dll(ctypes.CDLL(os.environ[LIBRARY]), "fake_device_count")
-    plain = torch.autograd.graph._engine_run_backward
+class _Engine:
+    """torch's, which gives each device a thread, and asks once how many devices there are."""
 
-    def run(*args: Any, **kwargs: Any) -> Any:
-        count.value = NUM_DEVICES
+    def __init__(self, plain: Any) -> None:
+        self._plain = plain
+        self._count = ctypes.c_int.in_dll(ctypes.CDLL(os.environ[LIBRARY]), "fake_device_count")
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._plain, name)
+
+    def run_backward(self, *args: Any, **kwargs: Any) -> Any:
+        """As the engine's, with the devices that are made up."""
+        self._count.value = NUM_DEVICES
         try:
-            return plain(*args, **kwargs)
+            return self._plain.run_backward(*args, **kwargs)
         finally:
-            count.value = 0
-
-    torch.autograd.graph._engine_run_backward = torch.autograd._engine_run_backward = run
+            self._count.value = 0
 
 
 def _all_gather_object(into: list[Any], mine: Any, group: Any = None) -> None:

@@ -10,21 +10,13 @@ from measure import DENSE, EXPERTS, layers_of, micro_batch, step
 from scene import MOE, scene
 
 TOKENS = 8192
+SELECTIVE = "train.recompute=selective"
 READ = Counter({"tolist in training/step.py:_read": 1})
 """The values of a step, after the optimizer was launched."""
 EXCHANGE = Counter({"tolist in model/dispatch.py:_agree": 1})
 """In each layer whose expert ranks exchange tokens: how many come and go."""
 USE_OF_EXPERTS = Counter({"copy to host in model/balance.py:finish_sum": 1})
 """In each step, after the optimizer was launched too."""
-STAGE = Counter(
-    {
-        "copy to device in pipeline_parallel/p2p_communication.py:_communicate_shapes": 1,
-        "synchronize in pipeline_parallel/p2p_communication.py:_communicate_shapes": 2,
-        "synchronize in pipeline_parallel/p2p_communication.py:_communicate": 2,
-        "tolist in pipeline_parallel/p2p_communication.py:_communicate_shapes": 1,
-    }
-)
-"""A micro-batch between two stages, whose shape is a message."""
 
 
 def times(number, syncs):
@@ -36,15 +28,16 @@ def times(number, syncs):
     [
         ([], 1, 0, READ),
         (["train.recompute=full"], 1, 0, READ),
+        ([SELECTIVE], 1, 0, READ),
         (["model.sliding_window=1000"], 8, 3, READ),
         ([], 8, 0, READ),
         ([], 8, 7, READ),
         (["parallel.tensor=2"], 2, 1, READ),
         (["parallel.tensor=2"], 4, 1, READ),
-        (["parallel.pipeline=2"], 2, 0, READ + STAGE),
-        (["parallel.pipeline=2"], 2, 1, READ + STAGE),
-        (["parallel.tensor=2", "parallel.pipeline=2"], 4, 0, READ + STAGE),
-        ([MOE, "parallel.pipeline=2"], 2, 0, READ + STAGE + USE_OF_EXPERTS),
+        (["parallel.pipeline=2"], 2, 0, READ),
+        (["parallel.pipeline=2"], 2, 1, READ),
+        (["parallel.tensor=2", "parallel.pipeline=2"], 4, 0, READ),
+        ([MOE, "parallel.pipeline=2"], 2, 0, READ + USE_OF_EXPERTS),
         ([MOE], 1, 0, READ + USE_OF_EXPERTS),
         ([MOE], 8, 3, READ + USE_OF_EXPERTS),
         ([MOE, "model.moe.estimate=buffer_corrected"], 1, 0, READ + USE_OF_EXPERTS),
@@ -94,6 +87,8 @@ def test_a_step_beside_its_micro_batches():
     [
         ([], 1),
         (["train.recompute=full"], 1),
+        ([SELECTIVE], 1),
+        ([EXPERTS, SELECTIVE], 1),
         ([MOE], 1),
         ([EXPERTS], 1),
         (["parallel.tensor=2"], 2),

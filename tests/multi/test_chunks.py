@@ -59,7 +59,7 @@ def cut_hybrid_plans(seeds, num_ranks, stages):
     plans = []
     for seed in seeds:
         rng = np.random.default_rng(seed)
-        capacity = int(rng.integers(65, 300))
+        capacity = int(rng.integers(-(-max(LENGTHS) // num_ranks), 300))
         cost = CostModel(a=10 ** rng.uniform(-9, -6), b=1e-6)
         problem = Problem.of(LENGTHS, num_ranks, capacity, "aligned", cost, pipeline=stages)
         plans.append(cut(plan_hybrid(problem), rng, stages))
@@ -126,6 +126,7 @@ SPARSE = "model.moe.attention_experts=2"
         (4, 2, []),
         (4, 2, ["parallel.sequence_parallel=false"]),
         (4, 1, [MOE]),
+        (4, 1, [MOE, "model.moe.estimate=exact"]),
         (4, 1, [MOE, "parallel.expert=2"]),
         (4, 1, [MOE, SPARSE, "train.recompute=full"]),
     ],

@@ -25,6 +25,7 @@ def grouped(function, *args):
     [
         (1, EIGHT),
         (1, (*EIGHT, "model.moe.shared_ffn_hidden_size=32", "train.recompute=full")),
+        (1, (*EIGHT, "train.recompute=selective")),
         (2, (*EIGHT, "parallel.expert=2")),
         (2, ("model.moe.num_experts=4", "model.moe.top_k=1", "parallel.expert=2")),
         (2, ("model.moe.num_experts=2", "parallel.expert=2")),

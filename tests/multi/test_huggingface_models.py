@@ -50,6 +50,15 @@ FAMILIES = {
     "smollm3 window": PATTERN
     | {"use_sliding_window": True, "no_rope_layers": [1, 0, 1, 0], "pad_token_id": None},
     "phi3": {"sliding_window": 16, "pad_token_id": None, "eos_token_id": 2},
+    "olmo2": {"num_key_value_heads": 2, "pad_token_id": None, "rope_parameters": YARN},
+    "olmo3": PATTERN
+    | {"pad_token_id": None}
+    | {
+        "rope_parameters": {
+            "full_attention": YARN,
+            "sliding_attention": {"rope_type": "default", "rope_theta": 777.0},
+        }
+    },
     "qwen2 yarn": {"rope_parameters": YARN},
     "qwen3 yarn": {"rope_parameters": YARN | {"attention_factor": 1.3, "beta_fast": 8.0}}
     | PATTERN
@@ -150,7 +159,7 @@ def losses_from(folder, overrides):
     return evaluate(learner, [batch], 1)
 
 
-@pytest.mark.parametrize("family", ["qwen2", "mixtral"])
+@pytest.mark.parametrize("family", ["qwen2", "mixtral", "olmo3"])
 def test_every_layout_starts_from_an_import(ranks, tmp_path, family):
     import torch
 

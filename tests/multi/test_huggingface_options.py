@@ -68,7 +68,7 @@ READ = {
     ],
     "mistral": [
         WINDOW,
-        WINDOW | MIXED,
+        WINDOW | MIXED | {"head_dim": 8},
         {"sliding_window": 1},
         {"sliding_window": 300, "num_hidden_layers": 1},
     ],
@@ -90,8 +90,9 @@ READ = {
 }
 """Options that a family has; every family also has those of `ALL_READ`."""
 ALL_READ = [
-    {"rope_scaling": {"rope_type": "yarn", "factor": 2.0, "beta_slow": 2, "truncate": False}},
-    {"rope_scaling": {"type": "linear", "factor": 2.0}},
+    {"rope_scaling": {"rope_type": "yarn", "factor": 2.0, "beta_slow": 2, "truncate": False}}
+    | {"head_dim": 8},
+    {"rope_scaling": {"type": "linear", "factor": 2.0}, "head_dim": 8},
     {"num_key_value_heads": 4, "head_dim": 6, "tie_word_embeddings": True, "rms_norm_eps": 0.3},
     {"rope_theta": 50.0, "num_key_value_heads": 1, "vocab_size": 101},
 ]

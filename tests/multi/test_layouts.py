@@ -69,6 +69,7 @@ def single(ranks, *overrides):
     return np.array(curve)
 
 
+NORMS = ["model.qk_norm=true", "model.qk_norm_heads=all", "model.norm_position=after"]
 PATTERN = [
     "model.sliding_window=16",
     "model.local_rope_base=50",
@@ -91,11 +92,17 @@ PATTERN = [
         (4, ["parallel.tensor=2", "parallel.pipeline=2"]),
         (4, ["parallel.pipeline=2"]),
         (1, ["train.recompute=full"]),
+        (1, ["train.recompute=selective"]),
+        (2, ["train.recompute=selective", "parallel.tensor=2"]),
+        (2, ["train.recompute=selective", "model.parallel_block=true"]),
+        (2, [*GATED, "train.recompute=selective", "parallel.expert=2"]),
         (2, ["model.parallel_block=true"]),
         (2, ["model.parallel_block=true", "parallel.tensor=2"]),
         (2, ["model.sliding_window=16"]),
         (2, [*PATTERN, "parallel.pipeline=2"]),
         (3, PATTERN),
+        (2, [*NORMS, "parallel.tensor=2"]),
+        (2, [*NORMS, "parallel.pipeline=2", "train.recompute=full"]),
         (2, ["model.moe.num_experts=4", "parallel.expert=2"]),
         (2, ["model.moe.num_experts=4", "parallel.expert=2", "model.moe.dispatcher=allgather"]),
         (2, ["model.moe.num_experts=4", "parallel.tensor=2"]),
@@ -128,6 +135,8 @@ def test_options_of_the_model_change_it(ranks):
     plain = single(ranks)
     for option in ("parallel_block=true", "sliding_window=16", "qk_norm=false", "rope_base=10"):
         assert abs(single(ranks, f"model.{option}")[0] - plain[0]).max() > 1e-6, option
+    assert abs(single(ranks, *NORMS[:2])[0] - single(ranks, *NORMS[:1])[0]).max() > 1e-6
+    assert abs(single(ranks, *NORMS)[0] - single(ranks, *NORMS[:2])[0]).max() > 1e-6
     for number, option in enumerate(PATTERN[1:], 1):
         before, after = single(ranks, *PATTERN[:number]), single(ranks, *PATTERN[: number + 1])
         assert abs(before[0] - after[0]).max() > 1e-6, option

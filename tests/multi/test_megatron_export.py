@@ -13,7 +13,10 @@ from megatron_writer import (
     tensors_of,
     write_all,
 )
+from test_huggingface_models import corpus, trained
 from test_train import command
+
+assert corpus  # a fixture
 
 MOE = {**EXPERTS, "tied": False, "qk_layernorm": True, "moe_shared_expert_intermediate_size": 24}
 SOURCES = {
@@ -138,3 +141,30 @@ def described(folder):
 
     common = dist_checkpointing.load_common_state_dict(str(folder))
     return list(plain(folder)), vars(common["args"])
+
+
+def other_tensors(first, second):
+    """Names of tensors that two checkpoints of ours do not have alike, loads of experts aside."""
+    import torch
+
+    from megascale.checkpoint.read import read_piece
+    from megascale.checkpoint.storage import read_index
+
+    indices = [(folder, read_index(folder)) for folder in (first, second)]
+    keys = {key for _, index in indices for key in index.tensors if not key.endswith("_E")}
+
+    def read(folder, index, key):
+        size = tuple(index.tensors[key].size)
+        return read_piece(folder, index, key, (0,) * len(size), size)
+
+    return [k for k in keys if not torch.equal(*(read(*one, k) for one in indices))]
+
+
+def test_a_run_comes_back_with_its_optimizer(ranks, corpus, tmp_path):  # noqa: F811
+    overrides = ("model.moe.num_experts=4", "train.precision=bf16", "train.tokens=5000")
+    run = trained(ranks, 1, corpus, tmp_path, *overrides)
+    (folder,) = (path for path in (run / "checkpoints").iterdir() if path.is_dir())
+    said = done(ranks, "export", run, tmp_path / "out", "--to", "megatron")
+    assert "AdamW after 5 steps; lr = 0.001" in said, said
+    done(ranks, "import", tmp_path / "out", tmp_path / "back", "--vocab-size", 257)
+    assert ranks(1, other_tensors, folder, tmp_path / "back") == [[]]

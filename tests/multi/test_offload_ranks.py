@@ -73,12 +73,14 @@ def gradients_by_ratio(overrides):
     [
         (1, []),
         (1, ["train.recompute=full"]),
+        (1, ["train.recompute=selective"]),
         (1, ["model.parallel_block=true", "model.qk_norm=true"]),
         (1, ["train.precision=bf16"]),
         (2, ["parallel.tensor=2"]),
         (2, ["parallel.pipeline=2", "model.num_layers=8"]),
         (2, ["parallel.pipeline=2", "model.num_layers=8", "train.recompute=full"]),
         (2, ["model.moe.num_experts=4", "parallel.expert=2"]),
+        (2, ["model.moe.num_experts=4", "parallel.expert=2", "train.recompute=selective"]),
     ],
     ids=lambda value: "+".join(value) if isinstance(value, list) else str(value),
 )

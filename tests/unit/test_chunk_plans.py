@@ -1,6 +1,7 @@
 """Plans with chunks: their file, their rules, and what each rank has of them."""
 
 import json
+import os
 from dataclasses import replace
 
 import chunk_plans
@@ -13,6 +14,7 @@ from megascale.planner import PlanError, Ring, StepPlan
 from megascale.planner.chunk_order import chunks_of_waves, stage_order
 from megascale.planner.chunk_rules import check_rank_chunks, peak_tokens
 
+CASES = int(os.environ.get("MEGASCALE_CHUNK_CASES", "40"))
 LENGTHS = (40, 6, 7)
 MODES = st.sampled_from(["aligned", "lockstep"])
 
@@ -165,7 +167,7 @@ def test_a_ring_that_cannot_be_read_is_a_line(change):
     st.integers(1, 4),
     st.sampled_from(["aligned", "lockstep"]),
 )
-@settings(max_examples=40)
+@settings(max_examples=CASES)
 def test_random_plans_keep_the_rules(seed, num_ranks, stages, mode):
     rng = np.random.default_rng(seed)
     plan = chunk_plans.random_plan(rng, num_ranks, stages, mode=mode)
@@ -222,7 +224,7 @@ def _run(plan, stages):
 
 
 @given(st.integers(0, 2**32), st.data())
-@settings(max_examples=40)
+@settings(max_examples=CASES)
 def test_a_damaged_plan_is_refused_or_runs(seed, data):
     """A field changed at random: one line, or a plan that all its rules hold for."""
     plan = chunk_plans.random_plan(np.random.default_rng(seed), 3, 2)

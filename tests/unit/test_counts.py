@@ -43,6 +43,9 @@ MODELS = {
     "pattern": replace(DENSE, sliding_window=3, attention_pattern=("sliding", "full_nope")),
     "biased": replace(DENSE, num_kv_heads=2, qkv_bias=True),
     "parallel": replace(DENSE, parallel_block=True),
+    "norms": replace(
+        DENSE, num_kv_heads=2, qk_norm=True, qk_norm_heads="all", norm_position="after"
+    ),
     "moe": MOE,
     "shared": replace(MOE, moe=replace(MOE.moe, shared_ffn_hidden_size=10)),
     "gated": replace(MOE, moe=replace(MOE.moe, shared_ffn_hidden_size=10, shared_gate=True)),
@@ -79,7 +82,10 @@ def shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
             if model.qkv_bias:
                 own[f"{one}.qkv_bias"] = own[f"{one}.qkv"][:1]
             if model.qk_norm:
-                own |= {f"{one}.q_norm": (head,), f"{one}.k_norm": (head,)}
+                q_heads, k_heads = model.num_heads, model.num_kv_heads
+                if model.qk_norm_heads == "each":
+                    q_heads = k_heads = 1
+                own |= {f"{one}.q_norm": (q_heads * head,), f"{one}.k_norm": (k_heads * head,)}
         if attentions(model) > 1:
             own["attention_router"] = (attentions(model), hidden)
         feeds = {"mlp": model.ffn_hidden_size}
@@ -191,6 +197,9 @@ def test_ranks_hold_everything_once_and_copies_of_what_is_not_cut(
         for key, s in shapes(model).items()
         if (len(s) == 1 and "bias" not in key) or "rout" in key or "gate" in key
     }
+    if model.qk_norm_heads == "all":
+        vectors = {key: size for key, size in vectors.items() if "q_norm" not in key}
+        vectors = {key: size for key, size in vectors.items() if "k_norm" not in key}
     copies = (tensor - 1) * sum(vectors.values())
     if model.tied_embeddings and pipeline > 1:
         copies += padded_vocab_size(model) * model.hidden_size

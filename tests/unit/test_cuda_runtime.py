@@ -85,3 +85,38 @@ def test_fp32_on_cuda_says_what_it_costs():
     assert not list(cuda_warnings(finalized()))
     (line,) = cuda_warnings(finalized("train.precision=fp32", "planner.capacity_tokens=2048"))
     assert "0.06 GiB in each layer for 2,048 tokens" in line  # 4 heads * 2048^2 * 4 bytes
+
+
+@pytest.mark.parametrize(
+    "major, installed, head_dim, windowed, taken",
+    [
+        (9, ["flash_attn_interface"], 128, True, "FA3"),
+        (9, ["flash_attn_interface", "flash_attn.cute"], 256, False, "FA3"),
+        (9, ["flash_attn.cute"], 128, False, "FA4"),
+        (10, ["flash_attn_interface", "flash_attn.cute"], 64, False, "FA4"),
+        (10, ["flash_attn.cute"], 64, True, None),
+        (10, ["flash_attn.cute"], 192, False, None),
+        (8, ["flash_attn_interface", "flash_attn.cute"], 64, False, None),
+        (9, [], 64, False, None),
+    ],
+)
+def test_an_installed_flash_attention_that_fits_is_taken(
+    monkeypatch, major, installed, head_dim, windowed, taken
+):
+    from torch.nn import attention
+
+    activated = []
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (major, 0))
+    monkeypatch.setattr(cuda, "find_spec", lambda name: name if name in installed else None)
+    monkeypatch.setattr(attention, "activate_flash_attention_impl", activated.append)
+    device = torch.device("cuda", 0)
+    assert cuda.use_fastest_attention(device, head_dim, windowed) == taken
+    assert activated == ([taken] if taken else [])
+
+
+def test_a_flash_attention_that_cannot_be_loaded_is_left_out(monkeypatch, caplog):
+    """By torch's own switch, which imports the package; here it has no kernels."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(cuda, "find_spec", lambda name: name == "flash_attn_interface" or None)
+    assert cuda.use_fastest_attention(torch.device("cuda", 0), 128, False) is None
+    assert "FA3 is not used: " in caplog.text

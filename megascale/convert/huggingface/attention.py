@@ -39,13 +39,31 @@ def attention_options(config: Any, family: Family, where: Path) -> dict[str, Any
     """Options of our model. Raises UserError, which `where` begins, for what it cannot be."""
     kinds = _kinds(config, family, where)
     slides = any(kind.startswith("sliding") for kind in kinds)
-    base, scaling = _angles(config.rope_parameters, family, where)
+    rope = config.rope_parameters
+    base, scaling = _angles(rope[FULL] if family.rope_by_kind else rope, family, where)
+    local = None
+    if family.rope_by_kind and slides:
+        local = _local_base(rope, family, where)
     return {
         "rope_base": base,
         "rope_scaling": scaling,
+        "local_rope_base": local,
         "sliding_window": config.sliding_window if slides else None,
         "attention_pattern": _pattern(kinds),
     }
+
+
+def _local_base(rope: dict[str, Any], family: Family, where: Path) -> float | None:
+    """The base of layers with a window; None where their angles are those of all layers."""
+    base, scaling = _angles(rope[SLIDING], family, where)
+    if (base, scaling) == _angles(rope[FULL], family, where):
+        return None
+    if scaling is not None:
+        raise UserError(
+            f"{where}: scaled rotary angles of sliding_attention alone are not built; only "
+            "rope_type = default is"
+        )
+    return base
 
 
 def _angles(
@@ -133,7 +151,14 @@ def options_of_attention(model: ModelConfig, kind: str) -> dict[str, Any]:
     """What config.json of the family `kind` says of the attention of a model that it has."""
     family = FAMILIES[kind]
     kinds = [model.attention_kind(layer) for layer in range(1, model.num_layers + 1)]
-    options: dict[str, Any] = {"rope_parameters": _rope(model)}
+    rope = _rope(model.rope_base, model.rope_scaling)
+    options: dict[str, Any] = {"rope_parameters": rope}
+    if family.rope_by_kind:
+        local = model.local_rope_base
+        options["rope_parameters"] = {
+            FULL: rope,
+            SLIDING: rope if local is None else _rope(local, None),
+        }
     if family.window is not None:
         options["sliding_window"] = model.sliding_window
     if family.window_switch:
@@ -147,9 +172,8 @@ def options_of_attention(model: ModelConfig, kind: str) -> dict[str, Any]:
     return options
 
 
-def _rope(model: ModelConfig) -> dict[str, Any]:
-    rope = {"rope_type": "default", "rope_theta": model.rope_base}
-    scaling = model.rope_scaling
+def _rope(base: float, scaling: RopeScalingConfig | None) -> dict[str, Any]:
+    rope = {"rope_type": "default", "rope_theta": base}
     if scaling is None:
         return rope
     values = {

@@ -99,6 +99,8 @@ def _model_of(config: Any, where: Path) -> ModelConfig:
         tied_embeddings=config.tie_word_embeddings,
         norm_eps=config.rms_norm_eps,
         qk_norm=family.qk_norm,
+        qk_norm_heads="all" if family.norms_after else "each",
+        norm_position="after" if family.norms_after else "before",
         qkv_bias=config.qkv_bias if family.qkv_bias is None else family.qkv_bias,
         init_std=config.initializer_range,
         moe=_moe(config, family, where),
@@ -237,7 +239,10 @@ def architecture_of(kind: str) -> str:
 
 
 def rope_for_all(rope: dict[str, Any]) -> dict[str, Any]:
-    """Rotary angles under the names of all versions of transformers."""
+    """Rotary angles under the names of all versions of transformers; those by kind of layer have
+    one name."""
+    if "rope_theta" not in rope:
+        return {"rope_parameters": rope}
     options: dict[str, Any] = {"rope_parameters": rope, "rope_theta": rope["rope_theta"]}
     if rope["rope_type"] != "default":
         options["rope_scaling"] = {k: value for k, value in rope.items() if k != "rope_theta"}

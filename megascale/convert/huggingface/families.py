@@ -37,6 +37,10 @@ class Family:
     example: str = ""
     """A model of the family that people know."""
     qk_norm: bool = False
+    norms_after: bool = False
+    """Norms are after attention and feed-forward part, and qk-norm is over all heads."""
+    rope_by_kind: bool = False
+    """Layers with a window have rotary angles of their own."""
     qkv_bias: bool | None = False
     """None: an option of that name decides."""
     biases: tuple[str, ...] = ()
@@ -80,6 +84,22 @@ FAMILIES = {
         biases=("attention_bias",),
         example="Qwen3",
     ),
+    "olmo2": Family(
+        qk_norm=True,
+        norms_after=True,
+        biases=("attention_bias",),
+        has_head_dim=False,
+        example="OLMo 2",
+    ),
+    "olmo3": Family(
+        window=BY_LAYER,
+        qk_norm=True,
+        norms_after=True,
+        rope_by_kind=True,
+        biases=("attention_bias",),
+        has_head_dim=False,
+        example="OLMo 3",
+    ),
     "mixtral": Family(
         window=EVERY_LAYER,
         has_experts=True,
@@ -110,8 +130,9 @@ NOT_BUILT = {
     "linear attention": ("qwen3_next", "minimax", "kimi_linear", "rwkv", "qwen3_5"),
     "state spaces": ("mamba", "mamba2", "falcon_mamba", "jamba", "bamba", "zamba2", "nemotron_h"),
     "attention sinks": ("gpt_oss",),
+    "GeGLU": ("gemma", "gemma2", "gemma3_text", "gemma3"),
 }
-"""What models of other families need that is not built here, by model_type."""
+"""What models of other families need that is not built here, and their model_type."""
 
 
 def kind_of(document: Mapping[str, Any]) -> Any:
@@ -180,7 +201,9 @@ def _has(kind: str, model: ModelConfig) -> bool:
         and family.qkv_bias in (None, model.qkv_bias)
         and family.qk_norm == model.qk_norm
         and (model.rope_scaling is None or model.rope_scaling.kind in family.scalings)
-        and model.local_rope_base is None
+        and (family.rope_by_kind or model.local_rope_base is None)
+        and family.norms_after == (model.norm_position == "after")
+        and (family.norms_after and model.qk_norm) == (model.qk_norm_heads == "all")
         and (family.nope or not any(one.endswith("_nope") for one in kinds))
         and (family.window is not None or windows == {False})
         and (family.window == BY_LAYER or len(windows) == 1)

@@ -62,7 +62,7 @@ def merged_config(
     return {
         **document,
         **changed,
-        "model_type": kind,
+        "model_type": kept.config["model_type"] if kind == was else kind,
         "architectures": [architecture_of(kind)],
         "dtype": dtype,
         **positions,

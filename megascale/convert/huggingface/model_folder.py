@@ -9,6 +9,7 @@ from typing import Any
 from megascale.config import RunConfig
 from megascale.convert.huggingface.config import config_of, write_config
 from megascale.convert.huggingface.documents import CONFIG, GENERATION, write_document
+from megascale.convert.huggingface.families import kind_of
 from megascale.convert.huggingface.kept import POSITIONS, Kept, without_unknown_ids
 from megascale.convert.huggingface.merge import merged_config
 from megascale.convert.huggingface.tokenizer_folder import (
@@ -38,7 +39,7 @@ def write_settings(
     context_tokens = config.data.context_tokens
     if kept is not None:
         document = merged_config(kept, config.model, context_tokens, dtype)
-        return document["model_type"], write_kept(kept, document, source, out)
+        return kind_of(document), write_kept(kept, document, source, out)
     theirs = config_of(config.model, context_tokens, dtype)
     if source is not None:
         write_tokenizer(source, out, context_tokens)

@@ -72,6 +72,7 @@ def matches(model: ModelConfig, kind: str) -> Iterator[Match]:
     key = "embedding.word_embeddings.weight"
     yield Match(key, (EMBEDDING,), (vocab,), width)
     for layer in range(model.num_layers):
+        yield from _norms(model, layer)
         yield from _attention(model, layer, family.fused)
         if moe_names is None:
             yield from _dense(model, layer, family.fused)
@@ -91,14 +92,31 @@ _MOE_NAMES = {
 """By family: the part of a layer that holds the experts; gate, up and down of one expert."""
 
 
+NORMS = {
+    "before": {
+        "self_attention.linear_qkv.layer_norm_weight": "input_layernorm",
+        "mlp.linear_fc1.layer_norm_weight": "post_attention_layernorm",
+    },
+    "after": {
+        "attention_output_norm.weight": "post_attention_layernorm",
+        "mlp_output_norm.weight": "post_feedforward_layernorm",
+    },
+}
+"""By `norm_position`: our norms of a layer, and theirs."""
+
+
+def _norms(model: ModelConfig, layer: int) -> Iterator[Match]:
+    for ours, theirs in NORMS[model.norm_position].items():
+        names, key = (f"model.layers.{layer}.{theirs}.weight",), f"decoder.layers.{ours}"
+        yield Match(key, names, (model.hidden_size,), (), (model.num_layers,), (layer,))
+
+
 def _attention(model: ModelConfig, layer: int, fused: bool) -> Iterator[Match]:
     size, groups, width = model.head_dim or 0, model.num_kv_heads or 0, model.hidden_size
     stack, place, heads = (model.num_layers,), (layer,), model.num_heads * size
     rows = (heads, groups * size, groups * size)
     ours, theirs = "decoder.layers.self_attention", f"model.layers.{layer}"
     query = f"{ours}.linear_qkv"
-    norm = (f"{theirs}.input_layernorm.weight",)
-    yield Match(f"{query}.layer_norm_weight", norm, (width,), (), stack, place)
     for kind, row in (("weight", (width,)), ("bias", ())):
         if kind == "weight" or model.qkv_bias:
             parts = ("qkv",) if fused else ("q", "k", "v")
@@ -106,13 +124,12 @@ def _attention(model: ModelConfig, layer: int, fused: bool) -> Iterator[Match]:
             of_theirs, inside = ((sum(rows),), rows) if fused else (rows, ())
             yield Match(f"{query}.{kind}", names, of_theirs, row, stack, place, groups, inside)
     if model.qk_norm:
-        for one in "qk":
+        for one, held in zip("qk", rows[:2], strict=True):
             names = (f"{theirs}.self_attn.{one}_norm.weight",)
-            yield Match(f"{ours}.{one}_layernorm.weight", names, (size,), (), stack, place)
+            count = held if model.qk_norm_heads == "all" else size
+            yield Match(f"{ours}.{one}_layernorm.weight", names, (count,), (), stack, place)
     names = (f"{theirs}.self_attn.o_proj.weight",)
     yield Match(f"{ours}.linear_proj.weight", names, (width,), (heads,), stack, place)
-    norm = (f"{theirs}.post_attention_layernorm.weight",)
-    yield Match("decoder.layers.mlp.linear_fc1.layer_norm_weight", norm, (width,), (), stack, place)
 
 
 def _dense(model: ModelConfig, layer: int, fused: bool) -> Iterator[Match]:

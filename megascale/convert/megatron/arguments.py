@@ -26,6 +26,8 @@ def refuse_unknown(model: ModelConfig) -> None:
     moe, scaling = model.moe, model.rope_scaling
     lacking = {
         "model.parallel_block": model.parallel_block,
+        "model.norm_position = after": model.norm_position == "after",
+        "model.qk_norm_heads = all": model.qk_norm_heads == "all",
         "model.attention_pattern": bool(model.attention_pattern),
         "model.local_rope_base": model.local_rope_base is not None,
         "model.moe.attention_experts": moe is not None and moe.attention_experts > 1,

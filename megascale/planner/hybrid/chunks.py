@@ -13,7 +13,7 @@ from megascale.arrays import Floats, Seconds
 from megascale.planner.chunk_cut import Lines, cut_waves, waves_of
 from megascale.planner.chunk_order import backward_passes, stage_order
 from megascale.planner.chunk_rules import peak_tokens
-from megascale.planner.cost import FORWARD_SHARE
+from megascale.planner.cost import FORWARD_SHARE, CostModel
 from megascale.planner.plan import StepPlan
 from megascale.planner.plan_builder import Indexed, Placed, with_padding, with_seconds
 from megascale.planner.problem import Problem
@@ -24,9 +24,12 @@ FINER = 1.3
 """Between the sizes of slots that are tried."""
 WORSE = 3
 """Sizes without a better step after which no smaller ones are tried."""
-
-
-WAVE_SIZES = ((0.75, 4.0), (0.5, 3.0))
+MADE = 8
+"""Plans that are made, the most promising first, until one fits exactly."""
+SLOTS = 0.35
+"""Slots that waves are made for, over the root of stages times work over fixed parts: half of those
+that fill a pipeline best, since memory and long rings leave fewer."""
+WAVE_SIZE, MOST_WAVE_SIZE = 0.75, 4.0
 """Tokens of a wave that is cut into chunks, over what a rank holds of a micro-batch: as a part of
 the stages, and at most."""
 
@@ -42,20 +45,32 @@ def plan_chunked(
     """
     if not (problem.may_chunk and len(problem.lengths)):
         return None
-    longest, found = int(problem.lengths.max()), list[tuple[Cut, WaveTable]]()
-    for part, most in WAVE_SIZES:
-        capacity = int(problem.capacity * min(most, part * problem.pipeline))
-        if longest > capacity * problem.num_ranks:
-            continue
-        waves = replace(problem, capacity=capacity, pipeline=1, chunks=1, offload=None)
+    capacity = int(problem.capacity * min(MOST_WAVE_SIZE, WAVE_SIZE * problem.pipeline))
+    if int(problem.lengths.max()) > capacity * problem.num_ranks:
+        return None
+    found: list[tuple[Cut, WaveTable]] = []
+    for cost in (_cost_in_chunks(problem, capacity), problem.cost):
+        waves = replace(problem, capacity=capacity, cost=cost, pipeline=1, chunks=1, offload=None)
         for placed in even_waves(waves):
             table = WaveTable.of(problem, with_padding(problem, placed))
             found += [(cut, table) for cut in table.cuts()]
-    for cut, table in sorted(found, key=lambda one: one[0].seconds):
-        plan = table.plan(cut, began)
-        if plan is not None:
-            return plan
-    return None
+    found.sort(key=lambda one: one[0].seconds)
+    plans = (table.plan(cut, began) for cut, table in found[:MADE])
+    return next((plan for plan in plans if plan is not None), None)
+
+
+def _cost_in_chunks(problem: Problem, capacity: int) -> CostModel:
+    """The cost of a micro-batch of up to `capacity` tokens that is cut: each of its chunks has the
+    fixed part and the latency of its ring.
+
+    So rings of many ranks, which have more latency, get less work.
+    """
+    cost, ranks = problem.cost, problem.effective_ranks
+    work_s = float(cost.compute_s(problem.lengths).sum()) / ranks
+    waves = max(1.0, float(problem.lengths.sum()) / (capacity * problem.num_ranks))
+    slots = SLOTS * math.sqrt(problem.pipeline * work_s / max(cost.fixed, 1e-12))
+    chunks = min(max(1.0, slots / waves), problem.chunks)
+    return replace(cost, fixed=cost.fixed * chunks, latency=cost.latency * chunks)
 
 
 @dataclass(frozen=True)
@@ -145,11 +160,8 @@ class WaveTable:
         rings = cut_waves(problem, self.indexed, cut.order, cut.chunks)
         lengths = problem.lengths.tolist()
         largest = max(-(-ring.num_tokens(lengths) // len(ring.ranks)) for ring in rings)
-        if max(cut.chunks) > 1:
-            peaks = peak_tokens(rings, lengths, problem.num_ranks, problem.pipeline)
-            if largest > problem.capacity or peaks.max() > problem.capacity * problem.pipeline:
-                return None
-        elif largest > problem.capacity:
+        peaks = peak_tokens(rings, lengths, problem.num_ranks, problem.pipeline)
+        if largest > problem.capacity or peaks.max() > problem.capacity * problem.pipeline:
             return None
         return with_seconds(problem, rings, problem.pipeline if max(cut.chunks) > 1 else 1, began)
 

@@ -89,11 +89,11 @@ class Level:
         return order_waves(waves_s, pipeline)[1]
 
 
-def even_levels(problem: Problem, batch: Batch) -> list[Level]:
-    """Even waves worth trying, best first."""
+def even_levels(problem: Problem, batch: Batch, limit_s: float = math.inf) -> list[Level]:
+    """Even waves worth trying, best first; not those that cannot take less than `limit_s`."""
     stages = problem.pipeline
     more = MORE_WAVES if stages == 1 else MORE_WAVES_OF_PIPELINES
-    levels = _even_levels(problem, batch, [], more)
+    levels = _even_levels(problem, batch, [], more, limit_s)
     roomy = sorted((one for one in levels if one.crowding <= 1), key=lambda one: one.step_s(stages))
     tight = [one for one in levels if one.crowding > 1]
     shared = _shared_levels(problem, batch, [])
@@ -117,7 +117,20 @@ def _shared_levels(problem: Problem, batch: Batch, long: list[LongWave]) -> list
     return [level for level in levels if level is not None]
 
 
-def _even_levels(problem: Problem, batch: Batch, long: list[LongWave], more: int) -> list[Level]:
+def needed_s(problem: Problem, batch: Batch) -> float:
+    """Seconds of all work spread evenly, every sequence on as few ranks as hold it."""
+    fewest = fewest_ranks(problem, batch.lengths)
+    alone = alone_s(problem, batch.lengths, fewest) - problem.cost.fixed
+    return float((alone * fewest).sum()) / problem.effective_ranks
+
+
+def _even_levels(
+    problem: Problem,
+    batch: Batch,
+    long: list[LongWave],
+    more: int,
+    limit_s: float = math.inf,
+) -> list[Level]:
     """Numbers of even waves worth trying: `more` that are roomy, and the last that is tight.
 
     More waves cost more, if only their fixed parts, but with few of them short sequences have no
@@ -129,11 +142,16 @@ def _even_levels(problem: Problem, batch: Batch, long: list[LongWave], more: int
     number = max(1, math.ceil((int(rest.sum()) - filler) / held))
     tight: list[Level] = []
     roomy: list[Level] = []
+    fixed, ahead, work_s = problem.cost.fixed, problem.pipeline - 1, 0.0
+    if limit_s < math.inf:
+        work_s = needed_s(problem, batch)
     while len(roomy) < more:
-        level = _level(problem, batch, number, long)
-        if level is None:
+        is_slow = (number + ahead) * (fixed + work_s / number) >= limit_s
+        level = None if is_slow else _level(problem, batch, number, long)
+        if level is not None:
+            (roomy if level.crowding <= 1 else tight).append(level)
+        elif not is_slow or number * number * fixed >= ahead * work_s:  # and more waves are slower
             break
-        (roomy if level.crowding <= 1 else tight).append(level)
         number += 1 if problem.pipeline == 1 or not roomy else -(-number // 3)
     return tight[-1:] * (not long) + roomy
 

@@ -13,7 +13,14 @@ import numpy as np
 from megascale.arrays import Integers
 from megascale.planner.bound import alone_s, fewest_ranks, nested_sizes, sizes_within
 from megascale.planner.hybrid.chunks import plan_chunked
-from megascale.planner.hybrid.levels import STRETCH, Batch, Level, even_levels, long_levels
+from megascale.planner.hybrid.levels import (
+    STRETCH,
+    Batch,
+    Level,
+    even_levels,
+    long_levels,
+    needed_s,
+)
 from megascale.planner.hybrid.shelves import LONGEST, has_few_short, longest_s, shelve
 from megascale.planner.hybrid.stacks import Stacks
 from megascale.planner.hybrid.waves import Sheet, even_level
@@ -231,13 +238,16 @@ def _stacks(problem: Problem, batch: Batch, limit_s: float, nest: bool) -> Candi
 def _waves(problem: Problem, batch: Batch, limit_s: float = math.inf) -> Iterator[Candidate]:
     """Plans in waves: the most promising numbers of waves and ways to fill them first.
 
-    Where even waves spread long sequences over so many ranks that it costs much, or have no room
+    None where no even waves can take less than `limit_s`, the time of a plan with chunks. Where
+    even waves spread long sequences over so many ranks that it costs much, or have no room
     for large rings beside each other, the longest get waves of their own, which may take half the
     time of all even waves.
     """
-    even, long = even_levels(problem, batch), list[Level]()
+    even, long = even_levels(problem, batch, limit_s), list[Level]()
     first, rest = even[:1], even[1:]
-    best_s, needed_s = limit_s, _needed_s(problem, batch)
+    best_s, work_s = limit_s, needed_s(problem, batch)
+    if limit_s < math.inf and all(one.step_s(problem.pipeline) >= limit_s for one in even):
+        return
 
     def tried(levels: list[Level], ways: tuple[Way, ...]) -> Iterator[Candidate]:
         nonlocal best_s
@@ -246,12 +256,12 @@ def _waves(problem: Problem, batch: Batch, limit_s: float = math.inf) -> Iterato
             yield candidate
 
     yield from tried(first, WAYS[0])
-    if best_s > LONG_PAYS_MUCH * needed_s:
+    if best_s > LONG_PAYS_MUCH * work_s:
         long = long_levels(problem, batch)
         yield from _in_turn(tried(long, WAYS[0]), tried(rest, WAYS[0]))
     else:
         yield from tried(rest, WAYS[0])
-        if best_s > LONG_PAYS * needed_s:
+        if best_s > LONG_PAYS * work_s:
             long = long_levels(problem, batch)
             yield from tried(long, WAYS[0])
     levels = [*first, *rest, *long]
@@ -280,13 +290,6 @@ def _by_ways(
                 break
             best_s = min(best_s, candidate.seconds)
             yield candidate
-
-
-def _needed_s(problem: Problem, batch: Batch) -> float:
-    """Seconds of all work spread evenly, every sequence on as few ranks as hold it."""
-    fewest = fewest_ranks(problem, batch.lengths)
-    alone = alone_s(problem, batch.lengths, fewest) - problem.cost.fixed
-    return float((alone * fewest).sum()) / problem.effective_ranks
 
 
 def _roomiest(problem: Problem, batch: Batch) -> Candidate:

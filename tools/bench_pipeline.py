@@ -1,4 +1,4 @@
-"""Chunked pipelines on CPU ranks: `python tools/bench.py chunks [--stages N] [--hdp N]`.
+"""Chunked pipelines on CPU ranks: `python tools/bench.py pipeline [--stages N] [--hdp N]`.
 
 Long-tailed batches in a pipeline, under plans of `hybrid` that may cut waves into chunks and under
 those that may not. First the passes sleep as long as the cost model predicts, and all else is real:
@@ -37,7 +37,7 @@ SLEPT = CostModel(a=5e-7, b=5e-4, fixed=0.05, latency=2e-3)
 """A step of the batches here takes ten seconds by it, so that messages are short beside sleeps."""
 GOAL = 0.05
 CALIBRATION_REPEATS, CALIBRATION_S = 3, 60.0
-WHOLE, CHUNKED = "bench_chunks:whole", "bench_chunks:chunked"
+WHOLE, CHUNKED = "bench_pipeline:whole", "bench_pipeline:chunked"
 
 
 def whole(problem: Problem) -> StepPlan:
@@ -184,9 +184,9 @@ def report(results: dict[str, Any]) -> None:
     print(f"  median: chunked plans {ratio:.2f}x as fast; losses differ by {apart:.1e}")
 
 
-def bench_chunks(options: Sequence[str] = ()) -> None:
+def bench_pipeline(options: Sequence[str] = ()) -> None:
     """Measure and print."""
-    parser = argparse.ArgumentParser(prog="bench.py chunks", description=__doc__)
+    parser = argparse.ArgumentParser(prog="bench.py pipeline", description=__doc__)
     parser.add_argument("--stages", type=int, default=2, help="pipeline stages; default: 2")
     parser.add_argument("--hdp", type=int, default=2, help="ranks of each stage; default: 2")
     parser.add_argument("--rounds", type=int, default=3, help="batches; default: 3")
