@@ -238,16 +238,14 @@ def _stacks(problem: Problem, batch: Batch, limit_s: float, nest: bool) -> Candi
 def _waves(problem: Problem, batch: Batch, limit_s: float = math.inf) -> Iterator[Candidate]:
     """Plans in waves: the most promising numbers of waves and ways to fill them first.
 
-    None where no even waves can take less than `limit_s`, the time of a plan with chunks. Where
-    even waves spread long sequences over so many ranks that it costs much, or have no room
-    for large rings beside each other, the longest get waves of their own, which may take half the
-    time of all even waves.
+    None that cannot take less than `limit_s`, the time of a plan with chunks. Where even waves
+    spread long sequences over so many ranks that it costs much, or have no room for large rings
+    beside each other, the longest get waves of their own, which may take half the time of all even
+    waves.
     """
     even, long = even_levels(problem, batch, limit_s), list[Level]()
     first, rest = even[:1], even[1:]
     best_s, work_s = limit_s, needed_s(problem, batch)
-    if limit_s < math.inf and all(one.step_s(problem.pipeline) >= limit_s for one in even):
-        return
 
     def tried(levels: list[Level], ways: tuple[Way, ...]) -> Iterator[Candidate]:
         nonlocal best_s
