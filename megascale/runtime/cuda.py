@@ -88,4 +88,4 @@ def compute_deterministically() -> None:
     """
     os.environ.setdefault(WORKSPACE_VARIABLE, WORKSPACE)
     torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = False
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
