@@ -89,6 +89,7 @@ def test_a_problem_reaches_the_planner_whole(start, tmp_path):
         offload=offload,
         budget_s=1 / 3,
         slowdown=(1.0, 1.5) * 4,
+        chunks=4,
     )
     for field in dataclasses.fields(Problem):
         if field.default is not dataclasses.MISSING:
