@@ -19,8 +19,8 @@ from megascale.reading import MOST_TEXT_BYTES, read_whole
 LONGEST = 2**40
 """Tokens that a line of a lengths file may say."""
 _LENGTH = re.compile(r"0{0,40}[1-9][0-9]{0,12}")
-MOST_SEQUENCES = 2**18
-"""That are drawn at once: several times those of the largest batches of clusters."""
+MOST_SEQUENCES = 2**22
+"""That are drawn at once, more than any batch has."""
 BLOCK = 4096
 """Documents are drawn in blocks of so many, so that more tokens only add documents."""
 

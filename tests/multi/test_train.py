@@ -276,8 +276,8 @@ def command_with_broken_steps(broken, *words, factor=math.nan):
 
     honest, calls = steps.run_micro_batches, []
 
-    def dishonest(learner, micro_batches, count, forward_only=False):
-        sums = honest(learner, micro_batches, count, forward_only)
+    def dishonest(learner, micro_batches, count, forward_only=False, waves=()):
+        sums = honest(learner, micro_batches, count, forward_only, waves)
         calls.extend([] if forward_only else [1])
         if len(calls) in broken and not forward_only and os.environ["RANK"] == "1":
             sums[0] *= factor

@@ -253,7 +253,8 @@ SIMULATE = ["simulate", "--ranks", "64", "--lengths", "github", "--steps", "1"]
         (["--steps", "1000000000000000000"], "--steps must be at most 1000"),
         (["--ranks", "4611686018427387904"], "--ranks must be at most 131072"),
         (["--batch-tokens", "1000000000000000000"], "--batch-tokens must be at most"),
-        (["--batch-tokens", "1000G", "--budget-s", "0"], "more than 262,144 sequences"),
+        (["--batch-tokens", "1000G", "--budget-s", "0"], "more than 4,194,304 sequences"),
+        (["--batch-tokens", "2G"], "sequences in a step are more than 262,144"),
         (["--batch-tokens", "256M", "--steps", "1000"], "more than 2,097,152 sequences"),
     ],
 )
