@@ -11,7 +11,7 @@ from megascale.simulate.lengths import draw_lengths, given_documents, sample_len
 MOST_SEQUENCES = 2**21
 """Of all steps, which are in memory together."""
 MOST_OF_A_STEP = 2**18
-"""Six times the sequences of 256M tokens in the data of ByteScale; planners take a minute beyond."""
+"""Six times those of 256M tokens of ByteScale; planners take a minute for more."""
 
 
 def step_lengths(spec: str, tokens: int, context: int, steps: int, seed: int) -> list[Integers]:
