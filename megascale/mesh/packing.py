@@ -139,7 +139,8 @@ def pack(
     each sequence; all 0 where they are not given. Padding is a sequence of its
     own whose targets do not count, so it changes no gradient; without tokens the whole
     micro-batch is padding. All tensors go to a CUDA device in one copy, for which the host does
-    not wait. The copy has the tensors of the ring's calls too, for attention with each of `windows`.
+    not wait. The copy has the tensors of the ring's calls too, for attention with each of
+    `windows`.
     """
     lengths = [len(sequence.targets) for sequence in sequences]
     num_tokens = sum(lengths)
