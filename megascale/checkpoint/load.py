@@ -197,6 +197,7 @@ def restore(found: Found, model: Model, optimizer: Optimizer | None, ranks: Rank
     from megascale.checkpoint.boxes import boxes
     from megascale.checkpoint.read import load_boxes
 
+    model.gathers.wait()  # one of the step before would write over what is loaded
     if optimizer is not None:
         optimizer.set_steps(found.manifest.optimizer_steps)
     state = optimizer.state if optimizer is not None else None

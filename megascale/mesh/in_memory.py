@@ -84,12 +84,12 @@ def packed_part(
     pad_id: int,
     groups: ChunkGroups,
     sources: Sequence[int] = (),
-    window: int | None = None,
+    windows: Sequence[int | None] = (None,),
 ) -> MicroBatch:
     """A rank's micro-batch as tensors; `part` gives its part of each sequence.
 
     `groups` makes the shares of all chunks of this rank. `sources` number the source of each of its
-    sequences; `window` is the window of attention.
+    sequences; `windows` are those of attention in the layers of the model.
     Raises ValueError for a ring of two ranks or more without an axis.
     """
     ring: RingShare | None = None
@@ -102,7 +102,7 @@ def packed_part(
     elif len(ranks) > 1:
         ring = RingShare(mine.share.place, mine.share.bounds, ranks, group)
     parts = [part(index, mine.share.spans(place)) for place, index in enumerate(mine.sequences)]
-    packed = pack(parts, pad_id, multiple, device, ring, sources, window)
+    packed = pack(parts, pad_id, multiple, device, ring, sources, windows)
     return replace(packed, offload=mine.offload)
 
 

@@ -131,7 +131,7 @@ def pack(
     device: torch.device,
     ring: RingShare | None = None,
     sources: Sequence[int] = (),
-    window: int | None = None,
+    windows: Sequence[int | None] = (None,),
 ) -> MicroBatch:
     """Join sequences into one micro-batch, padded to a `multiple` of tokens.
 
@@ -139,7 +139,8 @@ def pack(
     each sequence; all 0 where they are not given. Padding is a sequence of its
     own whose targets do not count, so it changes no gradient; without tokens the whole
     micro-batch is padding. All tensors go to a CUDA device in one copy, for which the host does
-    not wait. The copy has the tensors of the ring's calls too, for attention with `window`.
+    not wait. The copy has the tensors of the ring's calls too, for attention with each of
+    `windows`.
     """
     lengths = [len(sequence.targets) for sequence in sequences]
     num_tokens = sum(lengths)
@@ -153,17 +154,19 @@ def pack(
         positions = np.concatenate([positions, np.arange(padding)])
     mask = np.zeros(num_tokens + padding, dtype=np.float32)
     mask[:num_tokens] = 1.0
-    hops = host_calls(ring, window) if ring and device.type == "cuda" else []
+    planned = windows if ring and device.type == "cuda" else ()
+    hops = {window: host_calls(ring, window) for window in planned}
     arrays = [
         *(_join([part.inputs for part in sequences]), _join([part.targets for part in sequences])),
         *(mask, positions, _bounds(lengths), *_owners_of(lengths, sources)),
-        *arrays_of(hops),
+        *(array for calls in hops.values() for array in arrays_of(calls)),
     ]
     tokens_T, targets_T, mask_T, positions_T, cu_seqlens, owner_T, source_T, *rest = send_arrays(
         arrays, device
     )
-    if ring and hops:
-        ring.calls[key_of(window, True, device)] = with_tensors(hops, iter(rest))
+    arrived = iter(rest)
+    for window, calls in hops.items():
+        ring.calls[key_of(window, True, device)] = with_tensors(calls, arrived)
         prefix_rows_of(ring, window, device)  # another copy, where a chunk sees a part of others
     segments = Segments(
         positions_T=positions_T,

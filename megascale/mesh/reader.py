@@ -65,8 +65,8 @@ class MicroBatchReader:
     device: torch.device = torch.device("cpu")
     axis: HdpAxis | None = None
     """How ranks that share sequences reach one another; None where no ring has two."""
-    window: int | None = None
-    """The window of attention."""
+    windows: Sequence[int | None] = (None,)
+    """The windows of attention in the layers of the model, each once; None: a layer without one."""
     keeps_chunks_on_host: bool = False
     """Keys and values of chunks wait in host memory for later chunks."""
 
@@ -83,7 +83,7 @@ class MicroBatchReader:
         for ring in plan.rings_of(self.hdp_rank):
             mine = RankMicroBatch.of(ring, self.hdp_rank, batch.length)
             sources = [int(batch.source[i]) for i in ring.sequences]
-            given = (self.device, self.axis, self.multiple, pad_id, groups, sources, self.window)
+            given = (self.device, self.axis, self.multiple, pad_id, groups, sources, self.windows)
             yield packed_part(mine, part, *given)
 
     def _part(

@@ -22,10 +22,11 @@ def activation_bytes(config: RunConfig, layout: Layout, stage: int) -> int:
     """Bytes of activations at the peak of a micro-batch of full capacity, by pipeline stage.
 
     Under 1F1B a stage holds one micro-batch for itself and one for each stage after it. Of each it
-    keeps `layer_activation_bytes` in every layer, and `chunk_bytes`. Chunks are as many tokens at
-    the most. Beside these the larger of two counts: on the last stage the peak of the output head,
-    `head_bytes`; then gradients in the backward pass of a layer, with recomputation and what the
-    layer does not keep, which comes back.
+    keeps `layer_activation_bytes` in every layer, and `chunk_bytes`. With chunks every stage may
+    hold what the first does, since also the last one holds all chunks of a wave. Beside these the
+    larger of two counts: on the last stage the peak of the output head, `head_bytes`; then
+    gradients in the backward pass of a layer, with recomputation and what the layer does not keep,
+    which comes back.
 
     An 8B model (32 layers of 4096, 32 heads and 8 groups of 128, feed-forward 14336, 128,256
     ids) at 16,384 tokens in bf16: 139,400 bytes per token in each layer are 68.1 GiB, and the head
@@ -33,7 +34,8 @@ def activation_bytes(config: RunConfig, layout: Layout, stage: int) -> int:
     layer that is computed again takes 3.1 with its gradients.
     """
     tokens = known(config.planner.capacity_tokens)
-    num_layers, in_flight = config.model.num_layers // layout.pipeline, layout.pipeline - stage
+    num_layers = config.model.num_layers // layout.pipeline
+    in_flight = layout.pipeline - (stage if config.planner.chunks == 1 else 0)
     per_token = layer_activation_bytes(config, layout) + chunk_bytes(config, layout)
     kept = in_flight * num_layers * per_token
     return tokens * kept + _beside_kept(config, layout, stage)

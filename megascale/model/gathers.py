@@ -40,6 +40,10 @@ class Gathers:
     def finish(self) -> None:
         """Bring all weights to their values after the last step; all ranks call it."""
         self.begin()
+        self.wait()
+
+    def wait(self) -> None:
+        """Wait for those that have begun, before something else writes weights."""
         _wait(self._groups)
 
     def wait_before(

@@ -1,8 +1,8 @@
 """Forward and backward passes in the order of a plan with chunks.
 
 megatron-core's schedules run backward passes first in, first out. The chunks of a wave run backward
-in reverse order, so plans with chunks have a schedule of their own. It takes the place of
-megatron-core's and has its arguments.
+in reverse order, so plans with chunks have a schedule of their own. On CUDA all pipelines train in
+it, since it sends no shapes. It takes the place of megatron-core's and has its arguments.
 """
 
 from __future__ import annotations

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from megascale.config import RunConfig
 from megascale.mesh.reader import MicroBatchReader, TokenSource
 from megascale.model.build import pack_multiple
+from megascale.model.counts import windows
 from megascale.runtime.distributed import Ranks
 
 
@@ -18,6 +19,6 @@ def reader_of(config: RunConfig, ranks: Ranks, sources: Sequence[TokenSource]) -
         pack_multiple(config, ranks.device),
         ranks.device,
         ranks.axis,
-        config.model.sliding_window,
+        tuple(windows(config.model)),
         config.planner.chunk_cache == "host",
     )

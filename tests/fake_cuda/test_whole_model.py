@@ -30,6 +30,7 @@ def times(number, syncs):
         (["train.recompute=full"], 1, 0, READ),
         ([SELECTIVE], 1, 0, READ),
         (["model.sliding_window=1000"], 8, 3, READ),
+        (["model.sliding_window=1000", "model.attention_pattern=[sliding, full]"], 8, 3, READ),
         ([], 8, 0, READ),
         ([], 8, 7, READ),
         (["parallel.tensor=2"], 2, 1, READ),

@@ -116,6 +116,9 @@ def test_fp64_equals_one_process(ranks, world, stages, overrides):
 
 
 SPARSE = "model.moe.attention_experts=2"
+LAYERS = ["model.sliding_window=16", "model.attention_pattern=[sliding, full_nope]"]
+AFTER = ["model.norm_position=after", "model.qk_norm=true", "model.qk_norm_heads=all"]
+SELECTIVE = "train.recompute=selective"
 
 
 @pytest.mark.parametrize(
@@ -129,6 +132,9 @@ SPARSE = "model.moe.attention_experts=2"
         (4, 1, [MOE, "model.moe.estimate=exact"]),
         (4, 1, [MOE, "parallel.expert=2"]),
         (4, 1, [MOE, SPARSE, "train.recompute=full"]),
+        (4, 1, [*LAYERS, *AFTER, SELECTIVE]),
+        (4, 1, [MOE, *LAYERS, SELECTIVE, "parallel.expert=2"]),
+        (4, 2, [*LAYERS, *AFTER, "train.recompute=full"]),
     ],
     ids=lambda value: "+".join(value) if isinstance(value, list) else str(value),
 )

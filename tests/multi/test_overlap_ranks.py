@@ -69,3 +69,36 @@ def test_it_can_be_turned_off(ranks, tmp_path):
     words = (config, f"run_dir={tmp_path / 'run'}", *TINY, "parallel.overlap=false")
     status, said, flags = ranks(2, overlapping, "train", *words)[0]
     assert status == 0 and not any(flags), said
+
+
+def begun_gathers(folder):
+    """Gathers on their way before and while a checkpoint is loaded after a step, on this rank."""
+    from test_checkpoint import Run
+
+    from megascale.checkpoint import read
+    from megascale.model import build
+
+    with patch.object(build, "can_overlap", lambda device: True):
+        run = Run(["train.precision=bf16"])
+    run.train(range(1))
+    run.save(run.saver(folder), 1)
+    run.train(range(1, 2))
+    (chunk,) = run.model.chunks
+    honest, counts = read.load_boxes, []
+
+    def count():
+        counts.append(sum(one.param_gather_handle is not None for one in chunk.bucket_groups))
+
+    def loaded(*given):
+        count()
+        return honest(*given)
+
+    count()
+    with patch.object(read, "load_boxes", loaded):
+        run.load(folder)
+    return counts
+
+
+def test_no_gather_writes_over_what_is_loaded(ranks, tmp_path):
+    for before, while_loading in ranks(2, begun_gathers, str(tmp_path)):
+        assert before > 0 and while_loading == 0

@@ -36,6 +36,7 @@ from megascale.model.activations import (
     ring_buffer_bytes,
     ring_peak_bytes,
 )
+from megascale.planner import CostModel, Problem, StepPlan, find_planner
 
 GIB = 2**30
 ALONE = Layout(1, 1, 1, 1, 1)
@@ -185,6 +186,33 @@ def test_chunks_keep_keys_values_and_gradients() -> None:
     # one share of queries, and keys and values of two
     queries, keys = 4 * (4 + 2) * 16, 2 * (4 * 2 * 4 + 2 * 2 * 2) * 16
     assert ring_buffer_bytes(config, two) == TOKENS * (queries + 2 * keys)
+
+
+def most_held(plan: StepPlan, stage: int) -> int:
+    """Most tokens between their forward and their backward pass on a rank of a stage."""
+    most = 0
+    for rank in range(plan.num_ranks):
+        mine, held = list(plan.micro_batches(rank)), 0
+        for is_backward, number in plan.stage_order(rank, stage, plan.pipeline):
+            held += -mine[number].num_tokens if is_backward else mine[number].num_tokens
+            most = max(most, held)
+    return most
+
+
+def test_every_stage_has_room_for_the_chunks_that_it_holds() -> None:
+    """Also the last stage holds all chunks of a wave, not one micro-batch as without chunks."""
+    lengths, stages = [128] * 6, 4
+    cost = CostModel(1e-4, 1e-3, 1e-4, 0, 0, 0, 8)
+    problem = Problem.of(lengths, 2, TOKENS, "aligned", cost, pipeline=stages, chunks=8)
+    plan = replace(find_planner("hybrid")(problem), lengths=tuple(lengths))
+    layout = Layout(8, 1, stages, 1, 2)
+    config = run_config(replace(DENSE, num_layers=stages))
+    planner = replace(config.planner, chunks=8, capacity_tokens=TOKENS)
+    config = replace(config, planner=planner)
+    per_token = layer_activation_bytes(config, layout) + chunk_bytes(config, layout)
+    assert most_held(plan, stages - 1) > 2 * TOKENS
+    for stage in range(stages):
+        assert activation_bytes(config, layout, stage) >= most_held(plan, stage) * per_token
 
 
 def test_stages_hold_micro_batches_for_the_stages_after_them() -> None:

@@ -1,17 +1,20 @@
 """Copies to a device, as far as a machine without CUDA can tell."""
 
 import threading
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
+from megascale.config import ModelConfig, ParallelConfig, PlannerConfig
 from megascale.mesh import transfer
 from megascale.mesh.kernels import Kernel
 from megascale.mesh.packing import TokenSequence, pack
 from megascale.mesh.ring_calls import arrays_of, calls_of, host_calls, with_tensors
 from megascale.mesh.ring_share import RingShare
 from megascale.planner.shares import chunk_bounds
+from megascale.training.reading import reader_of
 
 CPU = torch.device("cpu")
 CUDA = torch.device("cuda")
@@ -75,23 +78,34 @@ def listed(hops):
     return [value.tolist() if hasattr(value, "tolist") else value for value in values]
 
 
-@pytest.mark.parametrize("window", [None, 5])
-def test_calls_of_a_ring_are_made_when_it_is_packed(monkeypatch, window):
-    """As attention would make them itself, and by the one copy of the micro-batch."""
+@pytest.mark.parametrize("windows", [(None,), (5,), (5, None)])
+def test_calls_of_a_ring_are_made_when_it_is_packed(monkeypatch, windows):
+    """As attention would make them itself, and by the one copy of the micro-batch, also where
+    layers have different windows."""
     grouped = Kernel(None, None, grouped=True)
     lengths, sent = [40, 7, 23], []
     bounds = chunk_bounds(lengths, 4)
     fresh = RingShare(1, bounds, (0, 1, 2, 3), None)
-    expected = calls_of(fresh, window, grouped, CPU)
+    expected = [calls_of(fresh, window, grouped, CPU) for window in windows]
     share = RingShare(1, bounds, (0, 1, 2, 3), None)
     monkeypatch.setattr(transfer, "send", lambda tensor, device: sent.append(device) or tensor)
     parts = [TokenSequence(np.zeros(n, np.int64), np.ones(n, np.int64)) for n in share.lengths()]
-    batch = pack(parts, 0, 128, CUDA, share, window=window)
+    batch = pack(parts, 0, 128, CUDA, share, windows=windows)
     assert len(sent) == 1 and batch.tokens_T.shape == (128,)
-    found = calls_of(share, window, grouped, CUDA)
+    found = [calls_of(share, window, grouped, CUDA) for window in windows]
     assert len(sent) == 1
-    assert [len(calls) for calls in found] == [len(calls) for calls in expected]
-    assert listed(found) == listed(expected) != []
+    for own, others in zip(found, expected, strict=True):
+        assert [len(calls) for calls in own] == [len(calls) for calls in others]
+        assert listed(own) == listed(others) != []
+
+
+def test_a_run_packs_for_the_windows_of_all_its_layers():
+    pattern = ("sliding", "sliding", "full")
+    model = ModelConfig(num_layers=6, sliding_window=5, attention_pattern=pattern)
+    config = SimpleNamespace(model=model, planner=PlannerConfig(), parallel=ParallelConfig())
+    config.pads_to_capacity = False
+    ranks = SimpleNamespace(hdp_rank=0, device=CPU, axis=None)
+    assert reader_of(config, ranks, []).windows == (5, None)
 
 
 def test_with_tensors_is_the_inverse_of_arrays_of():
