@@ -19,17 +19,20 @@ small=()
 parts=()
 while [ $# -gt 0 ]; do
     case $1 in
+    --python | --wheels | --json | --part)
+        [ -n "${2:-}" ] || { echo "gpu.sh: $1 needs a value; --help lists the options" >&2 && exit 2; } ;;&
+    -h | --help) sed -n '2,/^set /{/^# /s/^# //p}' "$0" && exit 0 ;;
     --small) small=(--small) && shift && continue ;;
-    --python) python=${2:?--python needs a name} ;;
-    --wheels) wheels=${2:?--wheels needs a folder} ;;
-    --json) json=${2:?--json needs a file} ;;
-    --part) parts+=("${2:?--part needs a name}") ;;
-    *) echo "gpu.sh: unknown option $1" >&2 && exit 2 ;;
+    --python) python=$2 ;;
+    --wheels) wheels=$2 ;;
+    --json) json=$2 ;;
+    --part) parts+=("$2") ;;
+    *) echo "gpu.sh: unknown option $1; --help lists the options" >&2 && exit 2 ;;
     esac
     shift 2
 done
 began=$SECONDS
-"$python" -c 'import torch' || { echo "gpu.sh: $python has no torch (--python NAME)" >&2 && exit 2; }
+"$python" -c 'import importlib.util as u; exit(u.find_spec("torch") is None)' || { echo "gpu.sh: $python has no torch (--python NAME)" >&2 && exit 2; }
 missing=()
 [ ! -d "$wheels" ] || mapfile -t missing < <("$python" tools/gpu_missing.py "$wheels")
 if [ ${#missing[@]} -gt 0 ]; then

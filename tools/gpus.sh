@@ -19,12 +19,15 @@ parts=()
 plans=()
 while [ $# -gt 0 ]; do
     case $1 in
-    --python) python=${2:?--python needs a name} ;;
-    --ranks) ranks=${2:?--ranks needs a number} ;;
-    --json) json=${2:?--json needs a file} ;;
-    --part) parts+=("${2:?--part needs a name}") ;;
-    --plans) plans=(--plans "${2:?--plans needs a number}") ;;
-    *) echo "gpus.sh: unknown option $1" >&2 && exit 2 ;;
+    --python | --ranks | --json | --part | --plans)
+        [ -n "${2:-}" ] || { echo "gpus.sh: $1 needs a value; --help lists the options" >&2 && exit 2; } ;;&
+    -h | --help) sed -n '2,/^set /{/^# /s/^# //p}' "$0" && exit 0 ;;
+    --python) python=$2 ;;
+    --ranks) ranks=$2 ;;
+    --json) json=$2 ;;
+    --part) parts+=("$2") ;;
+    --plans) plans=(--plans "$2") ;;
+    *) echo "gpus.sh: unknown option $1; --help lists the options" >&2 && exit 2 ;;
     esac
     shift 2
 done

@@ -223,9 +223,16 @@ def _memory(config: RunConfig, layout: Layout) -> list[str]:
         f"  weights               {show_bytes(memory.weights)}",
         f"  gradients             {show_bytes(memory.gradients)}",
         f"  optimizer             {show_bytes(memory.optimizer)}",
-        f"  activations           {show_bytes(memory.activations)} (estimate)",
+        f"  activations           {show_bytes(memory.activations)} (estimate){_recomputed(config)}",
         *([f"  buffers of rings      {rings} (estimate)"] if memory.rings else []),
     ]
+
+
+def _recomputed(config: RunConfig) -> str:
+    if config.train.recompute == "full":
+        return ", whole layers computed again"
+    parts = ", ".join(sorted(config.recomputed_parts))
+    return f", {parts} computed again" if parts else ""
 
 
 def _data(
@@ -238,6 +245,11 @@ def _data(
             f"  {name:<21} {info.train_tokens:,} tokens in {info.train_documents:,} documents, "
             f"read {epochs[name]:.2f} times"
         )
+        if (fim := config.data.sources[name].fim) is not None:
+            lines.append(
+                f"  {'':<21} fill-in-the-middle: {fim.rate:.2%} of blocks of "
+                f"{fim.block_tokens:,} tokens, {fim.spm:.2%} of these suffix first"
+            )
     for name, part in foreseen(config, sources):
         lines.append(f"  {f'held-out {name}':<21} {part}")
     return [*lines, *_stages(config)]

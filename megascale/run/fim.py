@@ -9,7 +9,7 @@ from pathlib import Path
 from megascale.config import RunConfig, SourceConfig
 from megascale.config.schema import FillInMiddleConfig
 from megascale.corpus.fim import FEWEST_TOKENS, SENTINELS, Sentinels
-from megascale.corpus.sources import CORPUS_FILE
+from megascale.corpus.sources import CORPUS_FILE, SourceInfo
 from megascale.errors import UserError
 
 SPELLINGS = (
@@ -38,12 +38,20 @@ def with_fim(config: RunConfig) -> RunConfig:
     return replace(config, data=replace(config.data, sources=sources))
 
 
-def require_known_sentinels(config: RunConfig) -> None:
-    """Raise UserError for a sentinel that a finalized config's model has no row for."""
+def require_usable_sentinels(config: RunConfig, infos: Mapping[str, SourceInfo]) -> None:
+    """Raise UserError for a sentinel that a finalized config's model has no row for, or that
+    begins or ends the documents of its source (`infos`)."""
     known = config.model.vocab_size or 0
     for name, source in config.data.sources.items():
-        largest = -1 if source.fim is None else max(Sentinels.of(source.fim))
-        if largest >= known:
+        if source.fim is None:
+            continue
+        ids = Sentinels.of(source.fim)
+        if taken := {infos[name].eod_id, infos[name].first_id} & set(ids):
+            raise UserError(
+                f"data.sources.{name}.fim: id {min(taken)} of a sentinel begins or ends the "
+                "documents of the source; give an id that its text does not have"
+            )
+        if (largest := max(ids)) >= known:
             raise UserError(
                 f"data.sources.{name}.fim: id {largest} of a sentinel is outside model.vocab_size "
                 f"= {known}; set model.vocab_size={largest + 1}, or give ids of the tokenizer"

@@ -20,7 +20,7 @@ from megascale.errors import UserError
 from megascale.optim import steplaw
 from megascale.planner import find_planner
 from megascale.run.earlier_runs import with_earlier
-from megascale.run.fim import require_known_sentinels, with_fim
+from megascale.run.fim import require_usable_sentinels, with_fim
 from megascale.run.growing import small_and_grown
 from megascale.run.replay import part_seen, with_replay_blend
 from megascale.run.same_tokenizer import require_same_tokenizer
@@ -72,7 +72,7 @@ def read_run(config_path: str | Path, overrides: Sequence[str] = ()) -> Resolved
     config = with_replay_blend(finalize(config, new, largest))
     find_planner(config.planner.name)
     _check_vocabulary(config, sources)
-    require_known_sentinels(config)
+    require_usable_sentinels(config, sources)
     if start is not None:
         require_model(config, start)
     if config.growth is not None:

@@ -96,7 +96,8 @@ def compare_sources(saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
         if was != now[name]:
             raise UserError(
                 f"source '{name}' held {was} when the checkpoint was written and holds "
-                f"{now[name]} now; bring the old data back, or start in a new run_dir"
+                f"{now[name]} now; bring the old data (or data.sources.{name}) back, or "
+                "start in a new run_dir"
             )
 
 

@@ -219,7 +219,7 @@ def test_bad_checkpoints_are_refused_in_one_line(ranks, foreign, tmp_path):
     home, out = foreign[0] / "dense", tmp_path / "out"
     size = ("--vocab-size", IDS)
     assert "--tokenizer FOLDER or --vocab-size N" in refused(ranks, home, out)
-    assert f"{ROWS + 1} ids, and the embedding {ROWS} rows" in refused(
+    assert f"{ROWS + 1} ids does not fit the {ROWS} rows" in refused(
         ranks, home, out, "--vocab-size", ROWS + 1
     )
     assert "--architecture FILE" in refused(ranks, home / "no_args", out, *size)

@@ -1,5 +1,6 @@
 """Fill-in-the-middle: documents come back bit-equal, from any slices, and shares are as asked."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -8,7 +9,7 @@ import tokenizer_files as made
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megascale.config import DataConfig, RunConfig, SourceConfig, StageConfig
+from megascale.config import DataConfig, ModelConfig, RunConfig, SourceConfig, StageConfig
 from megascale.config.schema import FillInMiddleConfig
 from megascale.corpus.batches import Cursor, GlobalBatches
 from megascale.corpus.fim import FEWEST_TOKENS, BlockRule, FimReader, Sentinels
@@ -18,7 +19,7 @@ from megascale.corpus.sources import SourceInfo, identity, training_documents
 from megascale.errors import UserError
 from megascale.mesh.reader import TokenSource
 from megascale.run.checkpoint_tokenizer import tokenizer_folder
-from megascale.run.fim import with_fim
+from megascale.run.fim import require_usable_sentinels, with_fim
 
 EOD, MARKS = 50, Sentinels(51, 52, 53)
 
@@ -190,6 +191,27 @@ def test_another_rule_is_another_source_for_a_run_that_goes_on(corpus):
 def test_what_cannot_work_is_one_line(corpus, fim, words):
     with pytest.raises(UserError, match=words):
         source(corpus, **fim)
+
+
+@pytest.mark.parametrize(
+    ("vocab_size", "eod_id", "bos_id", "words"),
+    [
+        (54, 99, None, None),
+        (53, 99, None, "id 53 of a sentinel is outside model.vocab_size = 53"),
+        (54, 52, None, "id 52 of a sentinel begins or ends the documents"),
+        (54, 99, 51, "id 51 of a sentinel begins or ends the documents"),
+    ],
+)
+def test_sentinels_have_a_row_and_mark_nothing_else(corpus, vocab_size, eod_id, bos_id, words):
+    code = source(corpus)
+    info = replace(SourceInfo.of(code), eod_id=eod_id, bos_id=bos_id)
+    config = RunConfig(
+        model=ModelConfig(vocab_size=vocab_size), data=DataConfig(sources={"code": code})
+    )
+    if words is None:
+        return require_usable_sentinels(config, {"code": info})
+    with pytest.raises(UserError, match=words):
+        require_usable_sentinels(config, {"code": info})
 
 
 def test_sentinels_of_the_tokenizer(tmp_path):

@@ -1,7 +1,9 @@
 """Rows of the acceptance on GPUs: targets, files, and the picture."""
 
 import json
+import subprocess
 from importlib.metadata import version
+from pathlib import Path
 
 import bench_gpu
 import gpu_missing
@@ -82,3 +84,21 @@ def test_the_picture_has_every_row(tmp_path, capsys):
     assert (tmp_path / "gpu.png").stat().st_size > 1000
     assert {"1B: MFU", "tests"} <= set(drawn)
     assert any(text.startswith("52.5 %  (target >= 50 %)") for text in drawn)
+
+
+@pytest.mark.parametrize("script", ["gpu.sh", "gpus.sh"])
+@pytest.mark.parametrize(
+    ("options", "status", "words"),
+    [
+        (["--help"], 0, "--part    this part alone"),
+        (["-h"], 0, "Usage: bash tools/"),
+        (["--bogus"], 2, "unknown option --bogus; --help lists the options"),
+        (["--part"], 2, "--part needs a value; --help lists the options"),
+    ],
+)
+def test_options_of_the_scripts(script, options, status, words):
+    path = Path(__file__).parents[2] / "tools" / script
+    ended = subprocess.run(["bash", path, *options], capture_output=True, text=True)
+    assert ended.returncode == status
+    assert words in (ended.stderr if status else ended.stdout)
+    assert not status or ended.stderr.count("\n") == 1

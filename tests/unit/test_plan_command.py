@@ -183,6 +183,33 @@ def test_memory_and_layout_are_those_of_the_config(config: Path) -> None:
     assert printed("experts over", text) == ["2", "ranks"]
 
 
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["train.recompute=full"], "whole layers computed again"),
+        (["train.recompute=selective"], "norms, swiglu computed again"),
+        (
+            ["train.recompute=selective", "train.recompute_parts=[swiglu]"],
+            "(estimate), swiglu computed again",
+        ),
+    ],
+)
+def test_what_is_computed_again_is_printed(config: Path, overrides: list[str], words: str) -> None:
+    resolved = load_run(config, overrides)
+    text = describe_run(resolved, Layout.of(resolved.config, 1))
+    assert " ".join(printed("activations", text)).endswith(words)
+
+
+def test_fill_in_the_middle_is_printed(config: Path) -> None:
+    fim = (
+        "{rate: 0.25, spm: 0.1, block_tokens: 128, prefix_id: 257, suffix_id: 258, middle_id: 259}"
+    )
+    resolved = load_run(config, ["model.vocab_size=260", f"data.sources.code.fim={fim}"])
+    text = describe_run(resolved, Layout.of(resolved.config, 1))
+    words = "25.00% of blocks of 128 tokens, 10.00% of these suffix first"
+    assert " ".join(printed("fill-in-the-middle:", text)) == words
+
+
 def test_learning_rates_of_a_long_run_are_below_one_another(config: Path) -> None:
     text = describe_run(load_run(config, ["train.tokens=1T"]), Layout.of(load_run(config)[0], 2))
     rows = [line for line in text.splitlines() if re.search(r"tokens \S+ in step", line)]

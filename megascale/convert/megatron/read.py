@@ -124,8 +124,8 @@ def _foreign(
     names = Names(source.index)
     if vocab_size > names.rows:
         raise UserError(
-            f"the tokenizer has {vocab_size:,} ids, and the embedding {names.rows:,} rows; give "
-            "the tokenizer that the model was trained with"
+            f"a vocabulary of {vocab_size:,} ids does not fit the {names.rows:,} rows of the "
+            "embedding; give the --tokenizer or the --vocab-size that the model was trained with"
         )
     description = Description.of(source, by_hand, by_hand_path)
     model, progress = model_of(description, names, vocab_size), Progress.of(source)
