@@ -94,6 +94,8 @@ def _model(config: RunConfig, layout: Layout, num_sequences: int) -> Iterator[st
         )
     if config.device == "cuda":
         yield from cuda_warnings(config)
+    if config.planner.chunk_cache == "host" and config.planner.chunks == 1:
+        yield "planner.chunk_cache = host has no effect with planner.chunks = 1"
     if config.device == "cpu" and config.monitor.memory_snapshot:
         yield "monitor.memory_snapshot has no effect without CUDA"
     for name in (name for one in OPTIMIZERS.values() for name in one.options):

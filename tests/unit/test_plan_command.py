@@ -275,6 +275,10 @@ def test_mistakes_are_one_clear_line(config: Path, arguments: list[str], problem
         (["train.tokens=10000"], r"data.stages\[1\] begins after the end of training"),
         (["data.stages=[{tokens: 9000, blend: {web: 1}}]"], "the last blend goes on"),
         (["model.sliding_window=256"], "model.sliding_window = 256 has no effect"),
+        (
+            ["planner.chunk_cache=host"],
+            "planner.chunk_cache = host has no effect with planner.chunks = 1",
+        ),
         (["data.global_batch_tokens=100"], r"= 100 is less than a sequence.* \d+ tokens on av"),
         (
             [
