@@ -106,7 +106,7 @@ def start_of(config: RunConfig) -> Start | None:
     trained = parse_config(position.config, where=str(folder))
     return Start(
         section=replace(named, checkpoint=str(folder)),
-        model=_model(position.config),
+        model=_model(dump_config(trained)),  # with options that earlier versions did not have
         rate=rate_of(position, trained),
         peak=_peak_of(trained),
         parent=Parent.at(folder, position),
@@ -267,7 +267,8 @@ def _begun_run(config: RunConfig) -> RunConfig | None:
 def taken_over(parent: Position, config: RunConfig) -> list[str]:
     """What a run takes from the checkpoint it starts from, and what begins anew, a line each."""
     optimizer = "goes on" if config.start.optimizer == "keep" else "begins anew"
-    changed = changes(_model(parent.config), _model(dump_config(config)))
+    was = dump_config(parse_config(parent.config))
+    changed = changes(_model(was), _model(dump_config(config)))
     return [
         f"starts with the weights of {config.start.checkpoint}, step {parent.step:,}, "
         f"{parent.tokens_seen:,} tokens seen; the optimizer {optimizer}, the learning rate "
