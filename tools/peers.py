@@ -18,14 +18,14 @@ import time
 from collections.abc import Iterator, Sequence
 from itertools import count
 
-from newer_peers import plan_dhp, plan_wlb_llm
-
 from megascale.planner import Placed, Planner, Problem, StepPlan, complete
+from megascale.planner.peers.dhp import plan_dhp
 from megascale.planner.peers.longest_first_rings import (
     plan_longest_first_rings,
     plan_longest_first_rings_best,
 )
 from megascale.planner.peers.static import static_sizes
+from megascale.planner.peers.wlb_llm import plan_wlb_llm
 
 VERL_LINEAR = 24576
 """verl's workload of s tokens is 24576 s + s^2."""

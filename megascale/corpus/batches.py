@@ -123,14 +123,6 @@ def step_tokens(data: DataConfig, tokens_seen: float) -> int:
     return ramp.start_tokens + int((whole - ramp.start_tokens) * tokens_seen) // ramp.over_tokens
 
 
-def step_sizes(data: DataConfig) -> str:
-    """The nominal tokens of steps, in words."""
-    whole, ramp = data.global_batch_tokens, data.batch_ramp
-    if ramp is None:
-        return f"{whole:,}"
-    return f"{ramp.start_tokens:,} to {whole:,} (after {ramp.over_tokens:,})"
-
-
 class GlobalBatches:
     """Deals the batches of a run.
 

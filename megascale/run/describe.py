@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from megascale.config import Layout, MoeConfig, RunConfig
-from megascale.corpus.batches import Cursor, shares, step_sizes, used_sources
+from megascale.corpus.batches import Cursor, shares, used_sources
 from megascale.corpus.check import missing_ends
 from megascale.corpus.run_length import RunLength, begin_after, run_length
 from megascale.corpus.sources import SourceInfo
@@ -26,6 +26,7 @@ from megascale.planner import PLANNERS, Problem, StepPlan, timeline
 from megascale.planner.gantt import LEGEND, text_gantt
 from megascale.run.describe_device import describe_device
 from megascale.run.earlier_runs import unwatched
+from megascale.run.facts import step_sizes
 from megascale.run.growing import small_and_grown
 from megascale.run.heldout_sets import foreseen
 from megascale.run.on_device import NamedDevice

@@ -6,8 +6,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from megascale.config import ModelConfig, RunConfig
-from megascale.corpus.batches import step_sizes
+from megascale.config import DataConfig, ModelConfig, RunConfig
 from megascale.model.counts import count_parameters
 from megascale.monitor.metric_fields import field_called
 from megascale.monitor.quantities import show_count, show_names
@@ -83,6 +82,14 @@ def _of_config(config: RunConfig) -> Iterator[tuple[str, str]]:
         f"{show_names(list(data.sources))}; context {data.context_tokens:,}, "
         f"{step_sizes(data)} tokens a step",
     )
+
+
+def step_sizes(data: DataConfig) -> str:
+    """The nominal tokens of steps, in words."""
+    whole, ramp = data.global_batch_tokens, data.batch_ramp
+    if ramp is None:
+        return f"{whole:,}"
+    return f"{ramp.start_tokens:,} to {whole:,} (after {ramp.over_tokens:,})"
 
 
 def _is_complete(model: ModelConfig) -> bool:

@@ -60,14 +60,10 @@ def train_step(
     token exactly once.
     """
     began = time.perf_counter()
-    config, model, optimizer = learner.config, learner.model, learner.optimizer
-    lr = lr_at(tokens_seen, config.optim.schedule)
-    set_rates(optimizer, lr, config.optim.weight_decay)
-    for layer in model.masked_layers:
-        layer.open_by(loss_tokens)
-    model.zero_grad_buffer()
-    model.overlap_reductions(overlap)
-    optimizer.core.zero_grad()
+    model, optimizer, optim = learner.model, learner.optimizer, learner.config.optim
+    lr = lr_at(tokens_seen, optim.schedule)
+    set_rates(optimizer, lr, optim.weight_decay)
+    _begin_step(learner, loss_tokens, overlap)
     balance = model.balance
     if balance is not None:
         if balance.looks_first:
@@ -85,7 +81,7 @@ def train_step(
     pulse.enter("optimizer")
     loss_sum, ran = sums[:2]
     good_loss = loss_sum.isfinite() & (loss_sum <= most_loss * loss_tokens) & (ran == loss_tokens)
-    update = apply_gradients(model, optimizer, loss_tokens, config.optim.clip_grad_norm, good_loss)
+    update = apply_gradients(model, optimizer, loss_tokens, optim.clip_grad_norm, good_loss)
     model.gathers.begin()
     loss, ran, stops, writing, moved_gib, norm, stepped = _read(*sums, *update)
     if int(ran) != loss_tokens:
@@ -105,6 +101,15 @@ def train_step(
         offload_gib=moved_gib,
         experts=experts,
     )
+
+
+def _begin_step(learner: Learner, loss_tokens: int, overlap: bool) -> None:
+    """Set gradients to zero, and what the step does with layers that open and with reductions."""
+    for layer in learner.model.masked_layers:
+        layer.open_by(loss_tokens)
+    learner.model.zero_grad_buffer()
+    learner.model.overlap_reductions(overlap)
+    learner.optimizer.core.zero_grad()
 
 
 def look(learner: Learner, micro_batches: Iterable[MicroBatch], count: int) -> ExpertUse:

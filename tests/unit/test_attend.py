@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from torch.library import Library
 
 from megascale.mesh import packed_attention
 from megascale.mesh.kernels import DENSE, FLASH_CPU, VARLEN, Call
@@ -90,12 +91,12 @@ def _aten_backward(
 @pytest.fixture
 def varlen_on_cpu(monkeypatch):
     """`attend` takes the kernel of CUDA, whose two calls of aten have twins on CPU here."""
-    library = torch.library.Library("aten", "IMPL")
-    library.impl("_flash_attention_forward", _aten_forward, "CPU")
-    library.impl("_flash_attention_backward", _aten_backward, "CPU")
+    aten = Library("aten", "IMPL")
+    aten.impl("_flash_attention_forward", _aten_forward, "CPU")
+    aten.impl("_flash_attention_backward", _aten_backward, "CPU")
     monkeypatch.setattr(packed_attention, "kernel_for", lambda query: VARLEN)
     yield
-    library._destroy()
+    aten._destroy()
 
 
 @pytest.mark.parametrize("window", [None, 3, 64])

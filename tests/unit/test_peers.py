@@ -16,16 +16,17 @@ from bench_planner import Job, Row, Scenario, corpus_lengths, in_process
 from hypothesis import given
 from hypothesis import strategies as st
 from judge import judge
-from newer_peers import Pack, plan_dhp, plan_wlb_llm, share_ranks
 from peers import karmarkar_karp, plan_megatron_core, plan_verl_kk
 from PIL import Image
 
 from megascale.errors import UserError
 from megascale.planner import CostModel, OffloadModel, Problem, find_planner
+from megascale.planner.peers.dhp import Pack, plan_dhp, share_ranks
 from megascale.planner.peers.longest_first_rings import (
     plan_longest_first_rings,
     plan_longest_first_rings_best,
 )
+from megascale.planner.peers.wlb_llm import plan_wlb_llm
 
 COST = bench_planner.COST
 

@@ -1,19 +1,13 @@
-"""Planners of 2025 and 2026, written from their papers, behind the same interface.
+"""Dynamic Hybrid Parallelism (DHP, arXiv 2602.21788), written from the paper: rings of any size.
 
-`wlb_llm`: the packing of WLB-LLM (OSDI 2025, arXiv 2503.17924) on rings of one size. WLB-LLM also
-delays outliers to later steps, which changes the batches of a run, so it is left out: every
-sequence is placed in its step.
+Sequences are packed best fit decreasing by memory. Then the ranks are shared out, so that the
+slowest pack of a round takes least time. The paper does the second part by dynamic programming over
+packs and ranks. `share_ranks` finds the same optimum, and is fast for 10,000 ranks. The paper plans
+one round of packs. Batches that do not fit in one are planned in as few rounds as memory allows,
+packs of like time together.
 
-`dhp`: Dynamic Hybrid Parallelism (arXiv 2602.21788): rings of any size. Sequences are packed best
-fit decreasing by memory; then the ranks are shared out, so that the slowest pack of a round takes
-least time. The paper does the second part by dynamic programming over packs and ranks.
-`share_ranks` finds the same optimum where a larger ring is never slower, and is fast for 10,000
-ranks. The paper plans one round of packs for a cluster; batches that do not fit in one are planned
-in as few rounds as memory allows, packs of like time together, so that a round wastes little.
-
-Both run at least as many micro-batches as a pipeline has stages, if there are sequences for it.
-FCP (arXiv 2605.08524) is not here: it places blocks of a sequence on any ranks, in any amounts, and
-is no plan of rings.
+A run names this planner as `module:function`. It runs at least as many micro-batches as a pipeline
+has stages, if there are sequences for it.
 """
 
 from __future__ import annotations
@@ -23,69 +17,15 @@ import time
 from bisect import bisect_left, insort
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
 
 from megascale.arrays import Floats
-from megascale.planner import Placed, Problem, StepPlan, complete
 from megascale.planner.peers.ring_sizes import offload_to_fit
-from megascale.planner.peers.static import place_groups, static_sizes
-
-
-def plan_wlb_llm(problem: Problem) -> StepPlan:
-    """WLB-LLM's packing on the smallest rings that hold the longest sequence.
-
-    Raises UserError where a sequence is too long for all ranks.
-    """
-    began = time.perf_counter()
-    size = static_sizes(problem)[0]
-    groups = problem.num_ranks // size
-    room = max(size * problem.capacity, int(problem.lengths.max(initial=1)))
-    each = max(-(-int(problem.lengths.sum()) // (groups * room)), 1)
-    stages = min(problem.pipeline, -(-len(problem.lengths) // groups))
-    each = max(each, stages)
-    while (packs := _balanced_packs(problem, groups * each, room)) is None:
-        each += 1
-    seconds = [problem.cost.compute_s(problem.lengths[pack]).sum() for pack in packs]
-    order = sorted(range(len(packs)), key=lambda one: -seconds[one])
-    dealt: list[list[list[int]]] = [[] for _ in range(groups)]
-    for turn in range(each):  # in turns back and forth, so that groups differ little
-        row = order[turn * groups : (turn + 1) * groups]
-        for group, one in enumerate(row if turn % 2 == 0 else reversed(row)):
-            dealt[group].append(packs[one])
-    return complete(problem, place_groups(problem, size, dealt), began)
-
-
-def _balanced_packs(problem: Problem, number: int, room: int) -> list[list[int]] | None:
-    """The longest sequence first, each to the pack of least work, or to the shortest pack if that
-    has no room; None where a sequence fits in neither (WLB-LLM would delay it)."""
-    lengths = problem.lengths.tolist()
-    seconds = problem.cost.compute_s(problem.lengths).tolist()
-    packs: list[list[int]] = [[] for _ in range(number)]
-    work, tokens = [0.0] * number, [0] * number
-    by_work = [(0.0, pack) for pack in range(number)]
-    by_tokens = [(0, pack) for pack in range(number)]
-    for sequence in sorted(range(len(lengths)), key=lambda one: -lengths[one]):
-        pack = _least(by_work, work)
-        if tokens[pack] + lengths[sequence] > room:
-            pack = _least(by_tokens, tokens)
-            if tokens[pack] + lengths[sequence] > room:
-                return None
-        packs[pack].append(sequence)
-        work[pack] += seconds[sequence]
-        tokens[pack] += lengths[sequence]
-        heapq.heappush(by_work, (work[pack], pack))
-        heapq.heappush(by_tokens, (tokens[pack], pack))
-    return packs
-
-
-def _least(heap: list[tuple[Any, int]], now: list[Any]) -> int:
-    """The pack of the least value; entries of a heap that have changed since are dropped."""
-    while heap[0][0] != now[heap[0][1]]:
-        heapq.heappop(heap)
-    return heap[0][1]
+from megascale.planner.plan import StepPlan
+from megascale.planner.plan_builder import Placed, complete
+from megascale.planner.problem import Problem
 
 
 @dataclass
